@@ -1,0 +1,370 @@
+"""What people write, as YAML, and what it means: Recipe, EvalSuite, GatePolicy, ReleaseSpec, CollectionSpec.
+
+Unknown keys are errors, bounds are in the types, and every message names the file and the key. A name without a slash
+or suffix is looked up in `configs/`; anything else is a path. No heavy import here: a config error answers at once.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fp8pipe.errors import ConfigError
+from fp8pipe.records import digest_of
+
+_HERE = Path(__file__).parent
+CONFIG_DIR = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
+"""The shipped configurations: inside an installed package, beside it in a checkout."""
+
+Kind = Literal["recipes", "suites", "gates", "collections"]
+
+
+class Config(BaseModel):
+    """Base of everything read from YAML."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def digest(self) -> str:
+        """sha256 of the resolved content; part of identities."""
+        return digest_of(self.model_dump(mode="json"))
+
+
+# ---------------------------------------------------------------------------------------------- recipe
+
+
+class WeightScheme(Config):
+    """How Linear weights become E4M3."""
+
+    format: Literal["e4m3"] = "e4m3"
+    strategy: Literal["tensor", "channel", "block"] = "channel"
+    """One scale per tensor, per output row, or per 128x128 block."""
+    observer: Literal["minmax", "mse"] = "minmax"
+    """minmax: scale = amax/448. mse: the shrink of amax that minimises the squared error."""
+    share_scales: bool = True
+    """Per-tensor only: one scale per fused group (q/k/v, gate/up), so that vLLM's requantization is the identity."""
+    block_shape: tuple[int, int] = (128, 128)
+
+
+class ActivationScheme(Config):
+    """How the inputs of quantized Linears become E4M3."""
+
+    mode: Literal["static", "dynamic"] = "dynamic"
+    strategy: Literal["tensor", "token", "group"] = "token"
+    """Static is per tensor. Dynamic is per token, per tensor, or per group of 128 (with block weights)."""
+    observer: Literal["minmax", "percentile", "mse"] = "minmax"
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    """Share of absolute values kept in range, for the percentile observer."""
+
+    @model_validator(mode="after")
+    def _static_is_per_tensor(self) -> ActivationScheme:
+        if self.mode == "static" and self.strategy != "tensor":
+            raise ValueError("static activations have one scale per tensor: set strategy: tensor")
+        return self
+
+
+class KVCacheScheme(Config):
+    """How keys and values are cached."""
+
+    strategy: Literal["tensor", "head"] = "tensor"
+    """One k_scale and v_scale per layer, or one per KV head."""
+    observer: Literal["minmax", "percentile", "mse"] = "minmax"
+    percentile: float = Field(default=99.99, gt=50, le=100)
+
+
+class CalibrationSpec(Config):
+    """Where activation and KV ranges come from."""
+
+    dataset: str = "HuggingFaceH4/ultrachat_200k"
+    """Hub id, or a local .json, .jsonl, .parquet or .txt file, with a `messages` or `text` column."""
+    revision: str | None = None
+    subset: str | None = None
+    """Hub dataset configuration, where it has several."""
+    split: str = "train_sft"
+    num_samples: int = Field(default=512, ge=1)
+    max_seq_len: int = Field(default=2048, ge=1)
+    seed: int = 42
+    chat_template: Literal["model", "none"] = "model"
+    """model: chat messages pass through the tokenizer's template. none: their contents are joined by newlines."""
+    quantized_weights: bool = False
+    """Observe activations through fake-quantized weights."""
+
+
+class Recipe(Config):
+    """What becomes of a model's weights, activations and KV cache."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str = ""
+    weights: WeightScheme = WeightScheme()
+    activations: ActivationScheme | None = ActivationScheme()
+    """None: weight-only."""
+    kv_cache: KVCacheScheme | None = None
+    """None: the cache keeps the model's dtype."""
+    targets: tuple[str, ...] = ("Linear",)
+    """`Linear` (every weight the architecture allows), exact module names, or `re:` patterns."""
+    ignore: tuple[str, ...] = ()
+    """Exact module names or `re:` patterns (match from the start) that stay in the source's dtype."""
+    checkpoint_format: Literal["compressed-tensors", "fp8"] = "compressed-tensors"
+    fp8_source: Literal["refuse", "requantize"] = "refuse"
+    """A source that is already FP8: refuse it, or dequantize and quantize anew."""
+    calibration: CalibrationSpec = CalibrationSpec()
+    fallback: tuple[str, ...] = ()
+    """Recipes to try, in order, when the gate rejects this one."""
+    repo_suffix: str = ""
+    """Ending of the published repository's name, as the field has it: -FP8, -FP8-dynamic, -FP8-KV, -FP8-block."""
+
+    @model_validator(mode="after")
+    def _format_can_spell_it(self) -> Recipe:
+        acts, weights = self.activations, self.weights
+        if self.checkpoint_format == "fp8" and weights.strategy == "channel":
+            raise ValueError("checkpoint_format fp8 has no per-channel scales: use tensor, block, or compressed-tensors")
+        if self.checkpoint_format == "fp8" and acts is None:
+            raise ValueError("checkpoint_format fp8 needs an activation scheme: static or dynamic")
+        if self.checkpoint_format == "fp8" and self.kv_cache is not None and self.kv_cache.strategy != "tensor":
+            raise ValueError("checkpoint_format fp8 has one KV scale per layer: set kv_cache.strategy: tensor")
+        if weights.strategy == "block" and acts is not None and acts.mode == "static":
+            raise ValueError("block weights take dynamic activations: vLLM has no kernel for block with static")
+        if acts is not None and acts.strategy == "group" and weights.strategy != "block":
+            raise ValueError("activations per group of 128 go with block weights")
+        return self
+
+    @cached_property
+    def needs_calibration(self) -> bool:
+        """Whether data must be run through the model."""
+        return self.kv_cache is not None or (self.activations is not None and self.activations.mode == "static")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes: everything but names, descriptions, fallbacks and unused calibration settings."""
+        fields = self.model_dump(mode="json", exclude={"name", "description", "fallback", "repo_suffix"})
+        if not self.needs_calibration:
+            fields.pop("calibration")
+        return fields
+
+
+# ---------------------------------------------------------------------------------------------- suite
+
+
+class TaskSpec(Config):
+    """One lm-eval task of a suite."""
+
+    num_fewshot: int = Field(default=0, ge=0)
+    samples: int | None = Field(default=None, ge=1)
+    """Documents to score, the first of the suite's seeded permutation; None for all."""
+
+
+class EvalSuite(Config):
+    """What is measured, and how; the same for baseline and candidate."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str = ""
+    tasks: dict[str, TaskSpec] = Field(min_length=1)
+    task_dir: str | None = None
+    """Folder of lm-eval task files, relative to the suite's file, for tasks that lm-eval does not ship."""
+    engine: dict[str, Any] = {}
+    """vLLM engine arguments for both sides: max_model_len, dtype, ..."""
+    generation: dict[str, Any] = {}
+    """Overrides of the tasks' generation_kwargs."""
+    apply_chat_template: bool = False
+    add_bos_token: bool = True
+    seed: int = 1234
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_leaves_the_subject_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        owned = {"model", "pretrained", "tokenizer", "quantization", "kv_cache_dtype", "revision"} & set(value)
+        if owned:
+            raise ValueError(f"{', '.join(sorted(owned))}: fp8pipe sets these, a suite cannot")
+        return value
+
+
+# ---------------------------------------------------------------------------------------------- policy
+
+
+class TaskPolicy(Config):
+    """What one task must show."""
+
+    metric: str
+    filter: str = "none"
+    margin: float = Field(gt=0)
+    """Largest drop that is still acceptable, absolute: 0.02 is two points."""
+    min_baseline: float | None = None
+    """The baseline must be above this, or the measurement itself is broken (chance level plus a distance)."""
+
+
+class GatePolicy(Config):
+    """When a candidate is good enough."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str = ""
+    alpha: float = Field(default=0.05, gt=0, lt=0.5)
+    """Chance of accepting a drop of exactly the margin, over all looks and attempts."""
+    tasks: dict[str, TaskPolicy] = Field(min_length=1)
+    max_size_ratio: float | None = Field(default=None, gt=0)
+    """Largest checkpoint bytes / source bytes."""
+    looks: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
+    """Shares of the suite's samples at which to look; the last must be 1."""
+    max_attempts: int = Field(default=3, ge=1)
+    """Attempts of the fallback ladder that alpha is split over (a recipe without fallback makes one)."""
+    on_inconclusive: Literal["stop", "ask"] = "stop"
+    device_classes: tuple[str, ...] = ("ada", "hopper")
+    """Where a verdict counts."""
+
+    @field_validator("looks")
+    @classmethod
+    def _looks_grow_to_all(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or list(value) != sorted(set(value)) or value[-1] != 1:
+            raise ValueError("looks must grow and end with 1.0, e.g. [0.25, 0.5, 1.0]")
+        return value
+
+
+# ---------------------------------------------------------------------------------------------- release
+
+
+class ReleaseSpec(Config):
+    """One model, one recipe, one release: the parameter of the flow `release_model`."""
+
+    model: str = Field(description="Hub id, Hub id@revision, or folder")
+    recipe: str = Field(default="fp8-dynamic", description="Name in configs/recipes or path")
+    suite: str = Field(default="quick", description="Name in configs/suites or path")
+    policy: str = Field(default="quick", description="Name in configs/gates or path")
+    repo_id: str = Field(description="Where to publish: namespace/name", pattern=r"^[\w.-]+/[\w.-]+$")
+    collection: str | None = Field(default=None, description="Collection: namespace/title, or a slug")
+    trust_remote_code: bool = Field(default=False, description="Let this model bring its own Python code")
+    work_dir: str = Field(default="fp8pipe-work", description="Folder for releases and baselines")
+    device: str = Field(default="auto", description="auto, cpu or cuda, for calibration")
+
+
+class ModelEntry(Config):
+    """One model of a collection."""
+
+    id: str
+    revision: str | None = None
+    overrides: dict[str, Any] = {}
+    """Fields of ReleaseSpec for this model alone."""
+
+
+class CollectionMeta(Config):
+    """The Hub collection to fill."""
+
+    namespace: str
+    title: str = Field(max_length=59)
+    description: str = Field(default="", max_length=150)
+
+
+class CollectionSpec(Config):
+    """A list of models to release: the parameter of the flow `release_collection`."""
+
+    collection: CollectionMeta
+    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    recipes: tuple[str, ...] = Field(min_length=1)
+    suite: str
+    policy: str
+    repo_name: str = "{namespace}/{model}{suffix}"
+    """Where each release goes; {namespace}, {model} (the id's last part), {suffix} (the recipe's), {recipe}."""
+    schedule: str | None = None
+    """Cron line for the deployment; None: by hand."""
+    work_dir: str = "fp8pipe-work"
+
+    def releases(self) -> tuple[ReleaseSpec, ...]:
+        """Every model with every recipe, as release specs."""
+        specs = []
+        for entry in self.models:
+            for recipe_name in self.recipes:
+                specs.append(self._release(entry, recipe_name))
+        return tuple(specs)
+
+    def _release(self, entry: ModelEntry, recipe_name: str) -> ReleaseSpec:
+        recipe = load_recipe(recipe_name)
+        repo_id = self.repo_name.format(
+            namespace=self.collection.namespace,
+            model=entry.id.rstrip("/").rsplit("/", 1)[-1],
+            suffix=recipe.repo_suffix,
+            recipe=recipe.name,
+        )
+        fields = {
+            "model": entry.id if entry.revision is None else f"{entry.id}@{entry.revision}",
+            "recipe": recipe_name,
+            "suite": self.suite,
+            "policy": self.policy,
+            "repo_id": repo_id,
+            "collection": f"{self.collection.namespace}/{self.collection.title}",
+            "work_dir": self.work_dir,
+        }
+        return validated(ReleaseSpec, fields | entry.overrides, f"model {entry.id}")
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+C = TypeVar("C", bound=Config)
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by name, or a recipe file by path."""
+    return load(Recipe, "recipes", name)
+
+
+def load_suite(name: str) -> EvalSuite:
+    """A shipped suite by name, or a suite file by path; `task_dir` comes back absolute."""
+    path = find("suites", name)
+    suite = load(EvalSuite, "suites", name)
+    if suite.task_dir is None:
+        return suite
+    return suite.model_copy(update={"task_dir": str((path.parent / suite.task_dir).resolve())})
+
+
+def load_policy(name: str) -> GatePolicy:
+    """A shipped gate policy by name, or a policy file by path."""
+    return load(GatePolicy, "gates", name)
+
+
+def load_collection(name: str) -> CollectionSpec:
+    """A shipped collection by name, or a collection file by path."""
+    return load(CollectionSpec, "collections", name)
+
+
+def load(kind_class: type[C], kind: Kind, name: str) -> C:
+    """Read one YAML file into its class; every failure is a ConfigError that names file and key."""
+    path = find(kind, name)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
+    return validated(kind_class, content, str(path))
+
+
+def validated(kind_class: type[C], content: dict[str, Any], where: str) -> C:
+    """`content` as `kind_class`; ConfigError with one line per problem."""
+    try:
+        return kind_class.model_validate(content)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, e['loc'])) or '(file)'}: {_explain(e)}" for e in error.errors()]
+        raise ConfigError(f"{where}: not a valid {kind_class.__name__}:\n" + "\n".join(lines)) from error
+
+
+def _explain(problem: Any) -> str:
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key (value {problem['input']!r}); remove it or correct its spelling"
+    return f"{problem['msg']} (found {problem['input']!r})"
+
+
+def find(kind: Kind, name: str) -> Path:
+    """The file that a name or path means."""
+    as_path = Path(name).expanduser()
+    if "/" in name or as_path.suffix in {".yaml", ".yml"}:
+        if not as_path.is_file():
+            raise ConfigError(f"{name}: no such file; give a path, or one of: {', '.join(shipped(kind))}")
+        return as_path
+    path = CONFIG_DIR / kind / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no {kind.rstrip('s')} named {name!r}; there are: {', '.join(shipped(kind))}; or give a path")
+    return path
+
+
+def shipped(kind: Kind) -> list[str]:
+    """Names of the shipped configurations of one kind."""
+    return sorted(path.stem for path in (CONFIG_DIR / kind).glob("*.yaml"))
