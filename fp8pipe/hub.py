@@ -1,0 +1,186 @@
+"""The one edge to huggingface_hub: the client, and the translation of its errors into ours.
+
+In: the environment (HF_ENDPOINT, HF_TOKEN or the stored login, HF_HUB_CACHE). Out: a quiet `HfApi`, and `translated`,
+inside which every foreign error leaves as a member of `errors.py` that says what was asked, of whom, and what to do.
+Retries are not made here: HubUnreachable is transient, and whoever drives the stage decides how often to try.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp8pipe.errors import (
+    AccessDenied,
+    DiskTooSmall,
+    EnvironmentFault,
+    Fp8PipeError,
+    HubUnreachable,
+    InputError,
+    ModelNotFound,
+    RevisionNotFound,
+)
+
+if TYPE_CHECKING:
+    import httpx2
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+CONNECT_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 120.0
+"""Longest silence of the Hub within one answer. huggingface_hub itself waits for ever."""
+
+
+def endpoint() -> str:
+    """The Hub's address, without a slash at the end."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+
+
+def cache_folder() -> Path:
+    """Where the Hub's files are kept, as huggingface_hub would have it if it were imported now."""
+    from huggingface_hub import constants
+
+    if chosen := os.environ.get("HF_HUB_CACHE"):
+        return Path(chosen).expanduser()
+    home = os.environ.get("HF_HOME")
+    return Path(home).expanduser() / "hub" if home else Path(constants.HF_HUB_CACHE)
+
+
+def client(token: str | None = None) -> HfApi:
+    """A client of `endpoint()`; without `token` it uses HF_TOKEN or the stored login."""
+    from huggingface_hub import HfApi, constants
+
+    _make_quiet_and_impatient()
+    # huggingface_hub reads its environment at import; a Hub that was started since may not speak Xet.
+    constants.HF_HUB_DISABLE_XET = os.environ.get("HF_HUB_DISABLE_XET", "").upper() in {"1", "ON", "YES", "TRUE"}
+    return HfApi(endpoint=endpoint(), token=token)
+
+
+@functools.cache
+def _make_quiet_and_impatient() -> None:
+    """Once per process: no bars and warnings of the library (we have our own), and an end to every wait."""
+    import httpx2
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils._http import default_client_factory
+
+    def with_timeout() -> httpx2.Client:
+        session = default_client_factory()
+        session.timeout = httpx2.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        return session
+
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    set_client_factory(with_timeout)
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Run Hub calls; `what` names the request in messages, as in "model org/name@main".
+
+    Raises ModelNotFound, RevisionNotFound, AccessDenied, InputError, HubUnreachable, DiskTooSmall or EnvironmentFault
+    in place of the library's errors, which stay behind as the cause. Errors that are not the Hub's pass unchanged.
+    """
+    try:
+        yield
+    except Fp8PipeError:
+        raise
+    except (OSError, RuntimeError, ValueError, _foreign()) as error:
+        ours = _translation(what, error)
+        if ours is None:
+            raise
+        raise ours from error
+
+
+def _foreign() -> type[Exception]:
+    """Base of the HTTP library's errors; imported late, since an except clause is evaluated on error only."""
+    import httpx2
+
+    return httpx2.HTTPError
+
+
+def _translation(what: str, error: BaseException) -> Fp8PipeError | None:
+    """Ours for the first error of the chain that we know: the library wraps an upload's 503 in a RuntimeError, and an
+    unreachable Hub in LocalEntryNotFoundError."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    link: BaseException | None = error
+    while link is not None:
+        if (ours := _one_translation(what, link)) is not None:
+            return ours
+        link = link.__cause__
+    if isinstance(error, LocalEntryNotFoundError):
+        return HubUnreachable(f"{what}: {endpoint()} gave no usable answer and nothing is cached: {error}")
+    return None
+
+
+def _one_translation(what: str, error: BaseException) -> Fp8PipeError | None:
+    import httpx2
+    from huggingface_hub import errors as hub
+
+    match error:
+        case hub.HfHubHTTPError():
+            return _of_answer(what, error)
+        case hub.OfflineModeIsEnabled():
+            return HubUnreachable(f"{what}: HF_HUB_OFFLINE is set and the file is not cached; unset it and try again")
+        case httpx2.TransportError():
+            reason = str(error) or type(error).__name__
+            return HubUnreachable(
+                f"{what}: {endpoint()} cannot be reached ({reason}); check HF_ENDPOINT and the network"
+            )
+        case hub.HFValidationError():
+            return InputError(f"{what}: not a name the Hub can have: {error}")
+        case hub.FileMetadataError() | json.JSONDecodeError():
+            return HubUnreachable(f"{what}: {endpoint()} does not answer like a Hub ({error}); check HF_ENDPOINT")
+        case OSError(errno=errno.ENOSPC):
+            return DiskTooSmall(
+                f"{what}: the disk is full: {error}; free some space and run again, it goes on from here"
+            )
+        case OSError() if "Consistency check failed" in str(error):
+            return HubUnreachable(f"{what}: the transfer from {endpoint()} was cut off: {error}")
+        case _:
+            return None
+
+
+def _of_answer(what: str, error: HfHubHTTPError) -> Fp8PipeError:
+    """Ours for an HTTP status."""
+    from huggingface_hub import errors as hub
+
+    status = error.response.status_code
+    said = error.server_message or f"HTTP {status}"
+    match error:
+        case hub.GatedRepoError():
+            page = f"{endpoint()}/{error.repo_id}" if error.repo_id else endpoint()
+            return AccessDenied(f"{what}: gated; ask for access at {page}, then {_login(error.request)}")
+        case hub.RepositoryNotFoundError():
+            return ModelNotFound(
+                f"{what}: {endpoint()} shows no such model. Check the name; {_if_private(error.request)}"
+            )
+        case hub.RevisionNotFoundError():
+            return RevisionNotFound(f"{what}: the model exists on {endpoint()}, this revision does not")
+        case hub.RemoteEntryNotFoundError():
+            return InputError(f"{what}: no such file on {endpoint()}")
+    if status in {401, 403} or isinstance(error, hub.DisabledRepoError):
+        return AccessDenied(f"{what}: {endpoint()} refuses: {said}; {_login(error.request)}")
+    if status in {408, 429} or status >= 500:
+        return HubUnreachable(f"{what}: {endpoint()} answered HTTP {status}: {said}; try again later")
+    if status in {400, 422}:
+        return InputError(f"{what}: {endpoint()} finds the request wrong: {said}")
+    return EnvironmentFault(f"{what}: {endpoint()} answered HTTP {status}: {said}")
+
+
+def _login(request: httpx2.Request) -> str:
+    if "authorization" in request.headers:
+        return "use a token of an account that may (HF_TOKEN or `hf auth login`)"
+    return "set HF_TOKEN or run `hf auth login`: no token was sent"
+
+
+def _if_private(request: httpx2.Request) -> str:
+    """The Hub does not tell a private model from none at all."""
+    return f"if it is private, {_login(request)}"

@@ -1,0 +1,401 @@
+"""Where a model comes from: a Hub id or a folder goes in, a Snapshot pinned to one state comes out.
+
+`resolve` asks for names and sizes only. `read_file` and `read_range` read from the folder, or from the Hub by HTTP
+ranges, so that a plan needs no download. `download` brings what quantizing needs into the Hub cache, `download_iter`
+hands each file over as soon as it is there. Pickled weights are never fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fp8pipe import hub
+from fp8pipe.errors import (
+    DiskTooSmall,
+    HubUnreachable,
+    InputError,
+    MalformedCheckpoint,
+    ModelNotFound,
+    SourceChanged,
+    UnsafeWeights,
+)
+from fp8pipe.identity import folder_identity
+from fp8pipe.progress import Progress, ProgressEvent, quiet
+from fp8pipe.records import Snapshot, SourceFile
+
+INDEX = "model.safetensors.index.json"
+
+COMPANIONS = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm"),
+    *("readme.md", "license*", "licence*", "notice*", "use_policy*"),
+    "additional_chat_templates/*.jinja",
+)
+"""What a checkpoint needs beside its weights, in lower case."""
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TRAINING_STATE = ("training_args.bin", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*")
+"""Pickles that are no weights."""
+
+DUPLICATES = ("consolidated*", "adapter_model*")
+"""Safetensors at the top of a repository that are not the model in the layout of transformers."""
+
+DOWNLOADS_AT_ONCE = 4
+
+
+# ---------------------------------------------------------------------------------------------- resolve
+
+
+def resolve(model: str) -> Snapshot:
+    """The state that `model` (a Hub id, `id@revision`, or a folder) means now. Downloads nothing.
+
+    An existing folder wins over a Hub id of the same spelling; what starts with `/`, `.` or `~` is always a folder.
+    Raises ModelNotFound, RevisionNotFound, AccessDenied, HubUnreachable; UnsafeWeights when all weights are pickles;
+    InputError when there are none, or no config.json.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        snapshot = _resolve_folder(folder.resolve())
+    elif model.startswith(("/", ".", "~")):
+        raise ModelNotFound(f"{model}: no such folder; give the folder that holds config.json, or a Hub id")
+    else:
+        snapshot = _resolve_on_hub(*_split(model))
+    _require_model(snapshot)
+    return snapshot
+
+
+def _split(model: str) -> tuple[str, str | None]:
+    model_id, at, revision = model.partition("@")
+    if at and not revision:
+        raise InputError(f"{model}: expected a revision after @; name a branch, tag or commit, or leave the @ out")
+    return model_id, revision or None
+
+
+def _resolve_on_hub(model_id: str, revision: str | None) -> Snapshot:
+    from huggingface_hub.hf_api import RepoFile
+
+    api = hub.client()
+    with hub.translated(f"model {model_id}" + (f"@{revision}" if revision else "")):
+        info = api.model_info(model_id, revision=revision)
+        assert info.sha is not None
+        if info.gated:  # its file list is public: find out now, not after the plan has been made
+            api.auth_check(model_id)
+        tree = api.list_repo_tree(model_id, revision=info.sha, recursive=True)
+        files = [
+            SourceFile(name=entry.path, size=entry.size, oid=entry.lfs.sha256 if entry.lfs else entry.blob_id)
+            for entry in tree
+            if isinstance(entry, RepoFile)
+        ]
+    return Snapshot(model_id=model_id, commit=info.sha, files=tuple(files))
+
+
+def _resolve_folder(folder: Path) -> Snapshot:
+    paths = [path for path in sorted(folder.rglob("*")) if not _is_hidden(path.relative_to(folder))]
+    for path in paths:
+        if path.is_symlink():
+            _require_inside(path, folder)
+    files = tuple(
+        SourceFile(name=path.relative_to(folder).as_posix(), size=path.stat().st_size)
+        for path in paths
+        if path.is_file()
+    )
+    commit = f"local-{folder_identity(folder)[:40]}"
+    return Snapshot(model_id=folder.name, commit=commit, files=files, root=str(folder))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _require_inside(link: Path, folder: Path) -> None:
+    """A link may not lead out of its folder. In the Hub cache every file is one: there it may lead anywhere in the
+    cache (`models--x/snapshots/SHA/f` -> `models--x/blobs/...`, from there perhaps to the cache's shared `blobs/`)."""
+    in_hub_cache = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+    fence = folder.parents[2] if in_hub_cache else folder
+    target = link.resolve()
+    if not target.exists():
+        raise InputError(f"{link}: broken link, {target} does not exist; download the model again")
+    if not target.is_relative_to(fence):
+        raise InputError(f"{link}: leads out of the model's folder, to {target}; copy the file in its place")
+
+
+def _require_model(snapshot: Snapshot) -> None:
+    """A config, and weights that can be read without running code."""
+    names = [file.name for file in snapshot.files]
+    where = f"{snapshot.model_id}@{snapshot.commit}"
+    if not any(name.endswith(".safetensors") for name in names):
+        pickles = [name for name in names if _matches(name, PICKLES) and not _matches(name, TRAINING_STATE)]
+        if pickles:
+            raise UnsafeWeights(
+                f"{where}: weights are pickles only ({', '.join(pickles[:3])}), and loading a pickle runs whatever code "
+                "is in it; use a revision with safetensors, or convert the weights"
+            )
+        raise InputError(f"{where}: expected *.safetensors, found no weights among {len(names)} files")
+    if "config.json" not in names:
+        raise InputError(f"{where}: no config.json; is this a model for transformers, and not an adapter or a part?")
+
+
+# ---------------------------------------------------------------------------------------------- what belongs to a model
+
+
+def weight_files(snapshot: Snapshot) -> tuple[str, ...]:
+    """The safetensors files that make up the model: those of the index, else the single one. Sorted.
+
+    Raises MalformedCheckpoint when the index cannot be read, names a file outside the folder or one that is missing,
+    or when several files lie there without an index.
+    """
+    names = {file.name for file in snapshot.files}
+    if INDEX in names:
+        return _indexed_files(snapshot, names)
+    single = sorted(n for n in names if "/" not in n and n.endswith(".safetensors") and not _matches(n, DUPLICATES))
+    if "model.safetensors" in single:
+        return ("model.safetensors",)
+    if len(single) != 1:
+        found = ", ".join(single[:4]) or "none at the top of the repository"
+        raise MalformedCheckpoint(f"{snapshot.model_id}: expected {INDEX} or one safetensors file, found {found}")
+    return (single[0],)
+
+
+def _indexed_files(snapshot: Snapshot, names: set[str]) -> tuple[str, ...]:
+    where = f"{snapshot.model_id}: {INDEX}"
+    try:
+        weight_map = json.loads(read_file(snapshot, INDEX))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MalformedCheckpoint(f"{where}: expected a JSON object with weight_map, found {error!r}") from error
+    for shard in shards:
+        if not isinstance(shard, str) or not _is_plain(shard):
+            raise MalformedCheckpoint(f"{where}: {shard!r} is no file of this folder; an index may not lead elsewhere")
+        if shard not in names:
+            raise MalformedCheckpoint(f"{where}: names {shard}, which is not there; the upload is incomplete")
+    if not shards:
+        raise MalformedCheckpoint(f"{where}: weight_map is empty")
+    return tuple(shards)
+
+
+def _is_plain(name: str) -> bool:
+    """A relative path with `/` that stays where it starts and ends in .safetensors."""
+    path = PurePosixPath(name)
+    escapes = path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name
+    return not escapes and name == path.as_posix() and path.suffix == ".safetensors"
+
+
+def needed_files(snapshot: Snapshot, *, trust_remote_code: bool = False) -> tuple[SourceFile, ...]:
+    """What a quantized copy is made of: companions first, then the weights. `*.py` only if `trust_remote_code`."""
+    weights = set(weight_files(snapshot))
+    patterns = (*COMPANIONS, "*.py") if trust_remote_code else COMPANIONS
+    small = [
+        file for file in snapshot.files if _matches(file.name, patterns) and not file.name.endswith(".bin.index.json")
+    ]
+    return (*small, *sorted((file for file in snapshot.files if file.name in weights), key=lambda file: file.name))
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern fits; one without a slash fits only at the top of the repository."""
+    return any(fnmatch(name.lower(), pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+
+
+# ---------------------------------------------------------------------------------------------- read
+
+
+def read_file(snapshot: Snapshot, name: str) -> bytes:
+    """A whole small file, such as config.json."""
+    return read_range(snapshot, name, 0, _entry(snapshot, name).size)
+
+
+def read_range(snapshot: Snapshot, name: str, begin: int, end: int) -> bytes:
+    """Bytes [begin, end) of a file: from disk, or by one HTTP range request.
+
+    Raises MalformedCheckpoint when the file is shorter, SourceChanged when it shrank since `resolve`.
+    """
+    size = _entry(snapshot, name).size
+    if not 0 <= begin <= end <= size:
+        raise MalformedCheckpoint(f"{name}: bytes {begin} to {end} were asked for, the file has {size}")
+    if begin == end:
+        return b""
+    if snapshot.root is not None:
+        data = _read_local(snapshot.path / name, begin, end)
+    else:
+        data = _read_remote(snapshot, name, begin, end)
+    if len(data) != end - begin:
+        raise SourceChanged(
+            f"{name}: expected {end - begin} bytes at {begin}, found {len(data)}; resolve the model again"
+        )
+    return data
+
+
+def _entry(snapshot: Snapshot, name: str) -> SourceFile:
+    for file in snapshot.files:
+        if file.name == name:
+            return file
+    raise InputError(f"{snapshot.model_id}@{snapshot.commit}: no file {name}")
+
+
+def _read_local(path: Path, begin: int, end: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
+    except FileNotFoundError:
+        raise SourceChanged(f"{path}: was there when the model was resolved, is gone now") from None
+
+
+def _read_remote(snapshot: Snapshot, name: str, begin: int, end: int) -> bytes:
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    api = hub.client()
+    url = hf_hub_url(snapshot.model_id, name, revision=snapshot.commit, endpoint=api.endpoint)
+    headers = build_hf_headers(token=api.token) | {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+    with (
+        hub.translated(f"{name} of {snapshot.model_id}@{snapshot.commit}"),
+        get_session().stream("GET", url, headers=headers) as response,
+    ):
+        hf_raise_for_status(response)
+        data = bytearray()
+        skip = (
+            0 if response.status_code == 206 else begin
+        )  # 200: ranges are not honoured, the file comes from its start
+        for chunk in response.iter_bytes():
+            data += chunk
+            if len(data) >= skip + end - begin:
+                break
+    return bytes(data[skip : skip + end - begin])
+
+
+# ---------------------------------------------------------------------------------------------- download
+
+
+def download(snapshot: Snapshot, *, trust_remote_code: bool = False, progress: Progress = quiet) -> Snapshot:
+    """The snapshot with everything needed on disk: `root` set, `files` narrowed to what lies there.
+
+    Files that are in the Hub cache already are not fetched again, so an interrupted download goes on where it was.
+    """
+    for _ in download_iter(snapshot, trust_remote_code=trust_remote_code, progress=progress):
+        pass
+    return local_snapshot(snapshot, trust_remote_code=trust_remote_code)
+
+
+def local_snapshot(snapshot: Snapshot, *, trust_remote_code: bool = False) -> Snapshot:
+    """What `download` returns, before or while it runs: the place in the cache follows from id and commit."""
+    root = Path(snapshot.root) if snapshot.root else _cache_root(snapshot)
+    files = needed_files(snapshot, trust_remote_code=trust_remote_code)
+    return snapshot.model_copy(update={"root": str(root), "files": files})
+
+
+def _cache_root(snapshot: Snapshot) -> Path:
+    return hub.cache_folder() / f"models--{snapshot.model_id.replace('/', '--')}" / "snapshots" / snapshot.commit
+
+
+def download_iter(snapshot: Snapshot, *, trust_remote_code: bool = False, progress: Progress = quiet) -> Iterator[Path]:
+    """Yield the path of each needed file as soon as it is complete, while the others are still on their way.
+
+    Companions come first, then the weights in order of arrival. Leaving the loop early stops what is under way.
+    Raises HubUnreachable, AccessDenied, DiskTooSmall; SourceChanged when a local file is not what `resolve` saw.
+    """
+    files = needed_files(snapshot, trust_remote_code=trust_remote_code)
+    if snapshot.root is not None:
+        yield from (_require_size(snapshot.path / file.name, file) for file in files)
+        return
+    _require_disk(snapshot, files)
+    meter = _Meter(sum(file.size for file in files), progress)
+    pool = ThreadPoolExecutor(DOWNLOADS_AT_ONCE, thread_name_prefix="download")
+    try:
+        arriving = [pool.submit(_fetch, snapshot, file, meter) for file in files]
+        for future in as_completed(arriving):
+            yield future.result()
+    finally:
+        meter.stopped.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _require_disk(snapshot: Snapshot, files: tuple[SourceFile, ...]) -> None:
+    root = _cache_root(snapshot)
+    missing = sum(file.size for file in files if not (root / file.name).exists())
+    existing = next(folder for folder in root.parents if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if missing > free:
+        raise DiskTooSmall(
+            f"{snapshot.model_id}: {missing / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free at {existing}; "
+            "free some space, or set HF_HUB_CACHE to a larger disk"
+        )
+
+
+def _fetch(snapshot: Snapshot, file: SourceFile, meter: _Meter) -> Path:
+    """One file, from the cache or the Hub. A cached file of the wrong size is fetched once more."""
+    get = partial(
+        hub.client().hf_hub_download,
+        snapshot.model_id,
+        file.name,
+        revision=snapshot.commit,
+        cache_dir=hub.cache_folder(),
+        tqdm_class=_bar_class(partial(meter.add, file)),
+    )
+    with hub.translated(f"{file.name} of {snapshot.model_id}@{snapshot.commit}"):
+        path = Path(get())
+        if path.stat().st_size != file.size:
+            path = Path(get(force_download=True))
+    if path.stat().st_size != file.size:
+        raise HubUnreachable(f"{file.name}: expected {file.size} bytes, {path.stat().st_size} arrived; try again")
+    meter.complete(file)
+    return path
+
+
+def _require_size(path: Path, file: SourceFile) -> Path:
+    size = path.stat().st_size if path.exists() else None
+    if size != file.size:
+        raise SourceChanged(f"{path}: expected {file.size} bytes, found {size}; resolve the model again")
+    return path
+
+
+class _Meter:
+    """Bytes that have arrived, over all files and threads."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self.total = total
+        self.progress = progress
+        self.done: dict[str, int] = {}
+        self.lock = threading.Lock()
+        self.stopped = threading.Event()
+
+    def add(self, file: SourceFile, count: int) -> None:
+        """`count` more bytes of `file`; negative when a transfer starts over. Ends the transfer once stopped."""
+        if self.stopped.is_set():
+            raise CancelledError
+        self._set(file, self.done.get(file.name, 0) + count)
+
+    def complete(self, file: SourceFile) -> None:
+        self._set(file, file.size)
+
+    def _set(self, file: SourceFile, count: int) -> None:
+        with self.lock:
+            self.done[file.name] = count
+            self.progress(ProgressEvent("source", sum(self.done.values()), self.total, "B", file.name))
+
+
+def _bar_class(count: Callable[[int], None]) -> type[Any]:  # Any: the library's bar class exists only after its import
+    """What huggingface_hub takes for a progress bar: draws nothing, tells `count` how many bytes came."""
+    from huggingface_hub.utils import tqdm
+
+    class Bar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:  # Any: whatever the library passes to its bars
+            super().__init__(*args, **(kwargs | {"disable": True}))
+
+        def update(self, n: float | None = 1) -> None:
+            count(int(n or 0))
+
+        def update_transfer(self, n: float | None = 1) -> None:
+            """Bytes on the wire, which Xet counts apart from bytes in the file."""
+
+        def set_transfer_postfix_str(self, *_: Any, **__: Any) -> None:  # Any: not looked at
+            """Xet's transfer speed."""
+
+    return Bar
