@@ -293,6 +293,8 @@ class EvalReport(Record):
     """vllm, lm_eval, transformers, torch, fp8pipe."""
     table: str
     """lm-eval's own result table."""
+    folder_identity: str | None = None
+    """Identity of the checkpoint folder as it was measured; None for a baseline."""
     seconds: dict[str, float]
     """start (process to ready engine), evaluate, total. Figures for people, not identity."""
 
@@ -379,6 +381,17 @@ class GateDecision(Record):
 # ---------------------------------------------------------------------------------------------- publish
 
 
+class Approval(Record):
+    """A person's decision to publish what the gate found inconclusive. `DIR/fp8pipe/approval.json`."""
+
+    who: str
+    when: str
+    """ISO 8601, UTC."""
+    reason: str
+    decision: str
+    """Digest of the GateDecision that was approved: another decision needs another approval."""
+
+
 class Release(Record):
     """A checkpoint on the Hub, proven by re-reading it. `release.json`."""
 
@@ -399,3 +412,44 @@ class Release(Record):
     """What the Hub was asked to hold, each verified against the Hub's own checksums."""
     new_commit: bool
     """False when the Hub already held these bytes."""
+
+
+class Outcome(Record):
+    """How one release ended, whichever way. `releases/.../release.json`."""
+
+    verdict: Verdict | Literal["unsound"]
+    """unsound: the validator found errors, so nothing was evaluated."""
+    reason: str
+    model_id: str
+    source_commit: str
+    recipe: str
+    suite: str
+    policy: str
+    fingerprint: str
+    source_bytes: int
+    output_bytes: int
+    decision: GateDecision | None
+    release: Release | None
+    """None unless it was published."""
+
+
+VERDICT_EXIT_CODES = {"accepted": 0, "rejected": 1, "unsound": 1, "inconclusive": 3}
+"""How a decided release ends a command."""
+
+
+class BatchEntry(Record):
+    """One release of a batch: its outcome, or the error that ended it."""
+
+    model: str
+    recipe: str
+    repo_id: str
+    exit_code: int
+    outcome: Outcome | None
+    error: str | None
+
+
+class BatchResult(Record):
+    """How every release of a collection ended."""
+
+    collection: str
+    entries: tuple[BatchEntry, ...]

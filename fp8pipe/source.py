@@ -8,7 +8,6 @@ hands each file over as soon as it is there. Pickled weights are never fetched.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -135,8 +134,8 @@ def _require_model(snapshot: Snapshot) -> None:
         pickles = [name for name in names if _matches(name, PICKLES) and not _matches(name, TRAINING_STATE)]
         if pickles:
             raise UnsafeWeights(
-                f"{where}: weights are pickles only ({', '.join(pickles[:3])}), and loading a pickle runs whatever code "
-                "is in it; use a revision with safetensors, or convert the weights"
+                f"{where}: weights are pickles only ({', '.join(pickles[:3])}); loading a pickle runs the code in it;"
+                " use a revision with safetensors, or convert the weights"
             )
         raise InputError(f"{where}: expected *.safetensors, found no weights among {len(names)} files")
     if "config.json" not in names:
