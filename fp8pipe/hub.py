@@ -170,7 +170,7 @@ def _of_answer(what: str, error: HfHubHTTPError) -> Fp8PipeError:
         return AccessDenied(f"{what}: {endpoint()} refuses: {said}; {_login(error.request)}")
     if status in {408, 429} or status >= 500:
         return HubUnreachable(f"{what}: {endpoint()} answered HTTP {status}: {said}; try again later")
-    if status in {400, 422}:
+    if status in {400, 404, 422}:
         return InputError(f"{what}: {endpoint()} finds the request wrong: {said}")
     return EnvironmentFault(f"{what}: {endpoint()} answered HTTP {status}: {said}")
 
