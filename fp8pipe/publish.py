@@ -355,8 +355,8 @@ class _Upload:
         foreign = set(remote) - {".gitattributes", CARD}
         if foreign and MARK not in remote:
             raise InputError(
-                f"{self.repo_id}: holds files that fp8pipe did not put there ({', '.join(sorted(foreign)[:3])}), and would "
-                "replace; name another repository, or delete this one first"
+                f"{self.repo_id}: holds files that are not fp8pipe's ({', '.join(sorted(foreign)[:3])}), which a release "
+                "would replace; name another repository, or delete this one first"
             )
         to_add = [file.name for file in self.files if not self._holds(remote.get(file.name), file)]
         to_delete = sorted(set(remote) - {file.name for file in self.files} - {".gitattributes"})
@@ -419,7 +419,7 @@ def _find_or_create(api: HfApi, name: str) -> Collection:
     namespace, slash, title = name.partition("/")
     if not (namespace and slash and title):
         raise InputError(f"collection {name}: expected namespace/title, or a slug as in the collection's address")
-    if re.fullmatch(r"[a-z0-9-]+-[0-9a-f]{24}", title):
+    if re.fullmatch(r"(?:[a-z0-9-]+-)?[0-9a-f]{24}", title):
         return api.get_collection(name)
     for shelf in api.list_collections(owner=namespace):
         if shelf.title == title:
