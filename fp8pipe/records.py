@@ -319,7 +319,10 @@ class RuleOutcome(Record):
 
 
 class TaskDecision(Record):
-    """The paired test of one task; drop = baseline - candidate, in the metric's own unit (0.02 is two points)."""
+    """The paired test of one task; drop = baseline - candidate, in the metric's own unit (0.02 is two points).
+
+    Where lower is better the drop is candidate - baseline: a drop is always a loss.
+    """
 
     task: str
     metric: str

@@ -1,0 +1,262 @@
+"""Paired tests of one drop against one margin. Numbers in, numbers out.
+
+The drop is how much worse the candidate's mean is than the baseline's on the same n samples. Two one-sided hypotheses
+are tested against the margin m, and each test is inverted into a bound:
+
+    p_accept   H0: drop >= m     small: the drop is shown to be below the margin
+    p_reject   H0: drop <= m     small: the drop is shown to be above the margin
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, stats
+
+Array = NDArray[np.float64]
+
+MIN_CLUSTERS = 20
+"""Fewer clusters than this say too little about the variance between clusters for any verdict."""
+RESAMPLES = 9_999
+"""Bootstrap resamples: p values in steps of 1/10,000."""
+SEED = 1234
+"""Seed of the bootstrap. Fixed, so that the same two reports always give the same decision."""
+_CHUNK = 4_000_000
+"""Counts held in memory at once by the bootstrap."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairedTest:
+    """What one test says about one drop, and the bounds it inverts to at any level."""
+
+    method: str
+    drop: float
+    p_accept: float
+    p_reject: float
+    upper: Callable[[float], float]
+    """alpha -> one-sided upper bound of the drop; below the margin exactly where p_accept < alpha."""
+    lower: Callable[[float], float]
+    """alpha -> one-sided lower bound of the drop."""
+
+
+# ---------------------------------------------------------------------------------------------- 0/1 metrics
+
+
+def constrained_won(lost: int, won: int, n: int, drop: float) -> float:
+    """Maximum-likelihood probability of a won sample when P(lost) - P(won) is held at `drop`.
+
+    The larger root of 2n q^2 + (-lost - won + (2n - lost + won) drop) q - won drop (1 - drop) = 0 (Tango 1998).
+    """
+    b = -lost - won + (2 * n - lost + won) * drop
+    c = -won * drop * (1 - drop)
+    root = np.sqrt(max(b * b - 8 * n * c, 0.0))
+    # The textbook formula loses all digits where b > 0 and c is tiny; the product of the roots does not.
+    return float((root - b) / (4 * n) if b <= 0 else -2 * c / (b + root))
+
+
+def score_statistic(lost: int, won: int, n: int, drop: float) -> float:
+    """Tango's score statistic of H: P(lost) - P(won) = drop; standard normal under H, falls as `drop` grows."""
+    variance = n * (2 * constrained_won(lost, won, n, drop) + drop * (1 - drop))
+    distance = lost - won - n * drop
+    if variance <= 0:  # no discordant pair and drop 0, or every pair lost and drop 1: the hypothesis fits exactly
+        return 0.0 if distance == 0 else float(np.copysign(np.inf, distance))
+    return float(distance / np.sqrt(variance))
+
+
+def score_bound(lost: int, won: int, n: int, z: float) -> float:
+    """The drop at which the score statistic is z: z < 0 gives an upper bound, z > 0 a lower one."""
+    observed = (lost - won) / n
+    end = -1.0 if z > 0 else 1.0
+    if z == 0 or observed == end:
+        return observed
+    inner = end * (1 - 1e-12)  # at +-1 itself the variance vanishes
+    root: Any = optimize.brentq(lambda d: score_statistic(lost, won, n, d) - z, observed, inner, xtol=1e-12)
+    return float(root)  # Any: the stubs also know a form that returns a report
+
+
+def score_test(lost: int, won: int, n: int, margin: float) -> PairedTest:
+    """Score test on paired proportions (Tango, Statistics in Medicine 17, 1998, 891-908).
+
+    `lost` samples are right in the baseline and wrong in the candidate, `won` the reverse, `n` all samples. Without a
+    discordant pair the statistic is -sqrt(n m / (1 - m)): accepted only if n >= z^2 (1 - m) / m.
+    """
+    z = score_statistic(lost, won, n, margin)
+    return PairedTest(
+        method="score-paired",
+        drop=(lost - won) / n,
+        p_accept=float(stats.norm.cdf(z)),
+        p_reject=float(stats.norm.sf(z)),
+        upper=lambda alpha: score_bound(lost, won, n, float(stats.norm.ppf(alpha))),
+        lower=lambda alpha: score_bound(lost, won, n, float(stats.norm.isf(alpha))),
+    )
+
+
+def mcnemar_p(lost: int, won: int) -> float:
+    """One-sided exact McNemar: the chance of at least this many losses among the discordant pairs at odds 1:1."""
+    return float(stats.binom.sf(lost - 1, lost + won, 0.5))
+
+
+# ---------------------------------------------------------------------------------------------- other metrics
+
+
+def bootstrap_test(losses: Array, clusters: Sequence[str], margin: float, method: str) -> PairedTest:
+    """Studentized paired bootstrap of the mean of `losses` [n], whole clusters drawn together.
+
+    Without clusters each sample is its own. A resample that happens to hold no variation counts as infinitely far out,
+    so that a mean resting on a handful of samples gets wide bounds by itself.
+    """
+    sums, sizes = _per_cluster(losses, clusters)
+    drop, error = _ratio_and_error(_moments(sums, sizes).sum(axis=0), len(sums))
+    t = _resampled_t(sums, sizes, float(drop))
+    observed = (float(drop) - margin) / float(error) if error > 0 else np.nan
+    return PairedTest(
+        method=method,
+        drop=float(drop),
+        p_accept=_share(t <= observed) if error > 0 else 1.0,
+        p_reject=_share(t >= observed) if error > 0 else 1.0,
+        upper=lambda alpha: float(drop - _low_quantile(t, alpha) * error),
+        lower=lambda alpha: float(drop + _low_quantile(-t, alpha) * error),
+    )
+
+
+def _per_cluster(losses: Array, clusters: Sequence[str]) -> tuple[Array, Array]:
+    if not clusters:
+        return losses, np.ones_like(losses)
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    return np.bincount(index, weights=losses).astype(np.float64), np.bincount(index).astype(np.float64)
+
+
+def _moments(sums: Array, sizes: Array) -> Array:
+    """[clusters, 5]: what adds up over clusters to a ratio and its cluster-robust error."""
+    return np.stack([sums, sizes, sums * sums, sums * sizes, sizes * sizes], axis=1)
+
+
+def _ratio_and_error(totals: Array, count: int) -> tuple[Array, Array]:
+    """Mean over samples, and its cluster-robust standard error, from summed moments [..., 5]."""
+    s, n, ss, sn, nn = np.moveaxis(totals, -1, 0)
+    mean = s / n
+    squares = ss - 2 * mean * sn + mean * mean * nn
+    # Rounding leaves about 1e-16 of ss where all clusters agree; that is no variation.
+    squares = np.where(squares > 1e-12 * (ss + mean * mean * nn), squares, 0.0)
+    return mean, np.sqrt(squares * (count / max(count - 1, 1))) / n
+
+
+def _resampled_t(sums: Array, sizes: Array, drop: float) -> Array:
+    """[RESAMPLES] studentized distances of resampled means from the observed one."""
+    random, count, moments = np.random.default_rng(SEED), len(sums), _moments(sums, sizes)
+    step = max(1, _CHUNK // count)
+    parts = []
+    for start in range(0, RESAMPLES, step):
+        rows = min(step, RESAMPLES - start)
+        drawn = random.multinomial(count, np.full(count, 1 / count), size=rows)
+        parts.append(_ratio_and_error(drawn @ moments, count))
+    means, errors = (np.concatenate(part) for part in zip(*parts, strict=True))
+    distance = means - drop
+    flat = np.where(np.abs(distance) < 1e-12, 0.0, np.copysign(np.inf, distance))
+    return np.divide(distance, errors, out=flat, where=errors > 0)
+
+
+def _share(hits: NDArray[np.bool_]) -> float:
+    """Bootstrap p value, the observed sample counted as one of the resamples."""
+    return float((1 + np.count_nonzero(hits)) / (1 + len(hits)))
+
+
+def _low_quantile(t: Array, alpha: float) -> float:
+    """The t below which the p value is at most alpha: the floor(alpha (R + 1))-th smallest, -inf if there is none."""
+    rank = int(np.floor(alpha * (len(t) + 1) + 1e-9))
+    return float(np.partition(t, rank - 1)[rank - 1]) if rank >= 1 else -np.inf
+
+
+# ---------------------------------------------------------------------------------------------- which test
+
+
+def paired_test(baseline: Array, candidate: Array, clusters: Sequence[str], margin: float) -> PairedTest:
+    """The test that fits the data: values [n] oriented so that higher is better.
+
+    0/1 values: score test. Others: bootstrap; where no sample differs, the score test of zero discordant pairs on the
+    metric's own range. Clusters: the more cautious of that and of the cluster bootstrap, since clustering can only
+    take information away and few discordant pairs say little about it.
+    """
+    losses = baseline - candidate
+    width = value_range(baseline, candidate)
+    if is_binary(baseline) and is_binary(candidate):
+        lost, won = int(np.count_nonzero(losses > 0)), int(np.count_nonzero(losses < 0))
+        test = score_test(lost, won, len(losses), margin)
+    elif not losses.any():
+        test = _identical(len(losses), margin, width)
+    else:
+        test = bootstrap_test(losses, (), margin, "bootstrap-paired")
+    if clusters and losses.any():
+        test = _more_cautious(bootstrap_test(losses, clusters, margin, "cluster-bootstrap"), test)
+    return _within(test, width)
+
+
+def is_binary(values: Array) -> bool:
+    """Whether every value is 0 or 1."""
+    return bool(np.isin(values, (0.0, 1.0)).all())
+
+
+def value_range(baseline: Array, candidate: Array) -> float:
+    """How far apart two values can lie: 1 for metrics within [0, 1], else what was observed."""
+    both = np.concatenate([baseline, candidate])
+    return 1.0 if both.min() >= 0 and both.max() <= 1 else float(both.max() - both.min())
+
+
+def _identical(n: int, margin: float, width: float) -> PairedTest:
+    width = width or 1.0
+    test = score_test(0, 0, n, min(margin / width, 1 - 1e-9))
+    return PairedTest(
+        test.method,
+        0.0,
+        test.p_accept,
+        test.p_reject,
+        lambda alpha: width * test.upper(alpha),
+        lambda alpha: width * test.lower(alpha),
+    )
+
+
+def _more_cautious(one: PairedTest, other: PairedTest) -> PairedTest:
+    return PairedTest(
+        one.method,
+        one.drop,
+        max(one.p_accept, other.p_accept),
+        max(one.p_reject, other.p_reject),
+        lambda alpha: max(one.upper(alpha), other.upper(alpha)),
+        lambda alpha: min(one.lower(alpha), other.lower(alpha)),
+    )
+
+
+def _within(test: PairedTest, width: float) -> PairedTest:
+    """Bounds beyond the metric's range say nothing more than the range does."""
+    return PairedTest(
+        test.method,
+        test.drop,
+        test.p_accept,
+        test.p_reject,
+        lambda alpha: min(test.upper(alpha), width),
+        lambda alpha: max(test.lower(alpha), -width),
+    )
+
+
+def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
+    """Per p value the level Holm's step-down tests it at; values after the first that fails share its level."""
+    levels, level, going = [0.0] * len(p_values), alpha, True
+    for step, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        if going:
+            level = alpha / (len(p_values) - step)
+        levels[index] = level
+        going = going and p_values[index] < level
+    return levels
+
+
+def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
+    """Two-sided interval of one side's mean, for display: Wilson for 0/1 values, normal otherwise."""
+    if is_binary(values):
+        interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(level, method="wilson")
+        return float(interval.low), float(interval.high)
+    half = float(stats.norm.isf((1 - level) / 2)) * float(values.std(ddof=1)) / np.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)

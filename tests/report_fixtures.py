@@ -1,0 +1,169 @@
+"""Small, complete EvalReports, checkpoints, policies and recipes for tests of what comes after the evaluation.
+
+`report(...)` is one model's report with evidence for every rule of the gate; `change(...)` alters one field of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fp8pipe.config import EvalSuite, GatePolicy, Recipe, TaskPolicy, TaskSpec
+from fp8pipe.records import Checkpoint, EngineFacts, EvalReport, MetricSamples, TaskResult
+
+SOURCE_COMMIT = "5" * 40
+FINGERPRINT = "f" * 64
+KERNEL = "PerTensorTorchFP8ScaledMMLinearKernel"
+
+
+def values(right: int, n: int) -> tuple[float, ...]:
+    """`n` 0/1 outcomes, the first `right` of them 1."""
+    return tuple([1.0] * right + [0.0] * (n - right))
+
+
+def flipped(outcomes: Sequence[float], *, lost: int, won: int) -> tuple[float, ...]:
+    """The same outcomes with the first `lost` ones wrong and the first `won` zeros right."""
+    result = np.array(outcomes)
+    result[np.flatnonzero(np.array(outcomes) == 1)[:lost]] = 0
+    result[np.flatnonzero(np.array(outcomes) == 0)[:won]] = 1
+    return tuple(result.tolist())
+
+
+def metric(
+    outcomes: Sequence[float], *, name: str = "exact_match", filter: str = "none", **fields: Any
+) -> MetricSamples:
+    """One metric whose mean is that of its samples."""
+    known = {
+        "metric": name,
+        "filter": filter,
+        "higher_is_better": True,
+        "mean": float(np.mean(outcomes)) if len(outcomes) else 0.0,
+        "stderr": None,
+        "values": tuple(outcomes),
+    }
+    return MetricSamples(**(known | fields))
+
+
+def task(outcomes: Sequence[float], *, name: str = "qa", **fields: Any) -> TaskResult:
+    """One task with one metric; documents numbered and hashed by position."""
+    ids = range(len(outcomes))
+    known = {
+        "task": name,
+        "version": "1.0",
+        "num_fewshot": 0,
+        "doc_ids": tuple(ids),
+        "doc_hashes": tuple(f"doc{i}" for i in ids),
+        "prompt_hashes": tuple(f"prompt{i}" for i in ids),
+        "target_hashes": tuple(f"target{i}" for i in ids),
+        "metrics": (metric(outcomes),),
+    }
+    return TaskResult(**(known | fields))
+
+
+def engine(*, candidate: bool, **fields: Any) -> EngineFacts:
+    """A baseline in BF16, or a candidate with FP8 Linears and an FP8 KV cache."""
+    known = {
+        "linear_kernels": (KERNEL,) if candidate else (),
+        "attention_backend": "FLASH_ATTN",
+        "kv_cache_dtype": "fp8" if candidate else "auto",
+        "quantization": "compressed-tensors" if candidate else None,
+        "dtype": "bfloat16",
+        "max_model_len": 512,
+        "arguments": {"max_model_len": 512, "dtype": "bfloat16"},
+        "device_class": "hopper",
+        "device_name": "NVIDIA H100",
+        "plugin": None,
+    }
+    return EngineFacts(**(known | fields))
+
+
+def report(*tasks: TaskResult, candidate: bool = False, **fields: Any) -> EvalReport:
+    """A whole report on `tasks`, with evidence for every rule."""
+    known = {
+        "role": "candidate" if candidate else "baseline",
+        "model_id": "acme/tiny",
+        "fingerprint": FINGERPRINT if candidate else SOURCE_COMMIT,
+        "suite": "unit",
+        "suite_digest": "d" * 64,
+        "engine": engine(candidate=candidate),
+        "tasks": tasks,
+        "add_bos_token": True,
+        "chat_template_hash": None,
+        "tokenizer_hash": "c" * 64,
+        "seeds": {"random": 0, "fewshot": 1234},
+        "versions": {
+            "vllm": "0.32.0",
+            "lm_eval": "0.4.13",
+            "transformers": "5.19.0",
+            "torch": "2.13.0",
+            "fp8pipe": "0.1.0",
+        },
+        "table": "|Task|\n",
+        "seconds": {"total": 1.0},
+    }
+    return EvalReport(**(known | fields))
+
+
+def pair(n: int = 2000, *, right: int = 1820, lost: int = 0, won: int = 0) -> tuple[EvalReport, EvalReport]:
+    """Baseline and candidate on one 0/1 task of `n` samples."""
+    ours = values(right, n)
+    return report(task(ours)), report(task(flipped(ours, lost=lost, won=won)), candidate=True)
+
+
+def policy(*tasks: str, margin: float = 0.02, **fields: Any) -> GatePolicy:
+    """A policy for 0/1 tasks (default: `qa`), one attempt."""
+    known = {
+        "name": "unit",
+        "tasks": {name: TaskPolicy(metric="exact_match", margin=margin, min_baseline=0.3) for name in tasks or ("qa",)},
+        "max_attempts": 1,
+    }
+    return GatePolicy(**(known | fields))
+
+
+def suite(samples: int | None = None, *tasks: str) -> EvalSuite:
+    """A suite that asks for `samples` of each task."""
+    return EvalSuite(name="unit", tasks={name: TaskSpec(samples=samples) for name in tasks or ("qa",)})
+
+
+def checkpoint(**fields: Any) -> Checkpoint:
+    """The checkpoint that the candidate's report is about."""
+    known = {
+        "fingerprint": FINGERPRINT,
+        "model_id": "acme/tiny",
+        "source_commit": SOURCE_COMMIT,
+        "recipe": "fp8-static-kv",
+        "recipe_digest": "e" * 64,
+        "engine_version": 1,
+        "calibration_digest": "a" * 64,
+        "source_bytes": 2_000_000,
+        "output_bytes": 1_100_000,
+        "quantized_tensors": 28,
+        "kept_tensors": 9,
+        "seconds": 1.5,
+    }
+    return Checkpoint(**(known | fields))
+
+
+def recipe(**fields: Any) -> Recipe:
+    """fp8-static-kv, as shipped."""
+    known = {
+        "name": "fp8-static-kv",
+        "weights": {"strategy": "tensor"},
+        "activations": {"mode": "static", "strategy": "tensor"},
+        "kv_cache": {"strategy": "tensor"},
+    }
+    return Recipe.model_validate(known | fields)
+
+
+def change_task(side: EvalReport, index: int = 0, **fields: Any) -> EvalReport:
+    """The report with fields of one of its tasks replaced."""
+    tasks = list(side.tasks)
+    tasks[index] = tasks[index].model_copy(update=fields)
+    return side.model_copy(update={"tasks": tuple(tasks)})
+
+
+def change_engine(side: EvalReport, **fields: Any) -> EvalReport:
+    """The report with facts of its engine replaced."""
+    return side.model_copy(update={"engine": side.engine.model_copy(update=fields)})
