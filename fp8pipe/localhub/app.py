@@ -1,0 +1,61 @@
+"""The Hub as an ASGI application: routes over a state folder.
+
+Comes in: the folder, the tokens, faults if wanted. Goes out: a Starlette application that the unmodified huggingface_hub
+client and `datasets` talk to.
+"""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from fp8pipe.localhub import routes_collections, routes_commits, routes_discussions, routes_files, routes_repos
+from fp8pipe.localhub.access import Tokens
+from fp8pipe.localhub.discussions import Discussions
+from fp8pipe.localhub.faults import Faults, FaultyServer, list_faults, set_faults
+from fp8pipe.localhub.refusals import Refusal, answer_refusal, repo_not_found
+from fp8pipe.localhub.requests import Hub, KeepQuotedSlashes
+from fp8pipe.localhub.shelves import Shelves
+from fp8pipe.localhub.store import Store
+
+
+def create_app(root: Path, tokens: Tokens, faults: Faults | None = None) -> Starlette:
+    """The Hub whose state is in `root`. `tokens` says who may do what; with `faults`, /_faults exists."""
+    store = Store(root)
+    shelves = Shelves(store)
+    routes = [
+        *routes_repos.ROUTES,
+        *routes_files.ROUTES,
+        *routes_commits.ROUTES,
+        *routes_collections.ROUTES,
+        *routes_discussions.ROUTES,
+    ]
+    middleware = [Middleware(KeepQuotedSlashes)]
+    if faults is not None:
+        routes += [Route("/_faults", set_faults, methods=["POST"]), Route("/_faults", list_faults)]
+        middleware.insert(0, Middleware(FaultyServer, faults=faults, blobs=root / "blobs"))
+    app = Starlette(
+        routes=routes,
+        middleware=middleware,
+        exception_handlers={Refusal: answer_refusal, HTTPException: answer_unrouted},
+    )
+    app.state.hub = Hub(store, shelves, Discussions(store), tokens, secrets.token_bytes(32))
+    app.state.faults = faults
+    return app
+
+
+async def answer_unrouted(request: Request, error: Exception) -> Response:
+    """A path or method without a route. A repository path that is not namespace/name names no repository."""
+    assert isinstance(error, HTTPException)
+    path = request.scope["path"]
+    if error.status_code == 404 and path.startswith(("/api/models/", "/api/datasets/")):
+        name = path.split("/")[3]
+        return await answer_refusal(request, repo_not_found(name, signed_in=True))
+    return await answer_refusal(request, Refusal(error.status_code, f"{request.method} {path}: {error.detail}"))
