@@ -1,0 +1,94 @@
+"""quant_method: compressed-tensors, format float-quantized. Scales: `weight_scale` [1], [out, 1] or [blocks, blocks];
+`input_scale` [1]; `k_scale`, `v_scale` [1] or [num_kv_heads, 1, 1]. All float32, all multipliers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe, WeightScheme
+
+NAME = "compressed-tensors"
+VERSION = "0.17.0"
+"""Of the compressed-tensors package whose schema this follows."""
+
+
+def weight_scale_name(strategy: str) -> str:
+    return "weight_scale"
+
+
+def scalar_shape() -> tuple[int, ...]:
+    return (1,)
+
+
+def kv_scale_shape(strategy: str, num_kv_heads: int) -> tuple[int, ...]:
+    return (num_kv_heads, 1, 1) if strategy == "head" else (1,)
+
+
+def refuse_experts(recipe: Recipe) -> str | None:
+    """Why vLLM cannot serve this recipe's experts, None when it can."""
+    weights, acts = recipe.weights.strategy, recipe.activations
+    if weights == "block" or acts is None:
+        return None
+    if (weights, acts.mode) in {("tensor", "static"), ("channel", "dynamic")}:
+        return None
+    return (
+        f"vLLM serves experts with tensor weights and static activations, or channel weights and dynamic ones, or blocks;"
+        f" not {weights} weights with {acts.mode} activations"
+    )
+
+
+def quantization_config(
+    recipe: Recipe, modules: Sequence[str], experts: Sequence[str], *, with_kv: bool
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json. `modules`: kept, exact names; `experts`: kept holders of experts."""
+    weight_only = recipe.activations is None
+    format_name = "naive-quantized" if weight_only else "float-quantized"
+    group = {
+        "targets": ["Linear"],
+        "format": format_name,
+        "weights": _weights(recipe.weights),
+        "input_activations": None if recipe.activations is None else _activations(recipe.activations, recipe.weights),
+        "output_activations": None,
+    }
+    return {
+        "quant_method": NAME,
+        "format": format_name,
+        "quantization_status": "compressed",
+        "version": VERSION,
+        "global_compression_ratio": None,
+        "config_groups": {"group_0": group},
+        "ignore": [*modules, *map(_experts_pattern, experts)],
+        "kv_cache_scheme": _kv(recipe.kv_cache) if recipe.kv_cache is not None and with_kv else None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+
+
+def _experts_pattern(holder: str) -> str:
+    """A pattern for every expert of one layer; vLLM matches it on its own names, whose beginning may differ."""
+    start = holder.find("layers.")
+    return "re:.*" + re.escape(holder[max(start, 0) :]) + r"\..*"
+
+
+def _args(strategy: str, *, dynamic: bool, observer: str | None, **extra: Any) -> dict[str, Any]:  # Any: JSON values
+    blank = {"group_size": None, "block_structure": None, "actorder": None}
+    fixed = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": dynamic}
+    return fixed | blank | extra | {"observer": observer, "observer_kwargs": {}}
+
+
+def _weights(scheme: WeightScheme) -> dict[str, Any]:
+    extra = {"block_structure": list(scheme.block_shape)} if scheme.strategy == "block" else {}
+    return _args(scheme.strategy, dynamic=False, observer=scheme.observer, **extra)
+
+
+def _activations(scheme: ActivationScheme, weights: WeightScheme) -> dict[str, Any]:
+    dynamic = scheme.mode == "dynamic"
+    extra = {"group_size": weights.block_shape[1]} if scheme.strategy == "group" else {}
+    return _args(scheme.strategy, dynamic=dynamic, observer=None if dynamic else scheme.observer, **extra)
+
+
+def _kv(scheme: KVCacheScheme) -> dict[str, Any]:
+    strategy = "attn_head" if scheme.strategy == "head" else "tensor"
+    return _args(strategy, dynamic=False, observer=scheme.observer)
