@@ -6,7 +6,9 @@ or suffix is looked up in `configs/`; anything else is a path. No heavy import h
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -171,6 +173,15 @@ class EvalSuite(Config):
     add_bos_token: bool = True
     seed: int = 1234
 
+    def digest(self) -> str:
+        """sha256 of what is measured: the content of `task_dir`, not its place, and not the description."""
+        content = self.model_dump(mode="json", exclude={"description", "task_dir"})
+        if self.task_dir is not None:
+            root = Path(self.task_dir)
+            files = sorted(p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+            content["task_files"] = {str(p.relative_to(root)): sha256(p.read_bytes()).hexdigest() for p in files}
+        return digest_of(content)
+
     @field_validator("engine")
     @classmethod
     def _engine_leaves_the_subject_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -235,6 +246,28 @@ class ReleaseSpec(Config):
     trust_remote_code: bool = Field(default=False, description="Let this model bring its own Python code")
     work_dir: str = Field(default="fp8pipe-work", description="Folder for releases and baselines")
     device: str = Field(default="auto", description="auto, cpu or cuda, for calibration")
+
+
+    def resolve(self) -> ResolvedRelease:
+        """Read the files that the spec names; ConfigError before anything is started, also when they do not fit."""
+        resolved = ResolvedRelease(self, load_recipe(self.recipe), load_suite(self.suite), load_policy(self.policy))
+        missing = set(resolved.policy.tasks) - set(resolved.suite.tasks)
+        if missing:
+            raise ConfigError(
+                f"policy {self.policy} gates on {', '.join(sorted(missing))}, which suite {self.suite} does not measure; "
+                f"it measures {', '.join(sorted(resolved.suite.tasks))}"
+            )
+        return resolved
+
+
+@dataclass(frozen=True)
+class ResolvedRelease:
+    """A ReleaseSpec with the files it names read and checked against each other."""
+
+    spec: ReleaseSpec
+    recipe: Recipe
+    suite: EvalSuite
+    policy: GatePolicy
 
 
 class ModelEntry(Config):

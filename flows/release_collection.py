@@ -1,0 +1,43 @@
+"""A list of models, every recipe: one release after the other, and one failure does not stop the rest."""
+
+from __future__ import annotations
+
+from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from fp8pipe import show
+from fp8pipe.config import CollectionSpec, ReleaseSpec, load_collection
+from fp8pipe.errors import Fp8PipeError
+from fp8pipe.records import VERDICT_EXIT_CODES, BatchEntry, BatchResult, Outcome
+from flows.release_model import release_model
+from tasks.progress import artifact_key
+
+
+@flow(name="release-collection", flow_run_name="release collection")
+def release_collection(collection: CollectionSpec | str) -> State[BatchResult]:
+    """Release every model of a collection (a specification, or the name or path of its file)."""
+    spec = load_collection(collection) if isinstance(collection, str) else collection
+    releases = spec.releases()
+    for one in releases:
+        one.resolve()
+    result = BatchResult(collection=spec.collection.title, entries=tuple(_release(one) for one in releases))
+    key = artifact_key("collection", spec.collection.namespace, spec.collection.title)
+    create_markdown_artifact(show.markdown(show.batch_sheet(result)), key=key, description=f"Collection: {spec.collection.title}")
+    broken = [entry for entry in result.entries if entry.error]
+    if broken:
+        return Failed(message=f"{len(broken)} of {len(releases)} releases failed: {broken[0].error}", data=result)
+    return Completed(message=f"{len(releases)} releases decided", data=result)
+
+
+def _release(spec: ReleaseSpec) -> BatchEntry:
+    ended = release_model(spec, return_state=True).result(raise_on_failure=False)
+    if isinstance(ended, Outcome):
+        code, outcome, error = VERDICT_EXIT_CODES[ended.verdict], ended, None
+    else:
+        code = ended.exit_code if isinstance(ended, Fp8PipeError) else 5
+        outcome, error = None, f"{type(ended).__name__}: {ended}"
+    return BatchEntry(
+        model=spec.model, recipe=spec.recipe, repo_id=spec.repo_id, exit_code=code, outcome=outcome, error=error
+    )

@@ -1,0 +1,436 @@
+"""The command line. Each command parses, calls one stage and shows its record; `--help` imports nothing heavy.
+
+Exit codes: 0 done or accepted, 1 findings or rejected, 2 input, 3 inconclusive, 4 environment, 5 internal, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
+
+import typer
+from rich.console import Console
+
+from fp8pipe.errors import Fp8PipeError
+from fp8pipe.records import VERDICT_EXIT_CODES
+
+if TYPE_CHECKING:
+    from fp8pipe.config import CollectionSpec, Recipe, ReleaseSpec
+    from fp8pipe.records import BatchResult, Outcome
+    from fp8pipe.terminal import StageDisplay
+
+app = typer.Typer(
+    name="fp8pipe",
+    help="Quantize Hub models to FP8 for vLLM, measure them against their BF16 baseline, gate them, publish what passes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+hub_app = typer.Typer(help="A Hub on loopback, for rehearsal and tests.", no_args_is_help=True)
+app.add_typer(hub_app, name="hub")
+
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+P = ParamSpec("P")
+
+
+def main() -> None:
+    """Console script."""
+    app()
+
+
+def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
+    """Turn what a command returns or raises into the exit code of the design, and errors into one clear message."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            code = command(*args, **kwargs) or 0
+        except Fp8PipeError as error:
+            err.print(f"[red]error[/red] ({type(error).__name__}):", end=" ")
+            err.print(str(error), markup=False)
+            code = error.exit_code
+        except KeyboardInterrupt:
+            err.print("interrupted; run the same command again to go on where it stopped")
+            code = 130
+        except Exception:  # the outermost frame: an unforeseen error is a defect and must say where its trace lies
+            code = 5
+            err.print(f"[red]internal error[/red]: {_store_trace()}")
+        raise typer.Exit(code)
+
+    return run
+
+
+def _store_trace() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="fp8pipe-", suffix=".trace", delete=False) as file:
+        file.write(traceback.format_exc())
+    last = traceback.format_exc().strip().splitlines()[-1]
+    return f"{last}\nThis is a defect of fp8pipe; the full trace is in {file.name}"
+
+
+def emit_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+# ------------------------------------------------------------------------------------------ options
+
+Model = Annotated[str, typer.Argument(help="Hub id, Hub id@revision, or folder", show_default=False)]
+RecipeName = Annotated[str, typer.Option("--recipe", help="Name in configs/recipes, or path")]
+SuiteName = Annotated[str, typer.Option("--suite", help="Name in configs/suites, or path")]
+PolicyName = Annotated[str, typer.Option("--policy", help="Name in configs/gates, or path")]
+Folder = Annotated[Path, typer.Argument(help="Checkpoint folder", show_default=False)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to", show_default=False)]
+RepoId = Annotated[str, typer.Option("--repo-id", help="Where to publish: namespace/name", show_default=False)]
+Collection = Annotated[str | None, typer.Option("--collection", help="namespace/title, or a slug")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, logs on stderr")]
+WorkDir = Annotated[str, typer.Option("--work-dir", help="Folder for releases and baselines")]
+
+
+def _recipe_with(
+    name: str,
+    *,
+    num_samples: int | None = None,
+    max_seq_len: int | None = None,
+    dataset: str | None = None,
+    activation_scheme: str | None = None,
+    checkpoint_format: str | None = None,
+) -> Recipe:
+    """The recipe with the command line's overrides, checked again as a whole."""
+    from fp8pipe.config import load_recipe, validated
+    from fp8pipe.config import Recipe as RecipeClass
+
+    content = load_recipe(name).model_dump(mode="json")
+    calibration = {"num_samples": num_samples, "max_seq_len": max_seq_len, "dataset": dataset}
+    content["calibration"] |= {key: value for key, value in calibration.items() if value is not None}
+    if activation_scheme == "static":
+        content["activations"] = {"mode": "static", "strategy": "tensor"}
+    if activation_scheme == "dynamic":
+        strategy = "group" if content["weights"]["strategy"] == "block" else "token"
+        content["activations"] = {"mode": "dynamic", "strategy": strategy}
+    if checkpoint_format is not None:
+        content["checkpoint_format"] = checkpoint_format
+    return validated(RecipeClass, content, f"recipe {name} with the options given")
+
+
+# ------------------------------------------------------------------------------------------ stages
+
+
+@app.command()
+@guarded
+def plan(model: Model, recipe: RecipeName = "fp8-dynamic", as_json: AsJson = False) -> None:
+    """Show what would become of every tensor, from headers alone; no weight is read."""
+    from fp8pipe.config import load_recipe
+    from fp8pipe.show import plan_sheet, terminal
+    from fp8pipe.stages import make_plan_for
+
+    chosen = load_recipe(recipe)
+    made = make_plan_for(model, chosen)
+    if as_json:
+        emit_json(made.model_dump(mode="json"))
+    else:
+        out.print(terminal(plan_sheet(made)))
+
+
+@app.command()
+@guarded
+def quantize(
+    model: Model,
+    output: Output,
+    recipe: RecipeName = "fp8-dynamic",
+    num_samples: Annotated[int | None, typer.Option(help="Calibration samples")] = None,
+    max_seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration sample")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Calibration dataset: Hub id or local file")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    activation_scheme: Annotated[Literal["static", "dynamic"] | None, typer.Option(help="Override the recipe")] = None,
+    checkpoint_format: Annotated[
+        Literal["compressed-tensors", "fp8"] | None, typer.Option(help="Override the recipe")
+    ] = None,
+) -> None:
+    """Write the FP8 checkpoint, calibrating first when the recipe needs it."""
+    from fp8pipe.stages import quantize_model
+    from fp8pipe.terminal import human_bytes
+
+    chosen = _recipe_with(
+        recipe,
+        num_samples=num_samples,
+        max_seq_len=max_seq_len,
+        dataset=dataset,
+        activation_scheme=activation_scheme,
+        checkpoint_format=checkpoint_format,
+    )
+    with _stage_display("quantize") as display:
+        made = quantize_model(model, chosen, output, device=device, progress=display)
+    sizes = f"{human_bytes(made.source_bytes)} -> {human_bytes(made.output_bytes)}"
+    out.print(f"{output}: {made.quantized_tensors} tensors in FP8, {made.kept_tensors} kept, {sizes}")
+    out.print(f"fingerprint {made.fingerprint}")
+
+
+@app.command()
+@guarded
+def validate(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint folder")],
+    source: Annotated[str | None, typer.Option(help="Source model, for fidelity checks")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Check a checkpoint's structure and values, and against its source when given."""
+    from fp8pipe.show import findings_sheet, terminal
+    from fp8pipe.stages import validate_folder
+
+    with _stage_display("validate") as display:
+        report = validate_folder(Path(folder), source=source, progress=display)
+    if as_json:
+        emit_json(report.model_dump(mode="json"))
+    else:
+        out.print(terminal(findings_sheet(report)))
+    return 0 if report.sound else 1
+
+
+@app.command()
+@guarded
+def evaluate(
+    model: Model,
+    output: Output,
+    suite: SuiteName = "quick",
+    kv_cache_dtype: Annotated[
+        Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"], typer.Option(help="KV cache dtype vLLM serves with")
+    ] = "auto",
+    online: Annotated[Literal["fp8"] | None, typer.Option(help="Let vLLM quantize the BF16 model at load")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N samples of each task", min=1)] = None,
+) -> None:
+    """Measure a model or checkpoint with lm-eval in vLLM; writes report.json."""
+    from fp8pipe.config import load_suite
+    from fp8pipe.stages import evaluate_model
+
+    chosen = load_suite(suite)
+    with _stage_display("evaluate") as display:
+        report = evaluate_model(
+            model, chosen, output, kv_cache_dtype=kv_cache_dtype, online=online, limit=limit, progress=display
+        )
+    out.print(report.table, markup=False)
+    out.print(f"{output / 'report.json'}: {report.engine.device_class}, KV cache {report.engine.kv_cache_dtype}")
+
+
+@app.command()
+@guarded
+def gate(
+    baseline: Annotated[Path, typer.Argument(metavar="BASELINE_DIR", help="Folder with the baseline's report.json")],
+    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE_DIR", help="Folder with the candidate's report.json")],
+    policy: PolicyName = "quick",
+    checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder; writes its fp8pipe/gate.json")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Decide whether the candidate is non-inferior to the baseline; exit 0, 1 or 3."""
+    from fp8pipe.config import load_policy
+    from fp8pipe.show import decision_sheet, terminal
+    from fp8pipe.stages import gate_reports
+
+    decision = gate_reports(baseline, candidate, load_policy(policy), checkpoint=checkpoint)
+    if as_json:
+        emit_json(decision.model_dump(mode="json"))
+    else:
+        out.print(terminal(decision_sheet(decision)))
+    return VERDICT_EXIT_CODES[decision.verdict]
+
+
+@app.command()
+@guarded
+def publish(folder: Folder, repo_id: RepoId, collection: Collection = None) -> None:
+    """Publish an accepted checkpoint with its card and evidence, and verify it from the Hub's side."""
+    from fp8pipe.show import release_sheet, terminal
+    from fp8pipe.stages import publish_folder
+
+    with _stage_display("publish") as display:
+        release = publish_folder(folder, repo_id=repo_id, collection=collection, progress=display)
+    out.print(terminal(release_sheet(release)))
+
+
+# ------------------------------------------------------------------------------------------ flows
+
+
+@app.command()
+@guarded
+def release(
+    model: Model,
+    repo_id: RepoId,
+    recipe: RecipeName = "fp8-dynamic",
+    suite: SuiteName = "quick",
+    policy: PolicyName = "quick",
+    collection: Collection = None,
+    work_dir: WorkDir = "fp8pipe-work",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda, for calibration")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Let this model bring its own Python code")] = False,
+) -> int:
+    """The whole way for one model: quantize, validate, evaluate, gate, publish. Here, now, under Prefect."""
+    from fp8pipe.config import ReleaseSpec, validated
+    from fp8pipe.show import outcome_sheet, terminal
+
+    content = {
+        "model": model,
+        "repo_id": repo_id,
+        "recipe": recipe,
+        "suite": suite,
+        "policy": policy,
+        "collection": collection,
+        "work_dir": work_dir,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+    }
+    spec = validated(ReleaseSpec, content, "release")
+    spec.resolve()  # a wrong name answers at once, before any server starts
+    outcome = _run_release(spec)
+    out.print(terminal(outcome_sheet(outcome)))
+    return VERDICT_EXIT_CODES[outcome.verdict]
+
+
+@app.command()
+@guarded
+def batch(collection: Annotated[str, typer.Argument(help="Collection file, or name in configs/collections")]) -> int:
+    """The whole way for every model and recipe of a collection. Here, now, under Prefect."""
+    from fp8pipe.config import load_collection
+    from fp8pipe.show import batch_sheet, terminal
+
+    spec = load_collection(collection)
+    for one in spec.releases():
+        one.resolve()
+    result = _run_batch(spec)
+    out.print(terminal(batch_sheet(result)))
+    return worst_exit([entry.exit_code for entry in result.entries])
+
+
+def worst_exit(codes: list[int]) -> int:
+    """The first present of 5, 4, 2, 1, 3, 0."""
+    return next(code for code in (5, 4, 2, 1, 3, 0) if code in codes)
+
+
+def _run_release(spec: ReleaseSpec) -> Outcome:
+    with _flow_session(Path(spec.work_dir), "release") as display:
+        return _release_in_session(spec, display)
+
+
+def _release_in_session(spec: ReleaseSpec, display: StageDisplay) -> Outcome:
+    from flows.release_model import release_model
+    from tasks.progress import show_on
+
+    show_on(display)
+    return release_model(spec, return_state=True).result()
+
+
+def _run_batch(spec: CollectionSpec) -> BatchResult:
+    with _flow_session(Path(spec.work_dir), "batch") as display:
+        from flows.release_collection import release_collection
+        from tasks.progress import show_on
+
+        show_on(display)
+        return release_collection(spec, return_state=True).result()
+
+
+@contextmanager
+def _flow_session(work_dir: Path, name: str, prefect_home: Path | None = None) -> Iterator[StageDisplay]:
+    """A quiet terminal with a stage display, and a Prefect server to run on; Prefect may be imported inside."""
+    from fp8pipe.orchestrator import prefect_api
+    from fp8pipe.progress import ProgressEvent
+    from fp8pipe.terminal import StageDisplay, quiet_terminal
+    from fp8pipe.workspace import Workspace
+
+    workspace = Workspace(work_dir)
+    log = workspace.log(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    err.print(f"full log: {log}")
+    with (
+        quiet_terminal(log) as console,
+        StageDisplay(console) as display,
+        prefect_api(workspace.log("prefect-server"), prefect_home) as server,
+    ):
+        display(ProgressEvent("prefect", 0, None, note=server.api_url if server else "configured server"))
+        if server is not None:
+            server.ready()
+        yield display
+
+
+@contextmanager
+def _stage_display(name: str) -> Iterator[StageDisplay]:
+    """A quiet terminal with a stage display, for one stage by hand."""
+    from fp8pipe.terminal import StageDisplay, quiet_terminal
+
+    log = Path(tempfile.gettempdir()) / f"fp8pipe-{name}-{os.getpid()}.log"
+    with quiet_terminal(log) as console, StageDisplay(console) as display:
+        yield display
+
+
+# ------------------------------------------------------------------------------------------ around it
+
+
+@app.command()
+@guarded
+def demo(
+    workdir: Annotated[Path, typer.Option(help="Work folder of the demo")] = Path("fp8pipe-demo"),
+    sabotage: Annotated[bool, typer.Option("--sabotage", help="Calibrate badly, to see the gate reject")] = False,
+) -> int:
+    """The whole pipeline on a tiny model, a local Hub and real vLLM: about five minutes, nothing to set up."""
+    from fp8pipe import device
+
+    device.require()
+    from fp8pipe.demo.run import rehearse
+    from fp8pipe.show import outcome_sheet, terminal
+
+    outcome = rehearse(workdir, sabotage=sabotage, session=_flow_session, run_release=_release_in_session)
+    out.print(terminal(outcome_sheet(outcome)))
+    return VERDICT_EXIT_CODES[outcome.verdict]
+
+
+@app.command()
+@guarded
+def status(
+    collection: Annotated[str | None, typer.Argument(help="Collection file; default: every release")] = None,
+    work_dir: WorkDir = "fp8pipe-work",
+    as_json: AsJson = False,
+) -> None:
+    """What is released, rejected or under way in a work folder."""
+    from fp8pipe.config import load_collection
+    from fp8pipe.show import status_sheet, terminal
+    from fp8pipe.status import release_status
+
+    spec = load_collection(collection) if collection else None
+    rows = release_status(Path(spec.work_dir if spec else work_dir), spec)
+    if as_json:
+        emit_json({"releases": [row.model_dump(mode="json") for row in rows]})
+    else:
+        out.print(terminal(status_sheet(rows)))
+
+
+@app.command()
+@guarded
+def doctor(as_json: AsJson = False) -> int:
+    """Whether this machine can do the work: device, packages, Hub, disk, Prefect. Exit 4 when it cannot."""
+    from fp8pipe.doctor import examine
+    from fp8pipe.show import doctor_sheet, terminal
+
+    checks = examine()
+    if as_json:
+        emit_json({"checks": [check.model_dump(mode="json") for check in checks]})
+    else:
+        out.print(terminal(doctor_sheet(checks)))
+    return 4 if any(check.outcome == "failed" for check in checks) else 0
+
+
+@hub_app.command()
+@guarded
+def serve(
+    root: Annotated[Path, typer.Option(help="Folder that holds the Hub's state", show_default=False)],
+    port: Annotated[int, typer.Option(help="Port on loopback")] = 8765,
+) -> None:
+    """Serve the Hub that lies in a folder, until interrupted."""
+    from fp8pipe.localhub import serve as serve_hub
+
+    serve_hub(root, port)

@@ -1,0 +1,217 @@
+"""Records as tables that a person can read: one sheet a record, drawn for the terminal or as Markdown for Prefect's UI."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fp8pipe.records import (
+    BatchResult,
+    EvalReport,
+    GateDecision,
+    Outcome,
+    Release,
+    ValidationReport,
+)
+from fp8pipe.terminal import human_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from fp8pipe.doctor import Check
+    from fp8pipe.plan import Plan
+    from fp8pipe.status import ReleaseStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """A titled table with lines of text under it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    right: frozenset[int] = frozenset()
+    """Indices of columns that hold numbers."""
+
+
+def terminal(sheet: Sheet) -> Group:
+    """The sheet for a rich console."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=sheet.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for index, column in enumerate(sheet.columns):
+        table.add_column(column, justify="right" if index in sheet.right else "left", overflow="fold")
+    for row in sheet.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    parts = [table] if sheet.rows else [Text(sheet.title, style="bold")]
+    return Group(*parts, *(Text(note) for note in sheet.notes))
+
+
+def markdown(sheet: Sheet) -> str:
+    """The sheet as Markdown."""
+    lines = [f"## {sheet.title}", ""]
+    if sheet.rows:
+        rules = ("---:" if index in sheet.right else "---" for index in range(len(sheet.columns)))
+        lines += [_row(sheet.columns), _row(rules), *(_row(row) for row in sheet.rows), ""]
+    lines += [f"- {note}" for note in sheet.notes]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: object) -> str:
+    assert not isinstance(cells, str)
+    escaped = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)  # type: ignore[attr-defined]
+    return "| " + " | ".join(escaped) + " |"
+
+
+# ------------------------------------------------------------------------------------------ one sheet a record
+
+
+def findings_sheet(report: ValidationReport) -> Sheet:
+    """Every finding, errors first."""
+    ordered = (*report.errors, *report.warnings)
+    rows = tuple(
+        (f.check, f.severity, ":".join(p for p in (f.file, f.tensor) if p), f.expected, f.found, f.remedy)
+        for f in ordered
+    )
+    verdict = "sound" if report.sound else "NOT sound"
+    notes = (
+        f"{verdict}: {len(report.errors)} errors, {len(report.warnings)} warnings",
+        f"{report.tensors} tensors, {len(report.checks)} checks, depth {report.depth}, {human_bytes(report.bytes_read)} read",
+    )
+    return Sheet("Validation", ("check", "severity", "where", "expected", "found", "remedy"), rows, notes)
+
+
+def evaluation_sheet(baseline: EvalReport, candidate: EvalReport) -> Sheet:
+    """Both sides, metric by metric."""
+    rows = []
+    for task in baseline.tasks:
+        other = candidate.task(task.task)
+        for metric in task.metrics:
+            mine = other.samples_of(metric.metric, metric.filter) if other else None
+            rows.append(
+                (
+                    task.task,
+                    f"{metric.metric},{metric.filter}",
+                    str(len(metric.values)),
+                    _with_error(metric.mean, metric.stderr),
+                    _with_error(mine.mean, mine.stderr) if mine else "missing",
+                )
+            )
+    engine = candidate.engine
+    notes = (
+        f"device {engine.device_class} ({engine.device_name}), vLLM {candidate.versions.get('vllm', '?')}",
+        f"candidate served by {', '.join(engine.linear_kernels) or 'unquantized kernels'}, KV cache {engine.kv_cache_dtype}",
+    )
+    columns = ("task", "metric", "n", "baseline", "candidate")
+    return Sheet("Evaluation", columns, tuple(rows), notes, right=frozenset({2, 3, 4}))
+
+
+def decision_sheet(decision: GateDecision) -> Sheet:
+    """The tests and every rule that was checked."""
+    rows = tuple(
+        (
+            task.task,
+            str(task.n),
+            f"{task.baseline:.4f}",
+            f"{task.candidate:.4f}",
+            f"{100 * task.drop:+.2f}",
+            f"[{100 * task.drop_lower:+.2f}, {100 * task.drop_upper:+.2f}]",
+            f"{100 * task.margin:.2f}",
+            task.verdict,
+        )
+        for task in decision.tasks
+    )
+    notes = (
+        f"{decision.verdict.upper()}: {decision.reason}",
+        *(f"{rule.rule}: {rule.outcome}, {rule.reason}" for rule in decision.rules),
+    )
+    columns = ("task", "n", "baseline", "candidate", "drop, points", "interval", "margin", "verdict")
+    return Sheet("Gate", columns, rows, notes, right=frozenset(range(1, 7)))
+
+
+def release_sheet(release: Release) -> Sheet:
+    """Where the release lies."""
+    rows = [
+        ("repo", release.repo_id),
+        ("commit", release.commit + ("" if release.new_commit else " (already there, nothing uploaded)")),
+        ("tag", release.tag),
+        ("card", release.repo_url),
+    ]
+    if release.collection_url:
+        rows.append(("collection", release.collection_url))
+    return Sheet("Release", ("", ""), tuple(rows))
+
+
+def outcome_sheet(outcome: Outcome) -> Sheet:
+    """The end of a run in one table."""
+    rows: list[tuple[str, str]] = [
+        ("model", f"{outcome.model_id} @ {outcome.source_commit[:12]}"),
+        ("recipe", outcome.recipe),
+        ("size", _sizes(outcome)),
+    ]
+    for task in outcome.decision.tasks if outcome.decision else ():
+        rows.append((f"{task.task} {task.metric}", f"{task.baseline:.4f} -> {task.candidate:.4f}  (n={task.n})"))
+        interval = f"[{100 * task.drop_lower:+.2f}, {100 * task.drop_upper:+.2f}]"
+        rows.append(("  drop, points", f"{100 * task.drop:+.2f}  interval {interval}, margin {100 * task.margin:.2f}"))
+    rows.append(("verdict", outcome.verdict.upper()))
+    if outcome.release:
+        rows += list(release_sheet(outcome.release).rows)  # type: ignore[arg-type]  # rows of pairs
+    else:
+        rows.append(("published", "nothing"))
+    return Sheet("fp8pipe release", ("", ""), tuple(rows), (outcome.reason,))
+
+
+def _sizes(outcome: Outcome) -> str:
+    share = outcome.output_bytes / outcome.source_bytes
+    return f"{human_bytes(outcome.source_bytes)} -> {human_bytes(outcome.output_bytes)}  ({share:.0%})"
+
+
+def batch_sheet(result: BatchResult) -> Sheet:
+    """One line a release."""
+    rows = tuple(
+        (
+            entry.model,
+            entry.recipe,
+            entry.repo_id,
+            entry.outcome.verdict if entry.outcome else "failed",
+            entry.outcome.reason if entry.outcome else entry.error or "",
+        )
+        for entry in result.entries
+    )
+    counts = Counter(row[3] for row in rows)
+    notes = (", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())),)
+    return Sheet(f"Collection {result.collection}", ("model", "recipe", "repo", "verdict", "reason"), rows, notes)
+
+
+def status_sheet(rows: Sequence[ReleaseStatus]) -> Sheet:
+    """Every release of a work folder."""
+    cells = tuple((row.model, row.recipe, row.state, row.fingerprint[:12], row.detail) for row in rows)
+    notes = () if cells else ("nothing here yet",)
+    return Sheet("Releases", ("model", "recipe", "state", "fingerprint", "detail"), cells, notes)
+
+
+def doctor_sheet(checks: Sequence[Check]) -> Sheet:
+    """What the machine can and cannot do."""
+    return Sheet("Doctor", ("check", "outcome", "detail"), tuple((c.name, c.outcome, c.detail) for c in checks))
+
+
+def plan_sheet(plan: Plan) -> Sheet:
+    """What becomes of the tensors, counted by treatment and reason."""
+    rows = tuple(
+        (row.action, row.reason, str(row.tensors), human_bytes(row.source_bytes), human_bytes(row.output_bytes))
+        for row in plan.summary()
+    )
+    share = plan.output_bytes / plan.source_bytes
+    notes = (f"{human_bytes(plan.source_bytes)} -> {human_bytes(plan.output_bytes)} ({share:.0%})",)
+    columns = ("action", "reason", "tensors", "source", "output")
+    return Sheet(f"Plan {plan.model_id}, {plan.recipe}", columns, rows, notes, right=frozenset({2, 3, 4}))
+
+
+def _with_error(mean: float, stderr: float | None) -> str:
+    return f"{mean:.4f}" if stderr is None else f"{mean:.4f} ± {stderr:.4f}"

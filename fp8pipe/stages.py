@@ -1,0 +1,326 @@
+"""The stages as people and tasks call them: records in, a room's work, a record out beside what it describes.
+
+A stage that finds its record, made from the same inputs, returns it and does nothing else. The commands and the Prefect
+tasks are both thin wrappers of these functions, so that a release made by hand is the release that the flow makes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from fp8pipe.config import EvalSuite, GatePolicy, Recipe, ResolvedRelease
+from fp8pipe.errors import InputError
+from fp8pipe.progress import Progress, quiet
+from fp8pipe.records import (
+    RECORD_DIR,
+    Checkpoint,
+    EvalReport,
+    GateDecision,
+    Outcome,
+    Release,
+    Snapshot,
+    ValidationReport,
+    write_atomically,
+)
+from fp8pipe.workspace import Workspace
+
+if TYPE_CHECKING:
+    from fp8pipe.calibrate import Calibration
+    from fp8pipe.plan import Plan
+
+EVIDENCE = {
+    "source": "source.json",
+    "plan": "plan.json",
+    "calibration": "calibration.json",
+    "checkpoint": "checkpoint.json",
+    "validation": "validation.json",
+    "suite": "suite.json",
+    "policy": "policy.json",
+    "recipe": "recipe.json",
+    "baseline": "baseline.json",
+    "candidate": "candidate.json",
+    "gate": "gate.json",
+}
+"""Files in DIR/fp8pipe/, written by the stages, published with the checkpoint."""
+
+
+def evidence(folder: Path, name: str) -> Path:
+    """Where a checkpoint folder keeps the record called `name`."""
+    return folder / RECORD_DIR / EVIDENCE[name]
+
+
+# ------------------------------------------------------------------------------------------ source, plan
+
+
+def pin(model: str) -> Snapshot:
+    """The model at one commit, nothing downloaded."""
+    from fp8pipe.source import resolve
+
+    return resolve(model)
+
+
+def fetch(snapshot: Snapshot, *, progress: Progress = quiet) -> Snapshot:
+    """The same snapshot with its files on this machine."""
+    from fp8pipe.source import download
+
+    return download(snapshot, progress=progress)
+
+
+def plan_snapshot(snapshot: Snapshot, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
+    """What would become of every tensor, from headers alone (HTTP ranges when the snapshot is on the Hub)."""
+    from fp8pipe.architecture import inspect
+    from fp8pipe.checkpoint import read_headers
+    from fp8pipe.plan import make_plan
+
+    headers = read_headers(snapshot)
+    architecture = inspect(snapshot, trust_remote_code=trust_remote_code)
+    return make_plan(snapshot, headers, recipe, architecture)
+
+
+# ------------------------------------------------------------------------------------------ calibrate, quantize
+
+
+def calibrate_snapshot(
+    snapshot: Snapshot, plan: Plan, recipe: Recipe, workspace: Workspace, *, device: str, progress: Progress = quiet
+) -> Calibration:
+    """Ranges for this recipe, shared by every recipe that needs the same; asked for only when a recipe needs them."""
+    from fp8pipe.calibrate import calibrate, calibration_key
+
+    key = calibration_key(snapshot, recipe, device=device)
+    return calibrate(snapshot, plan, recipe, workspace.calibration(key), device=device, progress=progress)
+
+
+def quantize_snapshot(
+    snapshot: Snapshot,
+    plan: Plan,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    calibration: Calibration | None,
+    progress: Progress = quiet,
+) -> Checkpoint:
+    """The checkpoint in `folder`, with the records it was made from."""
+    from fp8pipe.quantize import quantize
+
+    checkpoint = quantize(snapshot, plan, folder, calibration=calibration, progress=progress)
+    snapshot.model_copy(update={"root": None}).save(evidence(folder, "source"))
+    write_atomically(evidence(folder, "recipe"), recipe.model_dump_json(indent=1).encode())
+    return checkpoint
+
+
+def quantize_model(
+    model: str, recipe: Recipe, folder: Path, *, device: str = "auto", progress: Progress = quiet
+) -> Checkpoint:
+    """Everything from a model's name to a checkpoint folder."""
+    snapshot = pin(model)
+    plan = plan_snapshot(snapshot, recipe)
+    snapshot = fetch(snapshot, progress=progress)
+    calibration = None
+    if recipe.needs_calibration:
+        workspace = Workspace(folder.parent / f".{folder.name}.work")
+        calibration = calibrate_snapshot(snapshot, plan, recipe, workspace, device=device, progress=progress)
+    return quantize_snapshot(snapshot, plan, recipe, folder, calibration=calibration, progress=progress)
+
+
+# ------------------------------------------------------------------------------------------ validate
+
+
+def validate_checkpoint(folder: Path, *, source: Snapshot | None, progress: Progress = quiet) -> ValidationReport:
+    """The report on `folder` as it is now; an earlier report on the same state is returned as it is."""
+    from fp8pipe.identity import folder_identity
+    from fp8pipe.validate import validate
+
+    path = evidence(folder, "validation")
+    depth = "fidelity" if source is not None else "values"
+    known = ValidationReport.load_if_present(path)
+    if known is not None and known.folder_identity == folder_identity(folder) and depth in (known.depth, "values"):
+        return known
+    report = validate(folder, source=source, progress=progress)
+    if Checkpoint.load_if_present(evidence(folder, "checkpoint")) is not None:
+        report.save(path)
+    return report
+
+
+def validate_folder(folder: Path, *, source: str | None, progress: Progress = quiet) -> ValidationReport:
+    """Validate a folder by hand, against a source given by name or not at all."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the folder that holds config.json and the safetensors files")
+    snapshot = fetch(pin(source), progress=progress) if source else None
+    return validate_checkpoint(folder, source=snapshot, progress=progress)
+
+
+# ------------------------------------------------------------------------------------------ evaluate
+
+
+def evaluate_baseline(
+    snapshot: Snapshot, suite: EvalSuite, workspace: Workspace, *, progress: Progress = quiet
+) -> EvalReport:
+    """The source model's own measurement, made once for all recipes."""
+    from fp8pipe.evaluate import baseline_key, evaluate
+
+    folder = workspace.baseline(baseline_key(snapshot.commit, suite))
+    return evaluate(
+        snapshot.path,
+        suite,
+        folder,
+        role="baseline",
+        model_id=snapshot.model_id,
+        fingerprint=snapshot.commit,
+        progress=progress,
+    )
+
+
+def evaluate_candidate(
+    checkpoint_folder: Path, suite: EvalSuite, folder: Path, *, progress: Progress = quiet
+) -> EvalReport:
+    """The checkpoint's measurement, served as its recipe means it to be."""
+    from fp8pipe.evaluate import evaluate
+
+    checkpoint = Checkpoint.load(evidence(checkpoint_folder, "checkpoint"))
+    recipe = Recipe.model_validate_json(evidence(checkpoint_folder, "recipe").read_bytes())
+    return evaluate(
+        checkpoint_folder,
+        suite,
+        folder,
+        role="candidate",
+        model_id=checkpoint.model_id,
+        fingerprint=checkpoint.fingerprint,
+        kv_cache_dtype="fp8" if recipe.kv_cache is not None else "auto",
+        progress=progress,
+    )
+
+
+def evaluate_model(
+    model: str,
+    suite: EvalSuite,
+    folder: Path,
+    *,
+    kv_cache_dtype: str,
+    online: str | None,
+    limit: int | None,
+    progress: Progress = quiet,
+) -> EvalReport:
+    """Measure a model by hand: one of our checkpoints is a candidate, anything else a baseline (online FP8 excepted)."""
+    from fp8pipe.evaluate import evaluate
+
+    checkpoint = Checkpoint.load_if_present(evidence(Path(model), "checkpoint")) if Path(model).is_dir() else None
+    if checkpoint is not None:
+        path, model_id, fingerprint = Path(model), checkpoint.model_id, checkpoint.fingerprint
+    else:
+        snapshot = fetch(pin(model), progress=progress)
+        path, model_id, fingerprint = snapshot.path, snapshot.model_id, snapshot.commit
+    return evaluate(
+        path,
+        suite,
+        folder,
+        role="baseline" if checkpoint is None and online is None else "candidate",
+        model_id=model_id,
+        fingerprint=fingerprint,
+        kv_cache_dtype=kv_cache_dtype,
+        online=online,
+        limit=limit,
+        progress=progress,
+    )
+
+
+# ------------------------------------------------------------------------------------------ gate, publish
+
+
+def decide_release(
+    baseline: EvalReport,
+    candidate: EvalReport,
+    policy: GatePolicy,
+    *,
+    checkpoint_folder: Path | None,
+    attempt: int = 1,
+    attempts: int = 1,
+) -> GateDecision:
+    """The verdict; with a checkpoint folder also its evidence, gate.json last."""
+    from fp8pipe.gate import decide
+
+    if checkpoint_folder is None:
+        return decide(baseline, candidate, policy, attempt=attempt, attempts=attempts)
+    checkpoint = Checkpoint.load(evidence(checkpoint_folder, "checkpoint"))
+    decision = decide(baseline, candidate, policy, checkpoint=checkpoint, attempt=attempt, attempts=attempts)
+    if GateDecision.load_if_present(evidence(checkpoint_folder, "gate")) == decision:
+        return decision
+    _write_evidence(checkpoint_folder, baseline, candidate, policy, decision)
+    return decision
+
+
+def gate_reports(
+    baseline: Path, candidate: Path, policy: GatePolicy, *, checkpoint: Path | None = None
+) -> GateDecision:
+    """Decide by hand between two folders that `evaluate` wrote."""
+    reports = [EvalReport.load(folder / "report.json") for folder in (baseline, candidate)]
+    return decide_release(reports[0], reports[1], policy, checkpoint_folder=checkpoint)
+
+
+def _write_evidence(
+    folder: Path, baseline: EvalReport, candidate: EvalReport, policy: GatePolicy, decision: GateDecision
+) -> None:
+    from fp8pipe.plots import write_plots
+
+    baseline.save(evidence(folder, "baseline"))
+    candidate.save(evidence(folder, "candidate"))
+    write_atomically(evidence(folder, "policy"), policy.model_dump_json(indent=1).encode())
+    plots = folder / RECORD_DIR / "plots"
+    shutil.rmtree(plots, ignore_errors=True)
+    write_plots(decision, baseline, candidate, plots)
+    decision.save(evidence(folder, "gate"))
+
+
+def publish_folder(
+    folder: Path, *, repo_id: str, collection: str | None, progress: Progress = quiet
+) -> Release:
+    """Card, upload, verification, tag and collection item for an accepted checkpoint; idempotent."""
+    from fp8pipe.card import card_for_folder, collection_note
+    from fp8pipe.publish import load_evidence, publish
+
+    proof = load_evidence(folder)
+    card = card_for_folder(folder, repo_id=repo_id)
+    note = collection_note(proof.decision)
+    return publish(folder, repo_id=repo_id, card=card, collection=collection, note=note, progress=progress)
+
+
+# ------------------------------------------------------------------------------------------ outcomes
+
+
+def unsound(job: ResolvedRelease, snapshot: Snapshot, checkpoint: Checkpoint, report: ValidationReport) -> Outcome:
+    """The release ended before any evaluation: the validator found errors."""
+    reason = f"{len(report.errors)} validation errors, the first: {report.errors[0].sentence()}"
+    return _outcome(job, snapshot, checkpoint, "unsound", reason, None, None)
+
+
+def decided(
+    job: ResolvedRelease, snapshot: Snapshot, checkpoint: Checkpoint, decision: GateDecision, release: Release | None
+) -> Outcome:
+    """The release ended at the gate, or after it on the Hub."""
+    return _outcome(job, snapshot, checkpoint, decision.verdict, decision.reason, decision, release)
+
+
+def _outcome(
+    job: ResolvedRelease,
+    snapshot: Snapshot,
+    checkpoint: Checkpoint,
+    verdict: Literal["accepted", "rejected", "inconclusive", "unsound"],
+    reason: str,
+    decision: GateDecision | None,
+    release: Release | None,
+) -> Outcome:
+    return Outcome(
+        verdict=verdict,
+        reason=reason,
+        model_id=snapshot.model_id,
+        source_commit=snapshot.commit,
+        recipe=job.recipe.name,
+        suite=job.suite.name,
+        policy=job.policy.name,
+        fingerprint=checkpoint.fingerprint,
+        source_bytes=checkpoint.source_bytes,
+        output_bytes=checkpoint.output_bytes,
+        decision=decision,
+        release=release,
+    )

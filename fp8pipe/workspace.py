@@ -1,0 +1,62 @@
+"""Where things lie in a work folder, so that a restart finds what is finished.
+
+    WORK/releases/<model>--<recipe>--<fingerprint>/checkpoint/    the publishable folder, its records inside
+                                                  /evaluation/    the candidate's report, request and log
+                                                  /release.json   what was published, or why not
+    WORK/baselines/<key>/                                         one BF16 measurement, shared by all recipes
+    WORK/calibrations/<key>/                                      ranges, shared by the recipes that need the same
+    WORK/logs/                                                    full logs of runs started here
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseFolder:
+    """One model with one recipe."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def outcome(self) -> Path:
+        return self.path / "release.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """A work folder."""
+
+    root: Path
+
+    def release(self, model_id: str, recipe: str, fingerprint: str) -> ReleaseFolder:
+        return ReleaseFolder(self.root / "releases" / f"{slug(model_id)}--{recipe}--{fingerprint[:16]}")
+
+    def releases(self) -> tuple[ReleaseFolder, ...]:
+        """Every release folder, finished or not."""
+        return tuple(ReleaseFolder(path) for path in sorted((self.root / "releases").glob("*")) if path.is_dir())
+
+    def baseline(self, key: str) -> Path:
+        return self.root / "baselines" / key[:32]
+
+    def calibration(self, key: str) -> Path:
+        return self.root / "calibrations" / key[:32]
+
+    def log(self, name: str) -> Path:
+        return self.root / "logs" / f"{name}.log"
+
+
+def slug(text: str) -> str:
+    """A Hub id as one path component: `org/Model 1` -> `org--Model-1`."""
+    return re.sub(r"[^\w.-]+", "-", text.strip("/").replace("/", "--"))

@@ -1,0 +1,33 @@
+"""Deciding, with every number it compared where a person can read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
+
+from fp8pipe import show, stages
+from fp8pipe.config import GatePolicy
+from fp8pipe.records import EvalReport, GateDecision
+from tasks.progress import artifact_key, reporter
+
+
+@task(name="gate", task_run_name="gate {recipe} by {policy.name}", cache_policy=NO_CACHE)
+def gate(
+    baseline: EvalReport, candidate: EvalReport, policy: GatePolicy, checkpoint_folder: Path, recipe: str
+) -> GateDecision:
+    """The verdict. A rejection is a result, not a failure."""
+    reporter("gate", policy.name)
+    decision = stages.decide_release(baseline, candidate, policy, checkpoint_folder=checkpoint_folder)
+    key = artifact_key("gate", candidate.model_id, recipe)
+    markdown = show.markdown(show.decision_sheet(decision, checkpoint_folder))
+    create_markdown_artifact(markdown, key=key, description=f"Gate: {candidate.model_id}, {recipe}")
+    emit_event(
+        event=f"fp8pipe.gate.{decision.verdict}",
+        resource={"prefect.resource.id": f"fp8pipe.release.{key}", "prefect.resource.name": candidate.model_id},
+        payload={"reason": decision.reason, "fingerprint": decision.candidate_fingerprint},
+    )
+    return decision

@@ -1,0 +1,44 @@
+"""What the tasks share: no result cache (resume comes from records), retries for transient errors, one engine a machine."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prefect import Task
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
+from prefect.tasks import exponential_backoff
+
+from fp8pipe.errors import Fp8PipeError
+
+HUB_RETRIES = 4
+HUB_RETRY_DELAYS = exponential_backoff(backoff_factor=5)
+
+
+def is_transient(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether the failure is worth another try: the error itself says so."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, Fp8PipeError) and error.transient
+
+
+@contextmanager
+def engine_slot() -> Iterator[None]:
+    """This machine's one engine slot: two vLLM engines would fight for the device's memory.
+
+    A global concurrency limit `engine:<host>`, created when absent and then acquired strictly: Prefect skips a missing
+    limit silently otherwise, and the body would run unprotected.
+    """
+    name = f"engine:{socket.gethostname()}"
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(name)
+        except ObjectNotFound:
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+    with concurrency(name, occupy=1, strict=True):
+        yield

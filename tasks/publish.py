@@ -1,0 +1,31 @@
+"""Publishing what was accepted. Every step checks before it acts, so a retry converges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_link_artifact
+from prefect.cache_policies import NO_CACHE
+
+from fp8pipe import stages
+from fp8pipe.records import Release
+from tasks.policy import HUB_RETRIES, HUB_RETRY_DELAYS, is_transient
+from tasks.progress import artifact_key, reporter
+
+
+@task(
+    name="publish",
+    task_run_name="publish {repo_id}",
+    cache_policy=NO_CACHE,
+    retries=HUB_RETRIES,
+    retry_delay_seconds=HUB_RETRY_DELAYS,
+    retry_condition_fn=is_transient,
+)
+def publish(folder: Path, repo_id: str, collection: str | None) -> Release:
+    """One commit, verified from the Hub's side, tagged and in its collection."""
+    progress = reporter("publish", repo_id)
+    release = stages.publish_folder(folder, repo_id=repo_id, collection=collection, progress=progress)
+    link = f"{release.repo_url}/tree/{release.tag}"
+    create_link_artifact(link, link_text=f"{repo_id}@{release.tag}", key=artifact_key("release", repo_id))
+    return release

@@ -1,0 +1,40 @@
+"""Calibrating and quantizing. Both resume from their own records, so a crashed run is simply run again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from fp8pipe import stages
+from fp8pipe.calibrate import Calibration
+from fp8pipe.config import Recipe
+from fp8pipe.plan import Plan
+from fp8pipe.records import Checkpoint, Snapshot
+from fp8pipe.workspace import Workspace
+from tasks.policy import HUB_RETRIES, HUB_RETRY_DELAYS, is_transient
+from tasks.progress import reporter
+
+
+@task(
+    name="calibrate",
+    task_run_name="calibrate {snapshot.model_id} {recipe.name}",
+    cache_policy=NO_CACHE,
+    retries=HUB_RETRIES,
+    retry_delay_seconds=HUB_RETRY_DELAYS,
+    retry_condition_fn=is_transient,
+)
+def calibrate(snapshot: Snapshot, plan: Plan, recipe: Recipe, workspace: Workspace, device: str) -> Calibration:
+    """Ranges of activations and KV cache from the recipe's dataset."""
+    progress = reporter("calibrate", recipe.calibration.dataset)
+    return stages.calibrate_snapshot(snapshot, plan, recipe, workspace, device=device, progress=progress)
+
+
+@task(name="quantize", task_run_name="quantize {snapshot.model_id} {recipe.name}", cache_policy=NO_CACHE)
+def quantize(
+    snapshot: Snapshot, plan: Plan, recipe: Recipe, folder: Path, calibration: Calibration | None
+) -> Checkpoint:
+    """The FP8 checkpoint."""
+    progress = reporter("quantize", recipe.name)
+    return stages.quantize_snapshot(snapshot, plan, recipe, folder, calibration=calibration, progress=progress)

@@ -1,0 +1,58 @@
+"""Pinning, planning and downloading. The network is retried; a wrong name is not."""
+
+from __future__ import annotations
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from fp8pipe import show, stages
+from fp8pipe.config import Recipe
+from fp8pipe.plan import Plan
+from fp8pipe.records import Snapshot
+from tasks.policy import HUB_RETRIES, HUB_RETRY_DELAYS, is_transient
+from tasks.progress import artifact_key, reporter
+
+
+@task(
+    name="pin",
+    task_run_name="pin {model}",
+    cache_policy=NO_CACHE,
+    retries=HUB_RETRIES,
+    retry_delay_seconds=HUB_RETRY_DELAYS,
+    retry_condition_fn=is_transient,
+)
+def pin(model: str) -> Snapshot:
+    """Resolve the model to one commit."""
+    reporter("source", model)
+    return stages.pin(model)
+
+
+@task(
+    name="plan",
+    task_run_name="plan {snapshot.model_id} {recipe.name}",
+    cache_policy=NO_CACHE,
+    retries=HUB_RETRIES,
+    retry_delay_seconds=HUB_RETRY_DELAYS,
+    retry_condition_fn=is_transient,
+)
+def plan(snapshot: Snapshot, recipe: Recipe, trust_remote_code: bool) -> Plan:
+    """Decide for every tensor from headers alone, and show the decision."""
+    reporter("plan", recipe.name)
+    made = stages.plan_snapshot(snapshot, recipe, trust_remote_code=trust_remote_code)
+    key = artifact_key("plan", snapshot.model_id, recipe.name)
+    create_markdown_artifact(show.markdown(show.plan_sheet(made)), key=key, description=f"Plan: {snapshot.model_id}, {recipe.name}")
+    return made
+
+
+@task(
+    name="download",
+    task_run_name="download {snapshot.model_id}",
+    cache_policy=NO_CACHE,
+    retries=HUB_RETRIES,
+    retry_delay_seconds=HUB_RETRY_DELAYS,
+    retry_condition_fn=is_transient,
+)
+def download(snapshot: Snapshot) -> Snapshot:
+    """Bring the snapshot's files here; finished files are not fetched again."""
+    return stages.fetch(snapshot, progress=reporter("download", snapshot.model_id))

@@ -1,0 +1,22 @@
+"""Validating, with the findings where a person can read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+
+from fp8pipe import show, stages
+from fp8pipe.records import Snapshot, ValidationReport
+from tasks.progress import artifact_key, reporter
+
+
+@task(name="validate", task_run_name="validate {source.model_id}", cache_policy=NO_CACHE)
+def validate(folder: Path, source: Snapshot, recipe: str) -> ValidationReport:
+    """Structure, values and fidelity to the source. Findings are data; the flow decides."""
+    report = stages.validate_checkpoint(folder, source=source, progress=reporter("validate", source.model_id))
+    key = artifact_key("findings", source.model_id, recipe)
+    create_markdown_artifact(show.markdown(show.findings_sheet(report)), key=key, description=f"Findings: {source.model_id}, {recipe}")
+    return report

@@ -1,0 +1,36 @@
+"""Dependencies point one way, and a command that needs nothing heavy imports nothing heavy."""
+
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import fp8pipe
+
+PACKAGE = Path(fp8pipe.__file__).parent
+HEAVY = ("torch", "transformers", "vllm", "lm_eval", "datasets", "prefect", "matplotlib", "scipy")
+
+
+def modules_after(code: str) -> set[str]:
+    program = f"{code}\nimport sys; print('\\n'.join(sys.modules))"
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(answer.stdout.split())
+
+
+def test_importing_every_room_brings_in_no_prefect():
+    names = [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "fp8pipe.") if not m.name.endswith("__main__")]
+    imports = "\n".join(f"import {name}" for name in names)
+    assert "prefect" not in modules_after(imports)
+
+
+def test_no_room_but_the_command_line_names_flows_or_tasks():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        imports = [line.strip() for line in text.splitlines() if line.strip().startswith(("from ", "import "))]
+        foreign = [line for line in imports if line.split()[1].split(".")[0] in {"flows", "tasks", "prefect"}]
+        assert not foreign or path.name == "cli.py", f"{path}: {foreign}"
+
+
+def test_help_and_config_errors_import_nothing_heavy():
+    loaded = modules_after("import fp8pipe.cli, fp8pipe.config, fp8pipe.show")
+    assert not loaded & set(HEAVY), loaded & set(HEAVY)
