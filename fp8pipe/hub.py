@@ -11,6 +11,7 @@ import errno
 import functools
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,6 +78,7 @@ def _make_quiet_and_impatient() -> None:
 
     disable_progress_bars()
     logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module=r"huggingface_hub\.|httpx2\.")
     set_client_factory(with_timeout)
 
 
@@ -157,17 +159,17 @@ def _of_answer(what: str, error: HfHubHTTPError) -> Fp8PipeError:
     match error:
         case hub.GatedRepoError():
             page = f"{endpoint()}/{error.repo_id}" if error.repo_id else endpoint()
-            return AccessDenied(f"{what}: gated; ask for access at {page}, then {_login(error.request)}")
+            return AccessDenied(f"{what}: gated; ask for access at {page}, then {_login(error.response.request)}")
         case hub.RepositoryNotFoundError():
             return ModelNotFound(
-                f"{what}: {endpoint()} shows no such model. Check the name; {_if_private(error.request)}"
+                f"{what}: {endpoint()} shows no such model. Check the name; {_if_private(error.response.request)}"
             )
         case hub.RevisionNotFoundError():
             return RevisionNotFound(f"{what}: the model exists on {endpoint()}, this revision does not")
         case hub.RemoteEntryNotFoundError():
             return InputError(f"{what}: no such file on {endpoint()}")
     if status in {401, 403} or isinstance(error, hub.DisabledRepoError):
-        return AccessDenied(f"{what}: {endpoint()} refuses: {said}; {_login(error.request)}")
+        return AccessDenied(f"{what}: {endpoint()} refuses: {said}; {_login(error.response.request)}")
     if status in {408, 429} or status >= 500:
         return HubUnreachable(f"{what}: {endpoint()} answered HTTP {status}: {said}; try again later")
     if status in {400, 404, 422}:

@@ -355,8 +355,8 @@ class _Upload:
         foreign = set(remote) - {".gitattributes", CARD}
         if foreign and MARK not in remote:
             raise InputError(
-                f"{self.repo_id}: holds files that are not fp8pipe's ({', '.join(sorted(foreign)[:3])}), which a release "
-                "would replace; name another repository, or delete this one first"
+                f"{self.repo_id}: holds files that are not fp8pipe's ({', '.join(sorted(foreign)[:3])}), which "
+                "a release would replace; name another repository, or delete this one first"
             )
         to_add = [file.name for file in self.files if not self._holds(remote.get(file.name), file)]
         to_delete = sorted(set(remote) - {file.name for file in self.files} - {".gitattributes"})

@@ -1,0 +1,95 @@
+"""Model and checkpoint folders of a few kilobytes: sound, with an index, and with evidence that allows publishing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+from fp8pipe.identity import folder_identity
+from fp8pipe.records import Checkpoint, GateDecision, ValidationReport
+
+FINGERPRINT = "ab12" * 16
+
+
+def safetensors(**tensors: bytes) -> bytes:
+    """A safetensors file of one-dimensional U8 tensors."""
+    header, offset = {}, 0
+    for name, data in tensors.items():
+        header[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [offset, offset + len(data)]}
+        offset += len(data)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + b"".join(tensors.values())
+
+
+def write_model(folder: Path, *, shards: int = 2) -> Path:
+    """A model folder with an index. Every folder has weights of its own: a Hub takes known content without a transfer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(
+            safetensors(**{f"layer.{i}.weight": hashlib.sha256(f"{folder} {i}".encode()).digest() * 160})
+        )
+    weight_map = {f"layer.{i}.weight": name for i, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "LICENSE").write_text("Apache-2.0")
+    return folder
+
+
+def write_checkpoint(folder: Path, *, decision: GateDecision | None = None) -> Path:
+    """A folder that may be published: a model with the evidence of an accepting gate."""
+    write_model(folder)
+    records = folder / "fp8pipe"
+    CHECKPOINT.save(records / "checkpoint.json")
+    validation(folder).save(records / "validation.json")
+    (decision or ACCEPTED).save(records / "gate.json")
+    return folder
+
+
+def validation(folder: Path) -> ValidationReport:
+    """A report without findings on `folder` as it is."""
+    return ValidationReport(
+        folder_identity=folder_identity(folder), depth="values", checks=("F1",), findings=(), tensors=2, bytes_read=0
+    )
+
+
+CHECKPOINT = Checkpoint(
+    fingerprint=FINGERPRINT,
+    model_id="acme/base",
+    source_commit="c0ffee" * 6 + "c0ff",
+    recipe="fp8-dynamic",
+    recipe_digest="00",
+    engine_version=1,
+    calibration_digest=None,
+    source_bytes=20000,
+    output_bytes=10000,
+    quantized_tensors=2,
+    kept_tensors=0,
+    seconds=1.0,
+)
+
+ACCEPTED = GateDecision(
+    verdict="accepted",
+    vetoed=(),
+    unchecked=(),
+    rules=(),
+    tasks=(),
+    policy="demo",
+    policy_digest="00",
+    suite="demo",
+    alpha=0.05,
+    alpha_spent=0.05,
+    attempt=1,
+    max_attempts=1,
+    look=1,
+    looks=1,
+    baseline_fingerprint="c0ffee",
+    candidate_fingerprint=FINGERPRINT,
+    baseline_report="00",
+    candidate_report="00",
+    device_class="cpu",
+    reason="the drop is below the margin on every task",
+)
