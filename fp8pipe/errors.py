@@ -11,6 +11,7 @@
     |   |-- UnsupportedArchitecture      nothing here knows how to quantize this model
     |   |-- UnmatchedEntry               a targets or ignore entry that matches nothing
     |   |-- NonFiniteWeight              NaN or Inf in a weight
+    |   |-- NonFiniteActivation          NaN or Inf behind a weight, while calibration data runs through the model
     |   |-- SourceChanged                the source was altered while it was read
     |   `-- CalibrationDataError         dataset empty, too short, or without a usable column
     |-- Refused                      1   the evidence forbids it: publishing without an accepted gate, ...
@@ -78,6 +79,10 @@ class UnmatchedEntry(InputError):
 
 class NonFiniteWeight(InputError):
     """A weight holds NaN or Inf."""
+
+
+class NonFiniteActivation(InputError):
+    """A module was given NaN or Inf while calibration data ran through the model."""
 
 
 class SourceChanged(InputError):

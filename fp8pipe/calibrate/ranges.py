@@ -1,0 +1,124 @@
+"""Observers: tensors in, one range (amax) per unit out. Running maxima, or histograms for percentile and MSE.
+
+A unit is what shares one scale: the whole tensor, or one KV head. Ranges are maxima over all samples, never an
+exponential average, so that the order of samples does not matter. Histograms count bf16 codes: for a bf16 model they
+hold every value exactly, need no range in advance, and give the same counts on every device.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+E4M3_MAX = 448.0
+_BF16_CODES = 1 << 15
+"""Codes of non-negative bf16 values, in increasing order of value."""
+_MSE_SHRINKS = 81
+"""Candidates for the MSE range: amax times 1.00, 0.99, ..., 0.20."""
+
+ObserverKind = Literal["minmax", "percentile", "mse"]
+
+
+def observer_for(kind: ObserverKind, units: int, percentile: float = 100.0) -> Observer:
+    """The observer of this kind for `units` units."""
+    if kind == "minmax":
+        return Observer(units)
+    return PercentileObserver(units, percentile) if kind == "percentile" else MseObserver(units)
+
+
+class Observer:
+    """Running max of absolute values in float32."""
+
+    def __init__(self, units: int) -> None:
+        self.units = units
+        self.updates = 0
+        self._amax = torch.zeros(units)
+        self._sum_of_amax = torch.zeros(units, dtype=torch.float64)
+
+    def update(self, values: Tensor) -> None:
+        """Take in `values` [units, ...] (any shape when there is one unit)."""
+        amax = _amax_of(values, self.units).to(torch.float32)
+        self._amax = torch.maximum(self._amax.to(amax.device), amax)  # propagates NaN
+        self._sum_of_amax = self._sum_of_amax.to(amax.device) + amax
+        self.updates += 1
+
+    @property
+    def finite(self) -> bool:
+        """Whether every value so far was finite."""
+        return bool(torch.isfinite(self._amax).all())
+
+    def amax(self) -> tuple[float, ...]:
+        """Largest absolute value of each unit."""
+        return tuple(self._amax.tolist())
+
+    def mean_amax(self) -> tuple[float, ...]:
+        """Mean over updates of the largest absolute value: far below amax means that few samples decide the range."""
+        return tuple((self._sum_of_amax / max(self.updates, 1)).tolist())
+
+    def ranges(self) -> tuple[float, ...]:
+        """The range to map onto +-448, per unit."""
+        return self.amax()
+
+
+class _HistogramObserver(Observer):
+    """Counts of absolute values per bf16 code, beside the exact maximum."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__(units)
+        self._counts = torch.zeros(units, _BF16_CODES, dtype=torch.int64)
+
+    def update(self, values: Tensor) -> None:
+        super().update(values)
+        codes = values.to(torch.bfloat16).reshape(self.units, -1).view(torch.int16).bitwise_and(_BF16_CODES - 1)
+        counts = torch.stack([torch.bincount(row.int(), minlength=_BF16_CODES) for row in codes])
+        self._counts = self._counts.to(counts.device) + counts
+
+    def ranges(self) -> tuple[float, ...]:
+        counts = self._counts.cpu()
+        return tuple(self._range_of(counts[unit], amax) if amax else 0.0 for unit, amax in enumerate(self.amax()))
+
+    def _range_of(self, counts: Tensor, amax: float) -> float:
+        raise NotImplementedError
+
+
+class PercentileObserver(_HistogramObserver):
+    """The smallest value that at least `percentile` percent of the absolute values do not exceed."""
+
+    def __init__(self, units: int, percentile: float) -> None:
+        super().__init__(units)
+        self.percentile = percentile
+
+    def _range_of(self, counts: Tensor, amax: float) -> float:
+        cumulative = counts.cumsum(0)
+        wanted = self.percentile / 100 * float(cumulative[-1])
+        code = int(torch.searchsorted(cumulative.double(), wanted))
+        return min(float(_values()[code]), amax)
+
+
+class MseObserver(_HistogramObserver):
+    """The shrunken amax that minimises the squared error of E4M3 with scale = range / 448."""
+
+    def _range_of(self, counts: Tensor, amax: float) -> float:
+        used = counts.nonzero().squeeze(1)
+        values, weights = _values()[used], counts[used].double()
+        candidates = torch.tensor(amax) * torch.linspace(1.0, 0.2, _MSE_SHRINKS)
+        errors = [_squared_error(values, weights, candidate / E4M3_MAX) for candidate in candidates]
+        return float(candidates[torch.stack(errors).argmin()])
+
+
+def _amax_of(values: Tensor, units: int) -> Tensor:
+    """Largest absolute value per unit, in one pass without a temporary. NaN stays NaN."""
+    low, high = torch.aminmax(values) if units == 1 else torch.aminmax(values.reshape(units, -1), dim=1)
+    return torch.maximum(high, -low).reshape(units)
+
+
+def _squared_error(values: Tensor, weights: Tensor, scale: Tensor) -> Tensor:
+    rounded = (values / scale).clamp(max=E4M3_MAX).to(torch.float8_e4m3fn).to(torch.float32) * scale
+    return (weights * (values - rounded).double().square()).sum()
+
+
+def _values() -> Tensor:
+    """The float32 value of every non-negative bf16 code. [32768]"""
+    return torch.arange(_BF16_CODES, dtype=torch.int16).view(torch.bfloat16).to(torch.float32)

@@ -1,0 +1,192 @@
+"""Rows of a calibration dataset: a local .json, .jsonl, .parquet or .txt file, or the files of a Hub dataset's split.
+
+In: a CalibrationSpec. Out: rows (mappings of column to value), and the revision that names their state. A Hub split is
+the set of files that the dataset card assigns to it, or else the files that bear its name (data/train-*.parquet,
+main/test.jsonl), at one commit. Parquet is read a row group at a time, so that a large split costs little memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from fp8pipe import hub
+from fp8pipe.config import CalibrationSpec
+from fp8pipe.errors import CalibrationDataError, ModelNotFound, RevisionNotFound
+
+SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
+
+
+class Rows(Protocol):
+    """Rows by number; a list of dicts is one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+def is_local(spec: CalibrationSpec) -> bool:
+    """Whether the dataset is a file rather than a Hub id."""
+    return spec.dataset.endswith(SUFFIXES)
+
+
+def pin(spec: CalibrationSpec) -> str:
+    """The state of the data: commit sha of a Hub dataset, `sha256:...` of a local file."""
+    if is_local(spec):
+        with _local_path(spec).open("rb") as file:
+            return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+    if spec.revision is not None and re.fullmatch("[0-9a-f]{40}", spec.revision):
+        return spec.revision
+    sha = _info(spec, spec.revision).sha
+    assert sha is not None, f"the Hub gave no sha for dataset {spec.dataset}"
+    return sha
+
+
+def load_rows(spec: CalibrationSpec, revision: str) -> Rows:
+    """All rows of the dataset at `revision`; CalibrationDataError when its files cannot be read."""
+    if is_local(spec):
+        return _read(_local_path(spec))
+    from huggingface_hub import hf_hub_download
+
+    parts = []
+    for name in _files_of_split(spec, revision):
+        with hub.translated(f"calibration dataset {spec.dataset}@{revision}: {name}"):
+            path = hf_hub_download(
+                spec.dataset,
+                name,
+                repo_type="dataset",
+                revision=revision,
+                endpoint=hub.endpoint(),
+                cache_dir=hub.cache_folder(),
+            )
+        parts.append(_read(Path(path), suffix=Path(name).suffix))
+    return _Joined(parts)
+
+
+# ---------------------------------------------------------------------------------------------- the Hub
+
+
+def _info(spec: CalibrationSpec, revision: str | None) -> Any:  # huggingface_hub.DatasetInfo, not imported for a type
+    where = f"calibration dataset {spec.dataset}"
+    try:
+        with hub.translated(where):
+            return hub.client().dataset_info(spec.dataset, revision=revision)
+    except ModelNotFound as error:
+        raise CalibrationDataError(
+            f"{where}: {hub.endpoint()} shows no such dataset; correct calibration.dataset, or name a local "
+            f"{', '.join(SUFFIXES)} file"
+        ) from error
+    except RevisionNotFound as error:
+        raise CalibrationDataError(f"{where} has no revision {revision}; correct calibration.revision") from error
+
+
+def _files_of_split(spec: CalibrationSpec, revision: str) -> list[str]:
+    info = _info(spec, revision)
+    names = sorted(file.rfilename for file in info.siblings or () if file.rfilename.endswith(SUFFIXES))
+    patterns = _patterns_of_card((info.card_data or {}).get("configs") or [], spec)
+    if patterns:
+        found = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    else:
+        found = [name for name in names if _bears_name(name, spec)]
+    if not found:
+        raise CalibrationDataError(
+            f"calibration dataset {spec.dataset}@{revision}: no {', '.join(SUFFIXES)} file is of split {spec.split}"
+            f"{f' of {spec.subset}' if spec.subset else ''}, found {', '.join(names[:8]) or 'no data files'}; "
+            "correct calibration.split or calibration.subset"
+        )
+    return found
+
+
+def _patterns_of_card(configs: list[dict[str, Any]], spec: CalibrationSpec) -> list[str]:
+    """File patterns that the dataset card gives the split; none when the card lists no files."""
+    chosen = [c for c in configs if c.get("config_name") == spec.subset] if spec.subset else configs[:1]
+    patterns: list[str] = []
+    for entry in chosen[0].get("data_files") or [] if chosen else []:
+        if isinstance(entry, dict) and entry.get("split") == spec.split:
+            path = entry["path"]
+            patterns += [path] if isinstance(path, str) else path
+    return patterns
+
+
+def _bears_name(name: str, spec: CalibrationSpec) -> bool:
+    """`data/train_sft-00000-of-00003.parquet` bears train_sft; `main/test.jsonl` bears test of subset main."""
+    in_subset = spec.subset is None or spec.subset in Path(name).parent.parts
+    return in_subset and re.search(rf"(^|[/_.-]){re.escape(spec.split)}([/.-]|$)", name) is not None
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def _local_path(spec: CalibrationSpec) -> Path:
+    path = Path(spec.dataset).expanduser()
+    if not path.is_file():
+        raise CalibrationDataError(f"{path}: no such file; correct calibration.dataset")
+    return path
+
+
+def _read(path: Path, suffix: str | None = None) -> Rows:
+    """Rows of one file: a JSON list, an object per line, a parquet table, or a text per line."""
+    suffix = suffix or path.suffix
+    if suffix == ".parquet":
+        return _ParquetRows(path)
+    try:
+        text = path.read_text()
+        if suffix == ".txt":
+            return [{"text": line} for line in text.splitlines()]
+        rows = (
+            [json.loads(line) for line in text.splitlines() if line.strip()] if suffix == ".jsonl" else json.loads(text)
+        )
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise CalibrationDataError(f"{path}: not {suffix.lstrip('.')}: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CalibrationDataError(f"{path}: expected a list of objects with a `messages` or `text` key")
+    return rows
+
+
+class _Joined:
+    """Several files, one after the other."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        part = bisect_right(self._ends, index)
+        return self._parts[part][index - (self._ends[part - 1] if part else 0)]
+
+
+class _ParquetRows:
+    """A parquet file of which one row group is in memory."""
+
+    def __init__(self, path: Path) -> None:
+        from pyarrow import ArrowInvalid, parquet
+
+        try:
+            self._file = parquet.ParquetFile(path)
+        except ArrowInvalid as error:
+            raise CalibrationDataError(f"{path}: not a parquet file: {error}") from error
+        groups = range(self._file.metadata.num_row_groups)
+        self._ends = list(accumulate(self._file.metadata.row_group(group).num_rows for group in groups))
+        self._wanted = [name for name in self._file.schema_arrow.names if name in ("messages", "text")]
+        self._group: int | None = None
+        self._table: Any = None  # pyarrow has no types
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        group = bisect_right(self._ends, index)
+        if group != self._group:
+            self._table = self._file.read_row_group(group, columns=self._wanted or None)
+            self._group = group
+        offset = index - (self._ends[group - 1] if group else 0)
+        return self._table.slice(offset, 1).to_pylist()[0]

@@ -1,0 +1,175 @@
+"""A model without weights, whose layers are filled from the snapshot one at a time.
+
+In: the folder of a snapshot. Out: a transformers model on the meta device, the names that its safetensors tensors have
+inside transformers, and `load`/`drop` for any part of it. Names and fused tensors are converted by transformers' own
+rules, so a layer holds exactly what `from_pretrained` would have put there.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import logging as transformers_logging
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from fp8pipe.architecture import probe
+from fp8pipe.checkpoint import Headers
+from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
+
+_OUTSIDE = ""
+"""Group of what the decoder needs besides its layers: embeddings, norms, rotary tables."""
+
+
+class Skeleton:
+    """The model of a snapshot on the meta device."""
+
+    def __init__(self, folder: Path, headers: Headers, device: str) -> None:
+        self.folder = folder
+        self.device = torch.device(device)
+        self.model = _on_meta(folder)
+        self.decoder: PreTrainedModel = self.model.get_decoder()
+        self.decoder_name = _name_of(self.model, self.decoder)
+        self.layers = _layers(self.model, self.decoder, self.decoder_name)
+        self._meta = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        self._shards = {info.name: info.shard for info in headers.tensors.values()}
+        self._groups = self._group()
+        self._fill_computed_buffers()
+
+    def load_outside(self) -> None:
+        """Load embeddings, norms and whatever else lies between the layers."""
+        self._load(_OUTSIDE)
+
+    @contextmanager
+    def loaded(self, layer: str) -> Iterator[None]:
+        """The layer's weights in memory, read once, gone afterwards."""
+        self._load(layer)
+        try:
+            yield
+        finally:
+            self._drop(layer)
+
+    def _group(self) -> dict[str, list[str]]:
+        """Layer name (or outside) -> tensors on disk."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        inside = f"{self.decoder_name}." if self.decoder_name else ""
+        for key, target in probe.follow(self.model, self._shards).items():
+            layer = self.layer_of(target.name)
+            if layer is not None or target.name.startswith(inside):
+                groups[layer or _OUTSIDE].append(key)
+        return groups
+
+    def layer_of(self, name: str) -> str | None:
+        """The layer that holds a module or parameter; None outside the layers."""
+        parts = name.split(".")
+        prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        return next((prefix for prefix in prefixes if prefix in self.layers), None)
+
+    def _load(self, group: str) -> None:
+        keys = self._groups[group]
+        with ExitStack() as stack:
+            # pread, not mmap: pages of a mapped file count as memory of this process until it is unmapped.
+            opened = {
+                name: stack.enter_context(safe_open(self.folder / name, framework="pt", backend="pread"))
+                for name in {self._shards[key] for key in keys}
+            }
+            tensors = {key: opened[self._shards[key]].get_slice(key) for key in keys}
+            self._convert(tensors)
+        missing = [name for name in self._expected(group) if _get(self.model, name).is_meta]
+        if missing:
+            raise MalformedCheckpoint(
+                f"{self.folder}: {len(missing)} tensors that {type(self.model).__name__} needs are not in the "
+                f"safetensors files, first {missing[0]}; download the model again"
+            )
+
+    def _convert(self, tensors: dict[str, Any]) -> None:
+        dtype = cast(torch.dtype, self.model.dtype)
+        config = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=dtype,
+            dtype_plan=self.model._get_dtype_plan(dtype),
+            weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]  # its own result
+        )
+        with _no_bars():
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+        problems = [*map(str, info.mismatched_keys), *map(str, info.conversion_errors.items()), *info.error_msgs]
+        if problems:
+            raise MalformedCheckpoint(f"{self.folder}: weights do not fit the model: {'; '.join(sorted(problems)[:3])}")
+
+    def _expected(self, group: str) -> Iterable[str]:
+        """Names of parameters and saved buffers of one group."""
+        root = group or self.decoder_name
+        names = cast(nn.Module, self.model.get_submodule(root)).state_dict().keys()
+        full = (f"{root}.{name}" if root else name for name in names)
+        return [name for name in full if (self.layer_of(name) or _OUTSIDE) == group]
+
+    def _drop(self, group: str) -> None:
+        for name in self._expected(group):
+            _set(self.model, name, self._meta[name])
+
+    def _fill_computed_buffers(self) -> None:
+        """Compute what no checkpoint holds (rotary tables) by the model's own initialisation, and nothing else."""
+        for name in self.model.state_dict():
+            _get(self.model, name)._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
+        for name, buffer in list(self.model.named_non_persistent_buffers()):
+            _set(self.model, name, torch.empty_like(buffer, device=self.device))
+        for module in self.model.modules():
+            module._is_hf_initialized = False  # type: ignore[assignment]  # transformers' own mark
+        self.model.initialize_weights()
+
+
+def _on_meta(folder: Path) -> PreTrainedModel:
+    try:
+        model, quantization = probe.build(folder, trust_remote_code=False)
+    except probe.Unsupported as reason:
+        raise UnsupportedArchitecture(f"{folder}: {reason}") from reason
+    if quantization is not None:
+        raise UnsupportedArchitecture(
+            f"{folder}: the weights are already quantized; calibration needs the BF16 model: give its repository"
+        )
+    return model.eval()
+
+
+def _layers(model: nn.Module, decoder: nn.Module, decoder_name: str) -> dict[str, nn.Module]:
+    """The decoder's layers by name: the entries of its largest module list."""
+    lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise UnsupportedArchitecture(f"{type(model).__name__}: found no list of layers to calibrate one by one")
+    name, largest = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    root = f"{decoder_name}.{name}" if decoder_name else name
+    return {f"{root}.{index}": layer for index, layer in enumerate(largest)}
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _get(model: nn.Module, name: str) -> torch.Tensor:
+    parent, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(parent), leaf)
+
+
+def _set(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, value)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """One progress bar per layer says nothing; ours does."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
