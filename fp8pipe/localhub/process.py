@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from fp8pipe.errors import ServerFailed
 
@@ -83,13 +83,27 @@ def serve(
         app = create_app(root, local_tokens(root) if tokens is None else tokens, faults)
         config = uvicorn.Config(
             app,
-            log_level="info",
+            log_config=log_to_stderr(),
             lifespan="off",
             timeout_graceful_shutdown=2,
             timeout_keep_alive=30,
             server_header=False,
         )
         Server(config).run(sockets=[listener])
+
+
+def log_to_stderr() -> dict[str, Any]:
+    """uvicorn's logging, requests included, with times, on stderr: a child's stdout carries its address and nothing else."""
+    line = {"format": "%(asctime)s %(message)s"}
+    stream = {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}
+    loggers = {"uvicorn": {"handlers": ["stderr"], "level": "INFO", "propagate": False}}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": line},
+        "handlers": {"stderr": stream},
+        "loggers": loggers,
+    }
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -134,7 +148,8 @@ class LocalHub:
 
         Xet is off because this Hub speaks LFS: with xet on, the client would not fall back.
         """
-        return {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1"}
+        wanted = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1"}
+        return wanted | without_proxy()
 
     def stop(self) -> None:
         """End the server; its state stays on disk. Stopping twice is fine."""
@@ -154,6 +169,16 @@ class LocalHub:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def without_proxy() -> dict[str, str]:
+    """What keeps a client that has to use a proxy from asking it for loopback; nothing where there is no proxy."""
+    if not any(name.lower() in ("http_proxy", "all_proxy") for name in os.environ):
+        return {}
+    exempt = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
+    if "127.0.0.1" in exempt.split(","):
+        return {}
+    return dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(filter(None, [exempt, "127.0.0.1"])))
 
 
 def start(
