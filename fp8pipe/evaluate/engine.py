@@ -1,0 +1,143 @@
+"""The live engine: lm-eval's vLLM model with a meter on it, and what vLLM resolved and chose, read back from it.
+
+Imported by the worker only, after `prepare_process`: importing vLLM takes most of an evaluation's start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from lm_eval.models.utils import Collator
+from lm_eval.models.vllm_causallms import VLLM
+from tqdm import tqdm
+
+from fp8pipe.device import class_of_capability
+from fp8pipe.errors import EngineFailed
+from fp8pipe.evaluate import cpu_platform
+from fp8pipe.records import EngineFacts, digest_of
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from vllm import RequestOutput
+
+Tell = Callable[[dict[str, Any]], None]  # Any: JSON
+
+_PATHS = ("pretrained", "tokenizer", "download_dir")
+
+
+class MeteredVLLM(VLLM):
+    """lm-eval's vLLM model, unchanged in what it computes; tells its progress and notes which generations were cut."""
+
+    def __init__(self, *, tell: Tell, **arguments: Any) -> None:  # Any: lm-eval's and vLLM's arguments
+        super().__init__(**arguments)
+        self.cut: set[tuple[str, int]] = set()
+        """(leaf task, position among its scored documents) of generations that ended at their length limit."""
+        self._outputs: list[RequestOutput] = []
+        generate, bar = self.model.generate, _bar_that_tells(tell)
+        self.model.generate = lambda *args, **options: generate(*args, **(options | {"use_tqdm": bar}))
+
+    def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
+        outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
+        self._outputs += outputs
+        return outputs
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """As lm-eval does it; afterwards the outputs, which lm-eval sorts by length, are matched to their requests."""
+        self._outputs = []
+        texts = super().generate_until(requests, disable_tqdm)
+        contexts = [request.args[0] for request in requests]
+        prompts = list(zip(contexts, self.tok_encode(contexts), strict=True))
+        collator = Collator(prompts, lambda prompt: (-len(prompt[1]), prompt[0]))
+        list(collator.get_batched(n=0))
+        for request, (_, tokens), output in zip(requests, prompts, collator.get_original(self._outputs), strict=True):
+            # lm-eval cuts over-long prompts at the left: the engine saw the end of what this request holds
+            assert output.prompt_token_ids == tokens[-len(output.prompt_token_ids) :], "outputs in another order"
+            if output.outputs[0].finish_reason == "length":
+                self.cut.add((request.task_name, request.doc_id))
+        return texts
+
+
+def _bar_that_tells(tell: Tell) -> type[tqdm[Any]]:
+    """A progress bar for vLLM that also sends each step to the parent."""
+
+    class Bar(tqdm):
+        _quiet: ClassVar[dict[str, Any]] = {"mininterval": 10.0}
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **(options | self._quiet))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            shown = super().update(n)
+            if self.desc.startswith("Processed"):
+                tell({"done": self.n, "total": self.total})
+            return shown
+
+    return Bar
+
+
+# ---------------------------------------------------------------------------------------------- facts
+
+
+def engine_facts(lm: VLLM, arguments: dict[str, Any]) -> EngineFacts:
+    """What serves this model now."""
+    from vllm.platforms import current_platform
+
+    config = lm.model.llm_engine.vllm_config
+    seen = lm.model.apply_model(look_at)
+    backends = {name for worker in seen for name in worker["attention"]}
+    caches = {name for worker in seen for name in worker["kv_cache"]} or {str(config.cache_config.cache_dtype)}
+    if len(caches) != 1:
+        raise EngineFailed(f"layers have different KV cache dtypes ({', '.join(sorted(caches))}); expected one for all")
+    capability = current_platform.get_device_capability()
+    return EngineFacts(
+        linear_kernels=tuple(sorted({name for worker in seen for name in worker["kernels"]})),
+        attention_backend=", ".join(sorted(backends)),
+        kv_cache_dtype=caches.pop(),
+        quantization=config.model_config.quantization,
+        dtype=str(config.model_config.dtype).removeprefix("torch."),
+        max_model_len=config.model_config.max_model_len,
+        arguments={key: value for key, value in arguments.items() if key not in _PATHS},
+        device_class="cpu" if capability is None else class_of_capability(capability.major, capability.minor),
+        device_name=current_platform.get_device_name(),
+        plugin=cpu_platform.NAME if current_platform.is_cpu() and cpu_platform.active() else None,
+    )
+
+
+def look_at(model: torch.nn.Module) -> dict[str, list[str]]:
+    """Runs in each worker: names of the kernels, attention backends and KV cache dtypes in use."""
+    kernels: set[str] = set()
+    attention: set[str] = set()
+    kv_cache: set[str] = set()
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if hasattr(module, "attn_backend"):
+            attention.add(module.attn_backend.get_name())
+            kv_cache.add(str(module.kv_cache_dtype))
+        elif method is not None and not type(method).__name__.startswith("Unquantized"):
+            kernels.add(_kernel_name(method, getattr(module, "scheme", None)))
+    return {"kernels": sorted(kernels), "attention": sorted(attention), "kv_cache": sorted(kv_cache)}
+
+
+def _kernel_name(method: object, scheme: object | None) -> str:
+    """The kernel object that a quantized layer holds; where there is none, its scheme or method is the kernel."""
+    for holder in (scheme, method):
+        for value in vars(holder).values() if holder is not None else ():
+            if "Kernel" in type(value).__name__:
+                return type(value).__name__
+    return type(method if scheme is None else scheme).__name__
+
+
+def adds_bos(lm: VLLM) -> bool:
+    """Whether prompts really begin with the beginning-of-sequence token."""
+    bos = lm.tokenizer.bos_token_id
+    return bos is not None and lm.tok_encode("a")[:1] == [bos]
+
+
+def tokenizer_hash(lm: VLLM) -> str:
+    """sha256 over vocabulary, special tokens and, for a fast tokenizer, its pipeline (merges, normalizer, ...)."""
+    tokenizer: Any = lm.tokenizer  # Any: slow, fast and Mistral tokenizers share no base with these attributes
+    pipeline = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else None
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return digest_of({"vocabulary": tokenizer.get_vocab(), "special": special, "pipeline": pipeline})

@@ -1,0 +1,149 @@
+"""lm-eval's results as TaskResults: sample by sample, in the order of the picks, checked against what was asked.
+
+In: what `simple_evaluate` returned, the Subjects it was given, and which generations were cut. Out: one TaskResult per
+suite entry. A sample or metric that is missing, double or unasked for, and shots other than asked, are errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fp8pipe.errors import EngineFailed, InputError
+from fp8pipe.evaluate.tasks import Subject
+from fp8pipe.records import MetricSamples, TaskResult
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+Example = dict[str, Any]  # Any: lm-eval's logged sample: ids, hashes, responses, one entry per metric
+Results = Mapping[str, Any]  # Any: lm-eval's EvalResults
+Cell = tuple[str, str]
+"""(metric, filter)"""
+
+
+def task_result(subject: Subject, results: Results, cut: set[tuple[str, int]]) -> TaskResult:
+    """One suite entry. `cut`: (leaf, position among its scored documents) of generations that hit their limit."""
+    ids = subject.sample_ids()
+    logged = {leaf: _by_filter(leaf, results["samples"].get(leaf, []), set(ids[leaf])) for leaf in ids}
+    for leaf in ids:
+        _check_shots(leaf, results["n-shot"].get(leaf), subject.num_fewshot)
+    cells = _common_cells(subject.name, logged)
+    any_filter = cells[0][1]
+    examples = [logged[leaf][any_filter][document] for leaf, document in subject.picks]
+    generates = any(_generates(subject.leaves[leaf]) for leaf in ids)
+    positions = {leaf: {document: place for place, document in enumerate(ids[leaf])} for leaf in ids}
+    return TaskResult(
+        task=subject.name,
+        version="+".join(sorted({str(results["versions"][leaf]) for leaf in ids})),
+        num_fewshot=subject.num_fewshot,
+        doc_ids=_document_ids(subject),
+        doc_hashes=tuple(example["doc_hash"] for example in examples),
+        prompt_hashes=tuple(example["prompt_hash"] for example in examples),
+        target_hashes=tuple(example["target_hash"] for example in examples),
+        clusters=tuple(leaf for leaf, _ in subject.picks) if len(subject.leaves) > 1 else (),
+        truncated=tuple((leaf, positions[leaf][d]) in cut for leaf, d in subject.picks) if generates else (),
+        metrics=tuple(_metric(subject, cell, logged, results) for cell in cells),
+    )
+
+
+def _by_filter(leaf: str, samples: list[Example], wanted: set[int]) -> dict[str, dict[int, Example]]:
+    """filter -> document id -> example; every wanted document exactly once under each filter, and the same hashes."""
+    found: dict[str, dict[int, Example]] = {}
+    for example in samples:
+        documents = found.setdefault(example["filter"], {})
+        if example["doc_id"] in documents:
+            raise EngineFailed(f"{leaf}: lm-eval reports document {example['doc_id']} twice under {example['filter']}")
+        documents[example["doc_id"]] = example
+    if not found:
+        raise EngineFailed(f"{leaf}: lm-eval reports no samples, expected {len(wanted)}")
+    for name, documents in found.items():
+        if documents.keys() != wanted:
+            counts = f"expected {len(wanted)} documents, found {len(documents)}"
+            odd = sorted(documents.keys() ^ wanted)[:5]
+            raise EngineFailed(f"{leaf}, filter {name}: {counts}; missing or extra: {odd}")
+    return found
+
+
+def _check_shots(leaf: str, executed: int | None, wanted: int) -> None:
+    if executed != wanted:
+        raise EngineFailed(f"{leaf}: lm-eval ran {executed} shots, expected {wanted}")
+
+
+def _common_cells(name: str, logged: dict[str, dict[str, dict[int, Example]]]) -> list[Cell]:
+    """The (metric, filter) pairs; the same in every document of every leaf."""
+    cells: set[frozenset[Cell]] = set()
+    for filters in logged.values():
+        for place in range(len(next(iter(filters.values())))):
+            rows = {key: list(documents.values())[place] for key, documents in filters.items()}
+            cells.add(frozenset((metric, key) for key, row in rows.items() for metric in row["metrics"]))
+    if len(cells) != 1:
+        raise InputError(f"{name}: its parts are scored by different metrics; name the parts in the suite instead")
+    return sorted(cells.pop())
+
+
+def _document_ids(subject: Subject) -> tuple[int, ...]:
+    """Ids that are unique in the entry: those of a group count on from leaf to leaf."""
+    offsets: dict[str, int] = {}
+    total = 0
+    for leaf, task in subject.leaves.items():
+        offsets[leaf] = total
+        total += len(task.eval_docs)
+    return tuple(offsets[leaf] + document for leaf, document in subject.picks)
+
+
+def _generates(task: Task) -> bool:
+    return task.OUTPUT_TYPE == "generate_until"
+
+
+def _metric(
+    subject: Subject, cell: Cell, logged: dict[str, dict[str, dict[int, Example]]], results: Results
+) -> MetricSamples:
+    metric, filter_name = cell
+    examples = [logged[leaf][filter_name][document] for leaf, document in subject.picks]
+    values = tuple(_number(example[metric], f"{subject.name}: {metric},{filter_name}") for example in examples)
+    fallbacks = {leaf: _fallbacks(subject.leaves[leaf], filter_name) for leaf in logged}
+    failed = (_no_answer(example, fallbacks[leaf]) for (leaf, _), example in zip(subject.picks, examples, strict=True))
+    reported = results["results"].get(subject.name, {})
+    mean, stderr = reported.get(f"{metric},{filter_name}"), reported.get(f"{metric}_stderr,{filter_name}")
+    if len(subject.leaves) > 1:
+        mean = math.fsum(values) / len(values)  # over documents; a group's own figure may weight its leaves alike
+    if mean is None:
+        raise EngineFailed(f"{subject.name}: lm-eval reports no {metric},{filter_name}")
+    return MetricSamples(
+        metric=metric,
+        filter=filter_name,
+        higher_is_better=bool(results["higher_is_better"].get(subject.picks[0][0], {}).get(metric, True)),
+        mean=float(mean),
+        stderr=float(stderr) if isinstance(stderr, int | float) else None,
+        values=values,
+        extraction_failed=tuple(failed) if any(fallbacks.values()) else (),
+    )
+
+
+def _number(value: Any, what: str) -> float:  # Any: whatever a task's process_results returns
+    """A per-sample value as float. Rolling likelihoods come as (log-likelihood, units) and become their quotient."""
+    if isinstance(value, tuple) and len(value) == 2:
+        log_likelihood, units = value
+        return float(log_likelihood) / float(units)
+    if not hasattr(value, "__float__"):
+        raise InputError(
+            f"{what}: expected a number per sample, found {type(value).__name__}; the gate cannot compare it"
+        )
+    return float(value)
+
+
+def _fallbacks(task: Task, filter_name: str) -> list[Any]:  # Any: a filter's fallback is a string or a list of them
+    """What this filter's extraction steps say when they find no answer; empty when it extracts nothing."""
+    steps: list[Any] = [
+        make() for ensemble in task._filters if ensemble.name == filter_name for make in ensemble.filters
+    ]
+    return [step.fallback for step in steps if hasattr(step, "fallback")]
+
+
+def _no_answer(example: Example, fallbacks: list[Any]) -> bool:
+    answers = [
+        a for response in example["filtered_resps"] for a in ([response] if isinstance(response, str) else response)
+    ]
+    return bool(fallbacks) and all(answer in fallbacks for answer in answers)
