@@ -16,7 +16,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from fp8pipe.localhub import routes_collections, routes_commits, routes_discussions, routes_files, routes_repos
+from fp8pipe.localhub import (
+    pages,
+    routes_collections,
+    routes_commits,
+    routes_discussions,
+    routes_files,
+    routes_repos,
+)
 from fp8pipe.localhub.access import Tokens
 from fp8pipe.localhub.discussions import Discussions
 from fp8pipe.localhub.faults import Faults, FaultyServer, list_faults, set_faults
@@ -36,6 +43,7 @@ def create_app(root: Path, tokens: Tokens, faults: Faults | None = None) -> Star
         *routes_commits.ROUTES,
         *routes_collections.ROUTES,
         *routes_discussions.ROUTES,
+        *pages.ROUTES,  # last: /namespace/name fits many paths
     ]
     middleware = [Middleware(KeepQuotedSlashes)]
     if faults is not None:
@@ -44,11 +52,22 @@ def create_app(root: Path, tokens: Tokens, faults: Faults | None = None) -> Star
     app = Starlette(
         routes=routes,
         middleware=middleware,
-        exception_handlers={Refusal: answer_refusal, HTTPException: answer_unrouted},
+        exception_handlers={Refusal: answer_refused, HTTPException: answer_unrouted},
     )
     app.state.hub = Hub(store, shelves, Discussions(store), tokens, secrets.token_bytes(32))
     app.state.faults = faults
     return app
+
+
+async def answer_refused(request: Request, error: Exception) -> Response:
+    """A refusal: JSON for clients, a page for people. The headers are the same."""
+    assert isinstance(error, Refusal)
+    answer = answer_refusal(error)
+    if request.scope["path"].startswith("/api/") or "text/html" not in request.headers.get("accept", ""):
+        return answer
+    shown = pages.error_page(request, error)
+    shown.headers.update({name: value for name, value in answer.headers.items() if name.startswith("x-")})
+    return shown
 
 
 async def answer_unrouted(request: Request, error: Exception) -> Response:
@@ -57,5 +76,5 @@ async def answer_unrouted(request: Request, error: Exception) -> Response:
     path = request.scope["path"]
     if error.status_code == 404 and path.startswith(("/api/models/", "/api/datasets/")):
         name = path.split("/")[3]
-        return await answer_refusal(request, repo_not_found(name, signed_in=True))
-    return await answer_refusal(request, Refusal(error.status_code, f"{request.method} {path}: {error.detail}"))
+        return await answer_refused(request, repo_not_found(name, signed_in=True))
+    return await answer_refused(request, Refusal(error.status_code, f"{request.method} {path}: {error.detail}"))

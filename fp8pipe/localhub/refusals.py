@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 
@@ -44,13 +43,10 @@ def gated_repo(repo_id: str, *, signed_in: bool) -> Refusal:
     return Refusal(403 if signed_in else 401, f"Access to {repo_id} is restricted. {who}", "GatedRepo")
 
 
-async def answer_refusal(request: Request, refusal: Exception) -> Response:
-    """Turn a `Refusal` into its response. HTTP headers are latin-1, so other characters are replaced there."""
-    assert isinstance(refusal, Refusal)
-    headers = {
-        **refusal.headers,
-        "X-Error-Message": refusal.message.replace("\n", " ").encode("ascii", "replace").decode(),
-    }
+def answer_refusal(refusal: Refusal) -> Response:
+    """The JSON answer of a refusal. HTTP headers are latin-1, so other characters are replaced there."""
+    message = refusal.message.replace("\n", " ").encode("ascii", "replace").decode()
+    headers = {**refusal.headers, "X-Error-Message": message}
     if refusal.code is not None:
         headers["X-Error-Code"] = refusal.code
     return JSONResponse({"error": refusal.message, **refusal.extra}, refusal.status, headers)

@@ -1,0 +1,56 @@
+"""Markdown of a README to HTML that is safe to show: it comes from whoever may push.
+
+HTML in the source is shown as text, except for bare tags of a short list (no attributes), which model cards use to fold
+long logs. Links are markdown-it's safe ones; relative ones are led into the repository. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from html import escape
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+HARMLESS_TAG = re.compile(r"</?(?:details|summary|br|sub|sup|kbd|b|i|em|strong)\s*/?>", re.IGNORECASE)
+COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+ABSOLUTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:|/|#")
+
+
+def render(source: str, *, link: Callable[[str], str], image: Callable[[str], str]) -> str:
+    """HTML of a card. `link` and `image` turn a path inside the repository into an address."""
+    parser = MarkdownIt("commonmark", {"html": True, "typographer": False}).enable(["table", "strikethrough"])
+    tokens = parser.parse(source)
+    name_headings(tokens)
+    for token in flat(tokens):
+        if token.type in ("html_block", "html_inline"):
+            token.content = harmless(token.content)
+        for attribute, address in (("href", link), ("src", image)):
+            target = token.attrGet(attribute)
+            if isinstance(target, str) and not ABSOLUTE.match(target):
+                token.attrSet(attribute, address(target.removeprefix("./")))
+    return parser.renderer.render(tokens, parser.options, {})
+
+
+def harmless(html: str) -> str:
+    """The HTML with every tag escaped that is not on the list."""
+    html = COMMENT.sub("", html)
+    pieces, end = [], 0
+    for tag in HARMLESS_TAG.finditer(html):
+        pieces += [escape(html[end : tag.start()]), tag[0]]
+        end = tag.end()
+    return "".join([*pieces, escape(html[end:])])
+
+
+def flat(tokens: Sequence[Token]) -> list[Token]:
+    """The tokens and those inside them."""
+    return [one for token in tokens for one in (token, *flat(token.children or ()))]
+
+
+def name_headings(tokens: Sequence[Token]) -> None:
+    """Give headings the ids that links like #how-to-use-it expect."""
+    for opening, content in zip(tokens, tokens[1:], strict=False):
+        if opening.type == "heading_open":
+            words = re.sub(r"[^\w\- ]", "", content.content.lower()).strip()
+            opening.attrSet("id", re.sub(r"\s+", "-", words))
