@@ -1,0 +1,138 @@
+"""What travels with the weights: tokenizer, generation config, chat template, code, licence (checks P1 to P6).
+
+In: a Subject with its source. A tokenizer of another revision or a lost eos token changes every answer, and no loader
+can tell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp8pipe.validate.findings import Fault, check, clip
+
+if TYPE_CHECKING:
+    from fp8pipe.validate.subject import Subject
+
+TOKENIZER = re.compile(
+    r"^(tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|"
+    r"tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model|tekken\.json|.*\.tiktoken)$"
+)
+CHAT_TEMPLATE = re.compile(r"^(chat_template\.(jinja|json)|additional_chat_templates/.*\.jinja)$")
+PROCESSOR = re.compile(r"^((video_)?(pre)?processor_config\.json|processor_config\.json|[\w./-]+\.py)$")
+LICENCE = re.compile(r"^(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*$", re.IGNORECASE)
+TEXT = re.compile(r"\.(json|jinja|md|py|ya?ml|txt)$")
+MAX_TEXT_BYTES = 32_000_000
+
+SECRET = re.compile(rb"\b(hf_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{36,}|sk-[A-Za-z0-9_-]{40,})\b")
+PRIVATE_PATH = re.compile(rb"\"(?:file://)?((?:/home|/root|/Users|/tmp|/mnt|/work|/workspace|/scratch)/[^\"]*)\"")
+
+
+def _same_content(ours: Path, theirs: Path) -> bool:
+    if ours.stat().st_size != theirs.stat().st_size:
+        return False
+    return _hash(ours) == _hash(theirs)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _against_source(subject: Subject, pattern: re.Pattern[str], *, extra: bool) -> Iterator[Fault]:
+    """Files that match `pattern`: each of the source's is there with the same bytes (and no other, if `extra`)."""
+    assert subject.source is not None
+    ours, theirs = subject.shelf, subject.source
+    for name in sorted(name for name in theirs.sizes if pattern.match(name)):
+        if name not in ours.sizes:
+            yield Fault("the source's file", "missing", file=name)
+        elif not _same_content(ours.path(name), theirs.path(name)):
+            yield Fault("the source's bytes", "other bytes", file=name)
+    for name in sorted(name for name in ours.sizes.keys() - theirs.sizes.keys() if pattern.match(name) and extra):
+        yield Fault("only files of the source", "a file that it does not have", file=clip(name))
+
+
+@check(
+    "P1",
+    "Tokenizer files equal the source's, byte for byte.",
+    needs=("source",),
+    consequence="vLLM encodes prompts with other ids than the model was trained on, without a word",
+    remedy="copy the file from the source at the same revision",
+)
+def tokenizer_is_the_source_s(subject: Subject) -> Iterator[Fault]:
+    return _against_source(subject, TOKENIZER, extra=True)
+
+
+@check(
+    "P2",
+    "generation_config.json equals the source's.",
+    needs=("source",),
+    consequence="vLLM stops at other tokens, or samples with other defaults",
+    remedy="copy the file from the source",
+)
+def generation_config_is_the_source_s(subject: Subject) -> Iterator[Fault]:
+    return _against_source(subject, re.compile(r"^generation_config\.json$"), extra=True)
+
+
+@check(
+    "P3",
+    "Chat templates equal the source's.",
+    needs=("source",),
+    consequence="vLLM formats conversations otherwise, or refuses chat requests",
+    remedy="copy the file from the source",
+)
+def chat_template_is_the_source_s(subject: Subject) -> Iterator[Fault]:
+    return _against_source(subject, CHAT_TEMPLATE, extra=True)
+
+
+@check(
+    "P4",
+    "Processor configs and the model's own code are those of the source.",
+    needs=("source",),
+    consequence="vLLM cannot build the model, or prepares images and audio otherwise",
+    remedy="copy the file from the source",
+)
+def processors_and_code_are_the_source_s(subject: Subject) -> Iterator[Fault]:
+    return _against_source(subject, PROCESSOR, extra=False)
+
+
+@check(
+    "P5",
+    "The source's licence files travel along.",
+    severity="warning",
+    needs=("source",),
+    consequence="none in vLLM; most licences demand it",
+    remedy="copy the file from the source",
+)
+def licence_travels_along(subject: Subject) -> Iterator[Fault]:
+    assert subject.source is not None
+    for name in sorted(name for name in subject.source.sizes if LICENCE.match(name)):
+        if name not in subject.shelf.sizes:
+            yield Fault("the source's file", "missing", file=name)
+
+
+@check(
+    "P6",
+    "No text file that was made here holds an access token or a path of the machine that made it.",
+    consequence="none in vLLM; the secret is public as soon as the checkpoint is",
+    remedy="remove it, and revoke the token",
+)
+def nothing_private_is_told(subject: Subject) -> Iterator[Fault]:
+    for name, size in subject.shelf.sizes.items():
+        if not TEXT.search(name) or not 0 < size <= MAX_TEXT_BYTES or _copied(subject, name):
+            continue
+        content = subject.shelf.path(name).read_bytes()
+        if SECRET.search(content):
+            yield Fault("no access token", "something of its form", file=clip(name))
+        if path := PRIVATE_PATH.search(content):
+            found = clip(path[1].decode(errors="replace"))
+            yield Fault("no local path", found, file=clip(name), severity="warning", remedy="remove it")
+
+
+def _copied(subject: Subject, name: str) -> bool:
+    """What the source says itself is not this checkpoint's secret."""
+    source = subject.source
+    return source is not None and name in source.sizes and _same_content(subject.shelf.path(name), source.path(name))
