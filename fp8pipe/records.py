@@ -145,6 +145,11 @@ class Checkpoint(Record):
     seconds: float
     """Plan to fsynced files, resumed work not counted. A figure for people, not identity."""
 
+    @property
+    def release_tag(self) -> str:
+        """The tag that its release gets on the Hub, unless another is asked for."""
+        return f"fp8pipe-{self.fingerprint[:12]}"
+
 
 class FileHash(Record):
     """Content of one published file."""
