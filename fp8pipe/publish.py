@@ -48,13 +48,7 @@ MARK = f"{RECORD_DIR}/checkpoint.json"
 """A repository that holds it was made by fp8pipe."""
 
 KEPT_PRIVATE = (
-    "*.tmp",
-    "*.part",
-    "*.partial",
-    "*.incomplete",
-    "*.lock",
-    "*.log",
-    "*.pyc",
+    *("*.tmp", "*.part", "*.partial", "*.incomplete", "*.lock", "*.log", "*.journal", "*.pyc"),
     f"{RECORD_DIR}/release.json",
 )
 """Never uploaded, like everything hidden: half-made files, traces of this machine, and the record of the upload."""
@@ -72,6 +66,7 @@ class Evidence:
 
     checkpoint: Checkpoint
     validation: ValidationReport
+    candidate: EvalReport
     decision: GateDecision
     approval: Approval | None
 
@@ -84,11 +79,11 @@ def load_evidence(folder: Path) -> Evidence:
     evidence = Evidence(
         checkpoint=_required(Checkpoint, folder, "checkpoint.json", "quantize"),
         validation=_required(ValidationReport, folder, "validation.json", "validate"),
+        candidate=_required(EvalReport, folder, "candidate.json", "gate --checkpoint"),
         decision=_required(GateDecision, folder, "gate.json", "gate --checkpoint"),
         approval=Approval.load_if_present(folder / RECORD_DIR / "approval.json"),
     )
-    candidate = EvalReport.load_if_present(folder / RECORD_DIR / "candidate.json")
-    objections = [*_objections(evidence), *_folder_objections(evidence, candidate, folder_identity(folder))]
+    objections = [*_objections(evidence), *_folder_objections(evidence, folder_identity(folder))]
     if objections:
         raise Refused(f"{folder} is not published:\n" + "\n".join(f"  {line}" for line in objections))
     return evidence
@@ -118,17 +113,15 @@ def _objections(evidence: Evidence) -> Iterator[str]:
         yield f"the gate left rules unchecked: {', '.join(decision.unchecked)}; give it the evidence they need"
 
 
-def _folder_objections(evidence: Evidence, candidate: EvalReport | None, identity: str) -> Iterator[str]:
+def _folder_objections(evidence: Evidence, identity: str) -> Iterator[str]:
     """What the folder itself forbids: unsound, or not what was validated and measured."""
     for finding in evidence.validation.errors:
         yield f"validation: {finding.sentence()}"
     if evidence.validation.folder_identity != identity:
         yield "the folder changed since it was validated; validate, evaluate and gate it again"
-    if candidate is None:
-        return
-    if candidate.digest() != evidence.decision.candidate_report:
+    if evidence.candidate.digest() != evidence.decision.candidate_report:
         yield f"{RECORD_DIR}/candidate.json is not the measurement that the gate decided on; run the gate again"
-    if candidate.folder_identity not in (None, identity):
+    if evidence.candidate.folder_identity != identity:
         yield "the folder changed since it was measured; evaluate and gate it again"
 
 
@@ -164,8 +157,7 @@ def publish(
     tag = tag or f"fp8pipe-{checkpoint.fingerprint[:12]}"
     say = _teller(progress, folder)
 
-    say("hash files")
-    files = _contents(folder, checkpoint.fingerprint)
+    files = _contents(folder, checkpoint.fingerprint, say)
     api = hub.client()
     with hub.translated(f"publishing to {repo_id}"):
         say("create repository")
@@ -231,7 +223,7 @@ def publishable(folder: Path) -> list[str]:
     return names
 
 
-def _contents(folder: Path, fingerprint: str) -> tuple[FileHash, ...]:
+def _contents(folder: Path, fingerprint: str, say: Say) -> tuple[FileHash, ...]:
     """Every file to publish with its sha256. Weights are hashed once and remembered in the manifest, which is itself
     the last of the files."""
     path, identity = folder / MANIFEST, folder_identity(folder)
@@ -240,8 +232,12 @@ def _contents(folder: Path, fingerprint: str) -> tuple[FileHash, ...]:
     if known is not None and known.identity == identity:
         remembered = {file.name: file for file in known.files if file.name.endswith(".safetensors")}
     names = [name for name in publishable(folder) if name != MANIFEST]
-    files = tuple(remembered.get(name) or _hash(folder, name) for name in names)
-    manifest = Manifest(fingerprint=fingerprint, identity=identity, files=files)
+    files = []
+    for name in names:
+        if name not in remembered:
+            say(f"hash {name}")
+        files.append(remembered.get(name) or _hash(folder, name))
+    manifest = Manifest(fingerprint=fingerprint, identity=identity, files=tuple(files))
     if manifest != known:
         manifest.save(path)
     return (*files, _hash(folder, MANIFEST))

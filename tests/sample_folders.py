@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 
 from fp8pipe.identity import folder_identity
-from fp8pipe.records import Checkpoint, GateDecision, ValidationReport
+from fp8pipe.records import Checkpoint, EngineFacts, EvalReport, GateDecision, ValidationReport
 
 FINGERPRINT = "ab12" * 16
 
@@ -24,7 +24,7 @@ def safetensors(**tensors: bytes) -> bytes:
 
 
 def write_model(folder: Path, *, shards: int = 2) -> Path:
-    """A model folder with an index. Every folder has weights of its own: a Hub takes known content without a transfer."""
+    """A model folder with an index. Weights differ from folder to folder, so that a Hub does not know them."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     for i, name in enumerate(names):
@@ -39,13 +39,14 @@ def write_model(folder: Path, *, shards: int = 2) -> Path:
     return folder
 
 
-def write_checkpoint(folder: Path, *, decision: GateDecision | None = None) -> Path:
+def write_checkpoint(folder: Path) -> Path:
     """A folder that may be published: a model with the evidence of an accepting gate."""
     write_model(folder)
     records = folder / "fp8pipe"
     CHECKPOINT.save(records / "checkpoint.json")
     validation(folder).save(records / "validation.json")
-    (decision or ACCEPTED).save(records / "gate.json")
+    measured(folder).save(records / "candidate.json")
+    accepted(folder).save(records / "gate.json")
     return folder
 
 
@@ -71,25 +72,61 @@ CHECKPOINT = Checkpoint(
     seconds=1.0,
 )
 
-ACCEPTED = GateDecision(
-    verdict="accepted",
-    vetoed=(),
-    unchecked=(),
-    rules=(),
-    tasks=(),
-    policy="demo",
-    policy_digest="00",
-    suite="demo",
-    alpha=0.05,
-    alpha_spent=0.05,
-    attempt=1,
-    max_attempts=1,
-    look=1,
-    looks=1,
-    baseline_fingerprint="c0ffee",
-    candidate_fingerprint=FINGERPRINT,
-    baseline_report="00",
-    candidate_report="00",
-    device_class="cpu",
-    reason="the drop is below the margin on every task",
-)
+
+def measured(folder: Path) -> EvalReport:
+    """A measurement of `folder` as it is."""
+    engine = EngineFacts(
+        linear_kernels=(),
+        attention_backend="CPU_ATTN",
+        kv_cache_dtype="auto",
+        quantization="compressed-tensors",
+        dtype="bfloat16",
+        max_model_len=256,
+        arguments={},
+        device_class="cpu",
+        device_name="cpu",
+        plugin=None,
+    )
+    return EvalReport(
+        role="candidate",
+        model_id=CHECKPOINT.model_id,
+        fingerprint=FINGERPRINT,
+        suite="demo",
+        suite_digest="00",
+        engine=engine,
+        tasks=(),
+        add_bos_token=True,
+        chat_template_hash=None,
+        tokenizer_hash="00",
+        seeds={},
+        versions={},
+        table="",
+        folder_identity=folder_identity(folder),
+        seconds={},
+    )
+
+
+def accepted(folder: Path) -> GateDecision:
+    """The verdict on that measurement."""
+    return GateDecision(
+        verdict="accepted",
+        vetoed=(),
+        unchecked=(),
+        rules=(),
+        tasks=(),
+        policy="demo",
+        policy_digest="00",
+        suite="demo",
+        alpha=0.05,
+        alpha_spent=0.05,
+        attempt=1,
+        max_attempts=1,
+        look=1,
+        looks=1,
+        baseline_fingerprint="c0ffee",
+        candidate_fingerprint=FINGERPRINT,
+        baseline_report="00",
+        candidate_report=measured(folder).digest(),
+        device_class="cpu",
+        reason="the drop is below the margin on every task",
+    )
