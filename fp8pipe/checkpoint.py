@@ -1,7 +1,7 @@
 """The safetensors files of a checkpoint: the only room that knows their layout.
 
-In: a Snapshot. Out: `Headers`, every tensor with dtype, shape and place, checked so strictly that nothing behind it has to
-be afraid of a header; `SourceFiles` and `OutputShard` to read and write bytes at those places; the index.
+In: a Snapshot. Out: `Headers`, every tensor with dtype, shape and place, checked so strictly that nothing behind it
+has to be afraid of a header; `SourceFiles` and `OutputShard` to read and write bytes at those places; the index.
 
 A file is 8 bytes (little-endian length of the header), the header (JSON, padded with spaces), the data. Offsets in the
 header count from the start of the data; `TensorInfo.begin` and `.end` count from the start of the file.
@@ -91,7 +91,8 @@ class Headers:
 
 
 def read_headers(snapshot: Snapshot) -> Headers:
-    """Headers of every weight file of `snapshot`, local or remote; MalformedCheckpoint names file, tensor and defect."""
+    """Headers of every weight file of `snapshot`, local or remote; MalformedCheckpoint names file, tensor and
+    defect."""
     names = source.weight_files(snapshot)
     sizes = {file.name: file.size for file in snapshot.files}
     for name in names:
@@ -203,7 +204,9 @@ def _check_contiguous(name: str, begin: int, size: int, tensors: Sequence[Tensor
     for info in tensors:
         if info.begin != position:
             kind = "overlaps the tensor before it" if info.begin < position else "leaves a hole before it"
-            raise MalformedCheckpoint(f"{name}: {info.name} begins at byte {info.begin}, expected {position}: it {kind}")
+            raise MalformedCheckpoint(
+                f"{name}: {info.name} begins at byte {info.begin}, expected {position}: it {kind}"
+            )
         position = info.end
     if position != size:
         fault = "is cut off; fetch it again" if position > size else "has bytes that no tensor owns"
@@ -222,7 +225,8 @@ def _all_tensors(shards: Iterable[ShardHeader]) -> dict[str, TensorInfo]:
 
 
 def check_index(content: bytes, headers: Headers) -> None:
-    """Compare `model.safetensors.index.json` with the headers: same tensors, same files, no path that leaves the folder."""
+    """Compare `model.safetensors.index.json` with the headers: same tensors, same files, no path that leaves the
+    folder."""
     index = _parse_json(INDEX_NAME, content)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -242,7 +246,13 @@ def check_index(content: bytes, headers: Headers) -> None:
 
 def _check_file_name(name: str, where: str) -> None:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not path.name.endswith(".safetensors"):
+    if (
+        path.is_absolute()
+        or ".." in path.parts
+        or "\\" in name
+        or "\0" in name
+        or not path.name.endswith(".safetensors")
+    ):
         raise MalformedCheckpoint(f"{where}: {name!r} is no safetensors file inside the model's folder")
 
 
@@ -291,20 +301,26 @@ def index_bytes(tensors: Iterable[TensorInfo]) -> bytes:
 class SourceFiles:
     """Positional, unbuffered reads from a model's files, which must stay what they were when they were opened."""
 
-    def __init__(self, root: Path, names: Iterable[str], stack: ExitStack) -> None:
+    def __init__(self, root: Path, stack: ExitStack) -> None:
         self._root = root
+        self._stack = stack
         self._files: dict[str, int] = {}
         self._states: dict[str, tuple[int, ...]] = {}
-        for name in names:
-            handle = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, handle)
-            self._files[name] = handle
-            self._states[name] = _state(os.fstat(handle))
 
     @property
-    def states(self) -> dict[str, tuple[int, ...]]:
-        """Size, modification time in ns and inode of each file, by name."""
-        return dict(self._states)
+    def names(self) -> set[str]:
+        """Files that are open."""
+        return set(self._files)
+
+    def open(self, name: str) -> None:
+        """Open a file and remember its state; the stack of the constructor closes it."""
+        try:
+            handle = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise EnvironmentFault(f"{self._root / name}: cannot open: {error.strerror}") from error
+        self._stack.callback(os.close, handle)
+        self._states[name] = _state(os.fstat(handle))
+        self._files[name] = handle
 
     def read_into(self, shard: str, offset: int, buffer: memoryview, what: str) -> None:
         """Fill `buffer` from byte `offset` of `shard`; `what` names the tensor in errors."""
@@ -322,7 +338,7 @@ class SourceFiles:
     def check_unchanged(self, shard: str) -> None:
         """SourceChanged unless file `shard`, by handle and by path, is what it was when it was opened."""
         try:
-            now = _state(os.stat(self._root / shard))
+            now = _state((self._root / shard).stat())
         except FileNotFoundError:
             raise SourceChanged(f"{self._root / shard} was removed while it was read; run again") from None
         if not _state(os.fstat(self._files[shard])) == now == self._states[shard]:
@@ -364,7 +380,7 @@ class OutputShard:
         """Bytes safely on disk, then the file's own name."""
         with _disk_errors(self.path):
             os.fsync(self._handle)
-        os.replace(self.partial, self.path)
+        self.partial.replace(self.path)
 
 
 def partial_path(path: Path) -> Path:

@@ -1,8 +1,7 @@
 """What becomes of every tensor, decided from headers alone: kept or quantized, why, and at which byte it will lie.
 
-In: Snapshot, Headers, Recipe, Architecture. Out: a `Plan`, pure and printable, saved as DIR/fp8pipe/plan.json. It fixes the whole
-output (names, dtypes, shapes, offsets, quantization_config) before the first weight is read.
-"""
+In: Snapshot, Headers, Recipe, Architecture. Out: a `Plan`, pure and printable, saved as DIR/fp8pipe/plan.json. It
+fixes the whole output (names, dtypes, shapes, offsets, quantization_config) before the first weight is read."""
 
 from __future__ import annotations
 
@@ -114,6 +113,8 @@ class Plan(Record):
     """Size of the source's safetensors files."""
     output_bytes: int
     """Size of the checkpoint's safetensors files."""
+    trust_remote_code: bool = False
+    """The model's own code was run to find its architecture, and goes with the checkpoint."""
     notes: tuple[str, ...] = ()
     """What a user should know and need not act on."""
 
@@ -155,9 +156,8 @@ class Plan(Record):
 def make_plan(snapshot: Snapshot, headers: Headers, recipe: Recipe, architecture: Architecture) -> Plan:
     """Decide for every tensor. Pure: reads no file.
 
-    Raises UnmatchedEntry for an entry of targets or ignore that matches nothing, ConfigError for a recipe that vLLM could not
-    serve on this model, UnsupportedArchitecture when nothing can be quantized.
-    """
+    Raises UnmatchedEntry for an entry of targets or ignore that matches nothing, ConfigError for a recipe that vLLM
+    could not serve on this model, UnsupportedArchitecture when nothing can be quantized."""
     chosen = _choose(headers, recipe, architecture)
     notes: list[str] = []
     drafts = list(_drafts(headers, recipe, architecture, chosen))
@@ -177,6 +177,7 @@ def make_plan(snapshot: Snapshot, headers: Headers, recipe: Recipe, architecture
         quantization_config=_quantization_config(headers, recipe, architecture, chosen, outputs),
         source_bytes=headers.nbytes,
         output_bytes=sum(_file_sizes(outputs).values()),
+        trust_remote_code=architecture.trust_remote_code,
         notes=tuple(notes),
     )
 
@@ -238,9 +239,7 @@ def _choose(headers: Headers, recipe: Recipe, architecture: Architecture) -> dic
 class _Entries:
     """Entries of targets or ignore, each proven to match a module."""
 
-    def __init__(
-        self, entries: Iterable[str], field: str, headers: Headers, architecture: Architecture
-    ) -> None:
+    def __init__(self, entries: Iterable[str], field: str, headers: Headers, architecture: Architecture) -> None:
         self._roles = architecture.tensors
         self._all = "Linear" in entries
         modules = _module_names(headers, architecture)
@@ -299,7 +298,9 @@ def _check(headers: Headers, recipe: Recipe, architecture: Architecture, chosen:
                 f"{group}: vLLM fuses its weights, so they need one precision; {kept[0]} would be kept "
                 f"({chosen[kept[0]]}), {quantized} quantized; target or ignore them together"
             )
-    has_experts = any(role.kind in {"expert", "fused_experts"} and not chosen[n] for n, role in architecture.tensors.items())
+    has_experts = any(
+        role.kind in {"expert", "fused_experts"} and not chosen[n] for n, role in architecture.tensors.items()
+    )
     refusal = formats.format_of(recipe).refuse_experts(recipe)
     if has_experts and refusal:
         raise ConfigError(f"recipe {recipe.name}: {refusal}; choose another recipe, or ignore the experts")
@@ -333,7 +334,9 @@ def _drafts(
             yield from _expert_drafts(info, role, recipe)
         else:
             if len(info.shape) != 2 or not name.endswith(".weight"):
-                raise UnsupportedArchitecture(f"{name}: a Linear weight of shape {list(info.shape)}; expected [out, in]")
+                raise UnsupportedArchitecture(
+                    f"{name}: a Linear weight of shape {list(info.shape)}; expected [out, in]"
+                )
             yield from _linear_drafts(name.removesuffix(".weight"), info.shape, info, recipe, None, role.group)
 
 
@@ -396,7 +399,8 @@ def _shard_of(layer: AttentionLayer, headers: Headers) -> str:
 
 
 def _place(headers: Headers, drafts: Iterable[_Draft]) -> tuple[OutputTensor, ...]:
-    """Give every draft its bytes. Shards keep their names and tensors; one lone shard gets the name that loaders expect."""
+    """Give every draft its bytes. Shards keep their names and tensors; one lone shard gets the name that loaders
+    expect."""
     by_shard: dict[str, list[_Draft]] = {shard.name: [] for shard in headers.shards}
     for draft in drafts:
         by_shard[draft.shard].append(draft)
@@ -445,7 +449,11 @@ def _quantization_config(
     modules: dict[str, None] = {"lm_head": None}
     experts: dict[str, None] = {}
     for name, role in architecture.tensors.items():
-        if not chosen[name] or len(headers.tensors[name].shape) < 2 or role.kind in {"embedding", "norm", "conv", "bias"}:
+        if (
+            not chosen[name]
+            or len(headers.tensors[name].shape) < 2
+            or role.kind in {"embedding", "norm", "conv", "bias"}
+        ):
             continue
         if role.kind in {"expert", "fused_experts"}:
             experts[_experts_holder(name, role)] = None

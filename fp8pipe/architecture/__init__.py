@@ -1,10 +1,9 @@
 """What a model is made of: which tensors on disk are Linear weights, experts, routers, embeddings, and what is fused.
 
-In: a Snapshot and its Headers. Out: an `Architecture`, keyed by the names on disk. It is known, not guessed from names: a
-child process (`probe.py`) builds the model on the meta device with transformers and follows transformers' own mapping from
-disk to module; `rules.py` adds what vLLM's loaders forbid. The child costs 6 to 9 s, nearly all of it imports, so its
-answer is kept as a record under $FP8PIPE_CACHE (default ~/.cache/fp8pipe).
-"""
+In: a Snapshot and its Headers. Out: an `Architecture`, keyed by the names on disk. It is known, not guessed from
+names: a child process (`probe.py`) builds the model on the meta device with transformers and follows transformers'
+own mapping from disk to module; `rules.py` adds what vLLM's loaders forbid. The child costs 6 to 9 s, nearly all of
+it imports, so its answer is kept as a record under $FP8PIPE_CACHE (default ~/.cache/fp8pipe)."""
 
 from __future__ import annotations
 
@@ -39,8 +38,9 @@ Kind = Literal[
     "bias",
     "parameter",
 ]
-"""linear, expert (one matrix of one expert) and fused_experts (all experts in one 3-D tensor) may be quantized; the others are
-kept. `outside`: outside the text decoder's layers. `unused`: transformers has no such tensor (multi-token prediction)."""
+"""linear, expert (one matrix of one expert) and fused_experts (all experts in one 3-D tensor) may be quantized; the
+others are kept. `outside`: outside the text decoder's layers. `unused`: transformers has no such tensor (multi-token
+prediction)."""
 
 QUANTIZABLE: frozenset[Kind] = frozenset(("linear", "expert", "fused_experts"))
 
@@ -107,6 +107,8 @@ class Architecture(Record):
     """Transformers' name of the ModuleList of decoder layers: `model.layers`."""
     tied_embeddings: bool
     """lm_head is the embedding, and has no tensor of its own."""
+    trust_remote_code: bool = False
+    """The model's own code was run."""
     source_quantization: dict[str, Any] | None = None
     """`quantization_config` of the source, None for an unquantized model."""
 
@@ -119,14 +121,11 @@ class Architecture(Record):
         }
 
 
-def inspect(
-    snapshot: Snapshot, *, headers: Headers | None = None, trust_remote_code: bool = False
-) -> Architecture:
+def inspect(snapshot: Snapshot, *, headers: Headers | None = None, trust_remote_code: bool = False) -> Architecture:
     """The architecture of `snapshot`, from the cache or from a child process.
 
-    `headers` are read from the snapshot when they are not given. Raises UnsupportedArchitecture with transformers' reason
-    when it cannot build the model.
-    """
+    `headers` are read from the snapshot when they are not given. Raises UnsupportedArchitecture with transformers'
+    reason when it cannot build the model."""
     headers = headers or read_headers(snapshot)
     config = source.read_file(snapshot, "config.json")
     path = cache_dir() / f"{_key(config, headers, trust_remote_code)}.json"

@@ -2,10 +2,9 @@
 
     python -m fp8pipe.architecture.probe ANSWER < REQUEST
 
-REQUEST: {"folder": with config.json, "tensors": {name: shape}, "trust_remote_code": bool}. ANSWER: the fields of Architecture, or
-{"unsupported": reason}. Disk names are followed to modules as transformers' own loader follows them: all renamings, then
-at most one converter, then the base model's prefix.
-"""
+REQUEST: {"folder": with config.json, "tensors": {name: shape}, "trust_remote_code": bool}. ANSWER: the fields of
+Architecture, or {"unsupported": reason}. Disk names are followed to modules as transformers' own loader follows them:
+all renamings, then at most one converter, then the base model's prefix."""
 
 from __future__ import annotations
 
@@ -60,6 +59,7 @@ def examine(folder: Path, shapes: Mapping[str, list[int]], trust_remote_code: bo
         "layers_module": survey.layers_name,
         "tied_embeddings": bool(getattr(text, "tie_word_embeddings", False))
         and not any(role.kind == "lm_head" for role in roles.values()),
+        "trust_remote_code": trust_remote_code,
         "source_quantization": source_quantization,
     }
 
@@ -72,8 +72,7 @@ def build(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, dict[
     source_quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
+        vars(config).pop("quantization_config", None)
         with torch.device("meta"):
             return _model_class(config, trust_remote_code), source_quantization
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError) as error:
@@ -90,7 +89,9 @@ def _model_class(config: Any, trust_remote_code: bool) -> PreTrainedModel:  # An
         auto_map = getattr(config, "auto_map", {})
         if type(config) in auto._model_mapping or (trust_remote_code and auto.__name__ in auto_map):
             return auto.from_config(config, trust_remote_code=trust_remote_code)
-    raise Unsupported(f"transformers {transformers.__version__} has no class {names[0] if names else config.model_type}")
+    raise Unsupported(
+        f"transformers {transformers.__version__} has no class {names[0] if names else config.model_type}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- disk -> module
@@ -148,7 +149,9 @@ class Survey:
     def role(self, name: str, shape: list[int], target: Target | None) -> TensorRole:
         """What tensor `name` of `shape` is."""
         if target is None:
-            return TensorRole(kind="unused", reason="transformers has no such tensor: multi-token prediction, or unused")
+            return TensorRole(
+                kind="unused", reason="transformers has no such tensor: multi-token prediction, or unused"
+            )
         owner_name, _, attribute = target.name.rpartition(".")
         owner = self.modules[owner_name]
         if isinstance(owner, Conv1D) and len(shape) == 2:
@@ -170,7 +173,9 @@ class Survey:
         if isinstance(owner, nn.modules.conv._ConvNd):
             return TensorRole(kind="conv", reason="convolution: vLLM has no FP8 kernel for it")
         if not owner_name.startswith(f"{self.layers_name}."):
-            return TensorRole(kind="outside", reason="outside the text decoder's layers (vision, audio, projector, head)")
+            return TensorRole(
+                kind="outside", reason="outside the text decoder's layers (vision, audio, projector, head)"
+            )
         if _is_experts(owner):
             return self._expert(shape, owner, attribute, target)
         if isinstance(owner, nn.Linear) and attribute == "weight":
@@ -204,7 +209,9 @@ class Survey:
     def _expert(self, shape: list[int], owner: nn.Module, attribute: str, target: Target) -> TensorRole:
         parameter = getattr(owner, attribute)
         if attribute not in rules.PROJECTIONS or parameter.dim() != 3:
-            return TensorRole(kind="parameter", reason=f"{attribute} of the experts is not a weight that vLLM quantizes")
+            return TensorRole(
+                kind="parameter", reason=f"{attribute} of the experts is not a weight that vLLM quantizes"
+            )
         if len(shape) == 2:
             return TensorRole(kind="expert", parameter=attribute)
         flipped = "Transpose" in target.operations()
@@ -267,7 +274,8 @@ def _num_experts(experts: nn.Module) -> int | None:
 
 
 def _has_cache(module: nn.Module) -> bool:
-    """Attention keeps keys and values: it is handed a cache and its layer's index, and does not borrow another's cache."""
+    """Attention keeps keys and values: it is handed a cache and its layer's index, and does not borrow another's
+    cache."""
     if getattr(module, "layer_idx", None) is None or getattr(module, "is_kv_shared_layer", False):
         return False
     names = inspect.signature(module.forward).parameters

@@ -1,8 +1,7 @@
 """What transformers cannot tell: which Linear-looking weights vLLM serves unquantized, and which it fuses.
 
-Pure knowledge of the loaders (vLLM 0.32), by structure where structure tells and by leaf name where it does not; never by
-model name. `probe.py` asks these rules for modules it has found by building the model.
-"""
+Pure knowledge of the loaders (vLLM 0.32), by structure where structure tells and by leaf name where it does not;
+never by model name. `probe.py` asks these rules for modules it has found by building the model."""
 
 from __future__ import annotations
 
@@ -44,7 +43,8 @@ PROJECTIONS: Mapping[str, tuple[str, ...]] = {
 def why_kept(
     leaf: str, class_name: str, out_features: int, *, in_mixer: bool, num_experts: int | None
 ) -> tuple[str, str] | None:
-    """(kind, reason) for a Linear of the decoder layers that must stay in the source's dtype, None for one that need not.
+    """(kind, reason) for a Linear of the decoder layers that must stay in the source's dtype, None for one that need
+    not.
 
     `leaf`: its last name. `in_mixer`: it stands beside a convolution. `num_experts`: experts beside it, None without.
     """

@@ -34,8 +34,8 @@ def refuse_experts(recipe: Recipe) -> str | None:
     if (weights, acts.mode) in {("tensor", "static"), ("channel", "dynamic")}:
         return None
     return (
-        f"vLLM serves experts with tensor weights and static activations, or channel weights and dynamic ones, or blocks;"
-        f" not {weights} weights with {acts.mode} activations"
+        "vLLM serves experts with tensor weights and static activations, channel weights and dynamic ones, or blocks; "
+        f"not {weights} weights with {acts.mode} activations"
     )
 
 

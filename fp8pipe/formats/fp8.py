@@ -1,5 +1,6 @@
 """quant_method: fp8, the layout of AutoFP8 (per tensor) and DeepSeek (blocks). Scales: `weight_scale` [] per tensor,
-`weight_scale_inv` [blocks, blocks] (a multiplier, despite its name); `input_scale` []; `k_scale`, `v_scale` [1]. All float32."""
+`weight_scale_inv` [blocks, blocks] (a multiplier, despite its name); `input_scale` []; `k_scale`, `v_scale` [1]. All
+float32."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ def refuse_experts(recipe: Recipe) -> str | None:
 def quantization_config(
     recipe: Recipe, modules: Sequence[str], experts: Sequence[str], *, with_kv: bool
 ) -> dict[str, Any]:
-    """The `quantization_config` of config.json. vLLM takes `ignored_layers` as exact names; the holder's name covers its
-    experts. `kv_cache_scheme` is AutoFP8's note to readers: vLLM goes by --kv-cache-dtype."""
+    """The `quantization_config` of config.json. vLLM takes `ignored_layers` as exact names; the holder's name covers
+    its experts. `kv_cache_scheme` is AutoFP8's note to readers: vLLM goes by --kv-cache-dtype."""
     assert recipe.activations is not None, "Recipe forbids weight-only in this format"
     config: dict[str, Any] = {
         "quant_method": NAME,

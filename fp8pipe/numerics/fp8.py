@@ -39,7 +39,9 @@ def tensor_amax(weight: Tensor) -> Tensor:
 
 def channel_amax(weight: Tensor) -> Tensor:
     """Largest magnitude of each row of `weight` [out, in], float32 [out, 1]. Inf or NaN in, Inf or NaN out."""
-    return torch.cat([_magnitudes(tile).amax(1, keepdim=True) for tile in _row_tiles(weight)]).view(weight.dtype).float()
+    return (
+        torch.cat([_magnitudes(tile).amax(1, keepdim=True) for tile in _row_tiles(weight)]).view(weight.dtype).float()
+    )
 
 
 def block_amax(weight: Tensor, block: tuple[int, int]) -> Tensor:
@@ -60,8 +62,8 @@ def weight_scale(amax: Tensor) -> Tensor:
 def encode(weight: Tensor, scale: Tensor, out: Tensor, *, block: tuple[int, int] | None = None) -> None:
     """Write the E4M3 codes of `weight` [out, in] into `out` (float8_e4m3fn, same shape).
 
-    `scale` float32 is [] or [1] per tensor, [out, 1] per channel; with `block` it is [ceil(out/rows), ceil(in/columns)].
-    """
+    `scale` float32 is [] or [1] per tensor, [out, 1] per channel; with `block` it is [ceil(out/rows),
+    ceil(in/columns)]."""
     if block is None:
         _encode_rows(weight, scale, out)
         return

@@ -3,9 +3,8 @@
 minmax covers all of it: amax. mse shrinks amax step by step and keeps the range with the least squared error of the
 dequantized weight: the few largest weights are clamped so that all others are rounded more finely.
 
-Sums are deterministic: each row is summed by itself in float64, then the row sums of a unit, in row order. Cutting a tensor
-into row tiles therefore changes nothing.
-"""
+Sums are deterministic: each row is summed by itself in float64, then the row sums of a unit, in row order. Cutting a
+tensor into row tiles therefore changes nothing."""
 
 from __future__ import annotations
 
@@ -21,9 +20,9 @@ SHRINKS: tuple[float, ...] = tuple(step / 100 for step in range(100, 79, -1))
 def shrink_errors(weight: Tensor, amax: Tensor, *, columns: int | None = None) -> Tensor:
     """Squared error of each row under each shrink of its range.
 
-    `weight` [out, in]; `amax` float32, [] for one range, [out, 1] for one per row; with `columns`, [out, in/columns] (rounded
-    up) for one per run of columns. Returns float64 [len(SHRINKS), out, runs], where runs is 1 without `columns`.
-    """
+    `weight` [out, in]; `amax` float32, [] for one range, [out, 1] for one per row; with `columns`, [out, in/columns]
+    (rounded up) for one per run of columns. Returns float64 [len(SHRINKS), out, runs], where runs is 1 without
+    `columns`."""
     rows_per_tile = max(1, TILE_ELEMENTS // max(1, weight.shape[1]))
     per_row = amax.dim() == 2
     errors = []
@@ -35,7 +34,8 @@ def shrink_errors(weight: Tensor, amax: Tensor, *, columns: int | None = None) -
 
 
 def best_amax(amax: Tensor, errors: Tensor) -> Tensor:
-    """The shrunk amax with the least error. `errors` float64 [len(SHRINKS), *amax.shape] -> float32, shape of `amax`."""
+    """The shrunk amax with the least error. `errors` float64 [len(SHRINKS), *amax.shape] -> float32, shape of
+    `amax`."""
     shrinks = torch.tensor(SHRINKS, dtype=torch.float32)
     return amax * shrinks[errors.argmin(0)]  # of equals the first, so the widest range
 

@@ -1,0 +1,86 @@
+"""Snapshot + Plan (+ ranges) -> the publishable folder, at disk speed, in memory bounded by tiles.
+
+    engine     tiles of weights through numerics into preallocated shards, on all cores
+    scales     ranges of a calibration -> input_scale, k_scale, v_scale
+    journal    what is finished, so that a killed run goes on where it was
+    package    the files beside the weights: tokenizer, licence, index, and config.json last
+
+Importing this costs nothing; torch is loaded when `quantize` has work to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp8pipe.config import Recipe
+from fp8pipe.progress import Progress, quiet
+from fp8pipe.records import RECORD_DIR, Checkpoint, Snapshot, digest_of
+
+if TYPE_CHECKING:
+    from fp8pipe.calibrate import Calibration
+    from fp8pipe.plan import Plan
+
+__all__ = ["ENGINE_VERSION", "fingerprint", "quantize"]
+
+ENGINE_VERSION = 1
+"""Raised whenever the same input would give other bytes."""
+
+JOURNAL_NAME = "quantize.journal"
+LOCK_NAME = "quantize.lock"
+"""Files in DIR/fp8pipe/ that exist while a run is unfinished."""
+
+
+def fingerprint(snapshot: Snapshot, recipe: Recipe, calibration_digest: str | None) -> str:
+    """What decides the bytes of a checkpoint: equal fingerprints, equal checkpoints."""
+    return digest_of(
+        {
+            "source": snapshot.commit,
+            "recipe": recipe.identity(),
+            "engine": ENGINE_VERSION,
+            "calibration": calibration_digest,
+        }
+    )
+
+
+def quantize(
+    snapshot: Snapshot,
+    plan: Plan,
+    folder: Path,
+    *,
+    calibration: Calibration | None = None,
+    threads: int | None = None,
+    arriving: Iterable[Path] | None = None,
+    progress: Progress = quiet,
+) -> Checkpoint:
+    """Write the checkpoint of `plan` into `folder`, or go on with it, or return it when it is there.
+
+    `arriving` yields files of the snapshot as they are downloaded; a shard's tensors are quantized once it is there.
+    `threads` defaults to the cores this process may use. config.json is written last, then
+    DIR/fp8pipe/checkpoint.json.
+
+    Raises NonFiniteWeight (tensor and index), SourceChanged, DiskTooSmall, InputError for a missing or non-finite
+    range or a folder that holds something else. Killed at any moment and run again, the bytes are those of an
+    undisturbed run."""
+    digest = calibration.digest() if calibration is not None else None
+    done = Checkpoint.load_if_present(folder / RECORD_DIR / "checkpoint.json")
+    if (
+        done is not None
+        and done.fingerprint == fingerprint(snapshot, plan.settings, digest)
+        and _is_whole(folder, plan)
+    ):
+        for name in (JOURNAL_NAME, LOCK_NAME):  # a run killed between its record and its clean-up leaves them
+            (folder / RECORD_DIR / name).unlink(missing_ok=True)
+        return done
+
+    from fp8pipe.quantize.run import run
+
+    return run(snapshot, plan, folder, calibration=calibration, threads=threads, arriving=arriving, progress=progress)
+
+
+def _is_whole(folder: Path, plan: Plan) -> bool:
+    """Whether every file of a finished checkpoint is there with its size."""
+    sizes = {name: outputs[-1].end for name, outputs in plan.shards().items()}
+    files = [(folder / name, size) for name, size in sizes.items()]
+    return (folder / "config.json").is_file() and all(p.is_file() and p.stat().st_size == size for p, size in files)
