@@ -3,6 +3,7 @@
 import pkgutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import fp8pipe
@@ -34,3 +35,9 @@ def test_no_room_but_the_command_line_names_flows_or_tasks():
 def test_help_and_config_errors_import_nothing_heavy():
     loaded = modules_after("import fp8pipe.cli, fp8pipe.config, fp8pipe.show")
     assert not loaded & set(HEAVY), loaded & set(HEAVY)
+
+
+def test_every_package_is_in_the_wheel():
+    listed = set(tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    present = {str(path.parent.relative_to(PACKAGE.parent)).replace("/", ".") for path in PACKAGE.rglob("__init__.py")}
+    assert present <= listed
