@@ -5,8 +5,8 @@
     serve(Path("hub"), port=8765)                      # in the foreground
     create_app(Path("hub"), tokens)                    # the bare application
 
-access.py says who may do what, store.py keeps repositories, shelves.py collections, discussions.py pull requests; routes_*.py
-speak the Hub's protocol, pages.py shows it all to people, faults.py breaks it for tests, process.py runs it.
+access.py says who may do what; store.py keeps repositories, shelves.py collections, discussions.py pull requests;
+routes_*.py speak the Hub's protocol; pages.py shows it to people; faults.py breaks it for tests; process.py runs it.
 """
 
 from fp8pipe.localhub.access import ANY_NAMESPACE, TokenOwner, Tokens

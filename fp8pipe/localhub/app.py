@@ -1,7 +1,7 @@
 """The Hub as an ASGI application: routes over a state folder.
 
-Comes in: the folder, the tokens, faults if wanted. Goes out: a Starlette application that the unmodified huggingface_hub
-client and `datasets` talk to.
+Comes in: the folder, the tokens, faults if wanted. Goes out: a Starlette application that the unmodified clients,
+huggingface_hub and `datasets`, talk to.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Discussions and pull requests of a repository, in its `discussions.json`.
 
-A pull request is a discussion with a ref of its own, refs/pr/NUMBER. Merging puts its changes since the common ancestor on
-main, if no file was changed on both sides.
+A pull request is a discussion with a ref of its own, refs/pr/NUMBER. Merging puts its changes since the common ancestor
+on its base branch, if no file was changed on both sides.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ EventType = Literal["comment", "commit", "status-change", "title-change"]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened in a discussion. `text` is the comment, the new status, the new title or the commit's title."""
+    """Something that happened in a discussion."""
 
     id: str
     type: EventType
     author: str
     date: str
     text: str
+    """The comment, the new status, the new title, or the commit's title."""
     detail: str = ""
     """The old title of a title change, the commit id of a commit."""
 

@@ -1,8 +1,8 @@
 """Things that go wrong, on purpose: for tests of what a client does then.
 
 A fault names the requests that it means (method and a pattern that is searched in the path), lets the first `after` of
-them pass, and then strikes `times` times. Comes in: faults, from Python or by POST /_faults on a Hub started with faults
-enabled. Goes out: broken answers.
+them pass, and then strikes `times` times. Comes in: faults, from Python or by POST /_faults on a Hub that was started
+with faults enabled. Goes out: broken answers.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Fault:
     """Regular expression, searched in the decoded path: "/commit/", "^/_lfs/", ..."""
     action: Action
     """status: answer `status`, nothing is done. drop-before: close the connection, nothing is done. drop-after: do what
-    was asked, then close the connection without an answer. slow: wait `delay_s` before each piece of the body. corrupt: do
-    what was asked, then flip one byte of the blob that the path names."""
+    was asked, then close the connection without an answer. slow: wait `delay_s` before each piece of the body.
+    corrupt: do what was asked, then flip one byte of the blob that the path names."""
     method: str = ""
     """GET, PUT, ...; empty for any."""
     after: int = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import pairwise
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -50,7 +51,7 @@ def flat(tokens: Sequence[Token]) -> list[Token]:
 
 def name_headings(tokens: Sequence[Token]) -> None:
     """Give headings the ids that links like #how-to-use-it expect."""
-    for opening, content in zip(tokens, tokens[1:], strict=False):
+    for opening, content in pairwise(tokens):
         if opening.type == "heading_open":
             words = re.sub(r"[^\w\- ]", "", content.content.lower()).strip()
             opening.attrSet("id", re.sub(r"\s+", "-", words))

@@ -1,7 +1,7 @@
 """The pages for people: what is on this Hub, a repository with its card, files, history and tags, a collection.
 
-They show what an anonymous visitor may see, load nothing from elsewhere and run no script. Comes in: requests. Goes out: HTML
-made by the templates beside this file.
+They show what an anonymous visitor may see, load nothing from elsewhere and run no script. Comes in: requests. Goes
+out: HTML, made by the templates beside this file.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def card_html(hub: Hub, repo: Repo, revision: str, commit: Commit) -> str | None
 
 
 def facts(hub: Hub, request: Request, card: dict[str, Any]) -> list[tuple[str, list[tuple[str, str | None]]]]:
-    """The front matter as rows: a label, and texts with the address of the repository that each names, if it is here."""
+    """The front matter as rows: a label, and texts, each with the address of the repository that it names, if here."""
     relation = card.get("base_model_relation")
     base_label = f"base model ({relation})" if isinstance(relation, str) else "base model"
     rows = (

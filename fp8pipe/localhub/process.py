@@ -1,7 +1,8 @@
 """The Hub as a process: served in the foreground, or started as a child that dies with its parent.
 
-Comes in: a root folder, a port (0 for any free one), tokens. Goes out: a running server and its address; `ServerFailed` with
-the tail of its log when it does not come up. Tokens reach the child through a pipe, never by command line or environment.
+Comes in: a root folder, a port (0 for any free one), tokens. Goes out: a running server and its address; `ServerFailed`
+with the tail of its log when it does not come up. Tokens reach the child through a pipe, never by command line or
+environment.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def serve(
 ) -> None:
     """Serve `root` until SIGINT or SIGTERM. `on_ready` hears the address once requests are answered.
 
-    Without tokens, the one of `local_token` may do everything. Raises ServerFailed if the port is taken or another process
-    serves the same folder.
+    Without tokens, the one of `local_token` may do everything. Raises ServerFailed if the port is taken or if another
+    process serves the same folder.
     """
     import uvicorn
 
@@ -93,7 +94,7 @@ def serve(
 
 
 def log_to_stderr() -> dict[str, Any]:
-    """uvicorn's logging, requests included, with times, on stderr: a child's stdout carries its address and nothing else."""
+    """uvicorn's logging, requests included, with times, on stderr: a child's stdout carries its address alone."""
     line = {"format": "%(asctime)s %(message)s"}
     stream = {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}
     loggers = {"uvicorn": {"handlers": ["stderr"], "level": "INFO", "propagate": False}}
@@ -186,8 +187,8 @@ def start(
 ) -> LocalHub:
     """Start a Hub over `root` on loopback as a child process, and wait until it answers.
 
-    `tokens` as for `serve`; `faults` opens /_faults; `log` is by default ROOT/server.log. The child ends when this process
-    does, however it ends. Raises ServerFailed with the tail of the log if the Hub does not come up.
+    `tokens` as for `serve`; `faults` opens /_faults; `log` is by default ROOT/server.log. The child ends when this
+    process does, however it ends. Raises ServerFailed with the tail of the log if the Hub does not come up.
     """
     root = root.resolve()
     root.mkdir(parents=True, exist_ok=True)
@@ -249,7 +250,7 @@ def serve_as_child() -> None:
 def die_with_parent(parent: int) -> None:
     """End this process when process `parent` ends.
 
-    Linux sends the signal when the *thread* that started the child ends, so the handler looks whether the process is gone.
+    Linux sends the signal when the *thread* that started the child ends; the handler looks whether the process is gone.
     """
 
     def look(*_: object) -> None:

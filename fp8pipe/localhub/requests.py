@@ -1,7 +1,7 @@
 """What every route needs from a request: the Hub behind it, the caller, the repository that the path names, paging.
 
-Paths hold revisions and file names with quoted slashes (`refs%2Fpr%2F1`). Servers unquote paths before they route them, so
-`KeepQuotedSlashes` hides those slashes from the router and the path convertors here bring them back.
+Paths hold revisions and file names with quoted slashes (`refs%2Fpr%2F1`). Servers unquote paths before they route them,
+so `KeepQuotedSlashes` hides those slashes from the router and the path convertors here bring them back.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import hmac
 import json
-from typing import Any
+from typing import Any, TypedDict
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -32,7 +32,7 @@ from fp8pipe.localhub.requests import (
     visible_repo,
     writable_repo,
 )
-from fp8pipe.localhub.store import LFS_SUFFIXES, PULL, Change, Commit, Delete, Put, Refs, must_be_path
+from fp8pipe.localhub.store import LFS_SUFFIXES, PULL, Change, Commit, Delete, Put, Refs, Repo, must_be_path
 
 MAX_REGULAR_BYTES = 10_000_000
 """Larger files go through LFS whatever their name."""
@@ -137,37 +137,47 @@ async def lfs_verify(request: Request) -> Response:
 
 async def commit(request: Request) -> Response:
     """Apply the operations of an NDJSON body to a branch, a pull request, or (`create_pr`) as a new pull request."""
-    repo = visible_repo(request)
-    hub = hub_of(request)
-    as_pull = flag_query(request, "create_pr")
-    who = must_be_committer(request)
-    header, changes = parse_commit(await request.body(), hub.store.blobs)
-    title, message = text_field(header, "summary"), text_field(header, "description", "")
-    parent = header.get("parentCommit")
-    revision = revision_of(request)
-    if as_pull:
-        pull, made = await run_in_threadpool(
-            lambda: hub.discussions.open_with(
-                repo, revision, changes, title=title, message=message, author=who, parent=parent
-            )
-        )
-        address = f"{origin(request)}{repo.url_path}/discussions/{pull.num}"
-    else:
-        made = await run_in_threadpool(
-            lambda: hub.store.commit(repo, revision, changes, title=title, message=message, author=who, parent=parent)
-        )
-        if number := PULL.fullmatch(revision):
-            hub.discussions.note_commit(repo, int(number[1]), made)
-        address = None
+    repo, who = visible_repo(request), must_be_committer(request)
+    body = await request.body()
+    take = take_as_pull if flag_query(request, "create_pr") else take_commit
+    made, pull = await run_in_threadpool(take, hub_of(request), repo, revision_of(request), body, who)
+    here = origin(request) + repo.url_path
     return JSONResponse(
         {
             "success": True,
             "commitOid": made.oid,
-            "commitUrl": f"{origin(request)}{repo.url_path}/commit/{made.oid}",
-            "pullRequestUrl": address,
+            "commitUrl": f"{here}/commit/{made.oid}",
+            "pullRequestUrl": f"{here}/discussions/{pull}" if pull is not None else None,
             "hookOutput": "",
         }
     )
+
+
+def take_commit(hub: Hub, repo: Repo, revision: str, body: bytes, who: str) -> tuple[Commit, int | None]:
+    """Commit to something that exists. Returns the commit, and the number of the pull request that it went to."""
+    header, changes = parse_commit(body, hub.store.blobs)
+    made = hub.store.commit(repo, revision, changes, author=who, **header)
+    pull = PULL.fullmatch(revision)
+    if pull is None:
+        return made, None
+    hub.discussions.note_commit(repo, int(pull[1]), made)
+    return made, int(pull[1])
+
+
+def take_as_pull(hub: Hub, repo: Repo, revision: str, body: bytes, who: str) -> tuple[Commit, int | None]:
+    """Commit as a new pull request against `revision`. Returns the commit and the number of the pull request."""
+    header, changes = parse_commit(body, hub.store.blobs)
+    pull, made = hub.discussions.open_with(repo, revision, changes, author=who, **header)
+    return made, pull.num
+
+
+class CommitHeader(TypedDict):
+    """What a commit says about itself."""
+
+    title: str
+    message: str
+    parent: str | None
+    """The head that the client built on; None if it does not care."""
 
 
 def must_be_committer(request: Request) -> str:
@@ -179,9 +189,9 @@ def must_be_committer(request: Request) -> str:
     return writable_repo(request)[1].name
 
 
-def parse_commit(body: bytes, blobs: Blobs) -> tuple[dict[str, Any], list[Change]]:
-    """The header and the changes of a commit's NDJSON. Regular files are stored on the way, LFS ones have to be here."""
-    header: dict[str, Any] = {}
+def parse_commit(body: bytes, blobs: Blobs) -> tuple[CommitHeader, list[Change]]:
+    """The header and the changes of a commit's NDJSON. Regular files are stored on the way, LFS ones must be here."""
+    header: CommitHeader | None = None
     changes: list[Change] = []
     for number, line in enumerate(body.splitlines(), 1):
         try:
@@ -190,10 +200,23 @@ def parse_commit(body: bytes, blobs: Blobs) -> tuple[dict[str, Any], list[Change
         except (ValueError, KeyError, TypeError) as error:
             raise Refusal(400, f"Line {number} of the commit is not an operation: {error}") from error
         if key == "header":
-            header = value
+            header = parse_header(value)
         else:
             changes.append(parse_change(key, value, blobs))
+    if header is None:
+        raise Refusal(400, "The commit has no header")
     return header, changes
+
+
+def parse_header(value: dict[str, Any]) -> CommitHeader:
+    """The first line of a commit."""
+    title = text_field(value, "summary").strip()
+    if not title:
+        raise Refusal(400, "A commit needs a summary")
+    parent = value.get("parentCommit")
+    if not isinstance(parent, str | None):
+        raise Refusal(400, f"'parentCommit' has to be a commit id, found {parent!r}")
+    return {"title": title, "message": text_field(value, "description", ""), "parent": parent}
 
 
 def parse_change(key: str, value: dict[str, Any], blobs: Blobs) -> Change:

@@ -1,6 +1,6 @@
 """Collections on disk: one JSON file each, `ROOT/collections/<id>.json`, replaced whole by every change.
 
-A slug is namespace/title-id; only the id counts, so that a slug from before a change of title still finds its collection.
+A slug is namespace/title-id; only the id counts: a slug from before a change of title still finds its collection.
 """
 
 from __future__ import annotations

@@ -38,40 +38,11 @@ RESERVED_NAMESPACES = frozenset({"api", "datasets", "models", "spaces", "collect
 PULL = re.compile(r"refs/pr/(\d+)")
 SHA = re.compile(r"[0-9a-f]{7,40}")
 
-LFS_SUFFIXES = [
-    "7z",
-    "arrow",
-    "bin",
-    "bz2",
-    "ckpt",
-    "ftz",
-    "gz",
-    "h5",
-    "joblib",
-    "mlmodel",
-    "model",
-    "msgpack",
-    "npy",
-    "npz",
-    "onnx",
-    "ot",
-    "parquet",
-    "pb",
-    "pickle",
-    "pkl",
-    "pt",
-    "pth",
-    "rar",
-    "safetensors",
-    "tar",
-    "tflite",
-    "tgz",
-    "wasm",
-    "xz",
-    "zip",
-    "zst",
-]
-GITATTRIBUTES = "".join(f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
+LFS_SUFFIXES = frozenset(
+    "7z arrow bin bz2 ckpt ftz gz h5 joblib mlmodel model msgpack npy npz onnx ot parquet pb pickle pkl pt pth rar "  # noqa: SIM905
+    "safetensors tar tflite tgz wasm xz zip zst".split()
+)
+GITATTRIBUTES = "".join(f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)).encode()
 """The file that every new repository starts with, as on the Hub."""
 
 
@@ -472,7 +443,7 @@ def must_be_ref_name(name: str) -> None:
 
 def must_be_head(head: str, parent: str | None) -> None:
     """The commit that the client built on has to be the head still."""
-    if parent is not None and not head.startswith(parent):
+    if parent is not None and not (SHA.fullmatch(parent) and head.startswith(parent)):
         raise Refusal(
             412,
             f"A commit has happened since. Please refresh and try again. (head {head}, parentCommit {parent})",
