@@ -200,10 +200,9 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "calibration_rows": _calibration_rows(facts.calibration),
         "validation": facts.validation,
         "validation_line": _validation_line(facts.validation),
-        "measured_limit": bool(decision.tasks),
         "fp8pipe_commands": "\n".join(_fp8pipe_commands(facts, fp8_cache)),
         "lm_eval_commands": "\n".join(_lm_eval_commands(facts)),
-        "recipe_yaml": yaml.safe_dump(facts.recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        "recipe_yaml": _recipe_yaml(facts.recipe),
         "licence": _licence(facts),
         "limits": list(_limits(facts)),
         "evidence": [(f"{RECORD_DIR}/{name}", EVIDENCE[name]) for name in EVIDENCE if name in facts.evidence],
@@ -215,8 +214,13 @@ def _context(facts: CardFacts) -> dict[str, Any]:
 
 def escape(text: object) -> str:
     """`text` as plain words in one Markdown line, table cells included: no markup, HTML, links or line breaks."""
-    line = " ".join(str(text).split())
-    return re.sub(r"([\\`*_\[\]<>|~!#&$])", r"\\\1", line)
+    line = re.sub(r"([\\`*_\[\]<|~&$])", r"\\\1", " ".join(str(text).split()))
+    return re.sub(r"^([-+=>#]|\d+(?=[.)](?:\s|$)))", _escape_start, line)
+
+
+def _escape_start(found: re.Match[str]) -> str:
+    """What would open a list, heading or quote at the start of a line; of `1. ` it is the dot that is escaped."""
+    return f"{found[0]}\\" if found[0].isdigit() else f"\\{found[0]}"
 
 
 def code(text: object) -> str:
@@ -405,6 +409,15 @@ def _scheme_rows(facts: CardFacts) -> list[tuple[str, str]]:
     ]
 
 
+def _recipe_yaml(recipe: Recipe) -> str:
+    """The recipe as a file that can be used again, without a path of the machine that used it."""
+    content = recipe.model_dump(mode="json")
+    content["calibration"]["dataset"] = dataset_name(recipe.calibration.dataset)
+    if not recipe.needs_calibration:
+        del content["calibration"]
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
 def _plan_rows(summary: Sequence[SummaryRow]) -> list[dict[str, str]]:
     return [
         {
@@ -421,9 +434,8 @@ def _plan_rows(summary: Sequence[SummaryRow]) -> list[dict[str, str]]:
 def _calibration_rows(calibration: Calibration | None) -> list[tuple[str, str]]:
     if calibration is None:
         return []
-    dataset = calibration.dataset
     return [
-        ("dataset", Path(dataset).name if is_path(dataset) else dataset),
+        ("dataset", dataset_name(calibration.dataset)),
         ("revision", calibration.dataset_revision),
         ("split", calibration.dataset_split),
         ("samples", f"{len(calibration.sample_indices):,}, {calibration.tokens:,} tokens"),
@@ -436,6 +448,11 @@ def _calibration_rows(calibration: Calibration | None) -> list[tuple[str, str]]:
 def is_path(dataset: str) -> bool:
     """Whether a dataset is a file of the machine that calibrated, not a name on the Hub."""
     return dataset.startswith((".", "/", "~")) or bool(re.search(r"\.(jsonl?|parquet|txt)$", dataset))
+
+
+def dataset_name(dataset: str) -> str:
+    """What the public may know of a dataset: its id, or the file's own name."""
+    return Path(dataset).name if is_path(dataset) else dataset
 
 
 def _tested(report: EvalReport) -> list[tuple[str, str]]:

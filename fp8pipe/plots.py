@@ -174,7 +174,7 @@ def _flips(decision: GateDecision, baseline: EvalReport, candidate: EvalReport) 
     figure, axes = _canvas(len(decision.tasks), "Samples that changed from BF16 to FP8", row=0.8)
     handles: list[Any] = []  # Any: matplotlib's handles for the legend
     for row, task in enumerate(decision.tasks):
-        worse, better = _changed(task, baseline, candidate)
+        worse, better = changed_samples(task, baseline, candidate)
         up, down = ([100 * i / task.n for i in positions] for positions in (better, worse))
         axes.plot([0, 100], [row, row], color=_MUTED, linewidth=0.8)
         handles = [
@@ -198,7 +198,7 @@ def _flips(decision: GateDecision, baseline: EvalReport, candidate: EvalReport) 
     return figure
 
 
-def _changed(task: TaskDecision, baseline: EvalReport, candidate: EvalReport) -> tuple[list[int], list[int]]:
+def changed_samples(task: TaskDecision, baseline: EvalReport, candidate: EvalReport) -> tuple[list[int], list[int]]:
     """Positions of the samples that got worse, and of those that got better."""
     sides = [report.task(task.task) for report in (baseline, candidate)]
     metrics = [side.samples_of(task.metric, task.filter) for side in sides if side is not None]
