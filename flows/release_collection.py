@@ -7,11 +7,11 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
+from flows.release_model import release_model
 from fp8pipe import show
 from fp8pipe.config import CollectionSpec, ReleaseSpec, load_collection
 from fp8pipe.errors import Fp8PipeError
 from fp8pipe.records import VERDICT_EXIT_CODES, BatchEntry, BatchResult, Outcome
-from flows.release_model import release_model
 from tasks.progress import artifact_key
 
 
@@ -24,7 +24,9 @@ def release_collection(collection: CollectionSpec | str) -> State[BatchResult]:
         one.resolve()
     result = BatchResult(collection=spec.collection.title, entries=tuple(_release(one) for one in releases))
     key = artifact_key("collection", spec.collection.namespace, spec.collection.title)
-    create_markdown_artifact(show.markdown(show.batch_sheet(result)), key=key, description=f"Collection: {spec.collection.title}")
+    create_markdown_artifact(
+        show.markdown(show.batch_sheet(result)), key=key, description=f"Collection: {spec.collection.title}"
+    )
     broken = [entry for entry in result.entries if entry.error]
     if broken:
         return Failed(message=f"{len(broken)} of {len(releases)} releases failed: {broken[0].error}", data=result)

@@ -36,7 +36,7 @@ def release_model(spec: ReleaseSpec) -> State[Outcome]:
     ranges = calibrate(snapshot, layout, recipe, workspace, spec.device) if recipe.needs_calibration else None
     identity = fingerprint(snapshot, recipe, ranges.digest() if ranges else None)
     folder = workspace.release(snapshot.model_id, recipe.name, identity)
-    checkpoint = quantize(snapshot, layout, recipe, folder.checkpoint, ranges)
+    checkpoint = quantize(snapshot, layout, folder.checkpoint, ranges)
 
     report = validate(folder.checkpoint, snapshot, recipe.name)
     if not report.sound:

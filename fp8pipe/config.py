@@ -93,6 +93,8 @@ class CalibrationSpec(Config):
     """model: chat messages pass through the tokenizer's template. none: their contents are joined by newlines."""
     quantized_weights: bool = False
     """Observe activations through fake-quantized weights."""
+    min_expert_tokens: int = Field(default=128, ge=0)
+    """Tokens that every expert sees: one that the router gives fewer is shown others, for its range alone."""
 
 
 class Recipe(Config):
@@ -122,7 +124,9 @@ class Recipe(Config):
     def _format_can_spell_it(self) -> Recipe:
         acts, weights = self.activations, self.weights
         if self.checkpoint_format == "fp8" and weights.strategy == "channel":
-            raise ValueError("checkpoint_format fp8 has no per-channel scales: use tensor, block, or compressed-tensors")
+            raise ValueError(
+                "checkpoint_format fp8 has no per-channel scales: use tensor, block, or compressed-tensors"
+            )
         if self.checkpoint_format == "fp8" and acts is None:
             raise ValueError("checkpoint_format fp8 needs an activation scheme: static or dynamic")
         if self.checkpoint_format == "fp8" and self.kv_cache is not None and self.kv_cache.strategy != "tensor":
@@ -247,14 +251,14 @@ class ReleaseSpec(Config):
     work_dir: str = Field(default="fp8pipe-work", description="Folder for releases and baselines")
     device: str = Field(default="auto", description="auto, cpu or cuda, for calibration")
 
-
     def resolve(self) -> ResolvedRelease:
         """Read the files that the spec names; ConfigError before anything is started, also when they do not fit."""
         resolved = ResolvedRelease(self, load_recipe(self.recipe), load_suite(self.suite), load_policy(self.policy))
         missing = set(resolved.policy.tasks) - set(resolved.suite.tasks)
         if missing:
             raise ConfigError(
-                f"policy {self.policy} gates on {', '.join(sorted(missing))}, which suite {self.suite} does not measure; "
+                f"policy {self.policy} gates on {', '.join(sorted(missing))}, which suite {self.suite} does not "
+                f"measure; 
                 f"it measures {', '.join(sorted(resolved.suite.tasks))}"
             )
         return resolved
@@ -394,7 +398,9 @@ def find(kind: Kind, name: str) -> Path:
         return as_path
     path = CONFIG_DIR / kind / f"{name}.yaml"
     if not path.is_file():
-        raise ConfigError(f"no {kind.rstrip('s')} named {name!r}; there are: {', '.join(shipped(kind))}; or give a path")
+        raise ConfigError(
+            f"no {kind.rstrip('s')} named {name!r}; there are: {', '.join(shipped(kind))}; or give a path"
+        )
     return path
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8pipe.records import (
+    RECORD_DIR,
     BatchResult,
     EvalReport,
     GateDecision,
@@ -63,10 +66,18 @@ def markdown(sheet: Sheet) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(cells: object) -> str:
-    assert not isinstance(cells, str)
-    escaped = (str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells)  # type: ignore[attr-defined]
+def _row(cells: Iterable[str]) -> str:
+    escaped = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
     return "| " + " | ".join(escaped) + " |"
+
+
+def plots_markdown(checkpoint_folder: Path) -> str:
+    """The checkpoint's plots inside the text, so that they show wherever the artifact is read."""
+    parts = []
+    for path in sorted((checkpoint_folder / RECORD_DIR / "plots").glob("*.png")):
+        data = base64.b64encode(path.read_bytes()).decode()
+        parts.append(f"\n![{path.stem}](data:image/png;base64,{data})\n")
+    return "".join(parts)
 
 
 # ------------------------------------------------------------------------------------------ one sheet a record

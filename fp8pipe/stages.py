@@ -36,9 +36,7 @@ EVIDENCE = {
     "calibration": "calibration.json",
     "checkpoint": "checkpoint.json",
     "validation": "validation.json",
-    "suite": "suite.json",
     "policy": "policy.json",
-    "recipe": "recipe.json",
     "baseline": "baseline.json",
     "candidate": "candidate.json",
     "gate": "gate.json",
@@ -95,7 +93,6 @@ def calibrate_snapshot(
 def quantize_snapshot(
     snapshot: Snapshot,
     plan: Plan,
-    recipe: Recipe,
     folder: Path,
     *,
     calibration: Calibration | None,
@@ -106,7 +103,6 @@ def quantize_snapshot(
 
     checkpoint = quantize(snapshot, plan, folder, calibration=calibration, progress=progress)
     snapshot.model_copy(update={"root": None}).save(evidence(folder, "source"))
-    write_atomically(evidence(folder, "recipe"), recipe.model_dump_json(indent=1).encode())
     return checkpoint
 
 
@@ -121,7 +117,7 @@ def quantize_model(
     if recipe.needs_calibration:
         workspace = Workspace(folder.parent / f".{folder.name}.work")
         calibration = calibrate_snapshot(snapshot, plan, recipe, workspace, device=device, progress=progress)
-    return quantize_snapshot(snapshot, plan, recipe, folder, calibration=calibration, progress=progress)
+    return quantize_snapshot(snapshot, plan, folder, calibration=calibration, progress=progress)
 
 
 # ------------------------------------------------------------------------------------------ validate
@@ -177,9 +173,10 @@ def evaluate_candidate(
 ) -> EvalReport:
     """The checkpoint's measurement, served as its recipe means it to be."""
     from fp8pipe.evaluate import evaluate
+    from fp8pipe.plan import Plan
 
     checkpoint = Checkpoint.load(evidence(checkpoint_folder, "checkpoint"))
-    recipe = Recipe.model_validate_json(evidence(checkpoint_folder, "recipe").read_bytes())
+    recipe = Plan.load(evidence(checkpoint_folder, "plan")).settings
     return evaluate(
         checkpoint_folder,
         suite,
@@ -272,9 +269,7 @@ def _write_evidence(
     decision.save(evidence(folder, "gate"))
 
 
-def publish_folder(
-    folder: Path, *, repo_id: str, collection: str | None, progress: Progress = quiet
-) -> Release:
+def publish_folder(folder: Path, *, repo_id: str, collection: str | None, progress: Progress = quiet) -> Release:
     """Card, upload, verification, tag and collection item for an accepted checkpoint; idempotent."""
     from fp8pipe.card import card_for_folder, collection_note
     from fp8pipe.publish import load_evidence, publish

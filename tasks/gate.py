@@ -23,8 +23,8 @@ def gate(
     reporter("gate", policy.name)
     decision = stages.decide_release(baseline, candidate, policy, checkpoint_folder=checkpoint_folder)
     key = artifact_key("gate", candidate.model_id, recipe)
-    markdown = show.markdown(show.decision_sheet(decision, checkpoint_folder))
-    create_markdown_artifact(markdown, key=key, description=f"Gate: {candidate.model_id}, {recipe}")
+    text = show.markdown(show.decision_sheet(decision)) + show.plots_markdown(checkpoint_folder)
+    create_markdown_artifact(text, key=key, description=f"Gate: {candidate.model_id}, {recipe}")
     emit_event(
         event=f"fp8pipe.gate.{decision.verdict}",
         resource={"prefect.resource.id": f"fp8pipe.release.{key}", "prefect.resource.name": candidate.model_id},

@@ -1,4 +1,4 @@
-"""What the tasks share: no result cache (resume comes from records), retries for transient errors, one engine a machine."""
+"""What tasks share: no result cache (records resume), retries for transient errors, one engine a machine."""
 
 from __future__ import annotations
 

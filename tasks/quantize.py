@@ -31,10 +31,8 @@ def calibrate(snapshot: Snapshot, plan: Plan, recipe: Recipe, workspace: Workspa
     return stages.calibrate_snapshot(snapshot, plan, recipe, workspace, device=device, progress=progress)
 
 
-@task(name="quantize", task_run_name="quantize {snapshot.model_id} {recipe.name}", cache_policy=NO_CACHE)
-def quantize(
-    snapshot: Snapshot, plan: Plan, recipe: Recipe, folder: Path, calibration: Calibration | None
-) -> Checkpoint:
+@task(name="quantize", task_run_name="quantize {snapshot.model_id} {plan.recipe}", cache_policy=NO_CACHE)
+def quantize(snapshot: Snapshot, plan: Plan, folder: Path, calibration: Calibration | None) -> Checkpoint:
     """The FP8 checkpoint."""
-    progress = reporter("quantize", recipe.name)
-    return stages.quantize_snapshot(snapshot, plan, recipe, folder, calibration=calibration, progress=progress)
+    progress = reporter("quantize", plan.recipe)
+    return stages.quantize_snapshot(snapshot, plan, folder, calibration=calibration, progress=progress)

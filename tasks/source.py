@@ -41,7 +41,8 @@ def plan(snapshot: Snapshot, recipe: Recipe, trust_remote_code: bool) -> Plan:
     reporter("plan", recipe.name)
     made = stages.plan_snapshot(snapshot, recipe, trust_remote_code=trust_remote_code)
     key = artifact_key("plan", snapshot.model_id, recipe.name)
-    create_markdown_artifact(show.markdown(show.plan_sheet(made)), key=key, description=f"Plan: {snapshot.model_id}, {recipe.name}")
+    table = show.markdown(show.plan_sheet(made))
+    create_markdown_artifact(table, key=key, description=f"Plan: {snapshot.model_id}, {recipe.name}")
     return made
 
 

@@ -18,5 +18,6 @@ def validate(folder: Path, source: Snapshot, recipe: str) -> ValidationReport:
     """Structure, values and fidelity to the source. Findings are data; the flow decides."""
     report = stages.validate_checkpoint(folder, source=source, progress=reporter("validate", source.model_id))
     key = artifact_key("findings", source.model_id, recipe)
-    create_markdown_artifact(show.markdown(show.findings_sheet(report)), key=key, description=f"Findings: {source.model_id}, {recipe}")
+    table = show.markdown(show.findings_sheet(report))
+    create_markdown_artifact(table, key=key, description=f"Findings: {source.model_id}, {recipe}")
     return report
