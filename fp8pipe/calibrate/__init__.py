@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8pipe.calibrate.record import Calibration, InputStatistics, KVRange, Ranges
 from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe
+from fp8pipe.errors import ConfigError
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.records import Snapshot, digest_of
 
@@ -58,6 +59,8 @@ def calibrate(
     start = time.monotonic()
     recipe = recipe if num_samples is None else _with_samples(recipe, num_samples)
     spec, device = recipe.calibration, _resolved(device)
+    if spec.quantized_weights:
+        raise ConfigError("calibration.quantized_weights: not supported; set it to false")
     revision = rows.pin(spec)
     key = _key(snapshot, recipe, revision, device)
     done = Calibration.load_if_present(folder / RECORD_NAME)
@@ -72,7 +75,15 @@ def calibrate(
     bookmark = Bookmark(folder / "calibration.partial", digest_of([key, *plan.calibrated_modules()]), samples.sha256())
     observers = Observers(*_observed(recipe))
     ranges = run(
-        snapshot.path, headers, targets, samples.token_ids, observers, bookmark, device=device, progress=progress
+        snapshot.path,
+        headers,
+        targets,
+        samples.token_ids,
+        observers,
+        bookmark,
+        min_expert_tokens=spec.min_expert_tokens,
+        device=device,
+        progress=progress,
     )
     record = Calibration(
         **dict(ranges),
@@ -131,10 +142,20 @@ def _targets(plan: Plan, architecture: Architecture) -> Targets:
     """What `plan` needs ranges for, with the names that transformers gives it."""
     from fp8pipe.calibrate.forward import Targets
 
-    scales = [output for output in plan.outputs if output.role == "input_scale"]
+    linears: dict[str, str] = {}
+    experts: dict[str, tuple[str, tuple[str, int]]] = {}
+    for output in plan.outputs:
+        if output.role == "input_scale":
+            role = architecture.tensors[output.source]
+            expert = role.expert if output.slice is None else output.slice.expert
+            if expert is None:
+                linears[output.module] = role.module
+            else:
+                experts[output.module] = role.module, (role.parameter, expert)
     wanted = set(plan.calibrated_attention())
     return Targets(
-        linears={output.module: architecture.tensors[output.source].module for output in scales},
+        linears=linears,
+        experts=experts,
         attention={layer.name: layer.module for layer in architecture.attention if layer.name in wanted},
         latent=tuple(layer.name for layer in architecture.attention if layer.mla),
     )

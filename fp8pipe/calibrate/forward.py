@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fp8pipe.calibrate.experts import ExpertWatch, Place, check_observable
 from fp8pipe.calibrate.lockstep import Lane, Lockstep, Step
 from fp8pipe.calibrate.observe import LayerWatch, Observers, ObservingCache
 from fp8pipe.calibrate.record import Ranges
@@ -29,6 +31,8 @@ class Targets:
 
     linears: Mapping[str, str]
     attention: Mapping[str, str]
+    experts: Mapping[str, tuple[str, Place]] = field(default_factory=dict)
+    """Projection of one expert, on disk -> experts module, and which input of it."""
     latent: Sequence[str] = ()
     """Attention without KV scales in vLLM (MLA); named in the result, not observed."""
 
@@ -41,6 +45,7 @@ def run(
     observers: Observers,
     bookmark: Bookmark,
     *,
+    min_expert_tokens: int = 0,
     device: str = "cpu",
     progress: Progress = quiet,
 ) -> Ranges:
@@ -50,7 +55,7 @@ def run(
     never ran, so that none is left without a range.
     """
     skeleton = Skeleton(folder, headers, device)
-    watches = _Watches(skeleton, observers, targets)
+    watches = _Watches(skeleton, observers, targets, samples=len(token_ids), min_expert_tokens=min_expert_tokens)
     skeleton.load_outside()
     with Lockstep(skeleton.layers, [_forward(skeleton, ids) for ids in token_ids]) as steps:
         return watches.completed(_over(steps, skeleton, watches, bookmark, progress))
@@ -88,6 +93,7 @@ def _over(
             watch = watches.of(step.layer)
             with skeleton.loaded(step.layer), watch:
                 outputs = _compute(step, len(done), len(skeleton.layers), progress)
+                watch.top_up()
             ranges = ranges.joined(watch.ranges())
         done.append(step.layer)
     return ranges
@@ -117,21 +123,39 @@ def _handed_on(lanes: Sequence[Lane], outputs: Sequence[Any]) -> bool:
 class _Watches:
     """Which modules of each layer to observe, and what they are called on disk."""
 
-    def __init__(self, skeleton: Skeleton, observers: Observers, targets: Targets) -> None:
+    def __init__(
+        self, skeleton: Skeleton, observers: Observers, targets: Targets, *, samples: int, min_expert_tokens: int
+    ) -> None:
         self._observers, self._targets = observers, targets
+        self._samples, self._min_expert_tokens = samples, min_expert_tokens
         self._linears = _by_layer(skeleton, targets.linears)
         self._attention = _by_layer(skeleton, targets.attention)
+        self._experts = _by_layer(skeleton, {module: module for module, _ in targets.experts.values()})
+        for experts in self._experts.values():
+            for name, module in experts.items():
+                check_observable(module, name)
 
     def of(self, layer: str) -> LayerWatch:
         """The watch of one layer."""
-        return LayerWatch(self._observers, self._linears[layer], self._attention[layer])
+        experts = [self._watch_experts(name, module) for name, module in self._experts[layer].items()]
+        return LayerWatch(self._observers, self._linears[layer], self._attention[layer], experts)
+
+    def _watch_experts(self, name: str, module: nn.Module) -> ExpertWatch:
+        assert self._observers.inputs is not None, "experts are targets only of static activations"
+        names: dict[Place, list[str]] = defaultdict(list)
+        for on_disk, (owner, place) in self._targets.experts.items():
+            if owner == name:
+                names[place].append(on_disk)
+        scheme, minimum = self._observers.inputs, self._min_expert_tokens
+        return ExpertWatch(module, names, scheme, minimum=minimum, samples=self._samples)
 
     def completed(self, ranges: Ranges) -> Ranges:
         """`ranges` with a reason for every cache that has none; no quantized module may be left without a range."""
-        missing = [name for name in self._targets.linears if name not in ranges.inputs]
+        wanted = [*self._targets.linears, *self._targets.experts]
+        missing = [name for name in wanted if name not in ranges.inputs]
         if missing and self._observers.inputs is not None:
             raise UnsupportedArchitecture(
-                f"{len(missing)} of {len(self._targets.linears)} modules never ran on the calibration data, first "
+                f"{len(missing)} of {len(wanted)} modules never ran on the calibration data, first "
                 f"{missing[0]}; give more samples, or add them to the recipe's ignore"
             )
         if self._observers.kv is None:

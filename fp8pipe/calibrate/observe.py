@@ -7,7 +7,7 @@ after rotary embedding, whatever the architecture; they belong to the attention 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,6 +16,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
+from fp8pipe.calibrate.experts import ExpertWatch
 from fp8pipe.calibrate.ranges import Observer, observer_for
 from fp8pipe.calibrate.record import InputStatistics, KVRange, Ranges
 from fp8pipe.config import ActivationScheme, KVCacheScheme
@@ -34,18 +35,24 @@ class LayerWatch:
     """Observes one layer while it is entered; `ranges()` afterwards."""
 
     def __init__(
-        self, observers: Observers, linears: Mapping[str, nn.Module], attention: Mapping[str, nn.Module]
+        self,
+        observers: Observers,
+        linears: Mapping[str, nn.Module],
+        attention: Mapping[str, nn.Module],
+        experts: Sequence[ExpertWatch] = (),
     ) -> None:
         """linears, attention: name on disk -> module of this layer."""
         self._observers = observers
-        self._linears, self._attention = linears, attention
+        self._linears, self._attention, self._experts = linears, attention, experts
         self._inputs: dict[str, Observer] = {}
         self._kv: dict[str, tuple[Observer, Observer]] = {}
         self._running: list[str] = []
-        self._hooks = ExitStack()
+        self._entered = ExitStack()
 
     def __enter__(self) -> Self:
         _current.append(self)
+        for watch in self._experts:
+            self._entered.enter_context(watch)
         if (scheme := self._observers.inputs) is not None:
             for name, module in self._linears.items():
                 self._inputs[name] = observer_for(scheme.observer, 1, scheme.percentile)
@@ -58,21 +65,31 @@ class LayerWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._hooks.close()
+        self._entered.close()
         _current.remove(self)
+
+    def top_up(self) -> None:
+        """After the last sample, while the weights are still there: give rarely used experts their minimum."""
+        for watch in self._experts:
+            watch.top_up()
 
     def ranges(self) -> Ranges:
         """What was seen; NonFiniteActivation names the first module that saw NaN or Inf."""
-        for name, observer in self._inputs.items():
+        inputs, expert_tokens = dict(self._inputs), {}
+        for watch in self._experts:
+            inputs |= watch.observers()
+            expert_tokens |= watch.tokens()
+        for name, observer in inputs.items():
             _check_finite(f"{name}: its input", observer)
         for name, (keys, values) in self._kv.items():
             _check_finite(f"{name}: its keys", keys)
             _check_finite(f"{name}: its values", values)
-        seen = {name: observer for name, observer in self._inputs.items() if observer.updates}
+        seen = {name: observer for name, observer in inputs.items() if observer.updates}
         return Ranges(
             inputs={name: observer.ranges()[0] for name, observer in seen.items()},
             statistics={name: _statistics(observer) for name, observer in seen.items()},
             kv={n: KVRange(k_amax=k.ranges(), v_amax=v.ranges()) for n, (k, v) in self._kv.items()},
+            expert_tokens=expert_tokens,
         )
 
     def observe_kv(self, keys: Tensor, values: Tensor) -> None:
@@ -90,7 +107,7 @@ class LayerWatch:
             observer.update(cached.transpose(0, 1) if units > 1 else cached)
 
     def _hook(self, handle: Any) -> None:  # torch.utils.hooks.RemovableHandle, untyped
-        self._hooks.callback(handle.remove)
+        self._entered.callback(handle.remove)
 
 
 class ObservingCache(DynamicCache):
@@ -112,7 +129,9 @@ _current: list[LayerWatch] = []
 
 def _input_hook(observer: Observer) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        observer.update(args[0] if args else kwargs["input"])
+        values = args[0] if args else kwargs["input"]
+        if values.numel():  # an expert that was given no token is run by some models all the same
+            observer.update(values)
 
     return hook
 

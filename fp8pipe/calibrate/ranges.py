@@ -7,12 +7,15 @@ hold every value exactly, need no range in advance, and give the same counts on 
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0
+from fp8pipe.numerics.fp8 import E4M3_MAX
+
 _BF16_CODES = 1 << 15
 """Codes of non-negative bf16 values, in increasing order of value."""
 _MSE_SHRINKS = 81
@@ -92,8 +95,8 @@ class PercentileObserver(_HistogramObserver):
 
     def _range_of(self, counts: Tensor, amax: float) -> float:
         cumulative = counts.cumsum(0)
-        wanted = self.percentile / 100 * float(cumulative[-1])
-        code = int(torch.searchsorted(cumulative.double(), wanted))
+        wanted = math.ceil(Fraction(str(self.percentile)) * int(cumulative[-1]) / 100)  # exact: 99.9 is no binary float
+        code = int(torch.searchsorted(cumulative, wanted))
         return min(float(_values()[code]), amax)
 
 

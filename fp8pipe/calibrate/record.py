@@ -30,6 +30,15 @@ class InputStatistics(Record):
     """Mean over samples of each sample's largest absolute value."""
 
 
+class ExpertTokens(Record):
+    """How many calibration tokens one expert saw. A description, not identity."""
+
+    routed: int
+    """Tokens that the router gave it."""
+    added: int = 0
+    """Tokens that it was shown besides, because the router gave it fewer than calibration.min_expert_tokens."""
+
+
 class Ranges(Record):
     """What calibration measures, by the names that modules have in the safetensors files."""
 
@@ -40,6 +49,8 @@ class Ranges(Record):
     kv_absent: dict[str, str] = Field(default_factory=dict)
     """Attention module -> why it gets no KV ranges."""
     statistics: dict[str, InputStatistics] = Field(default_factory=dict)
+    expert_tokens: dict[str, ExpertTokens] = Field(default_factory=dict)
+    """Expert -> tokens it saw."""
 
     def joined(self, other: Ranges) -> Ranges:
         """Both together; their modules are disjoint."""
@@ -48,6 +59,7 @@ class Ranges(Record):
             kv=self.kv | other.kv,
             kv_absent=self.kv_absent | other.kv_absent,
             statistics=self.statistics | other.statistics,
+            expert_tokens=self.expert_tokens | other.expert_tokens,
         )
 
 

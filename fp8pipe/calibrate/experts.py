@@ -1,0 +1,155 @@
+"""Mixture of experts: transformers runs a layer's experts as one module with 3-D weights, so no Linear can be hooked.
+
+In: the experts module of one layer and the names of its quantized projections. Out: ranges of their inputs, and how
+many tokens each expert saw. The module is run by a forward of ours, registered in ALL_EXPERTS_FUNCTIONS, which
+computes what the eager one computes and shows each expert's inputs on the way. Experts that the router gave fewer
+tokens than the minimum are then shown other tokens of the same layer; their outputs go nowhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from fp8pipe.calibrate.ranges import Observer, observer_for
+from fp8pipe.calibrate.record import ExpertTokens
+from fp8pipe.config import ActivationScheme
+from fp8pipe.errors import UnsupportedArchitecture
+
+IMPLEMENTATION = "fp8pipe_observed"
+
+Place = tuple[str, int]
+"""Parameter of the experts module (gate_up_proj, up_proj, down_proj) and index of the expert."""
+
+
+class ExpertWatch:
+    """Observes the experts of one module while it is entered."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Mapping[Place, Sequence[str]],
+        scheme: ActivationScheme,
+        *,
+        minimum: int,
+        samples: int,
+    ) -> None:
+        """names: place -> names on disk of the modules that read this input. minimum: tokens that every expert is to
+        see. samples: how many will be run; each gives its share of the tokens for experts that saw too few."""
+        self._module = module
+        self._names = names
+        self._minimum = minimum
+        self._share = math.ceil(minimum / samples)
+        self._observers = {place: observer_for(scheme.observer, 1, scheme.percentile) for place in names}
+        self._routed: dict[int, int] = dict.fromkeys(sorted({expert for _, expert in names}), 0)
+        self._added: dict[int, int] = {}
+        self._reserve: list[Tensor] = []
+
+    def __enter__(self) -> Self:
+        config: Any = self._module.config  # transformers' configs share no typed base
+        config._experts_implementation = IMPLEMENTATION
+        _watches[id(self._module)] = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del _watches[id(self._module)]
+        self._reserve.clear()
+
+    def saw(self, parameter: str, expert: int, values: Tensor) -> None:
+        """values: [tokens, features], the input of one expert's projection."""
+        observer = self._observers.get((parameter, expert))
+        if observer is not None and values.numel():
+            observer.update(values)
+
+    def routed(self, expert: int, tokens: int) -> None:
+        """The router gave `expert` so many tokens."""
+        if expert in self._routed:
+            self._routed[expert] += tokens
+
+    def reserve(self, hidden: Tensor) -> None:
+        """Set aside a few tokens of one sample [tokens, hidden], evenly spaced."""
+        if self._share:
+            self._reserve.append(hidden[:: max(1, len(hidden) // self._share)][: self._share].clone())
+
+    @torch.inference_mode()
+    def top_up(self) -> None:
+        """Show the experts below the minimum tokens from the reserve; the layer's weights must still be there."""
+        if not self._reserve:
+            return
+        reserve = torch.cat(self._reserve)
+        for expert, routed in self._routed.items():
+            if routed < self._minimum:
+                tokens = reserve[: self._minimum - routed]
+                _expert_output(self._module, expert, tokens)
+                self._added[expert] = len(tokens)
+
+    def observers(self) -> dict[str, Observer]:
+        """Name on disk -> what its input was."""
+        return {name: self._observers[place] for place, names in self._names.items() for name in names}
+
+    def tokens(self) -> dict[str, ExpertTokens]:
+        """Name on disk of each expert -> tokens that it saw."""
+        experts = {expert: names[0].rpartition(".")[0] for (_, expert), names in self._names.items()}
+        return {
+            experts[expert]: ExpertTokens(routed=routed, added=self._added.get(expert, 0))
+            for expert, routed in self._routed.items()
+        }
+
+
+def check_observable(module: nn.Module, name: str) -> None:
+    """UnsupportedArchitecture unless transformers lets the experts be run by another implementation."""
+    if not hasattr(module, "is_transposed"):  # set by use_experts_implementation
+        raise UnsupportedArchitecture(
+            f"{name}: {type(module).__name__} runs its experts in a way that cannot be observed one by one; "
+            "use a recipe with dynamic activations, or add the experts to its ignore"
+        )
+
+
+_watches: dict[int, ExpertWatch] = {}
+
+
+def _observed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The eager forward of any experts module. hidden_states: [tokens, hidden]; top_k_*: [tokens, k]."""
+    watch = _watches.get(id(self))
+    output = torch.zeros_like(hidden_states)
+    for expert in top_k_index.unique().tolist():
+        if expert >= self.num_experts:  # a masked slot
+            continue
+        token, slot = torch.where(top_k_index == expert)
+        if watch is not None:
+            watch.routed(expert, len(token))
+        result = _expert_output(self, expert, hidden_states[token])
+        output.index_add_(0, token, (result * top_k_weights[token, slot, None]).to(output.dtype))
+    if watch is not None:
+        watch.reserve(hidden_states)
+    return output
+
+
+def _expert_output(experts: Any, expert: int, hidden: Tensor) -> Tensor:
+    """One expert on its tokens [tokens, hidden], its inputs shown to the watch."""
+    watch = _watches.get(id(experts))
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    if watch is not None:
+        watch.saw(up, expert, hidden)
+    inner = _linear(experts, up, expert, hidden)
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    if watch is not None:
+        watch.saw("down_proj", expert, inner)
+    return _linear(experts, "down_proj", expert, inner)
+
+
+def _linear(experts: Any, parameter: str, expert: int, values: Tensor) -> Tensor:
+    weight = getattr(experts, parameter)[expert]
+    bias = getattr(experts, f"{parameter}_bias")[expert] if experts.has_bias else None
+    return nn.functional.linear(values, weight.T if experts.is_transposed else weight, bias)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _observed_forward)

@@ -1,0 +1,548 @@
+"""Calibration: ranges equal those of a whole-model reference, with one layer in memory, through kills and bad data."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import DynamicCache, PreTrainedTokenizerFast
+
+from fp8pipe.architecture import Architecture, probe
+from fp8pipe.calibrate import Calibration, calibrate, calibration_key
+from fp8pipe.calibrate.lockstep import Lockstep
+from fp8pipe.calibrate.ranges import observer_for
+from fp8pipe.calibrate.resume import Bookmark
+from fp8pipe.checkpoint import read_headers
+from fp8pipe.config import ActivationScheme, CalibrationSpec, KVCacheScheme, Recipe
+from fp8pipe.errors import CalibrationDataError, NonFiniteActivation, UnsupportedArchitecture
+from fp8pipe.plan import make_plan
+from fp8pipe.progress import ProgressEvent, quiet
+from fp8pipe.records import Snapshot
+from fp8pipe.source import resolve
+
+TEXTS = [
+    "the quick brown fox",
+    "jumps",
+    "over the lazy dog and runs far away",
+    "0123456789" * 4,
+    "a b c d e f g h i j k",
+]
+
+DENSE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+MOE = DENSE | {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "head_dim": 16}
+MLA = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+    "num_key_value_heads": 4,
+}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", DENSE),
+    "qwen2": ("Qwen2ForCausalLM", DENSE),
+    "qwen3": ("Qwen3ForCausalLM", DENSE | {"head_dim": 16}),
+    "phi3": ("Phi3ForCausalLM", DENSE | {"pad_token_id": 0}),
+    "gemma3": ("Gemma3ForCausalLM", DENSE | SLIDING),
+    "mixtral": ("MixtralForCausalLM", MOE),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", MOE | {"head_dim": 16}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", MOE | MLA),
+}
+
+STATIC_KV = Recipe(
+    name="static-kv",
+    activations=ActivationScheme(mode="static", strategy="tensor"),
+    kv_cache=KVCacheScheme(strategy="head"),
+    calibration=CalibrationSpec(dataset="unset.jsonl", num_samples=5, max_seq_len=32),
+)
+
+
+# ---------------------------------------------------------------------------------------------- models and data
+
+
+def make_model(folder: Path, name: str, *, shard_size: str = "100KB") -> nn.Module:
+    """A tiny float32 model of architecture `name` with a byte tokenizer, saved in several shards."""
+    class_name, settings = ARCHITECTURES[name]
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**settings)).to(torch.float32).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    fast.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    make_model(folder, "llama")
+    return folder
+
+
+def write_dataset(path: Path, rows: Sequence[dict[str, Any]] = tuple({"text": text} for text in TEXTS)) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def with_data(recipe: Recipe, dataset: Path, **changes: Any) -> Recipe:
+    spec = recipe.calibration.model_copy(update={"dataset": str(dataset), **changes})
+    return recipe.model_copy(update={"calibration": spec})
+
+
+def run_calibration(model: Path, recipe: Recipe, output: Path, progress: Any = quiet) -> Calibration:
+    """`calibrate` with an architecture that was examined in this process, which is faster than a child."""
+    snapshot = resolve(str(model))
+    headers = read_headers(snapshot)
+    shapes = {name: list(info.shape) for name, info in headers.tensors.items()}
+    architecture = Architecture.model_validate(probe.examine(model, shapes, trust_remote_code=False))
+    plan = make_plan(snapshot, headers, recipe, architecture)
+    return calibrate(snapshot, plan, recipe, output, architecture=architecture, progress=progress)
+
+
+# ---------------------------------------------------------------------------------------------- the reference
+
+
+def linear_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> dict[str, float]:
+    """amax of the input of every Linear of the whole model, by plain hooks."""
+    amax: dict[str, float] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+
+            def hook(_: nn.Module, args: Any, name: str = name) -> None:
+                amax[name] = max(amax.get(name, 0.0), args[0].abs().max().item())
+
+            hooks.append(module.register_forward_pre_hook(hook))
+    with torch.inference_mode():
+        for ids in token_ids:
+            model(torch.tensor([ids]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return amax
+
+
+def cache_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per layer the amax of K and V per head, out of an ordinary cache that keeps everything."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with torch.inference_mode():
+        for ids in token_ids:
+            cache = DynamicCache()
+            model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+            layers = [(layer.keys.abs().amax((0, 2, 3)), layer.values.abs().amax((0, 2, 3))) for layer in cache.layers]
+            found = (
+                layers if not found else [tuple(map(torch.maximum, a, b)) for a, b in zip(found, layers, strict=True)]
+            )
+    return found
+
+
+def expert_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> dict[tuple[str, int], tuple[float, float]]:
+    """Per experts module and expert: amax of what it is given, and of what its down projection is given."""
+    amax: dict[tuple[str, int], tuple[float, float]] = {}
+
+    def hook(module: Any, args: Any, name: str) -> None:
+        hidden, index = args[0], args[1]
+        for expert in range(module.num_experts):
+            given = hidden[(index == expert).any(dim=1)]
+            if len(given):
+                gate, up = (given @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+                inner = module.act_fn(gate) * up
+                old = amax.get((name, expert), (0.0, 0.0))
+                amax[name, expert] = max(old[0], given.abs().max().item()), max(old[1], inner.abs().max().item())
+
+    for name, module in model.named_modules():
+        if hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):
+            module.register_forward_pre_hook(lambda module, args, name=name: hook(module, args, name))
+    with torch.inference_mode():
+        for ids in token_ids:
+            model(torch.tensor([ids]), use_cache=False)
+    return amax
+
+
+def token_ids_of(calibration: Calibration) -> list[list[int]]:
+    """What the byte tokenizer makes of TEXTS, in the order in which they were run."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = {symbol: i for i, symbol in enumerate(alphabet)}
+    texts = [TEXTS[index] for index in calibration.sample_indices]
+    return [[symbols["Ġ" if char == " " else char] for char in text][: calibration.max_seq_len] for text in texts]
+
+
+CLOSE = 1e-6
+"""Relative. Both sides compute in float32; only the order of sums may differ."""
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_ranges_equal_a_reference_that_holds_the_whole_model(name: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", name)
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"), min_expert_tokens=0)
+    if "moe" in ARCHITECTURES[name][1] or name in {"mixtral", "qwen3_moe", "deepseek_v3"}:
+        recipe = recipe.model_copy(update={"weights": recipe.weights.model_copy(update={"strategy": "tensor"})})
+    found = run_calibration(tmp_path / "model", recipe, tmp_path / "out")
+
+    token_ids = token_ids_of(found)
+    expected = linear_reference(model, token_ids)
+    linears = [module for module in found.inputs if module in expected]
+    assert {module: found.inputs[module] for module in linears} == pytest.approx(
+        {module: expected[module] for module in linears}, rel=CLOSE
+    )
+    of_experts = {(*module.split(".experts."), amax) for module, amax in found.inputs.items() if module not in expected}
+    routed = expert_reference(model, token_ids)
+    for parent, rest, amax in of_experts:
+        expert, projection = rest.split(".")
+        holder = next(holder for holder, _ in routed if holder.split(".")[2] == parent.split(".")[2])
+        up, down = routed[holder, int(expert)]
+        assert amax == pytest.approx(down if projection in {"down_proj", "w2"} else up, rel=CLOSE)
+    assert len(linears) + len(of_experts) == len(found.inputs) > 0
+
+    if name == "deepseek_v3":
+        assert not found.kv
+        return
+    reference = cache_reference(model, token_ids)
+    assert len(found.kv) == len(reference)
+    for layer, (keys, values) in enumerate(reference):
+        ranges = found.kv[f"model.layers.{layer}.self_attn"]
+        assert ranges.k_amax == pytest.approx(keys.tolist(), rel=CLOSE)
+        assert ranges.v_amax == pytest.approx(values.tolist(), rel=CLOSE)
+
+
+def test_latent_attention_is_reported_not_skipped(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "deepseek_v3")
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"))
+    recipe = recipe.model_copy(update={"weights": recipe.weights.model_copy(update={"strategy": "tensor"})})
+    found = run_calibration(tmp_path / "model", recipe, tmp_path / "out")
+    assert set(found.kv_absent) == {f"model.layers.{layer}.self_attn" for layer in range(4)}
+    assert all("MLA" in reason for reason in found.kv_absent.values())
+
+
+def test_an_expert_that_the_router_avoids_is_shown_other_tokens_and_counted(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "mixtral")
+    gate = model.get_submodule("model.layers.0.mlp.gate")
+    with torch.no_grad():
+        gate.weight[3] = 0  # a logit of 0 stays behind the two best of three random ones, but for chance
+        gate.weight[2] = -gate.weight[1] * 0.5
+    model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"), min_expert_tokens=70)
+    recipe = recipe.model_copy(update={"weights": recipe.weights.model_copy(update={"strategy": "tensor"})})
+    found = run_calibration(tmp_path / "model", recipe, tmp_path / "out")
+
+    counts = {name: seen for name, seen in found.expert_tokens.items() if name.startswith("model.layers.0.")}
+    assert len(counts) == 4
+    assert sum(seen.routed for seen in counts.values()) == 2 * found.tokens
+    assert all(seen.added == 0 for seen in counts.values() if seen.routed >= 70)
+    rare = [seen for seen in counts.values() if seen.routed < 70]
+    assert rare
+    assert all(seen.routed + seen.added == 70 for seen in rare)
+
+
+# ---------------------------------------------------------------------------------------------- memory and order
+
+
+def test_one_layer_has_weights_at_a_time(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fp8pipe.calibrate import skeleton as room
+
+    models: list[Any] = []
+    build = room.Skeleton.__init__
+
+    def recording(self: Any, *args: Any) -> None:
+        build(self, *args)
+        models.append(self)
+
+    monkeypatch.setattr(room.Skeleton, "__init__", recording)
+    loaded: list[set[str]] = []
+
+    def progress(event: ProgressEvent) -> None:
+        skeleton = models[0]
+        real = {name for name, tensor in skeleton.model.named_parameters() if not tensor.is_meta}
+        loaded.append({layer for name in real if (layer := skeleton.layer_of(name)) is not None})
+
+    run_calibration(llama, with_data(STATIC_KV, write_dataset(tmp_path / "d.jsonl")), tmp_path / "out", progress)
+    assert [layers for layers in loaded if len(layers) != 1] == []
+    assert [min(layers) for layers in loaded] == [f"model.layers.{layer}" for layer in range(4) for _ in range(5)]
+
+
+class _Twice(nn.Module):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * 2
+
+
+def test_lockstep_computes_what_the_model_computes_and_puts_the_layers_back() -> None:
+    layers = {"a": _Twice(), "b": _Twice()}
+    results: dict[int, float] = {}
+
+    def forward(index: int) -> None:
+        hidden = torch.tensor(float(index))
+        for layer in layers.values():
+            hidden = layer(hidden) + 1
+        results[index] = hidden.item()
+
+    order = []
+    with Lockstep(layers, [lambda index=index: forward(index) for index in range(3)]) as steps:
+        for step in steps:
+            for lane in step.lanes:
+                order.append(step.layer)
+                lane.proceed(step.compute(lane))
+    assert order == ["a"] * 3 + ["b"] * 3
+    assert results == {index: (index * 2 + 1) * 2 + 1 for index in range(3)}
+    assert layers["a"](torch.tensor(1.0)).item() == 2
+
+
+def test_an_error_in_one_pass_surfaces_and_ends_all_others() -> None:
+    import threading
+
+    layer = _Twice()
+
+    def forward(index: int) -> None:
+        hidden = layer(torch.tensor(float(index)))
+        if index == 1:
+            raise ZeroDivisionError("between two layers")
+        layer(hidden)
+
+    before = threading.active_count()
+    with (
+        pytest.raises(ZeroDivisionError, match="between two layers"),
+        Lockstep({"layer": layer}, [lambda index=index: forward(index) for index in range(3)]) as steps,
+    ):
+        for step in steps:
+            for lane in step.lanes:
+                lane.proceed(step.compute(lane))
+    assert threading.active_count() == before
+    assert layer(torch.tensor(1.0)).item() == 2
+
+
+def test_passes_that_take_different_layers_are_refused() -> None:
+    layers = {"a": _Twice(), "b": _Twice()}
+    forwards = [lambda name=name: layers[name](torch.tensor(1.0)) for name in layers]
+    with pytest.raises(UnsupportedArchitecture, match="order of layers"), Lockstep(layers, forwards) as steps:
+        next(iter(steps))
+
+
+# ---------------------------------------------------------------------------------------------- reuse and resume
+
+
+def test_a_matching_record_is_returned_and_a_changed_setting_makes_a_new_one(llama: Path, tmp_path: Path) -> None:
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"))
+    first = run_calibration(llama, recipe, tmp_path / "out")
+    calls: list[ProgressEvent] = []
+    assert run_calibration(llama, recipe, tmp_path / "out", calls.append) == first
+    assert calls == []
+    changed = with_data(STATIC_KV, tmp_path / "data.jsonl", max_seq_len=4)
+    assert run_calibration(llama, changed, tmp_path / "out", calls.append).key != first.key
+    assert calls
+
+
+def test_the_key_follows_the_data_and_not_its_place(llama: Path, tmp_path: Path) -> None:
+    snapshot = resolve(str(llama))
+    here, there = write_dataset(tmp_path / "a.jsonl"), write_dataset(tmp_path / "b.jsonl")
+    key = calibration_key(snapshot, with_data(STATIC_KV, here))
+    assert calibration_key(snapshot, with_data(STATIC_KV, there)) == key
+    write_dataset(there, [{"text": "other"}])
+    assert calibration_key(snapshot, with_data(STATIC_KV, there)) != key
+    renamed = with_data(STATIC_KV, here).model_copy(update={"name": "other"})
+    assert calibration_key(snapshot, renamed) == key
+
+
+_KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+from tests.test_calibrate import STATIC_KV, run_calibration, with_data
+torch.set_num_threads(int(sys.argv[5]))
+def progress(event):
+    if event.note == "model.layers.2" and event.done > 2.5:
+        os.kill(os.getpid(), signal.SIGKILL)
+run_calibration(Path(sys.argv[2]), with_data(STATIC_KV, Path(sys.argv[3])), Path(sys.argv[4]), progress)
+"""
+
+
+def test_finished_layers_are_not_repeated_after_kill_9(llama: Path, tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data.jsonl")
+    root = Path(__file__).parent.parent
+    arguments = [root, llama, data, tmp_path / "out", torch.get_num_threads()]
+    child = subprocess.run([sys.executable, "-c", _KILLED, *map(str, arguments)], env=os.environ, capture_output=True)
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    assert not (tmp_path / "out" / "calibration.json").exists()
+
+    recipe = with_data(STATIC_KV, data)
+    events: list[ProgressEvent] = []
+    resumed = run_calibration(llama, recipe, tmp_path / "out", events.append)
+    assert {event.note for event in events} == {"model.layers.2", "model.layers.3"}
+    assert resumed.digest() == run_calibration(llama, recipe, tmp_path / "undisturbed").digest()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["calibration.json"]
+
+
+def test_a_bookmark_of_other_samples_is_not_taken_up(tmp_path: Path) -> None:
+    from fp8pipe.calibrate.record import Ranges
+
+    Bookmark(tmp_path, "key", "tokens").set(["a"], Ranges(inputs={"m": 1.0}), [torch.ones(1, 2)])
+    assert Bookmark(tmp_path, "key", "others").find() is None
+    assert Bookmark(tmp_path, "other", "tokens").find() is None
+    found = Bookmark(tmp_path, "key", "tokens").find()
+    assert found is not None
+    assert found[0] == ("a",)
+    assert torch.equal(found[2][0], torch.ones(1, 2))
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def data_error(llama: Path, tmp_path: Path, dataset: Path, **changes: Any) -> str:
+    """The message, after proving that no weight was read."""
+    hidden = [path.rename(path.with_suffix(".away")) for path in llama.glob("*.safetensors")]
+    try:
+        snapshot = Snapshot(model_id="m", commit="local-m", files=(), root=str(llama))
+        with pytest.raises(CalibrationDataError) as caught:
+            calibrate(snapshot, None, with_data(STATIC_KV, dataset, **changes), tmp_path / "out")  # type: ignore[arg-type]  # not reached
+    finally:
+        for path in hidden:
+            path.rename(path.with_suffix(".safetensors"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "expected"),
+    [
+        ([], {}, "empty"),
+        ([{"text": "one"}, {"text": " "}], {}, "expected 5 samples, found 1"),
+        ([{"prompt": "one", "answer": "two"}], {}, "found answer, prompt"),
+        ([{"text": "word " * 200}] * 5, {"max_seq_len": 4096}, "has 1000 tokens, the model's context is 256"),
+        ([{"text": 3}] * 5, {}, "expected str in every row, found int"),
+    ],
+)
+def test_unfit_data_is_an_error_before_any_weight_is_read(
+    llama: Path, tmp_path: Path, rows: list[dict[str, Any]], changes: dict[str, Any], expected: str
+) -> None:
+    assert expected in data_error(llama, tmp_path, write_dataset(tmp_path / "data.jsonl", rows), **changes)
+
+
+def test_a_missing_file_is_named(llama: Path, tmp_path: Path) -> None:
+    assert "nowhere.parquet: no such file" in data_error(llama, tmp_path, tmp_path / "nowhere.parquet")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".txt"])
+def test_every_local_format_gives_the_same_tokens(llama: Path, tmp_path: Path, suffix: str) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [{"text": text} for text in TEXTS]
+    path = tmp_path / f"data{suffix}"
+    match suffix:
+        case ".json":
+            path.write_text(json.dumps(rows))
+        case ".jsonl":
+            write_dataset(path)
+        case ".parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+        case _:
+            path.write_text("\n".join(TEXTS))
+    found = run_calibration(llama, with_data(STATIC_KV, path), tmp_path / "out")
+    reference = run_calibration(
+        llama, with_data(STATIC_KV, write_dataset(tmp_path / "r.jsonl")), tmp_path / "reference"
+    )
+    assert found.token_ids_sha256 == reference.token_ids_sha256
+    assert found.tokens == sum(min(len(text), 32) for text in TEXTS)
+
+
+def test_chat_messages_pass_through_the_models_template(llama: Path, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "ok"}]} for text in TEXTS]
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "chat.jsonl", rows))
+    templated = run_calibration(llama, recipe, tmp_path / "templated")
+    as_text = [{"text": f"<user>{text}<assistant>ok"} for text in TEXTS]
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "text.jsonl", as_text))
+    assert run_calibration(llama, recipe, tmp_path / "text").token_ids_sha256 == templated.token_ids_sha256
+
+
+def test_samples_are_shuffled_by_the_seed_as_datasets_does(llama: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"), num_samples=3, seed=7)
+    found = run_calibration(llama, recipe, tmp_path / "out")
+    shuffled = Dataset.from_dict({"row": list(range(len(TEXTS)))}).shuffle(seed=7)
+    assert list(found.sample_indices) == shuffled["row"][:3]
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def test_a_nan_activation_names_the_module(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").fill_(float("inf"))
+    model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"))
+    with pytest.raises(NonFiniteActivation, match=r"model\.layers\.1\.mlp\.down_proj: its input"):
+        run_calibration(tmp_path / "model", recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "calibration.json").exists()
+
+
+def test_minmax_is_the_running_max_whatever_the_order() -> None:
+    batches = torch.randn(6, 2, 50)
+    forwards, backwards = observer_for("minmax", 2), observer_for("minmax", 2)
+    for batch in batches:
+        forwards.update(batch)
+    for batch in reversed(batches):
+        backwards.update(batch)
+    assert forwards.ranges() == backwards.ranges() == tuple(batches.abs().amax((0, 2)).tolist())
+
+
+@pytest.mark.parametrize("percentile", [60.0, 99.0, 99.9, 100.0])
+def test_percentile_of_bf16_values_is_exact(percentile: float) -> None:
+    values = torch.randn(3, 4000).to(torch.bfloat16)
+    observer = observer_for("percentile", 3, percentile)
+    for part in values.split(500, dim=1):
+        observer.update(part)
+    ordered = values.abs().float().sort(dim=1).values
+    assert observer.ranges() == tuple(ordered[:, round(percentile * 40) - 1].tolist())
+
+
+def test_mse_range_has_the_least_error_of_all_candidates() -> None:
+    values = torch.randn(20000).to(torch.bfloat16)
+    values[0] = 700.0  # one outlier: keeping it in range costs nothing of E4M3's relative precision, or little
+    observer = observer_for("mse", 1)
+    observer.update(values)
+    wide = values.double()
+
+    def error(amax: float) -> float:
+        scale = amax / 448
+        codes = (wide / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return (codes.double() * scale - wide).square().sum().item()
+
+    (found,) = observer.ranges()
+    assert error(found) <= min(error(700.0 * share / 100) for share in range(20, 101)) * (1 + 1e-6)
+
+
+def test_scaled_multiplies_every_range(llama: Path, tmp_path: Path) -> None:
+    found = run_calibration(llama, with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl")), tmp_path / "out")
+    tenth = found.scaled(0.1)
+    assert tenth.inputs == pytest.approx({name: amax / 10 for name, amax in found.inputs.items()})
+    assert all(tenth.kv[name].k_amax == pytest.approx([k / 10 for k in kv.k_amax]) for name, kv in found.kv.items())
+    assert tenth.digest() != found.digest()
