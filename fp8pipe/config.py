@@ -258,8 +258,7 @@ class ReleaseSpec(Config):
         if missing:
             raise ConfigError(
                 f"policy {self.policy} gates on {', '.join(sorted(missing))}, which suite {self.suite} does not "
-                f"measure; 
-                f"it measures {', '.join(sorted(resolved.suite.tasks))}"
+                f"measure; it measures {', '.join(sorted(resolved.suite.tasks))}"
             )
         return resolved
 

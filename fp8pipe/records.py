@@ -318,7 +318,7 @@ class RuleOutcome(Record):
     """One rule of the gate, one line of reason."""
 
     rule: str
-    """samples | versions | templates | seeds | shots | bos | context | tokenizer | chance | metrics | fingerprint | ..."""
+    """samples | versions | templates | seeds | shots | bos | context | tokenizer | chance | metrics | ..."""
     outcome: Literal["passed", "vetoed", "unchecked"]
     reason: str
 
