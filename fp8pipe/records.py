@@ -198,6 +198,8 @@ class ValidationReport(Record):
 
     folder_identity: str
     depth: Literal["headers", "values", "fidelity"]
+    known_from: Literal["architecture", "names"] = "names"
+    """What told Linears from the rest: the architecture record, or names and shapes alone."""
     checks: tuple[str, ...]
     """Ids of the checks that ran."""
     findings: tuple[Finding, ...]
@@ -223,6 +225,8 @@ class ValidationReport(Record):
 
 class MetricSamples(Record):
     """One metric under one filter, sample by sample, in the order of the task's doc_ids."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")  # a NaN must reach the gate, which vetoes it
 
     metric: str
     """lm-eval's name without filter: acc, exact_match, ..."""

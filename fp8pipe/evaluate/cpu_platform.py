@@ -3,8 +3,8 @@
 The CPU build holds placeholders for the quantization ops behind `vllm._custom_ops.scaled_fp8_quant` and lacks the
 fused SiluAndMul + static FP8 kernel. `register` supplies the first in torch and takes the second out of vLLM's dispatch
 table, so that real vLLM runs every per-tensor and per-token FP8 layout on a CPU, FP8 KV cache included. Semantics come
-before speed. On any other platform `register` does nothing. vLLM calls it in every process through the `vllm.general_plugins` entry
-point; importing this module costs nothing but the standard library.
+before speed. On any other platform `register` does nothing. vLLM calls it in every process, through the entry point in
+`vllm.general_plugins`; importing this module costs nothing but the standard library.
 """
 
 from __future__ import annotations

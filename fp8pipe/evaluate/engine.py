@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from lm_eval.models import vllm_causallms
 from lm_eval.models.utils import Collator
-from lm_eval.models.vllm_causallms import VLLM
 from tqdm import tqdm
 
 from fp8pipe.device import class_of_capability
@@ -20,41 +20,45 @@ from fp8pipe.records import EngineFacts, digest_of
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-    from vllm import RequestOutput
+
+_VLLM: Any = vllm_causallms.VLLM  # Any: lm-eval's registry types every model as its abstract base
 
 Tell = Callable[[dict[str, Any]], None]  # Any: JSON
 
 _PATHS = ("pretrained", "tokenizer", "download_dir")
 
 
-class MeteredVLLM(VLLM):
+class MeteredVLLM(_VLLM):
     """lm-eval's vLLM model, unchanged in what it computes; tells its progress and notes which generations were cut."""
 
     def __init__(self, *, tell: Tell, **arguments: Any) -> None:  # Any: lm-eval's and vLLM's arguments
         super().__init__(**arguments)
         self.cut: set[tuple[str, int]] = set()
         """(leaf task, position among its scored documents) of generations that ended at their length limit."""
-        self._outputs: list[RequestOutput] = []
+        self._generated: list[tuple[list[int], bool]] = []
         generate, bar = self.model.generate, _bar_that_tells(tell)
         self.model.generate = lambda *args, **options: generate(*args, **(options | {"use_tqdm": bar}))
 
     def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
         outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
-        self._outputs += outputs
+        if generate:  # not the likelihood requests: their outputs hold a dictionary per prompt token
+            self._generated += [(o.prompt_token_ids, o.outputs[0].finish_reason == "length") for o in outputs]
         return outputs
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As lm-eval does it; afterwards the outputs, which lm-eval sorts by length, are matched to their requests."""
-        self._outputs = []
+        self._generated = []
         texts = super().generate_until(requests, disable_tqdm)
         contexts = [request.args[0] for request in requests]
         prompts = list(zip(contexts, self.tok_encode(contexts), strict=True))
         collator = Collator(prompts, lambda prompt: (-len(prompt[1]), prompt[0]))
         list(collator.get_batched(n=0))
-        for request, (_, tokens), output in zip(requests, prompts, collator.get_original(self._outputs), strict=True):
+        generated = collator.get_original(self._generated)
+        for request, (_, tokens), (seen, was_cut) in zip(requests, prompts, generated, strict=True):
             # lm-eval cuts over-long prompts at the left: the engine saw the end of what this request holds
-            assert output.prompt_token_ids == tokens[-len(output.prompt_token_ids) :], "outputs in another order"
-            if output.outputs[0].finish_reason == "length":
+            assert seen == tokens[-len(seen) :], "outputs in another order than lm-eval's Collator gives"
+            if was_cut:
+                assert request.task_name is not None and request.doc_id is not None
                 self.cut.add((request.task_name, request.doc_id))
         return texts
 
@@ -80,7 +84,7 @@ def _bar_that_tells(tell: Tell) -> type[tqdm[Any]]:
 # ---------------------------------------------------------------------------------------------- facts
 
 
-def engine_facts(lm: VLLM, arguments: dict[str, Any]) -> EngineFacts:
+def engine_facts(lm: MeteredVLLM, arguments: dict[str, Any]) -> EngineFacts:
     """What serves this model now."""
     from vllm.platforms import current_platform
 
@@ -110,6 +114,7 @@ def look_at(model: torch.nn.Module) -> dict[str, list[str]]:
     kernels: set[str] = set()
     attention: set[str] = set()
     kv_cache: set[str] = set()
+    module: Any  # Any: torch types every attribute of a module as a tensor or module
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         if hasattr(module, "attn_backend"):
@@ -129,13 +134,13 @@ def _kernel_name(method: object, scheme: object | None) -> str:
     return type(method if scheme is None else scheme).__name__
 
 
-def adds_bos(lm: VLLM) -> bool:
+def adds_bos(lm: MeteredVLLM) -> bool:
     """Whether prompts really begin with the beginning-of-sequence token."""
     bos = lm.tokenizer.bos_token_id
     return bos is not None and lm.tok_encode("a")[:1] == [bos]
 
 
-def tokenizer_hash(lm: VLLM) -> str:
+def tokenizer_hash(lm: MeteredVLLM) -> str:
     """sha256 over vocabulary, special tokens and, for a fast tokenizer, its pipeline (merges, normalizer, ...)."""
     tokenizer: Any = lm.tokenizer  # Any: slow, fast and Mistral tokenizers share no base with these attributes
     pipeline = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else None

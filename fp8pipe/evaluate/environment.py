@@ -31,6 +31,7 @@ _VARIABLES = {
 }
 _CPU_VARIABLES = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "TORCH_COMPILE_DISABLE": "1",  # even an eager engine compiles one helper of prompt logprobs: 10 s and more of C++
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),  # unset, vLLM keeps a core for serving
 }
 

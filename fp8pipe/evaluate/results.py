@@ -126,12 +126,11 @@ def _number(value: Any, what: str) -> float:  # Any: whatever a task's process_r
     """A per-sample value as float. Rolling likelihoods come as (log-likelihood, units) and become their quotient."""
     if isinstance(value, tuple) and len(value) == 2:
         log_likelihood, units = value
-        return float(log_likelihood) / float(units)
-    if not hasattr(value, "__float__"):
-        raise InputError(
-            f"{what}: expected a number per sample, found {type(value).__name__}; the gate cannot compare it"
-        )
-    return float(value)
+        return log_likelihood / units
+    as_float = getattr(value, "__float__", None)
+    if as_float is None:
+        raise InputError(f"{what}: expected a number per sample, found {type(value).__name__}")
+    return as_float()
 
 
 def _fallbacks(task: Task, filter_name: str) -> list[Any]:  # Any: a filter's fallback is a string or a list of them

@@ -72,8 +72,8 @@ def supervise(
 ) -> Ending:
     """Run `command` to its end, or end it: after `timeout_s`, or when it told and logged nothing for `stall_s`.
 
-    However this function is left, by an exception too (KeyboardInterrupt, a cancelled task), no process of the command's
-    group stays behind: TERM first, KILL after `grace_s`. `on_message` runs in the calling thread.
+    However this function is left, by an exception too (KeyboardInterrupt, a cancelled task), no process of the group
+    stays behind: TERM first, KILL after `grace_s`. `on_message` runs in the calling thread.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

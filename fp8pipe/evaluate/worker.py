@@ -83,9 +83,10 @@ def _run(request: EvalRequest, subjects: list[Subject], lm: MeteredVLLM) -> dict
     from lm_eval.tasks import TaskManager
 
     suite = request.suite
+    scored: list[Any] = [item for subject in subjects for item in subject.scored()]  # Any: lm-eval declares no groups
     results = simple_evaluate(
         model=lm,
-        tasks=[item for subject in subjects for item in subject.scored()],
+        tasks=scored,
         task_manager=TaskManager(include_defaults=False),  # the tasks are loaded already
         samples={leaf: ids for subject in subjects for leaf, ids in subject.sample_ids().items()},
         gen_kwargs=dict(suite.generation) or None,
