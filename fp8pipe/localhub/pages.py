@@ -155,8 +155,8 @@ def card_html(hub: Hub, repo: Repo, revision: str, commit: Commit) -> str | None
     source = hub.store.blobs.path(entry.sha256).read_text(encoding="utf-8", errors="replace")
     return render(
         read_card(source).body,
-        link=lambda path: f"{repo.url_path}/blob/{quote(revision, safe='')}/{path}",
-        image=lambda path: f"{repo.url_path}/resolve/{quote(revision, safe='')}/{path}",
+        link=lambda path: f"{repo.url_path}/blob/{quoted(revision)}/{path}",
+        image=lambda path: f"{repo.url_path}/resolve/{quoted(revision)}/{path}",
     )
 
 
@@ -214,7 +214,12 @@ def changes(commit: Commit, before: Mapping[str, Entry]) -> list[tuple[str, str]
 
 def file_address(repo: Repo, revision: str, path: str) -> str:
     """Where a file's bytes are."""
-    return f"{repo.url_path}/resolve/{quote(revision, safe='')}/{quote(path)}"
+    return f"{repo.url_path}/resolve/{quoted(revision)}/{quote(path)}"
+
+
+def quoted(revision: str) -> str:
+    """A revision as one part of an address: its slashes are quoted too."""
+    return quote(revision, safe="")
 
 
 def bytes_text(size: int) -> str:
@@ -239,7 +244,7 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-TEMPLATES.filters |= {"bytes": bytes_text, "time": time_text}
+TEMPLATES.filters |= {"bytes": bytes_text, "time": time_text, "quoted": quoted}
 TEMPLATES.globals |= {"file_address": file_address}
 
 ROUTES = [
