@@ -44,7 +44,7 @@ def release_model(spec: ReleaseSpec) -> State[Outcome]:
 
     baseline = evaluate_baseline(snapshot, job.suite, workspace)
     candidate = evaluate_candidate(folder.checkpoint, job.suite, folder.evaluation, baseline, recipe.name)
-    decision = gate(baseline, candidate, job.policy, folder.checkpoint, recipe.name)
+    decision = gate(baseline, candidate, job, folder.checkpoint)
     if decision.verdict != "accepted":
         return _end(stages.decided(job, snapshot, checkpoint, decision, None), folder.outcome)
 

@@ -230,17 +230,27 @@ def decide_release(
     candidate: EvalReport,
     policy: GatePolicy,
     *,
+    suite: EvalSuite | None,
     checkpoint_folder: Path | None,
     attempt: int = 1,
     attempts: int = 1,
 ) -> GateDecision:
     """The verdict; with a checkpoint folder also its evidence, gate.json last."""
     from fp8pipe.gate import decide
+    from fp8pipe.plan import Plan
 
     if checkpoint_folder is None:
-        return decide(baseline, candidate, policy, attempt=attempt, attempts=attempts)
-    checkpoint = Checkpoint.load(evidence(checkpoint_folder, "checkpoint"))
-    decision = decide(baseline, candidate, policy, checkpoint=checkpoint, attempt=attempt, attempts=attempts)
+        return decide(baseline, candidate, policy, suite=suite, attempt=attempt, attempts=attempts)
+    decision = decide(
+        baseline,
+        candidate,
+        policy,
+        suite=suite,
+        checkpoint=Checkpoint.load(evidence(checkpoint_folder, "checkpoint")),
+        recipe=Plan.load(evidence(checkpoint_folder, "plan")).settings,
+        attempt=attempt,
+        attempts=attempts,
+    )
     if GateDecision.load_if_present(evidence(checkpoint_folder, "gate")) == decision:
         return decision
     _write_evidence(checkpoint_folder, baseline, candidate, policy, decision)
@@ -251,8 +261,12 @@ def gate_reports(
     baseline: Path, candidate: Path, policy: GatePolicy, *, checkpoint: Path | None = None
 ) -> GateDecision:
     """Decide by hand between two folders that `evaluate` wrote."""
+    from fp8pipe.evaluate.request import EvalRequest
+
     reports = [EvalReport.load(folder / "report.json") for folder in (baseline, candidate)]
-    return decide_release(reports[0], reports[1], policy, checkpoint_folder=checkpoint)
+    asked = EvalRequest.load_if_present(baseline / "request.json")
+    suite = asked.suite if asked is not None else None
+    return decide_release(reports[0], reports[1], policy, suite=suite, checkpoint_folder=checkpoint)
 
 
 def _write_evidence(

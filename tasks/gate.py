@@ -10,18 +10,24 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
 from fp8pipe import show, stages
-from fp8pipe.config import GatePolicy
+from fp8pipe.config import ResolvedRelease
 from fp8pipe.records import EvalReport, GateDecision
 from tasks.progress import artifact_key, reporter
 
 
-@task(name="gate", task_run_name="gate {recipe} by {policy.name}", cache_policy=NO_CACHE)
+@task(name="gate", task_run_name="gate {job.recipe.name} by {job.policy.name}", cache_policy=NO_CACHE)
 def gate(
-    baseline: EvalReport, candidate: EvalReport, policy: GatePolicy, checkpoint_folder: Path, recipe: str
+    baseline: EvalReport,
+    candidate: EvalReport,
+    job: ResolvedRelease,
+    checkpoint_folder: Path,
 ) -> GateDecision:
     """The verdict. A rejection is a result, not a failure."""
-    reporter("gate", policy.name)
-    decision = stages.decide_release(baseline, candidate, policy, checkpoint_folder=checkpoint_folder)
+    reporter("gate", job.policy.name)
+    decision = stages.decide_release(
+        baseline, candidate, job.policy, suite=job.suite, checkpoint_folder=checkpoint_folder
+    )
+    recipe = job.recipe.name
     key = artifact_key("gate", candidate.model_id, recipe)
     text = show.markdown(show.decision_sheet(decision)) + show.plots_markdown(checkpoint_folder)
     create_markdown_artifact(text, key=key, description=f"Gate: {candidate.model_id}, {recipe}")
