@@ -32,7 +32,7 @@ def release_model(spec: ReleaseSpec) -> State[Outcome]:
 
     snapshot = pin(spec.model)
     layout = plan(snapshot, recipe, spec.trust_remote_code)
-    snapshot = download(snapshot)
+    snapshot = download(snapshot, spec.trust_remote_code)
     ranges = calibrate(snapshot, layout, recipe, workspace, spec.device) if recipe.needs_calibration else None
     identity = fingerprint(snapshot, recipe, ranges.digest() if ranges else None)
     folder = workspace.release(snapshot.model_id, recipe.name, identity)

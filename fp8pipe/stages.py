@@ -59,11 +59,11 @@ def pin(model: str) -> Snapshot:
     return resolve(model)
 
 
-def fetch(snapshot: Snapshot, *, progress: Progress = quiet) -> Snapshot:
-    """The same snapshot with its files on this machine."""
+def fetch(snapshot: Snapshot, *, trust_remote_code: bool = False, progress: Progress = quiet) -> Snapshot:
+    """The same snapshot with its files on this machine; its own Python code only when that is trusted."""
     from fp8pipe.source import download
 
-    return download(snapshot, progress=progress)
+    return download(snapshot, trust_remote_code=trust_remote_code, progress=progress)
 
 
 def plan_snapshot(snapshot: Snapshot, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:

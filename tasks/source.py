@@ -54,6 +54,7 @@ def plan(snapshot: Snapshot, recipe: Recipe, trust_remote_code: bool) -> Plan:
     retry_delay_seconds=HUB_RETRY_DELAYS,
     retry_condition_fn=is_transient,
 )
-def download(snapshot: Snapshot) -> Snapshot:
+def download(snapshot: Snapshot, trust_remote_code: bool) -> Snapshot:
     """Bring the snapshot's files here; finished files are not fetched again."""
-    return stages.fetch(snapshot, progress=reporter("download", snapshot.model_id))
+    progress = reporter("download", snapshot.model_id)
+    return stages.fetch(snapshot, trust_remote_code=trust_remote_code, progress=progress)
