@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 
 from fp8pipe.localhub.access import TokenOwner, Tokens, caller_of, may_see, must_see, must_write_in
 from fp8pipe.localhub.refusals import Refusal, repo_not_found
-from fp8pipe.localhub.store import Kind, Repo, Store
+from fp8pipe.localhub.store import RESERVED_NAMESPACES, Kind, Repo, Store
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -79,9 +79,9 @@ class FileConvertor(QuotedConvertor):
 
 
 class RepoConvertor(QuotedConvertor):
-    """namespace/name"""
+    """namespace/name, where the namespace is not one of this server's own"""
 
-    regex = "[^/]+/[^/]+"
+    regex = f"(?!(?:{'|'.join(sorted(RESERVED_NAMESPACES))})/)[^/]+/[^/]+"
 
 
 class KindConvertor(QuotedConvertor):
