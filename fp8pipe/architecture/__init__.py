@@ -26,6 +26,7 @@ Kind = Literal[
     "linear",
     "expert",
     "fused_experts",
+    "kept_experts",
     "lm_head",
     "embedding",
     "router",
@@ -39,12 +40,12 @@ Kind = Literal[
     "parameter",
 ]
 """linear, expert (one matrix of one expert) and fused_experts (all experts in one 3-D tensor) may be quantized; the
-others are kept. `outside`: outside the text decoder's layers. `unused`: transformers has no such tensor (multi-token
-prediction)."""
+others are kept. kept_experts: in a form that vLLM serves unquantized only. outside: outside the text decoder's layers.
+unused: transformers has no such tensor (multi-token prediction)."""
 
 QUANTIZABLE: frozenset[Kind] = frozenset(("linear", "expert", "fused_experts"))
 
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 """Raised whenever the probe or its rules answer differently: cached records of another version are not used."""
 
 _PROBE_TIMEOUT_S = 600
@@ -73,6 +74,8 @@ class TensorRole(Record):
     """Its attribute in that module, where several tensors share one module: gate_up_proj, down_proj, ..."""
     expert: int | None = None
     """Index of the expert it belongs to, for kind `expert`."""
+    parts: tuple[int, ...] = ()
+    """Rows of the shards that vLLM cuts it into, for one tensor that holds q, k and v or gate and up; else empty."""
     group: str = ""
     """Name of the group that vLLM fuses into one matrix (q/k/v, gate/up, ...); empty when it stands alone."""
     layout: ExpertLayout | None = None

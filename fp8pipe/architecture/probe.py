@@ -195,12 +195,21 @@ class Survey:
             leaf,
             type(owner).__name__,
             owner.out_features,
-            in_mixer=any(isinstance(child, nn.Conv1d) for child in self.modules[parent_name].children()),
+            mixer=_mixer(self.modules[parent_name]),
             num_experts=self._experts_beside(parent_name),
         )
         if kept is not None:
             return TensorRole.model_validate({"kind": kept[0], "reason": kept[1]})
-        return TensorRole(kind="linear")
+        return TensorRole(kind="linear", parts=self._parts(leaf, owner.out_features, self.modules[parent_name]))
+
+    def _parts(self, leaf: str, rows: int, parent: nn.Module) -> tuple[int, ...]:
+        if leaf in rules.FUSED_GATE_UP:
+            return (rows // 2, rows // 2)
+        if leaf not in rules.FUSED_QKV:
+            return ()
+        heads, head_dim = self._kv_heads(parent)
+        keys = heads * head_dim
+        return (rows - 2 * keys, keys, keys)
 
     def _experts_beside(self, parent_name: str) -> int | None:
         experts = getattr(self.modules[parent_name], "experts", None)
@@ -208,6 +217,10 @@ class Survey:
 
     def _expert(self, shape: list[int], owner: nn.Module, attribute: str, target: Target) -> TensorRole:
         parameter = getattr(owner, attribute)
+        if attribute in rules.PROJECTIONS and getattr(owner, "has_bias", False):
+            return TensorRole(
+                kind="kept_experts", reason="experts with biases: vLLM serves them unquantized, or in MXFP4"
+            )
         if attribute not in rules.PROJECTIONS or parameter.dim() != 3:
             return TensorRole(
                 kind="parameter", reason=f"{attribute} of the experts is not a weight that vLLM quantizes"
@@ -238,6 +251,12 @@ class Survey:
         return sorted(found, key=lambda layer: dot_natural_key(layer.module))
 
     def _attention_layer(self, disk_name: str, name: str, module: nn.Module) -> AttentionLayer:
+        heads, head_dim = self._kv_heads(module)
+        mla = any("kv_b_proj" in child or "kv_a_proj" in child for child, _ in module.named_children())
+        return AttentionLayer(name=disk_name, module=name, num_kv_heads=heads, head_dim=head_dim, mla=mla)
+
+    def _kv_heads(self, module: nn.Module) -> tuple[int, int]:
+        """(KV heads, head size) of an attention module."""
         config = getattr(module, "config", None) or self.model.config.get_text_config(decoder=True)
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
@@ -245,8 +264,13 @@ class Survey:
         key = getattr(module, "k_proj", None)
         if isinstance(key, nn.Linear):  # layers of one model may differ (sliding and full attention)
             heads = key.out_features // head_dim
-        mla = any("kv_b_proj" in child or "kv_a_proj" in child for child, _ in module.named_children())
-        return AttentionLayer(name=disk_name, module=name, num_kv_heads=int(heads), head_dim=int(head_dim), mla=mla)
+        return int(heads), int(head_dim)
+
+
+def _mixer(parent: nn.Module) -> tuple[str, ...]:
+    """Names of the children of a recurrent mixer: a module with a convolution; empty for any other module."""
+    children = dict(parent.named_children())
+    return tuple(children) if any(isinstance(child, nn.Conv1d) for child in children.values()) else ()
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -5,19 +5,24 @@ never by model name. `probe.py` asks these rules for modules it has found by bui
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
-FUSED: tuple[frozenset[str], ...] = (
-    frozenset(("q_proj", "k_proj", "v_proj")),
-    frozenset(("query", "key", "value")),
-    frozenset(("wq", "wk", "wv")),
-    frozenset(("gate_proj", "up_proj")),
-    frozenset(("w1", "w3")),
-    frozenset(("c_fc_0", "c_fc_1")),
-    frozenset(("q_a_proj", "kv_a_proj_with_mqa")),
-    frozenset(("in_proj_qkv", "in_proj_z")),
+FUSED: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("c_fc_0", "c_fc_1"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"),
 )
-"""Leaf names of sibling Linears that vLLM's `packed_modules_mapping`s make one matrix, over all its models."""
+"""Leaf names of sibling Linears that vLLM's `packed_modules_mapping`s make one matrix, in vLLM's order, over all its
+models."""
+
+FUSED_QKV = frozenset(("qkv_proj", "query_key_value", "Wqkv", "wqkv", "qkv"))
+FUSED_GATE_UP = frozenset(("gate_up_proj", "dense_h_to_4h"))
+"""Leaf names of Linears that are one tensor on disk and several shards in vLLM."""
 
 ROUTER_LEAVES = frozenset(("router", "gate", "gating"))
 """Last name of a module that decides which expert runs."""
@@ -41,12 +46,13 @@ PROJECTIONS: Mapping[str, tuple[str, ...]] = {
 
 
 def why_kept(
-    leaf: str, class_name: str, out_features: int, *, in_mixer: bool, num_experts: int | None
+    leaf: str, class_name: str, out_features: int, *, mixer: Collection[str], num_experts: int | None
 ) -> tuple[str, str] | None:
     """(kind, reason) for a Linear of the decoder layers that must stay in the source's dtype, None for one that need
     not.
 
-    `leaf`: its last name. `in_mixer`: it stands beside a convolution. `num_experts`: experts beside it, None without.
+    `leaf`: its last name. `mixer`: names beside it if a convolution is among them, else empty. `num_experts`: experts
+    beside it, None without.
     """
     if leaf in ROUTER_LEAVES or "Router" in class_name or (num_experts is not None and out_features == num_experts):
         return "router", "router: a flipped choice of expert costs more than its bytes"
@@ -54,8 +60,8 @@ def why_kept(
         return "gate", "a gate with one output has nothing to gain"
     if leaf in UNQUANTIZED_LEAVES:
         return "mixer", UNQUANTIZED_LEAVES[leaf]
-    if in_mixer and leaf not in MIXER_LEAVES:
-        return "mixer", "small projection of a recurrent mixer, sensitive and not aligned to FP8 tiles"
+    if mixer and (leaf not in MIXER_LEAVES or {"x_proj", "dt_proj"} & set(mixer)):
+        return "mixer", "projection of a recurrent mixer that vLLM serves unquantized"
     return None
 
 
@@ -67,7 +73,7 @@ def fused_groups(modules: Iterable[str]) -> dict[str, str]:
     groups: dict[str, str] = {}
     for parent, leaves in by_parent.items():
         for fused in FUSED:
-            members = [leaf for leaf in leaves if leaf in fused]
+            members = [leaf for leaf in fused if leaf in leaves]
             if len(members) > 1:
                 groups |= {f"{parent}.{leaf}": f"{parent}.({'+'.join(members)})" for leaf in members}
     return groups

@@ -1,7 +1,9 @@
 """How a scheme is spelled on disk: names and shapes of scales, and the quantization_config of config.json.
 
-compressed_tensors    what llm-compressor writes; vLLM and transformers load it
-fp8                   what AutoFP8 and DeepSeek write (quant_method: fp8); vLLM loads it
+    compressed_tensors    what llm-compressor writes; vLLM and transformers load it
+    fp8                   what AutoFP8 and DeepSeek write (quant_method: fp8); vLLM loads it
+
+Each is a module with the functions of `Format`.
 """
 
 from __future__ import annotations

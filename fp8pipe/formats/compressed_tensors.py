@@ -29,9 +29,9 @@ def kv_scale_shape(strategy: str, num_kv_heads: int) -> tuple[int, ...]:
 def refuse_experts(recipe: Recipe) -> str | None:
     """Why vLLM cannot serve this recipe's experts, None when it can."""
     weights, acts = recipe.weights.strategy, recipe.activations
-    if weights == "block" or acts is None:
-        return None
-    if (weights, acts.mode) in {("tensor", "static"), ("channel", "dynamic")}:
+    if acts is None:
+        return "vLLM has no kernel for experts with FP8 weights and 16-bit activations"
+    if weights == "block" or (weights, acts.mode) in {("tensor", "static"), ("channel", "dynamic")}:
         return None
     return (
         "vLLM serves experts with tensor weights and static activations, channel weights and dynamic ones, or blocks; "

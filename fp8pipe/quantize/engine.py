@@ -33,7 +33,16 @@ small."""
 TRANSPOSED_STRIPE_BYTES = 16 << 20
 """The same where the weight lies transposed: each input row gives a short run, and short runs make slow reads."""
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+WORK = frozenset(("copy", "dequantize", "weight"))
+"""Roles of outputs that the engine writes; the others are scales."""
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 class Workbench(threading.local):
@@ -57,6 +66,29 @@ class Workbench(threading.local):
         return flat.view(torch.float8_e4m3fn).view(rows, columns)
 
 
+@dataclass(slots=True)
+class SourceScale:
+    """Scales of a source weight that is FP8 already: one, one per row, or one per block."""
+
+    info: TensorInfo
+    block: tuple[int, int]
+    values: Tensor | None = None
+    """float32 [block rows, block columns]; None until first used."""
+
+    def of_rows(self, files: SourceFiles, start: int, end: int, columns: int) -> Tensor:
+        """Scales of rows [start, end), broadcastable to [end - start, columns]."""
+        if self.values is None:
+            raw = memoryview(bytearray(self.info.nbytes))
+            files.read_into(self.info.shard, self.info.begin, raw, self.info.name)
+            flat = torch.frombuffer(raw, dtype=_DTYPES[self.info.dtype]).float()
+            self.values = flat.view(self.info.shape if len(self.info.shape) == 2 else (-1, 1))
+        values = self.values
+        if values.shape[1] == 1 and columns > self.block[1]:  # one per tensor or row, not a narrow matrix of blocks
+            return values if len(values) == 1 else values[start:end]
+        rows, width = self.block
+        return values[torch.arange(start, end) // rows].repeat_interleave(width, 1)[:, :columns]
+
+
 @dataclass(frozen=True, slots=True)
 class WeightView:
     """A Linear weight [out, in] inside a source tensor: all of it, or some rows of one expert."""
@@ -65,6 +97,7 @@ class WeightView:
     slice: Slice | None
     rows: int
     columns: int
+    scale: SourceScale | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -78,7 +111,14 @@ class WeightView:
         return [(start, min(start + height, self.rows)) for start in range(0, self.rows, height)]
 
     def read(self, files: SourceFiles, start: int, end: int, bench: Workbench) -> Tensor:
-        """Rows [start, end) as [end - start, in] in the source's dtype. Valid until the thread's next read."""
+        """Rows [start, end) as [end - start, in] in the source's dtype, float32 where that is FP8. Valid until the
+        thread's next read."""
+        stripe = self._read(files, start, end, bench)
+        if self.scale is None:
+            return stripe
+        return stripe.float().mul_(self.scale.of_rows(files, start, end, self.columns))
+
+    def _read(self, files: SourceFiles, start: int, end: int, bench: Workbench) -> Tensor:
         dtype = _DTYPES[self.info.dtype]
         if self.slice is None:
             raw = bench.raw((end - start) * self.row_bytes)
@@ -109,6 +149,11 @@ class WeightView:
             piece = raw[row * run : (row + 1) * run]
             files.read_into(self.info.shard, base + row * width * item, piece, self.info.name)
         return torch.frombuffer(raw, dtype=torch.uint8).view(_DTYPES[self.info.dtype]).view(self.columns, last - first)
+
+    @property
+    def shards(self) -> set[str]:
+        """Source files that must be there."""
+        return {self.info.shard} | ({self.scale.info.shard} if self.scale is not None else set())
 
     def index_of(self, row: int, column: int) -> tuple[int, ...]:
         """Index in the source tensor of a weight's element."""
@@ -148,7 +193,8 @@ class Unit:
 
     @property
     def shards(self) -> set[str]:
-        return {weight.view.info.shard for weight in self.weights}
+        """Source files that must be there."""
+        return set().union(*(weight.view.shards for weight in self.weights))
 
 
 class Engine:
@@ -173,14 +219,19 @@ class Engine:
         self._bench = Workbench()
         self._meter = _Meter(plan, journal.finished, progress)
         self._waiting: list[tuple[set[str], Task]] = []
-        sources = {tensor.name: tensor.info for tensor in plan.tensors}
-        for unit in _units(plan, sources):
+        views = _Views(plan)
+        for unit in _units(plan, views):
             if not all(weight.output.name in journal.finished for weight in unit.weights):
                 self._waiting.append((unit.shards, partial(self._start_unit, unit)))
         for output in plan.outputs:
-            if output.role == "copy" and output.name not in journal.finished:
-                info = sources[output.source]
+            if output.name in journal.finished:
+                continue
+            if output.role == "copy":
+                info = views.sources[output.source]
                 self._waiting.append(({info.shard}, partial(self._start_copy, info, output)))
+            elif output.role == "dequantize":
+                view = views.of(output)
+                self._waiting.append((view.shards, partial(self._start_dequantize, view, output)))
 
     def release(self, available: set[str]) -> None:
         """Queue what needs no source shard but `available` ones."""
@@ -204,6 +255,16 @@ class Engine:
     def _finish_copy(self, info: TensorInfo, output: OutputTensor) -> None:
         self._files.check_unchanged(info.shard)
         self._finish(output, [])
+
+    def _start_dequantize(self, view: WeightView, output: OutputTensor) -> None:
+        tasks = [partial(self._dequantize, view, output, start, end) for start, end in view.stripes(1)]
+        self._pool.add(tasks, then=partial(self._finish_copy, view.info, output), urgent=True)
+
+    def _dequantize(self, view: WeightView, output: OutputTensor, start: int, end: int) -> None:
+        stripe = view.read(self._files, start, end, self._bench).to(_DTYPES[output.dtype])
+        raw = stripe.view(torch.uint8).numpy().reshape(-1).data
+        self._shards[output.shard].write_at(output.begin + start * view.columns * ITEM_BYTES[output.dtype], raw)
+        self._meter.add((end - start) * view.row_bytes)
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -270,7 +331,7 @@ class Engine:
         numerics.encode(stripe, self._stripe_scale(weight, stripe, start), codes, block=block)
         raw = codes.view(torch.uint8).numpy().reshape(-1).data
         self._shards[weight.output.shard].write_at(weight.output.begin + start * weight.view.columns, raw)
-        self._meter.add(stripe.numel() * stripe.element_size())
+        self._meter.add((end - start) * weight.view.row_bytes)
 
     def _stripe_scale(self, weight: Weight, stripe: Tensor, start: int) -> Tensor:
         """The scales of the stripe's rows, measured now unless one scale serves the whole tensor."""
@@ -327,7 +388,24 @@ def _stripes(unit: Unit, multiple: int) -> Iterable[tuple[Weight, tuple[int, int
     return [(weight, rows) for weight in unit.weights for rows in weight.view.stripes(multiple)]
 
 
-def _units(plan: Plan, sources: Mapping[str, TensorInfo]) -> list[Unit]:
+class _Views:
+    """How outputs look into the source."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.sources = {tensor.name: tensor.info for tensor in plan.tensors}
+        block = plan.source_block or (1, 1)
+        self._scales = {
+            tensor.name: SourceScale(self.sources[tensor.scale], block) for tensor in plan.tensors if tensor.scale
+        }
+
+    def of(self, output: OutputTensor) -> WeightView:
+        """The Linear weight behind a `weight` or `dequantize` output."""
+        rows, columns = output.shape
+        scale = self._scales.get(output.source)
+        return WeightView(self.sources[output.source], output.slice, rows, columns, scale)
+
+
+def _units(plan: Plan, views: _Views) -> list[Unit]:
     """Units in the order of the source's bytes."""
     scheme = plan.settings.weights
     scales = {output.module: output for output in plan.outputs if output.role == "weight_scale"}
@@ -335,10 +413,9 @@ def _units(plan: Plan, sources: Mapping[str, TensorInfo]) -> list[Unit]:
     for output in plan.outputs:
         if output.role != "weight":
             continue
-        view = WeightView(sources[output.source], output.slice, *output.shape)
         shape = _scale_shape(scales[output.module].shape, scheme.strategy)
         zeros = torch.zeros(shape, dtype=torch.bool)
-        weight = Weight(view, output, scales[output.module], torch.empty(shape), zeros)
+        weight = Weight(views.of(output), output, scales[output.module], torch.empty(shape), zeros)
         together = scheme.strategy == "tensor" and scheme.share_scales and output.group
         units.setdefault(output.group if together else output.name, Unit([])).weights.append(weight)
     return list(units.values())
@@ -364,9 +441,9 @@ class _Meter:
     """Progress in source bytes, told about every 32 MB and at the end of each tensor's last one."""
 
     def __init__(self, plan: Plan, finished: set[str], progress: Progress) -> None:
-        work = [output for output in plan.outputs if output.role in {"copy", "weight"}]
-        size = {tensor.name: tensor.end - tensor.begin for tensor in plan.tensors}
-        share = {output.name: _source_share(output, size) for output in work}
+        work = [output for output in plan.outputs if output.role in WORK]
+        sources = {tensor.name: tensor.info for tensor in plan.tensors}
+        share = {output.name: _source_share(output, sources[output.source]) for output in work}
         self._total = sum(share.values())
         self._done = sum(share[name] for name in finished if name in share)
         self._tensors, self._all_tensors = len(finished & set(share)), len(work)
@@ -392,8 +469,6 @@ class _Meter:
         self._progress(ProgressEvent("quantize", self._done, self._total, "B", note))
 
 
-def _source_share(output: OutputTensor, size: Mapping[str, int]) -> int:
-    """Source bytes behind an output: its own for a copy or a whole weight, its part of a tensor of experts."""
-    if output.slice is None:
-        return size[output.source]
-    return math.prod(output.shape) * 2
+def _source_share(output: OutputTensor, info: TensorInfo) -> int:
+    """Source bytes behind an output: all for a copy or a whole weight, its part of a tensor of experts."""
+    return info.nbytes if output.slice is None else math.prod(output.shape) * ITEM_BYTES[info.dtype]

@@ -21,7 +21,7 @@ from fp8pipe.errors import InputError
 from fp8pipe.plan import OutputTensor, Plan, check_disk
 from fp8pipe.progress import Progress
 from fp8pipe.quantize import ENGINE_VERSION, JOURNAL_NAME, LOCK_NAME, fingerprint
-from fp8pipe.quantize.engine import Engine
+from fp8pipe.quantize.engine import WORK, Engine
 from fp8pipe.quantize.journal import FolderLock, Journal, open_journal
 from fp8pipe.quantize.package import write_companions, write_config
 from fp8pipe.quantize.pool import Pool
@@ -157,9 +157,7 @@ class _Finisher:
         self._journal = journal
         self._lock = threading.Lock()
         self._left = Counter(
-            output.shard
-            for output in plan.outputs
-            if output.role in {"copy", "weight"} and output.name not in journal.finished
+            output.shard for output in plan.outputs if output.role in WORK and output.name not in journal.finished
         )
         self._executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="fsync"))
         self._futures: list[Future[None]] = []

@@ -1,0 +1,100 @@
+"""What becomes of every tensor, decided from headers alone: kept or quantized, why, and at which byte it will lie.
+
+In: Snapshot, Headers, Recipe, Architecture. Out: a `Plan`, pure and printable, saved as DIR/fp8pipe/plan.json. It fixes
+the whole output (names, dtypes, shapes, offsets, quantization_config) before the first weight is read.
+
+    record    the Plan itself          choose    kept or quantized, and why          layout    output tensors and places
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fp8pipe.architecture import Architecture
+from fp8pipe.checkpoint import Headers, TensorInfo
+from fp8pipe.config import Recipe
+from fp8pipe.errors import DiskTooSmall, UnsupportedArchitecture
+from fp8pipe.plan.choose import Choice, choose
+from fp8pipe.plan.layout import file_sizes, output_tensors, quantization_config
+from fp8pipe.plan.record import FP8, OutputTensor, Plan, PlannedTensor, Role, Slice, SummaryRow
+from fp8pipe.records import Snapshot
+
+__all__ = [
+    "FP8",
+    "OutputTensor",
+    "Plan",
+    "PlannedTensor",
+    "Role",
+    "Slice",
+    "SummaryRow",
+    "check_disk",
+    "make_plan",
+]
+
+
+def make_plan(snapshot: Snapshot, headers: Headers, recipe: Recipe, architecture: Architecture) -> Plan:
+    """Decide for every tensor. Pure: reads no file.
+
+    Raises UnmatchedEntry for an entry of targets or ignore that matches nothing, ConfigError for a recipe that vLLM
+    could not serve on this model, UnsupportedArchitecture when nothing can be quantized.
+    """
+    choices = choose(headers, recipe, architecture)
+    if not any(choice.action == "quantize" for choice in choices.values()):
+        reasons = sorted({choice.reason for choice in choices.values()})
+        raise UnsupportedArchitecture(
+            f"{snapshot.model_id}: recipe {recipe.name} quantizes none of its tensors: {'; '.join(reasons)}"
+        )
+    outputs = output_tensors(headers, recipe, architecture, choices)
+    block = (architecture.source_quantization or {}).get("weight_block_size")
+    return Plan(
+        model_id=snapshot.model_id,
+        source_commit=snapshot.commit,
+        recipe=recipe.name,
+        settings=recipe,
+        tensors=tuple(_planned(info, choices[info.name]) for info in headers.tensors.values()),
+        outputs=outputs,
+        source_block=tuple(block) if block else None,
+        quantization_config=quantization_config(headers, recipe, architecture, choices, outputs),
+        source_bytes=headers.nbytes,
+        output_bytes=sum(file_sizes(outputs).values()),
+        trust_remote_code=architecture.trust_remote_code,
+        notes=_notes(recipe, architecture, choices),
+    )
+
+
+def _planned(info: TensorInfo, choice: Choice) -> PlannedTensor:
+    return PlannedTensor(
+        name=info.name,
+        dtype=info.dtype,
+        shape=info.shape,
+        shard=info.shard,
+        begin=info.begin,
+        end=info.end,
+        action=choice.action,
+        reason=choice.reason,
+        scale=choice.scale,
+    )
+
+
+def _notes(recipe: Recipe, architecture: Architecture, choices: dict[str, Choice]) -> tuple[str, ...]:
+    notes = []
+    if recipe.kv_cache is not None and any(layer.mla for layer in architecture.attention):
+        notes.append("latent attention (MLA) gets no KV scales: vLLM would drop them")
+    if any(choice.scale for choice in choices.values()):
+        notes.append("the source is FP8 already: its weights are dequantized and quantized anew, with two roundings")
+    return tuple(notes)
+
+
+def check_disk(plan: Plan, folder: Path) -> None:
+    """DiskTooSmall unless the checkpoint fits beside what `folder` already holds of it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    shards = plan.shards()
+    own = [*folder.glob(".*.partial"), *(folder / name for name in shards)]
+    held = sum(path.stat().st_blocks * 512 for path in own if path.is_file())
+    free = shutil.disk_usage(existing).free
+    if plan.output_bytes - held > free:
+        raise DiskTooSmall(
+            f"{folder}: the checkpoint takes {plan.output_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "free some space or choose an output folder on another disk"
+        )

@@ -1,0 +1,237 @@
+"""Kept or quantized, and why: the recipe's targets and ignore, what the architecture forbids, what vLLM can cut."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from fp8pipe import formats
+from fp8pipe.architecture import QUANTIZABLE, Architecture, TensorRole
+from fp8pipe.checkpoint import Headers, TensorInfo
+from fp8pipe.config import Recipe
+from fp8pipe.errors import ConfigError, InputError, UnmatchedEntry, UnsupportedArchitecture
+from fp8pipe.plan.record import FP8
+
+FLOATS = frozenset(("BF16", "F16", "F32"))
+"""Dtypes that are quantized as they are."""
+
+SCALE_NAMES = ("weight_scale_inv", "weight_scale")
+SPENT_NAMES = (*SCALE_NAMES, "input_scale", "activation_scale", "k_scale", "v_scale", "kv_scale")
+"""Leaf names of the scales of a source that is FP8 already."""
+
+_EXPERT_KINDS = frozenset(("expert", "fused_experts"))
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What becomes of one tensor of the source."""
+
+    action: Literal["quantize", "keep", "drop"]
+    reason: str
+    scale: str = ""
+    """Tensor with the scales of an FP8 source's weight."""
+
+
+def choose(headers: Headers, recipe: Recipe, architecture: Architecture) -> dict[str, Choice]:
+    """A choice for every tensor, by name."""
+    scales = _source_scales(headers, recipe, architecture)
+    targets = _Entries(recipe.targets, "targets", headers, architecture)
+    ignore = _Entries(recipe.ignore, "ignore", headers, architecture)
+    misfits = _misfits(headers, recipe, architecture)
+    choices: dict[str, Choice] = {}
+    for name, info in headers.tensors.items():
+        role = architecture.tensors[name]
+        scale = scales.get(name, "")
+        if scales and name.rpartition(".")[2] in SPENT_NAMES:
+            choices[name] = Choice("drop", "scale of the FP8 source")
+        elif kept := _why_kept(info, role, scale, ignore, targets) or misfits.get(name):
+            choices[name] = Choice("keep", kept, scale)
+        else:
+            choices[name] = Choice("quantize", _how(recipe), scale)
+    _check_precision(architecture, choices)
+    _check_experts(recipe, architecture, choices)
+    return choices
+
+
+def _how(recipe: Recipe) -> str:
+    units = {
+        "tensor": "tensor",
+        "channel": "output channel",
+        "block": "block of {}x{}".format(*recipe.weights.block_shape),
+    }
+    return f"Linear weight, E4M3 with one scale per {units[recipe.weights.strategy]}"
+
+
+def _why_kept(info: TensorInfo, role: TensorRole, scale: str, ignore: _Entries, targets: _Entries) -> str:
+    if role.kind not in QUANTIZABLE:
+        return role.reason
+    if info.dtype not in FLOATS and not scale:
+        return f"its dtype is {info.dtype}"
+    if ignore.match(info.name):
+        return "the recipe ignores it"
+    return "" if targets.match(info.name) else "no target of the recipe"
+
+
+def experts_holder(name: str, role: TensorRole) -> str:
+    """`model.layers.0.mlp.experts` of `model.layers.0.mlp.experts.3.up_proj.weight` or `...experts.gate_up_proj`."""
+    if role.expert is not None:
+        return re.sub(rf"\.{role.expert}\.[^.]+\.weight$", "", name)
+    return name.removesuffix(".weight").rpartition(".")[0]
+
+
+# ---------------------------------------------------------------------------------------------- targets and ignore
+
+
+class _Entries:
+    """Entries of targets or ignore, each proven to match a module."""
+
+    def __init__(self, entries: Iterable[str], field: str, headers: Headers, architecture: Architecture) -> None:
+        self._roles = architecture.tensors
+        self._all = "Linear" in entries
+        modules = _module_names(headers, architecture)
+        tests = [(entry, _test(entry, field)) for entry in entries if entry != "Linear"]
+        for entry, test in tests:
+            if entry not in {"lm_head", "re:.*lm_head"} and not any(map(test, modules)):
+                raise UnmatchedEntry(_unmatched(entry, field, modules))
+        self._tests = [test for _, test in tests]
+
+    def match(self, tensor: str) -> bool:
+        """Whether an entry names the module of `tensor`, by its name on disk or in transformers."""
+        names = (tensor.removesuffix(".weight"), self._roles[tensor].module)
+        return self._all or any(test(name) for test in self._tests for name in names if name)
+
+
+def _test(entry: str, field: str) -> Callable[[str], bool]:
+    if not entry.startswith("re:"):
+        return entry.__eq__
+    try:
+        pattern = re.compile(entry[3:])
+    except re.error as error:
+        raise ConfigError(f"{field}: {entry!r} is not a regular expression: {error}") from error
+    return lambda name: pattern.match(name) is not None
+
+
+def _module_names(headers: Headers, architecture: Architecture) -> list[str]:
+    names = {name.removesuffix(".weight") for name in headers.tensors if not name.endswith(".bias")}
+    names |= {role.module for role in architecture.tensors.values() if role.module}
+    return sorted(names)
+
+
+def _unmatched(entry: str, field: str, modules: list[str]) -> str:
+    wanted = entry.removeprefix("re:")
+    leaves = {name.rpartition(".")[2]: name for name in modules}
+    near = difflib.get_close_matches(wanted, modules, n=3) or [
+        leaves[leaf] for leaf in difflib.get_close_matches(wanted.rpartition(".")[2], list(leaves), n=3)
+    ]
+    hint = f"; near: {', '.join(near)}" if near else ""
+    advice = "correct or remove the entry (exact module name, or re: and a pattern that matches from the start)"
+    return f"{field}: {entry!r} matches no module of this model{hint}; {advice}"
+
+
+# ---------------------------------------------------------------------------------------------- what vLLM can serve
+
+
+def _misfits(headers: Headers, recipe: Recipe, architecture: Architecture) -> dict[str, str]:
+    """Tensor -> why vLLM cannot serve it under this recipe, although it is a Linear."""
+    misfits: dict[str, str] = {}
+    if recipe.weights.strategy == "block":
+        misfits |= _block_misfits(headers, recipe.weights.block_shape[0], architecture)
+    if recipe.activations is not None and recipe.activations.mode == "static":
+        for name, role in architecture.tensors.items():
+            if role.kind == "linear" and name.endswith(".kv_b_proj.weight"):
+                misfits[name] = "MLA kv_b_proj: vLLM passes an identity through it, which a static input scale clips"
+    return misfits
+
+
+def _block_misfits(headers: Headers, height: int, architecture: Architecture) -> dict[str, str]:
+    """vLLM cuts fused matrices at shard boundaries: all but the last shard must be whole blocks high, and both halves of
+    experts (measured: else the loader raises, or takes scales of the neighbouring shard without a word)."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    layers: dict[str, list[str]] = defaultdict(list)
+    misfits: dict[str, str] = {}
+    for name, role in architecture.tensors.items():
+        if role.kind in _EXPERT_KINDS:
+            layers[experts_holder(name, role)].append(name)
+        elif role.group:
+            groups[role.group].append(name)
+        elif role.parts and any(part % height for part in role.parts[:-1]):
+            misfits[name] = f"its shards of {list(role.parts)} rows do not begin at blocks of {height}"
+    for group, members in groups.items():
+        ordered = sorted(members, key=lambda name: group.index(name.removesuffix(".weight").rpartition(".")[2]))
+        rows = [headers.tensors[name].shape[0] for name in ordered]
+        if any(count % height for count in rows[:-1]):
+            misfits |= dict.fromkeys(members, f"fused shards of {rows} rows do not begin at blocks of {height}")
+    for members in layers.values():
+        width = min(_intermediate(headers.tensors[name], architecture.tensors[name]) for name in members)
+        if width % height:
+            misfits |= dict.fromkeys(members, f"experts {width} wide are not whole blocks of {height}")
+    return misfits
+
+
+def _intermediate(info: TensorInfo, role: TensorRole) -> int:
+    """Width of an expert between its two layers, as far as this tensor tells."""
+    down = role.parameter == "down_proj"
+    if role.layout is None:
+        return info.shape[1] if down else info.shape[0]
+    rows, columns = info.shape[1:] if not role.layout.transposed else (info.shape[2], info.shape[1])
+    return columns if down else rows // len(role.layout.projections)
+
+
+def _check_precision(architecture: Architecture, choices: Mapping[str, Choice]) -> None:
+    """What vLLM fuses must have one precision."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, role in architecture.tensors.items():
+        if role.group:
+            groups[role.group].append(name)
+        if role.kind in _EXPERT_KINDS:
+            groups[f"experts of {experts_holder(name, role)}"].append(name)
+    for group, members in groups.items():
+        kept = [name for name in members if choices[name].action == "keep"]
+        if kept and len(kept) < len(members):
+            quantized = next(name for name in members if name not in kept)
+            raise ConfigError(
+                f"{group}: vLLM fuses its weights, so they need one precision; {kept[0]} would be kept "
+                f"({choices[kept[0]].reason}), {quantized} quantized; target or ignore them together"
+            )
+
+
+def _check_experts(recipe: Recipe, architecture: Architecture, choices: Mapping[str, Choice]) -> None:
+    """Experts need a scheme that vLLM has a kernel for."""
+    quantized = (name for name, choice in choices.items() if choice.action == "quantize")
+    if any(architecture.tensors[name].kind in _EXPERT_KINDS for name in quantized):
+        refusal = formats.format_of(recipe).refuse_experts(recipe)
+        if refusal:
+            raise ConfigError(f"recipe {recipe.name}: {refusal}; choose another recipe, or ignore the experts")
+
+
+# ---------------------------------------------------------------------------------------------- FP8 sources
+
+
+def _source_scales(headers: Headers, recipe: Recipe, architecture: Architecture) -> dict[str, str]:
+    """FP8 weight of the source -> the tensor with its scales; empty for an unquantized source."""
+    settings = architecture.source_quantization
+    weights = [name for name, info in headers.tensors.items() if info.dtype == FP8 and name.endswith(".weight")]
+    if settings is None and not weights:
+        return {}
+    method = (settings or {}).get("quant_method")
+    if method != "fp8":
+        raise UnsupportedArchitecture(
+            f"the source is quantized already (quant_method {method}); start from the unquantized model"
+        )
+    if recipe.fp8_source == "refuse":
+        raise InputError(
+            "the source is FP8 already; start from the unquantized model, or set fp8_source: requantize in the recipe "
+            "to dequantize and quantize it anew (a second rounding)"
+        )
+    scales = {}
+    for name in weights:
+        module = name.removesuffix(".weight")
+        found = next((f"{module}.{leaf}" for leaf in SCALE_NAMES if f"{module}.{leaf}" in headers.tensors), None)
+        if found is None:
+            raise InputError(f"{name}: FP8 without {' or '.join(SCALE_NAMES)}; its values cannot be known")
+        scales[name] = found
+    return scales
