@@ -79,7 +79,7 @@ def _task_manager(suite: EvalSuite) -> TaskManager:
 
     if suite.task_dir is not None:
         own = TaskManager(include_path=suite.task_dir, include_defaults=False)
-        if suite.tasks.keys() <= set(own.all_subtasks):
+        if all(_is_complete(own, name) for name in suite.tasks):
             return own
     manager = TaskManager(include_path=suite.task_dir)
     for name in suite.tasks:
@@ -88,6 +88,17 @@ def _task_manager(suite: EvalSuite) -> TaskManager:
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ConfigError(f"suite {suite.name}: lm-eval knows no task {name!r}{hint}")
     return manager
+
+
+def _is_complete(manager: TaskManager, name: str) -> bool:
+    """Whether the index holds this task, or this group with all its parts; a part written out in place is not traced."""
+    entry = manager.task_index.get(name)
+    if entry is None or entry.cfg is None:
+        return False
+    parts = entry.cfg.get("task")
+    if not isinstance(parts, list):
+        return True
+    return all(isinstance(part, str) and _is_complete(manager, part) for part in parts)
 
 
 def _load(manager: TaskManager, name: str) -> TaskDict:
