@@ -11,6 +11,7 @@ would do, and the remedy.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from fp8pipe.validate.subject import Subject
 if TYPE_CHECKING:
     from fp8pipe.architecture import Architecture
 
+log = logging.getLogger(__name__)
+
 __all__ = ["CHECKS", "Check", "Depth", "all_checks", "validate"]
 
 
@@ -40,9 +43,10 @@ def validate(
 ) -> ValidationReport:
     """All findings on the checkpoint in `folder`.
 
-    `source`: the downloaded model it was made from. `architecture`: the source's record; without it, names and
-    shapes decide what is a Linear. `depth`: as deep as what is at hand allows, unless given. Raises InputError when
-    `folder` is no folder or fidelity is asked for without a source; never on what lies in the folder.
+    `source`: the downloaded model it was made from. `architecture`: the source's record, looked up when there is a
+    source; without it, names and shapes decide what is a Linear. `depth`: as deep as what is at hand allows, unless
+    given. Raises InputError when `folder` is no folder or fidelity is asked for without a source; never on what lies in
+    the folder.
     """
     if not folder.is_dir():
         raise ModelNotFound(f"{folder}: no such folder; give the folder that holds config.json and the weights")
@@ -59,6 +63,7 @@ def validate(
     return ValidationReport(
         folder_identity=folder_identity(folder),
         depth=depth,
+        known_from="architecture" if subject.layout and subject.layout.from_record else "names",
         checks=tuple(check.id for check in checks),
         findings=findings,
         tensors=len(subject.shelf.tensors),
@@ -79,6 +84,7 @@ def _read(folder: Path, source: Snapshot | None, architecture: Architecture | No
     """Headers and configs of both sides."""
     shelf = files.open_shelf(folder)
     theirs = files.open_shelf(source.path) if source else None
+    architecture = architecture or (_inspect(source) if source else None)
     config, problem = _read_config(folder)
     source_config = _read_config(source.path)[0] if source else None
     return Subject(
@@ -90,6 +96,17 @@ def _read(folder: Path, source: Snapshot | None, architecture: Architecture | No
         source=theirs,
         source_config=source_config,
     )
+
+
+def _inspect(source: Snapshot) -> Architecture | None:
+    """The source's record; None when transformers cannot build the model, and the report says `known_from: names`."""
+    from fp8pipe.architecture import inspect
+
+    try:
+        return inspect(source)
+    except InputError as error:
+        log.warning("no architecture record, names and shapes decide: %s", error)
+        return None
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any] | None, str | None]:

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 from fp8pipe.validate.findings import Fault, check, clip
+from fp8pipe.validate.layout import expert_of
 
 if TYPE_CHECKING:
     from fp8pipe.validate.subject import Subject
@@ -147,6 +148,8 @@ def read_scheme(config: dict[str, Any]) -> Scheme | None:
 def _read_fp8(quant: dict[str, Any]) -> Scheme | None:
     block, ignored = quant.get("weight_block_size"), _ignored_layers(quant)
     if quant.get("activation_scheme") not in {"static", "dynamic"} or ignored is None or not _block_or_none(block):
+        return None
+    if block and quant["activation_scheme"] == "static":
         return None
     spec = Spec(
         strategy=_BLOCK if block else _TENSOR,
@@ -345,6 +348,7 @@ def _compressed_problems(quant: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 @check(
     "C3",
     "compressed-tensors' own parser accepts quantization_config.",
+    depth="values",  # importing that parser takes seconds
     needs=("config",),
     consequence="vLLM and transformers stop with a ValidationError",
     remedy="remove or correct the key",
@@ -353,7 +357,6 @@ def config_fits_compressed_tensors(subject: Subject) -> Iterator[Fault]:
     quant = _quant(subject)
     if method_of(quant) != "compressed-tensors":
         return
-    # importing it costs a second and brings in torch
     from compressed_tensors.quantization import QuantizationConfig
     from pydantic import ValidationError
 
@@ -454,6 +457,24 @@ def fused_groups_are_uniform(subject: Subject) -> Iterator[Fault]:
             kept = [member for member, spec in specs.items() if spec is None]
             found = f"{', '.join(kept)} ignored" if kept else "different schemes"
             yield Fault(f"one scheme for {', '.join(group)}", found, file=CONFIG)
+    yield from _mixed_experts(subject)
+
+
+def _mixed_experts(subject: Subject) -> Iterator[Fault]:
+    """vLLM reads the scheme of a layer's experts off expert 0 alone."""
+    assert subject.scheme is not None and subject.layout is not None
+    first: dict[str, tuple[str, Spec | None]] = {}
+    for module in subject.layout.quantizable:
+        if (place := expert_of(module)) is None:
+            continue
+        spec = subject.scheme.spec_of(module)
+        other, known = first.setdefault(place[0], (module, spec))
+        if spec != known:
+            found = f"{other} and {module} differ"
+            yield Fault(f"one scheme for all of {place[0]}", found, file=CONFIG, consequence=_EXPERTS_LIKE_FIRST)
+
+
+_EXPERTS_LIKE_FIRST = "vLLM loads all experts of the layer like expert 0, without a word"
 
 
 @check(

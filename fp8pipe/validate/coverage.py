@@ -167,6 +167,8 @@ def scales_have_their_weight(subject: Subject) -> Iterator[Fault]:
         module, leaf = _split(name)
         if leaf not in COMPANIONS | UNWANTED or not _parts_of_model(subject, name):
             continue
+        if module == "lm_head" and _parts(subject).tied:
+            continue  # K9's
         spec = subject.scheme.spec_of(module) if module in _parts(subject).is_quantizable else None
         expected = companions_of(spec) if spec else ()
         if leaf in expected or (spec is None and _is_quantized_on_disk(subject, module)):
@@ -207,11 +209,19 @@ def only_linears_are_quantized(subject: Subject) -> Iterator[Fault]:
             continue
         if _same_in_source(subject, name) or (module.endswith("lm_head") and subject.scheme.names_head(module)):
             continue
+        if _is_surplus_expert(subject, name):
+            continue
         yield Fault("the source's dtype", entry.dtype, file=entry.shard, tensor=clip(name))
     for group in subject.scheme.groups:
         caught = [m for m in layout.modules if re.search(r"(^|\.)embed_tokens$", m) and _names(subject, m)]
         if caught and group is subject.scheme.groups[0]:
             yield Fault("targets that match Linears alone", f"a target matches {caught[0]}", file="config.json")
+
+
+def _is_surplus_expert(subject: Subject, name: str) -> bool:
+    """An expert beyond the last; K6 speaks of it."""
+    place, count = expert_of(_split(name)[0]), _parts(subject).num_experts
+    return place is not None and count is not None and place[1] >= count
 
 
 def _names(subject: Subject, module: str) -> bool:
@@ -405,7 +415,7 @@ def _unannounced_kv(subject: Subject, file: str, found: str) -> Fault:
 @check(
     "K8",
     "No tensor that the source does not have, except scales.",
-    needs=("source",),
+    needs=("config", "source"),
     consequence="vLLM stops: there is no module or parameter of that name",
     remedy="remove the tensor",
 )
@@ -415,8 +425,8 @@ def no_unknown_tensors(subject: Subject) -> Iterator[Fault]:
         leaf = _split(name)[1]
         if name in subject.source.tensors or leaf in COMPANIONS | KV_LEAVES | UNWANTED:
             continue
-        if expert_of(_split(name)[0]) and _parts(subject).num_experts is not None if subject.layout else False:
-            continue  # split from a fused tensor, or surplus: K6 counts experts
+        if name.removesuffix(".weight") in _parts(subject).is_quantizable or _is_surplus_expert(subject, name):
+            continue  # split from a fused tensor, or K6's
         if leaf == "inv_freq":
             yield Fault("a tensor of the source", "a buffer", entry.shard, clip(name), "warning", "vLLM skips it")
         else:

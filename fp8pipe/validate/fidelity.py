@@ -11,7 +11,7 @@ engine is not repeated by its judge.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,8 +57,8 @@ class Comparison:
         self.not_nearest = 0
         self.far = 0
         """Codes more than one step from the nearest."""
-        self.clipped = 0
-        """Codes of +-448 for a source beyond it."""
+        self.clipped = np.zeros(tuple(self.scale.shape), np.int64)
+        """Source weights beyond scale * 448, per scale unit."""
         self.zero_codes = 0
         self.zero_source = 0
         self.nonfinite_source = 0
@@ -86,7 +86,8 @@ class Comparison:
         other = torch.nonzero((nearest != codes).view(-1)).view(-1)
         if len(other):
             self._judge(row, other, scaled.view(-1)[other], codes.view(-1)[other], nearest.view(-1)[other])
-        self.clipped += int((scaled.abs() > E4M3_MAX).sum()) if self._exceeds(row, len(codes)) else 0
+        if self._exceeds(row, len(codes)):
+            self._count_clipped(row, (scaled.abs() > E4M3_MAX).numpy())
         self.zero_codes += int(((codes & 0x7F) == 0).sum())
         self.zero_source += int((weight == 0).sum())
         self._measure_error(row, weight, codes.view(torch.float8_e4m3fn).float() * scale)
@@ -102,27 +103,43 @@ class Comparison:
         first, last = row // high, -(-(row + rows) // high)
         return self.scale[first:last].repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
 
-    def _take_amax(self, row: int, weight: torch.Tensor) -> None:
-        magnitudes = np.abs(weight.numpy())
+    @property
+    def unit_size(self) -> int:
+        """Weights that share a scale (at the edges of a block grid: at most)."""
+        rows, columns = self.entry.shape
+        if self.spec.block is not None:
+            return min(rows, self.spec.block[0]) * min(columns, self.spec.block[1])
+        return columns if self.spec.strategy == "channel" else rows * columns
+
+    def _units(self, row: int, rows: int) -> slice:
+        """The rows of a per-unit array that belong to `rows` rows of the weight from `row` on."""
         if self.spec.strategy == "tensor":
-            self.amax[0] = max(self.amax[0], magnitudes.max())
-            return
+            return slice(None)
+        high = self.spec.block[0] if self.spec.block else 1
+        return slice(row // high, -(-(row + rows) // high))
+
+    def _take_amax(self, row: int, weight: torch.Tensor) -> None:
+        tops = self._reduce(np.maximum, np.abs(weight.numpy()))
+        part = self._units(row, len(weight))
+        self.amax[part] = np.maximum(self.amax[part], tops)
+
+    def _count_clipped(self, row: int, beyond: np.ndarray[Any, Any]) -> None:
+        self.clipped[self._units(row, len(beyond))] += self._reduce(np.add, beyond.astype(np.int64))
+
+    def _reduce(self, operation: np.ufunc, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """[rows, columns] -> per unit."""
+        if self.spec.strategy == "tensor":
+            return operation.reduce(values, axis=None, keepdims=True).reshape(1)
         if self.spec.block is None:
-            self.amax[row : row + len(magnitudes)] = magnitudes.max(axis=1, keepdims=True)
-            return
+            return operation.reduce(values, axis=1, keepdims=True)
         high, wide = self.spec.block
-        bands = np.maximum.reduceat(magnitudes, np.arange(0, magnitudes.shape[0], high), axis=0)
-        tops = np.maximum.reduceat(bands, np.arange(0, magnitudes.shape[1], wide), axis=1)
-        self.amax[row // high : row // high + len(tops)] = tops
+        bands = operation.reduceat(values, np.arange(0, values.shape[0], high), axis=0)
+        return operation.reduceat(bands, np.arange(0, values.shape[1], wide), axis=1)
 
     def _exceeds(self, row: int, rows: int) -> bool:
         """Whether any unit of these rows has weights beyond scale * 448."""
-        scale, amax = self.scale.numpy(), self.amax
-        if self.spec.strategy != "tensor":
-            high = self.spec.block[0] if self.spec.block else 1
-            part = slice(row // high, -(-(row + rows) // high))
-            scale, amax = scale[part], amax[part]
-        return bool((amax > scale * np.float32(E4M3_MAX)).any())
+        part = self._units(row, rows)
+        return bool((self.amax[part] > self.scale.numpy()[part] * np.float32(E4M3_MAX)).any())
 
     def _judge(
         self, row: int, at: torch.Tensor, scaled: torch.Tensor, codes: torch.Tensor, nearest: torch.Tensor
@@ -326,7 +343,8 @@ def rows_keep_their_direction(subject: Subject) -> Iterator[Fault]:
     remedy=AGAIN,
 )
 def scales_match_their_weights(subject: Subject) -> Iterator[Fault]:
-    rows = [(seen, *_scale_and_amax(subject, module, comparison)) for module, comparison, seen in _weights(subject)]
+    found = [(seen, _scale_and_amax(subject, module, comparison)) for module, comparison, seen in _weights(subject)]
+    rows = [(seen, *pair) for seen, pair in found if pair is not None]
     exact = _arithmetic([(scale, amax) for _, scale, amax in rows])
     for seen, scale, amax in rows:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -344,34 +362,61 @@ def scales_match_their_weights(subject: Subject) -> Iterator[Fault]:
             yield Fault(expected, found, seen.entry.shard, seen.entry.name)
 
 
-def _scale_and_amax(subject: Subject, module: str, comparison: Comparison) -> tuple[Any, Any]:
-    """Scale and source amax per unit, float64; where fused siblings share the scale, amax is over all of them."""
-    scale = weight_scale_of(subject, module)
-    assert scale is not None
-    members = sharing_group(subject, module)
-    found = [_measured(subject).comparisons.get(f"{member}.weight") for member in members]
-    if len(members) == 1 or None in found:
+def _scale_and_amax(subject: Subject, module: str, comparison: Comparison) -> tuple[Any, Any] | None:
+    """Scale and source amax per unit, float64; where fused siblings share the scale, amax is over all of them.
+
+    None when a sibling that may share it could not be compared.
+    """
+    scale, members = weight_scale_of(subject, module), sharing_group(subject, module)
+    if scale is None or members is None:
+        return None
+    together = [_measured(subject).comparisons.get(f"{member}.weight") for member in members]
+    if len(members) == 1:
         return scale.reshape(comparison.amax.shape), comparison.amax.astype(np.float64)
-    amax = max(float(c.amax.max()) for c in found if c is not None)
-    return scale.reshape(1), np.array([amax])
+    if None in together:
+        return None
+    return scale.reshape(1), np.array([max(float(c.amax.max()) for c in together if c is not None)])
 
 
-def _arithmetic(pairs: list[tuple[Any, Any]]) -> Any:  # a function of an array, or None
+def _arithmetic(pairs: list[tuple[Any, Any]]) -> Arithmetic | None:
     """The arithmetic in which nearly all scales are exactly absmax / 448, None when there is no such."""
-    scales = np.concatenate([scale.ravel() for scale, _ in pairs]) if pairs else np.zeros(0)
-    amaxes = np.concatenate([amax.ravel() for _, amax in pairs]) if pairs else np.zeros(0)
-    for exact in (_in_float32, _in_bfloat16):
-        if scales.size and (scales == exact(amaxes)).mean() >= EXACT_SHARE:
-            return exact
-    return None
+    if not pairs:
+        return None
+    scales = np.concatenate([scale.ravel() for scale, _ in pairs])
+    amaxes = np.concatenate([amax.ravel() for _, amax in pairs])
+    shares = {exact: (scales == exact(amaxes)).mean() for exact in ARITHMETICS}
+    best = max(ARITHMETICS, key=lambda exact: shares[exact])
+    return best if shares[best] >= EXACT_SHARE else None
 
 
-def _in_float32(amax: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+Arithmetic = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
+"""Unit absmax to scale, float64 to float64."""
+
+
+def _divided(amax: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     floor = np.maximum(amax.astype(np.float32), np.float32(1e-12))
     return (floor / np.float32(E4M3_MAX)).astype(np.float64)
+
+
+def _times_inverse(amax: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return (amax.astype(np.float32) * np.float32(1 / E4M3_MAX)).astype(np.float64)
+
+
+def _inverted_twice(amax: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    with np.errstate(divide="ignore"):
+        return (np.float32(1) / (np.float32(E4M3_MAX) / amax.astype(np.float32))).astype(np.float64)
 
 
 def _in_bfloat16(amax: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     import torch
 
-    return (torch.from_numpy(amax).bfloat16() / E4M3_MAX).double().numpy()
+    return torch.from_numpy(_divided(amax)).bfloat16().double().numpy()
+
+
+def _in_float16(amax: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    with np.errstate(over="ignore"):
+        return _divided(amax).astype(np.float16).astype(np.float64)
+
+
+ARITHMETICS: tuple[Arithmetic, ...] = (_divided, _times_inverse, _inverted_twice, _in_bfloat16, _in_float16)
+"""The engine's and llm-compressor's, torchao's, AutoFP8's; scales stored in bf16 or fp16."""

@@ -157,6 +157,8 @@ def _sound_rows(shelf: Shelf, weight_map: dict[str, Any]) -> Iterator[tuple[str,
             shelf.fault("F9", "a file name without folders", clip(repr(file)), file=INDEX, tensor=clip(name))
         else:
             yield name, file
+            continue
+        shelf.lost.add(name)
 
 
 def _compare_index_with_files(shelf: Shelf, weight_map: dict[str, str] | None, shards: list[str]) -> None:

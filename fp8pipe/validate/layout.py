@@ -60,8 +60,10 @@ class Layout:
     """lm_head shares the embedding's weight; None where the config leaves it to the model class."""
     num_layers: int | None
     num_experts: int | None
+    from_record: bool
+    """From the architecture record, not from names and shapes."""
     expected: Mapping[str, tuple[int, ...]] | None
-    """Name and shape of every tensor the architecture must have; None while only names are known."""
+    """Name and shape of every tensor the architecture must have; None while that is not known."""
 
     @cached_property
     def modules(self) -> frozenset[str]:
@@ -100,6 +102,7 @@ def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any])
         tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings")),
         num_layers=_count(text, "num_hidden_layers", "n_layer"),
         num_experts=_count(text, "num_experts", "num_local_experts", "n_routed_experts"),
+        from_record=False,
         expected=None,
     )
 
@@ -127,6 +130,7 @@ def layout_from_architecture(
         tied=architecture.tied_embeddings,
         num_layers=architecture.num_layers,
         num_experts=by_names.num_experts,
+        from_record=True,
         expected=None,
     )
 

@@ -140,19 +140,24 @@ class Reader:
             twin = self.subject.source.tensors.get(entry.name)
             if spec is not None and twin is not None and self._compare(entry, twin, spec):
                 return
-            if spec is None and twin is not None and (twin.dtype, twin.shape) == (entry.dtype, entry.shape):
+            if spec is None and twin is not None and self._must_equal(entry, twin):
                 self._measure_and_match(entry, twin)
                 return
         self._measure(entry, spec)
 
     def _spec(self, entry: TensorInfo) -> Spec | None:
-        """The scheme of a quantized weight whose form is sound; S1, S3 and S6 speak of the others."""
+        """The scheme of a quantized weight whose form is sound; S1 to S3 speak of the others."""
         module, _, leaf = entry.name.rpartition(".")
         if leaf != "weight" or module not in self.subject.quantized or self.subject.scheme is None:
             return None
         spec = self.subject.scheme.spec_of(module)
         is_matrix = entry.dtype == "F8_E4M3" and len(entry.shape) == 2 and 0 not in entry.shape
         return spec if is_matrix and spec and entry.shape[1] * _band(spec) <= MAX_ROW_BYTES else None
+
+    def _must_equal(self, entry: TensorInfo, twin: TensorInfo) -> bool:
+        """Kept tensors of the source's form; an unquantized weight in a quantized module is K5's."""
+        is_kept = entry.name.removesuffix(".weight") not in self.subject.quantized
+        return is_kept and (twin.dtype, twin.shape) == (entry.dtype, entry.shape)
 
     def _measure(self, entry: TensorInfo, spec: Spec | None) -> None:
         if entry.dtype not in MAGNITUDES or entry.nbytes == 0:
@@ -291,19 +296,36 @@ def scales_of_kind(subject: Subject) -> Iterator[tuple[str, str, TensorInfo, np.
 
 
 def weight_scale_of(subject: Subject, module: str) -> np.ndarray[Any, Any] | None:
-    """Values of the module's weight scale, None when it is missing or misshapen."""
+    """Values of the module's weight scale, None when it is missing or misshapen, or the weight is."""
     spec = subject.scheme.spec_of(module) if subject.scheme else None
-    return _measured(subject).scales.get(f"{module}.{spec.scale}") if spec else None
+    weight = subject.shelf.tensors.get(f"{module}.weight")
+    if spec is None or weight is None or len(weight.shape) != 2 or not _has_source_shape(subject, weight):
+        return None
+    scale = _measured(subject).scales.get(f"{module}.{spec.scale}")
+    return scale if scale is not None and scale.shape in spec.scale_shapes(weight.shape) else None
 
 
-def sharing_group(subject: Subject, module: str) -> tuple[str, ...]:
-    """The members of the module's fused group with the same per-tensor scale; a maximum over them is the unit's."""
+def _has_source_shape(subject: Subject, entry: TensorInfo) -> bool:
+    twin = subject.source.tensors.get(entry.name) if subject.source else None
+    return twin is None or twin.shape == entry.shape
+
+
+def sharing_group(subject: Subject, module: str) -> tuple[str, ...] | None:
+    """The members of the module's fused group with the same per-tensor scale; a maximum over them is the unit's.
+
+    None when a member's scale is missing or misshapen, so that nobody can tell whose maximum made it.
+    """
     assert subject.layout is not None
     scale = weight_scale_of(subject, module)
-    if scale is None or scale.size != 1:
+    if scale is None:
+        return None
+    if scale.size != 1:
         return (module,)
-    members = subject.layout.group_of.get(module, (module,))
-    return tuple(m for m in members if (s := weight_scale_of(subject, m)) is not None and np.array_equal(s, scale))
+    members = [m for m in subject.layout.group_of.get(module, (module,)) if m in subject.quantized]
+    scales = {member: weight_scale_of(subject, member) for member in members}
+    if any(scale is None for scale in scales.values()):
+        return None
+    return tuple(member for member, other in scales.items() if np.array_equal(other, scale))
 
 
 def _place(shape: tuple[int, ...], flat: int) -> list[int]:
@@ -404,16 +426,16 @@ def codes_use_the_range(subject: Subject) -> Iterator[Fault]:
 
 def _unused_range(subject: Subject) -> Iterator[Fault]:
     for name, seen in _measured(subject).tensors.items():
-        if seen.spec is None or not seen.spec.minmax:
+        members = sharing_group(subject, name.removesuffix(".weight"))
+        if seen.spec is None or not seen.spec.minmax or members is None:
             continue
-        tops = _shared_tops(subject, name.removesuffix(".weight"), seen)
+        tops = seen.tops if len(members) == 1 else _joint_tops(subject, members)
         low = (tops > 0) & (tops < NEAR_TOP)
         if low.any():
             value = code_value(int(tops[low].max()))
-            found = f"{int(low.sum())} of {low.size} units below, largest code {value:g}"
             yield Fault(
                 "a code of at least 416 in every unit that is not zero",
-                found,
+                f"{int(low.sum())} of {low.size} units below, largest code {value:g}",
                 seen.entry.shard,
                 name,
                 severity="warning",
@@ -421,29 +443,25 @@ def _unused_range(subject: Subject) -> Iterator[Fault]:
             )
 
 
+def _joint_tops(subject: Subject, members: tuple[str, ...]) -> np.ndarray[Any, Any]:
+    found = [_measured(subject).tensors.get(f"{member}.weight") for member in members]
+    return np.array([max(int(seen.tops.max()) for seen in found if seen is not None)])
+
+
 def _clipped(subject: Subject) -> Iterator[Fault]:
-    """Source weights beyond scale * 448: at most 1 % of what shares the scale, and four. Needs the comparison."""
+    """Source weights beyond scale * 448: at most 1 % of what shares a scale, and four. Needs the comparison."""
     comparisons = _measured(subject).comparisons
     for name, comparison in comparisons.items():
-        members = sharing_group(subject, name.removesuffix(".weight"))
-        found = [c for m in members if (c := comparisons.get(f"{m}.weight"))]
-        allowed = max(4, 0.01 * sum(math.prod(c.entry.shape) for c in found))
-        if comparison.clipped and sum(c.clipped for c in found) > allowed:
-            count = math.prod(comparison.entry.shape)
-            yield Fault(
-                "source weights within scale * 448",
-                f"{comparison.clipped} of {count} clipped",
-                comparison.entry.shard,
-                name,
-            )
-
-
-def _shared_tops(subject: Subject, module: str, seen: Magnitudes) -> np.ndarray[Any, Any]:
-    members = sharing_group(subject, module)
-    if len(members) == 1:
-        return seen.tops
-    all_seen = [_measured(subject).tensors.get(f"{member}.weight") for member in members]
-    return np.array([max(int(s.tops.max()) for s in all_seen if s is not None)])
+        members = sharing_group(subject, name.removesuffix(".weight")) or ()
+        together = [c for m in members if (c := comparisons.get(f"{m}.weight")) is not None]
+        if not comparison.clipped.any() or not together:
+            continue
+        counts = np.sum([c.clipped for c in together], axis=0)
+        worst = int(np.argmax(counts))
+        size = sum(c.unit_size for c in together)
+        if counts.flat[worst] > max(4, 0.01 * size):
+            found = f"{int(counts.flat[worst])} of {size} clipped in unit {worst}"
+            yield Fault("source weights within scale * 448", found, comparison.entry.shard, name)
 
 
 def code_value(magnitude: int) -> float:
