@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub import CommitOperationAdd
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
+from fp8pipe import hub as hub_client
 from fp8pipe.architecture import Architecture, probe
 from fp8pipe.calibrate import Calibration, calibrate, calibration_key
 from fp8pipe.calibrate.lockstep import Lockstep
@@ -26,10 +28,13 @@ from fp8pipe.calibrate.resume import Bookmark
 from fp8pipe.checkpoint import read_headers
 from fp8pipe.config import ActivationScheme, CalibrationSpec, KVCacheScheme, Recipe
 from fp8pipe.errors import CalibrationDataError, NonFiniteActivation, UnsupportedArchitecture
+from fp8pipe.localhub import LocalHub
 from fp8pipe.plan import make_plan
 from fp8pipe.progress import ProgressEvent, quiet
 from fp8pipe.records import Snapshot
 from fp8pipe.source import resolve
+
+pytest_plugins = ["hub_fixtures"]
 
 TEXTS = [
     "the quick brown fox",
@@ -84,7 +89,7 @@ STATIC_KV = Recipe(
 # ---------------------------------------------------------------------------------------------- models and data
 
 
-def make_model(folder: Path, name: str, *, shard_size: str = "100KB") -> nn.Module:
+def make_model(folder: Path, name: str) -> Any:  # transformers' classes share no typed base
     """A tiny float32 model of architecture `name` with a byte tokenizer, saved in several shards."""
     class_name, settings = ARCHITECTURES[name]
     model_class = getattr(transformers, class_name)
@@ -92,7 +97,7 @@ def make_model(folder: Path, name: str, *, shard_size: str = "100KB") -> nn.Modu
     model = model_class(model_class.config_class(**settings)).to(torch.float32).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder, max_shard_size=shard_size)
+    model.save_pretrained(folder, max_shard_size="100KB")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -114,7 +119,7 @@ def write_dataset(path: Path, rows: Sequence[dict[str, Any]] = tuple({"text": te
     return path
 
 
-def with_data(recipe: Recipe, dataset: Path, **changes: Any) -> Recipe:
+def with_data(recipe: Recipe, dataset: Path | str, **changes: Any) -> Recipe:
     spec = recipe.calibration.model_copy(update={"dataset": str(dataset), **changes})
     return recipe.model_copy(update={"calibration": spec})
 
@@ -135,19 +140,19 @@ def run_calibration(model: Path, recipe: Recipe, output: Path, progress: Any = q
 def linear_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> dict[str, float]:
     """amax of the input of every Linear of the whole model, by plain hooks."""
     amax: dict[str, float] = {}
-    hooks = []
+    handles = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
 
             def hook(_: nn.Module, args: Any, name: str = name) -> None:
                 amax[name] = max(amax.get(name, 0.0), args[0].abs().max().item())
 
-            hooks.append(module.register_forward_pre_hook(hook))
+            handles.append(module.register_forward_pre_hook(hook))
     with torch.inference_mode():
         for ids in token_ids:
             model(torch.tensor([ids]), use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    for handle in handles:
+        handle.remove()
     return amax
 
 
@@ -156,12 +161,11 @@ def cache_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> list[tupl
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     with torch.inference_mode():
         for ids in token_ids:
-            cache = DynamicCache()
+            cache: Any = DynamicCache()
             model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
             layers = [(layer.keys.abs().amax((0, 2, 3)), layer.values.abs().amax((0, 2, 3))) for layer in cache.layers]
-            found = (
-                layers if not found else [tuple(map(torch.maximum, a, b)) for a, b in zip(found, layers, strict=True)]
-            )
+            pairs = zip(found or layers, layers, strict=True)
+            found = [(torch.maximum(a[0], b[0]), torch.maximum(a[1], b[1])) for a, b in pairs]
     return found
 
 
@@ -415,7 +419,7 @@ def test_a_bookmark_of_other_samples_is_not_taken_up(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- data
 
 
-def data_error(llama: Path, tmp_path: Path, dataset: Path, **changes: Any) -> str:
+def data_error(llama: Path, tmp_path: Path, dataset: Path | str, **changes: Any) -> str:
     """The message, after proving that no weight was read."""
     hidden = [path.rename(path.with_suffix(".away")) for path in llama.glob("*.safetensors")]
     try:
@@ -488,6 +492,69 @@ def test_samples_are_shuffled_by_the_seed_as_datasets_does(llama: Path, tmp_path
     found = run_calibration(llama, recipe, tmp_path / "out")
     shuffled = Dataset.from_dict({"row": list(range(len(TEXTS)))}).shuffle(seed=7)
     assert list(found.sample_indices) == shuffled["row"][:3]
+
+
+def publish_dataset(repo_id: str, files: dict[str, str]) -> str:
+    """A dataset on the Hub of the test; the commit sha that it ends with."""
+    api = hub_client.client()
+    api.create_repo(repo_id, repo_type="dataset")
+    operations = [CommitOperationAdd(name, content.encode()) for name, content in files.items()]
+    return api.create_commit(repo_id, operations, commit_message="data", repo_type="dataset").oid
+
+
+def lines(texts: Sequence[str]) -> str:
+    return "\n".join(json.dumps({"text": text}) for text in texts)
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train_sft
+    path: parts/*.jsonl
+---
+"""
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "data/train_sft-0.jsonl": lines(TEXTS[:2]),
+            "data/train_sft-1.jsonl": lines(TEXTS[2:]),
+            "data/test.jsonl": "x",
+        },
+        {"README.md": CARD, "parts/a.jsonl": lines(TEXTS[:2]), "parts/b.jsonl": lines(TEXTS[2:]), "train_sft.txt": "x"},
+    ],
+    ids=["by-name", "by-card"],
+)
+def test_a_hub_dataset_is_pinned_and_its_split_is_read(
+    hub: LocalHub, repo_id: str, llama: Path, tmp_path: Path, files: dict[str, str]
+) -> None:
+    sha = publish_dataset(repo_id, files)
+    spec = STATIC_KV.calibration.model_copy(update={"dataset": repo_id})
+    found = run_calibration(llama, STATIC_KV.model_copy(update={"calibration": spec}), tmp_path / "hub")
+    local = run_calibration(llama, with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl")), tmp_path / "local")
+    assert found.dataset_revision == sha
+    assert found.token_ids_sha256 == local.token_ids_sha256
+    assert found.digest() == local.digest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"split": "validation"}, "is of split validation, found train.jsonl"),
+        ({"split": "train", "subset": "german"}, "is of split train of german"),
+        ({"revision": "nowhere"}, "has no revision nowhere"),
+        ({"dataset": "acme/no-such-dataset"}, "shows no such dataset"),
+    ],
+)
+def test_a_wrong_name_on_the_hub_is_said_before_any_weight_is_read(
+    hub: LocalHub, repo_id: str, llama: Path, tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    changes = dict(changes)
+    publish_dataset(repo_id, {"train.jsonl": lines(TEXTS)})
+    assert expected in data_error(llama, tmp_path, changes.pop("dataset", repo_id), **changes)
 
 
 # ---------------------------------------------------------------------------------------------- numbers
