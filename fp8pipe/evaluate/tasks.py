@@ -91,7 +91,7 @@ def _task_manager(suite: EvalSuite) -> TaskManager:
 
 
 def _is_complete(manager: TaskManager, name: str) -> bool:
-    """Whether the index holds this task, or this group with all its parts; a part written out in place is not traced."""
+    """Whether the index holds this task, or this group with all its parts; parts written in place are not traced."""
     entry = manager.task_index.get(name)
     if entry is None or entry.cfg is None:
         return False

@@ -79,12 +79,15 @@ def _start_engine(request: EvalRequest, tell: Tell) -> MeteredVLLM:
 
 
 def _run(request: EvalRequest, subjects: list[Subject], lm: MeteredVLLM) -> dict[str, Any]:  # Any: lm-eval's results
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
+    evaluator.add_env_info = lambda storage: (
+        None
+    )  # asks pip, lscpu and git for seconds; the report has its own versions
     suite = request.suite
     scored: list[Any] = [item for subject in subjects for item in subject.scored()]  # Any: lm-eval declares no groups
-    results = simple_evaluate(
+    results = evaluator.simple_evaluate(
         model=lm,
         tasks=scored,
         task_manager=TaskManager(include_defaults=False),  # the tasks are loaded already
