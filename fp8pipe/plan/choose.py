@@ -143,7 +143,7 @@ def _misfits(headers: Headers, recipe: Recipe, architecture: Architecture) -> di
     if recipe.activations is not None and recipe.activations.mode == "static":
         for name, role in architecture.tensors.items():
             if role.kind == "linear" and name.endswith(".kv_b_proj.weight"):
-                misfits[name] = "MLA kv_b_proj: vLLM passes an identity through it, which a static input scale clips"
+                misfits[name] = "MLA kv_b_proj: vLLM runs an identity through it, which a static scale clips"
     return misfits
 
 

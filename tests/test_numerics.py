@@ -1,0 +1,189 @@
+"""The arithmetic, against a reference without tiles: plain float32, one expression per formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fp8pipe import numerics
+from fp8pipe.numerics import fp8, observers
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+SHAPES = [(1, 1), (3, 5), (64, 160), (129, 257), (1000, 300), (5, 300_000)]
+"""Ragged against blocks of 128, wider than a tile, taller than a tile."""
+
+
+def random_weight(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) * 0.05).to(dtype)
+
+
+def reference_amax(weight: Tensor, strategy: str, block: tuple[int, int] = (128, 128)) -> Tensor:
+    magnitude = weight.float().abs()
+    if strategy == "tensor":
+        return magnitude.max()
+    if strategy == "channel":
+        return magnitude.max(dim=1, keepdim=True).values
+    rows, columns = block
+    return torch.stack(
+        [torch.stack([piece.max() for piece in band.split(columns, 1)]) for band in magnitude.split(rows, 0)]
+    )
+
+
+def reference_codes(weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None) -> Tensor:
+    """The formula as the papers write it."""
+    if block is not None:
+        rows, columns = block
+        scale = scale.repeat_interleave(rows, 0)[: len(weight)].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+    return (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def measured(weight: Tensor, strategy: str) -> Tensor:
+    if strategy == "tensor":
+        return numerics.tensor_amax(weight)
+    return numerics.channel_amax(weight) if strategy == "channel" else numerics.block_amax(weight, (128, 128))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
+def test_scales_and_codes_equal_the_reference_bit_for_bit(
+    shape: tuple[int, int], dtype: torch.dtype, strategy: str
+) -> None:
+    weight = random_weight(shape, dtype)
+    amax = measured(weight, strategy)
+    assert torch.equal(amax, reference_amax(weight, strategy))
+    scale = numerics.weight_scale(amax)
+    assert scale.dtype == torch.float32
+    assert torch.equal(scale, torch.clamp(amax, min=1e-12) / 448)
+
+    block = (128, 128) if strategy == "block" else None
+    codes = torch.empty(shape, dtype=torch.float8_e4m3fn)
+    numerics.encode(weight, scale, codes, block=block)
+    assert torch.equal(codes.view(torch.uint8), reference_codes(weight, scale, block).view(torch.uint8))
+
+
+@pytest.mark.parametrize("tile", [1, 100, 4096, 1 << 20])
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
+def test_tile_size_changes_no_bit(tile: int, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = random_weight((300, 520))
+    block = (128, 128) if strategy == "block" else None
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        amax = measured(weight, strategy)
+        codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+        numerics.encode(weight, numerics.weight_scale(amax), codes, block=block)
+        rows = amax if strategy == "channel" else numerics.tensor_amax(weight)
+        return amax, codes.view(torch.uint8), numerics.shrink_errors(weight, rows)
+
+    expected = run()
+    monkeypatch.setattr(fp8, "TILE_ELEMENTS", tile)
+    monkeypatch.setattr(observers, "TILE_ELEMENTS", tile)
+    for found, wanted in zip(run(), expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False), st.floats(2**-100, 2**100, width=32))
+def test_any_value_under_any_scale_rounds_to_the_nearest_code(value: float, scale: float) -> None:
+    weight = torch.tensor([[value]], dtype=torch.float32)
+    codes = torch.empty((1, 1), dtype=torch.float8_e4m3fn)
+    numerics.encode(weight, torch.tensor([scale]), codes)
+    all_codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    finite = all_codes[~all_codes.isnan()]
+    exact = (torch.tensor(value) / torch.tensor(scale)).double().clamp(-448, 448)
+    assert (codes.double() - exact).abs().item() == (finite - exact).abs().min().item()
+
+
+def test_all_zero_units_get_a_scale_that_divides_and_zero_codes() -> None:
+    weight = torch.zeros((4, 8), dtype=torch.bfloat16)
+    scale = numerics.weight_scale(numerics.channel_amax(weight))
+    assert torch.equal(scale, torch.full((4, 1), 1e-12) / 448)
+    codes = torch.ones((4, 8)).to(torch.float8_e4m3fn)
+    numerics.encode(weight, scale, codes)
+    assert not codes.view(torch.uint8).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
+def test_a_nonfinite_weight_shows_in_amax_and_is_found(dtype: torch.dtype, bad: float, strategy: str) -> None:
+    weight = random_weight((300, 700), dtype)
+    weight[200, 650] = bad
+    amax = measured(weight, strategy)
+    assert int((~torch.isfinite(amax)).sum()) == 1
+    assert numerics.first_nonfinite(weight) == (200, 650)
+    assert numerics.first_nonfinite(random_weight((3, 3), dtype)) is None
+
+
+def test_fp8_error_stays_within_half_a_step() -> None:
+    weight = random_weight((256, 256), torch.float32)
+    for strategy, block in (("tensor", None), ("channel", None), ("block", (128, 128))):
+        scale = numerics.weight_scale(measured(weight, strategy))
+        codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+        numerics.encode(weight, scale, codes, block=block)
+        full = scale if block is None else numerics.expand_scale(scale, block, (256, 256))
+        step = torch.exp2(torch.floor(torch.log2((weight / full).abs().clamp(min=2**-6)))) / 8 * full
+        error = (numerics.dequantize(codes, scale, block=block) - weight).abs()
+        assert bool((error <= step / 2 * (1 + 1e-6)).all())
+
+
+# ---------------------------------------------------------------------------------------------- mse
+
+
+@pytest.mark.parametrize("shape", [(64, 160), (130, 300)])
+def test_mse_takes_the_shrink_with_the_least_squared_error(shape: tuple[int, int]) -> None:
+    weight = random_weight(shape)
+    weight[:, 0] *= 8  # an outlier per row makes shrinking pay
+    amax = numerics.channel_amax(weight)
+    chosen = numerics.best_amax(amax, numerics.shrink_errors(weight, amax))
+    for row in range(shape[0]):
+        errors = []
+        for percent in range(100, 79, -1):
+            scale = numerics.weight_scale(amax[row] * torch.tensor(percent / 100))
+            restored = reference_codes(weight[row : row + 1], scale).float() * scale
+            errors.append(float((restored - weight[row].float()).double().square().sum()))
+        best = (100 - errors.index(min(errors))) / 100
+        assert chosen[row].item() == pytest.approx(float(amax[row]) * best, rel=1e-6)
+    assert bool((chosen < amax).any())
+
+
+def test_mse_errors_of_a_row_do_not_depend_on_its_neighbours() -> None:
+    weight = random_weight((200, 1000))
+    amax = numerics.channel_amax(weight)
+    together = numerics.shrink_errors(weight, amax)
+    alone = torch.cat([numerics.shrink_errors(weight[i : i + 1], amax[i : i + 1]) for i in range(200)], dim=1)
+    assert torch.equal(together, alone)
+
+
+# ---------------------------------------------------------------------------------------------- the peer's rounding
+
+
+def divided_in_bf16(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What llm-compressor does: amax / 448 and the division itself in the weight's bf16."""
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    return (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def test_where_the_scale_is_a_power_of_two_bf16_division_gives_our_bytes() -> None:
+    weight = random_weight((64, 256))
+    weight = weight / weight.abs().amax(1, keepdim=True).float() * 0.4
+    weight = weight.to(torch.bfloat16)
+    weight[:, 7] = 448 * 2.0**-10
+    assert torch.equal(weight.abs().amax(1), weight[:, 7])
+    theirs, scale = divided_in_bf16(weight)
+    ours = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    numerics.encode(weight, numerics.weight_scale(numerics.channel_amax(weight)), ours)
+    assert torch.equal(scale.float(), numerics.weight_scale(numerics.channel_amax(weight)))
+    assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+def test_bf16_division_moves_some_codes_of_other_rows() -> None:
+    weight = random_weight((256, 512))
+    theirs, scale = divided_in_bf16(weight)
+    ours = reference_codes(weight, scale.float())
+    moved = (ours.view(torch.uint8) != theirs.view(torch.uint8)).float().mean().item()
+    assert 0.005 < moved < 0.1

@@ -1,0 +1,306 @@
+"""The plan decides everything from headers: what, why, where; and refuses what vLLM could not serve."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import architecture_of, plan_of, recipe
+
+from fp8pipe.architecture import ExpertLayout, TensorRole
+from fp8pipe.checkpoint import read_headers
+from fp8pipe.errors import ConfigError, DiskTooSmall, InputError, UnmatchedEntry, UnsupportedArchitecture
+from fp8pipe.plan import Plan, check_disk, make_plan
+from fp8pipe.source import resolve
+
+pytest_plugins = ["checkpoint_fixtures"]
+
+Models = Callable[..., Path]
+
+
+def kept(plan: Plan) -> dict[str, str]:
+    return {tensor.name: tensor.reason for tensor in plan.tensors if tensor.action == "keep"}
+
+
+def test_a_plan_reads_no_weight(model_folder: Models, tmp_path: Path) -> None:
+    folder = tmp_path / "hollow"
+    shutil.copytree(model_folder("llama"), folder)
+    expected = plan_of(model_folder("llama"), recipe())
+    for path in folder.glob("*.safetensors"):
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            end = 8 + int.from_bytes(file.read(8), "little")
+            file.truncate(end)
+            file.truncate(size)
+    assert plan_of(folder, recipe()).outputs == expected.outputs
+
+
+def test_every_source_tensor_is_accounted_for_once(model_folder: Models) -> None:
+    for name in ("llama", "qwen3-moe", "deepseek-v2", "opt"):
+        plan = plan_of(model_folder(name), recipe())
+        made = [output.source for output in plan.outputs if output.role in {"copy", "weight"}]
+        assert sorted(made) == sorted(tensor.name for tensor in plan.tensors)
+        assert len({output.name for output in plan.outputs}) == len(plan.outputs)
+
+
+def test_output_bytes_are_known_before_the_first_byte_is_read(model_folder: Models) -> None:
+    plan = plan_of(model_folder("llama"), recipe())
+    for name, outputs in plan.shards().items():
+        position = outputs[0].begin
+        for output in outputs:
+            assert output.begin == position and output.shard == name
+            position = output.end
+    assert plan.output_bytes == sum(outputs[-1].end for outputs in plan.shards().values())
+    assert plan.output_bytes < 0.75 * plan.source_bytes
+
+
+def test_shards_keep_their_names_and_a_lone_one_is_called_as_loaders_expect(
+    model_folder: Models, tmp_path: Path
+) -> None:
+    folder = model_folder("llama")
+    assert set(plan_of(folder, recipe()).shards()) == {path.name for path in folder.glob("*.safetensors")}
+    single = tmp_path / "single"
+    shutil.copytree(model_folder("llama", shard_size="1GB"), single)
+    (single / "model.safetensors").rename(single / "weights.safetensors")
+    assert set(plan_of(single, recipe()).shards()) == {"model.safetensors"}
+
+
+def test_summary_counts_and_bytes_add_up(model_folder: Models) -> None:
+    plan = plan_of(model_folder("qwen3-moe"), recipe())
+    rows = plan.summary()
+    assert sum(row.tensors for row in rows) == len(plan.tensors)
+    assert sum(row.output_bytes for row in rows) == sum(output.end - output.begin for output in plan.outputs)
+    assert rows[0].action == "quantize"
+    assert any("router" in row.reason for row in rows)
+
+
+def test_a_plan_survives_its_file(model_folder: Models, tmp_path: Path) -> None:
+    plan = plan_of(model_folder("llama"), recipe("fp8-static-kv"))
+    assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+
+
+# ---------------------------------------------------------------------------------------------- targets and ignore
+
+
+def test_ignored_modules_are_kept_with_the_reason_and_named_in_the_config(model_folder: Models) -> None:
+    plan = plan_of(
+        model_folder("llama"), recipe(ignore=["model.layers.0.mlp.down_proj", r"re:.*layers\.1\.self_attn.*"])
+    )
+    names = {name for name, reason in kept(plan).items() if reason == "the recipe ignores it"}
+    attention = {f"model.layers.1.self_attn.{leaf}_proj.weight" for leaf in "qkvo"}
+    assert names == {"model.layers.0.mlp.down_proj.weight"} | attention
+    ignore = plan.quantization_config["ignore"]
+    assert {name.removesuffix(".weight") for name in names} < set(ignore)
+    assert "lm_head" in ignore
+
+
+def test_targets_restrict_what_is_quantized(model_folder: Models) -> None:
+    plan = plan_of(model_folder("llama"), recipe(targets=[r"re:.*mlp\.(gate|up)_proj"]))
+    quantized = {tensor.name.split(".")[-2] for tensor in plan.tensors if tensor.action == "quantize"}
+    assert quantized == {"gate_proj", "up_proj"}
+    assert "model.layers.0.self_attn.q_proj" in plan.quantization_config["ignore"]
+
+
+@pytest.mark.parametrize("field", ["targets", "ignore"])
+@pytest.mark.parametrize("entry", ["model.layers.0.mlp.down_projection", "re:.*down_projj", r"re:layers\.0"])
+def test_an_entry_that_matches_nothing_is_an_error_with_near_misses(
+    model_folder: Models, field: str, entry: str
+) -> None:
+    with pytest.raises(UnmatchedEntry) as caught:
+        plan_of(model_folder("llama"), recipe(**{field: [entry]}))
+    assert field in str(caught.value) and entry.removeprefix("re:").replace("\\", "\\\\") in str(caught.value)
+    if "down" in entry:
+        assert re.search(r"near: .*mlp\.down_proj[,;]", str(caught.value))
+
+
+def test_lm_head_always_counts_as_matched(model_folder: Models) -> None:
+    plan_of(model_folder("llama-tied"), recipe(ignore=["lm_head"]))
+    plan_of(model_folder("llama-tied"), recipe(ignore=["re:.*lm_head"]))
+
+
+def test_a_pattern_that_is_none_is_a_config_error(model_folder: Models) -> None:
+    with pytest.raises(ConfigError, match="regular expression"):
+        plan_of(model_folder("llama"), recipe(ignore=["re:*"]))
+
+
+def test_names_of_transformers_match_too(model_folder: Models) -> None:
+    plan = plan_of(model_folder("mixtral"), recipe(ignore=["re:.*mlp.experts"]))
+    assert not any("experts" in output.name for output in plan.outputs if output.role == "weight")
+    assert r"re:.*layers\.0\.block_sparse_moe\.experts\..*" in plan.quantization_config["ignore"]
+
+
+@pytest.mark.parametrize(
+    ("model", "entry"),
+    [("llama", "re:.*k_proj"), ("mixtral", r"re:.*experts\.2\.w1"), ("qwen3-moe", r"re:.*experts\.1\.")],
+)
+def test_half_of_what_vllm_fuses_cannot_be_kept(model_folder: Models, model: str, entry: str) -> None:
+    with pytest.raises(ConfigError, match="one precision"):
+        plan_of(model_folder(model), recipe(ignore=[entry]))
+
+
+# ---------------------------------------------------------------------------------------------- what vLLM serves
+
+
+def test_routers_are_kept_and_named_in_both_spellings(model_folder: Models) -> None:
+    channel = plan_of(model_folder("mixtral"), recipe())
+    assert "model.layers.1.block_sparse_moe.gate" in channel.quantization_config["ignore"]
+    fp8 = plan_of(model_folder("mixtral"), recipe("autofp8-dynamic"))
+    assert "model.layers.1.block_sparse_moe.gate" in fp8.quantization_config["ignored_layers"]
+    assert not any(entry.startswith("re:") for entry in fp8.quantization_config["ignored_layers"])
+
+
+def test_experts_need_a_scheme_that_vllm_has(model_folder: Models) -> None:
+    per_tensor = {"weights": {"strategy": "tensor"}, "activations": {"mode": "dynamic", "strategy": "token"}}
+    with pytest.raises(ConfigError, match="experts"):
+        plan_of(model_folder("qwen3-moe"), recipe(**per_tensor))
+    with pytest.raises(ConfigError, match="experts"):
+        plan_of(model_folder("qwen3-moe"), recipe(activations=None))
+    plan_of(model_folder("llama"), recipe(**per_tensor))
+    plan_of(model_folder("qwen3-moe"), recipe("autofp8-dynamic"))
+
+
+def test_blocks_keep_what_vllm_cannot_cut(model_folder: Models) -> None:
+    plan = plan_of(model_folder("llama"), recipe("fp8-block"))
+    assert plan.outputs[0].shape  # something is quantized: o_proj and down_proj, alone in their matrix
+    names = {tensor.name.split(".")[-2] for tensor in plan.tensors if tensor.action == "quantize"}
+    assert names == {"o_proj", "down_proj"}
+    assert any("do not begin at blocks" in reason for reason in kept(plan).values())
+    wide = model_folder("llama", head_dim=64, intermediate_size=256)
+    fits = plan_of(wide, recipe("fp8-block"))
+    names = {tensor.name.split(".")[-2] for tensor in fits.tensors if tensor.action == "quantize"}
+    assert names == {f"{leaf}_proj" for leaf in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
+def test_the_last_shard_of_a_fused_matrix_may_end_inside_a_block(model_folder: Models) -> None:
+    folder = model_folder("deepseek-v2", q_lora_rank=128)  # q_a_proj 128 rows, kv_a_proj_with_mqa 48, last
+    plan = plan_of(folder, recipe("fp8-block"))
+    quantized = {tensor.name.split(".")[-2] for tensor in plan.tensors if tensor.action == "quantize"}
+    assert {"q_a_proj", "kv_a_proj_with_mqa"} <= quantized
+
+
+def test_fused_on_disk_is_kept_where_its_shards_do_not_fit_blocks(model_folder: Models) -> None:
+    plan = plan_of(model_folder("phi3"), recipe("fp8-block"))
+    assert {"model.layers.0.self_attn.qkv_proj.weight", "model.layers.0.mlp.gate_up_proj.weight"} <= set(kept(plan))
+
+
+def test_static_activations_spare_the_absorbed_mla_projection(model_folder: Models) -> None:
+    static = plan_of(model_folder("deepseek-v2"), recipe("fp8-static"))
+    assert "identity" in kept(static)["model.layers.0.self_attn.kv_b_proj.weight"]
+    dynamic = plan_of(model_folder("deepseek-v2"), recipe())
+    assert "model.layers.0.self_attn.kv_b_proj.weight" not in kept(dynamic)
+
+
+def test_nothing_to_quantize_is_refused(model_folder: Models) -> None:
+    with pytest.raises(UnsupportedArchitecture, match="none of its tensors"):
+        plan_of(model_folder("llama"), recipe(ignore=["re:.*"]))
+
+
+# ---------------------------------------------------------------------------------------------- KV cache, 3-D experts
+
+
+def test_kv_scales_lie_beside_their_attention(model_folder: Models) -> None:
+    plan = plan_of(model_folder("llama"), recipe("fp8-static-kv"))
+    scales = {output.name: output for output in plan.outputs if output.role in {"k_scale", "v_scale"}}
+    assert set(scales) == {f"model.layers.{i}.self_attn.{leaf}_scale" for i in (0, 1) for leaf in "kv"}
+    shard_of = {output.name: output.shard for output in plan.outputs}
+    shards = {shard_of[f"model.layers.0.self_attn.{leaf}_proj.weight"] for leaf in "qkvo"}
+    assert scales["model.layers.0.self_attn.k_scale"].shard in shards
+    assert scales["model.layers.0.self_attn.k_scale"].shape == (1,)
+
+
+def test_kv_scales_per_head_have_one_entry_per_kv_head(model_folder: Models) -> None:
+    plan = plan_of(model_folder("llama"), recipe("fp8-static-kv", kv_cache={"strategy": "head"}))
+    shapes = {output.shape for output in plan.outputs if output.role == "k_scale"}
+    assert shapes == {(2, 1, 1)}
+    assert plan.quantization_config["kv_cache_scheme"]["strategy"] == "attn_head"
+
+
+def test_latent_attention_gets_no_kv_scales_and_a_note(model_folder: Models) -> None:
+    plan = plan_of(model_folder("deepseek-v2"), recipe("fp8-static-kv"))
+    assert not plan.calibrated_attention()
+    assert plan.quantization_config["kv_cache_scheme"] is None
+    assert "MLA" in plan.notes[0]
+
+
+def test_experts_in_one_tensor_are_split_into_what_vllm_loads(tmp_path: Path, model_folder: Models) -> None:
+    folder = tmp_path / "fused"
+    shutil.copytree(model_folder("qwen3-moe", shard_size="1GB"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: value for name, value in tensors.items() if "experts" not in name}
+    fused = {"gate_up_proj": torch.zeros(4, 64, 64), "down_proj": torch.zeros(4, 64, 32)}
+    for layer in (0, 1):
+        for name, value in fused.items():
+            tensors[f"model.layers.{layer}.mlp.experts.{name}"] = value.clone().to(torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    plan = plan_of(folder, recipe())
+    made = {output.name: output.shape for output in plan.outputs if ".experts." in output.name}
+    whole = plan_of(model_folder("qwen3-moe"), recipe())
+    assert made == {output.name: output.shape for output in whole.outputs if ".experts." in output.name}
+
+
+def test_transposed_and_interleaved_experts_know_their_rows(tmp_path: Path, model_folder: Models) -> None:
+    snapshot = resolve(str(model_folder("gpt-oss")))
+    found = architecture_of(model_folder("gpt-oss"))
+    layout = ExpertLayout(transposed=True, interleaved=True, projections=("gate_proj", "up_proj"))
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    role = TensorRole(kind="fused_experts", parameter="gate_up_proj", layout=layout)
+    changed = found.model_copy(update={"tensors": found.tensors | {name: role}})
+    plan = make_plan(snapshot, read_headers(snapshot), recipe(), changed)
+    parts = {output.name: output for output in plan.outputs if output.source == name and output.role == "weight"}
+    up = parts["model.layers.0.mlp.experts.3.up_proj.weight"]
+    assert up.shape == (160, 64) and up.slice is not None
+    assert (up.slice.expert, up.slice.start, up.slice.step, up.slice.transposed) == (3, 1, 2, True)
+
+
+# ---------------------------------------------------------------------------------------------- disk and sources
+
+
+def test_a_disk_too_small_is_told_with_both_numbers(model_folder: Models, tmp_path: Path) -> None:
+    plan = plan_of(model_folder("llama"), recipe())
+    check_disk(plan, tmp_path / "not" / "there" / "yet")
+    with pytest.raises(DiskTooSmall, match=r"takes 1000000\.00 GB, [\d.]+ GB are free"):
+        check_disk(plan.model_copy(update={"output_bytes": 10**15}), tmp_path / "out")
+
+
+def fp8_source(folder: Path, origin: Path, method: str = "fp8") -> Path:
+    """A block-quantized copy of a tiny Llama, as DeepSeek publishes its models."""
+    import json
+
+    shutil.copytree(origin, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        rows, columns = tensors[name].shape
+        tensors[name + "_scale_inv"] = torch.full((-(-rows // 128), -(-columns // 128)), 0.5)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_source_that_is_fp8_is_refused_or_requantized_as_the_recipe_says(
+    model_folder: Models, tmp_path: Path
+) -> None:
+    folder = fp8_source(tmp_path / "fp8", model_folder("llama", shard_size="1GB"))
+    with pytest.raises(InputError, match="fp8_source: requantize"):
+        plan_of(folder, recipe())
+    plan = plan_of(folder, recipe(fp8_source="requantize", ignore=["re:.*down_proj"]))
+    actions = {tensor.name: tensor for tensor in plan.tensors}
+    assert actions["model.layers.0.self_attn.q_proj.weight"].action == "quantize"
+    assert actions["model.layers.0.self_attn.q_proj.weight_scale_inv"].action == "drop"
+    outputs = {output.name: output for output in plan.outputs}
+    down = outputs["model.layers.0.mlp.down_proj.weight"]
+    assert (down.role, down.dtype) == ("dequantize", "BF16")
+    assert not any(name.endswith("scale_inv") for name in outputs)
+
+
+def test_a_source_quantized_by_other_means_is_refused(model_folder: Models, tmp_path: Path) -> None:
+    folder = fp8_source(tmp_path / "awq", model_folder("llama", shard_size="1GB"), method="awq")
+    with pytest.raises(UnsupportedArchitecture, match="awq"):
+        plan_of(folder, recipe(fp8_source="requantize"))

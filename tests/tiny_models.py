@@ -1,0 +1,134 @@
+"""Tiny random checkpoints of real architectures, made with transformers: what the engine's tests quantize."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from fp8pipe.architecture import Architecture
+from fp8pipe.calibrate import Calibration, KVRange
+from fp8pipe.checkpoint import read_headers
+from fp8pipe.config import Recipe, load_recipe
+from fp8pipe.plan import Plan, make_plan
+from fp8pipe.source import resolve
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 128,
+}
+"""Odd on purpose: 160 is no multiple of 128, and q, k and v differ in height."""
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "llama-tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", {"head_dim": 16, "sliding_window": None}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "qwen3-moe": ("Qwen3MoeConfig", {"head_dim": 32, **EXPERTS}),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "gemma3-text": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 32}),
+    "phi3": ("Phi3Config", {"pad_token_id": 0, "sliding_window": None}),
+    "opt": ("OPTConfig", {"ffn_dim": 160, "word_embed_proj_dim": 64, "pad_token_id": 1}),
+    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
+    "gpt-oss": ("GptOssConfig", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek-v2": (
+        "DeepseekV2Config",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+}
+
+
+def make_model(
+    folder: Path,
+    name: str = "llama",
+    *,
+    dtype: str = "bfloat16",
+    shard_size: str = "60KB",
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
+    """Write the tiny model `name` into `folder`: weights of `dtype`, in shards of at most `shard_size`."""
+    import torch
+    import transformers
+
+    class_name, own = CONFIGS[name]
+    config = getattr(transformers, class_name)(**(SIZES | own | changes))
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
+    model.config.dtype = dtype
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+@functools.cache
+def architecture_of(folder: Path) -> Architecture:
+    """The probe's answer, asked in this process: the child's imports would cost seconds for each model."""
+    from fp8pipe.architecture import probe
+
+    headers = read_headers(resolve(str(folder)))
+    shapes = {info.name: list(info.shape) for info in headers.tensors.values()}
+    return Architecture.model_validate(probe.examine(folder, shapes, False))
+
+
+def recipe(name: str = "fp8-dynamic", **changes: Any) -> Recipe:
+    """A shipped recipe with some fields changed."""
+    return Recipe.model_validate(load_recipe(name).model_dump() | changes)
+
+
+def plan_of(folder: Path, wanted: Recipe) -> Plan:
+    """The plan for a tiny model."""
+    snapshot = resolve(str(folder))
+    return make_plan(snapshot, read_headers(snapshot), wanted, architecture_of(folder))
+
+
+def calibration_for(plan: Plan, **changes: Any) -> Calibration:
+    """Ranges for everything that `plan` wants, each another number."""
+    heads = {output.source: output.shape[0] for output in plan.outputs if output.role == "k_scale"}
+    fields: dict[str, Any] = {
+        "inputs": {name: 1.5 + index / 8 for index, name in enumerate(plan.calibrated_modules())},
+        "kv": {
+            name: KVRange(
+                k_amax=tuple(2.0 + i for i in range(heads[name])), v_amax=tuple(3.0 + i for i in range(heads[name]))
+            )
+            for name in plan.calibrated_attention()
+        },
+        "source_commit": plan.source_commit,
+        "key": "test",
+        "model_id": plan.model_id,
+        "dataset": "test",
+        "dataset_revision": "test",
+        "dataset_split": "test",
+        "sample_indices": (0,),
+        "token_ids_sha256": "",
+        "tokens": 1,
+        "max_seq_len": 1,
+        "seed": 0,
+        "observers": {},
+        "device_class": "cpu",
+        "versions": {},
+        "threads": 1,
+        "seconds": 0.0,
+    }
+    return Calibration(**(fields | changes))
