@@ -20,7 +20,7 @@ BLOCK = (32, 32)
 Tensors = dict[str, torch.Tensor]
 
 
-def llama(folder: Path, *, tied: bool = False, shards: int = 2, kv_heads: int = 2) -> Path:
+def llama(folder: Path, *, tied: bool = False, shards: int = 2, kv_heads: int = 2, intermediate: int = 160) -> Path:
     """Two layers of 64, four heads, heavy-tailed random weights in bf16; config, tokenizer and index included."""
     generator = torch.Generator().manual_seed(7)
 
@@ -32,7 +32,7 @@ def llama(folder: Path, *, tied: bool = False, shards: int = 2, kv_heads: int = 
     for layer in range(2):
         at = f"model.layers.{layer}"
         kv = 16 * kv_heads
-        shapes = [(64, 64), (kv, 64), (kv, 64), (64, 64), (160, 64), (160, 64), (64, 160)]
+        shapes = [(64, 64), (kv, 64), (kv, 64), (64, 64), (intermediate, 64), (intermediate, 64), (64, intermediate)]
         for name, shape in zip(PROJECTIONS, shapes, strict=True):
             block = "mlp" if name in {"gate_proj", "up_proj", "down_proj"} else "self_attn"
             tensors[f"{at}.{block}.{name}.weight"] = weight(*shape)
@@ -45,7 +45,7 @@ def llama(folder: Path, *, tied: bool = False, shards: int = 2, kv_heads: int = 
         "model_type": "llama",
         "dtype": "bfloat16",
         "hidden_size": 64,
-        "intermediate_size": 160,
+        "intermediate_size": intermediate,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": kv_heads,

@@ -1,6 +1,7 @@
 """config.json: does it parse, what does its quantization_config mean, does vLLM support it (checks C1 to C9).
 
 In: the parsed JSON. Out: a `Scheme` that answers, for any module, how its weight must be stored; and the C checks.
+Values are looked up in tuples, not in sets: what should be a string may be a list, which has no hash.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 METHODS = ("compressed-tensors", "fp8")
-KNOWN_ELSEWHERE = {
+KNOWN_ELSEWHERE = (
     "awq", "gptq", "bitsandbytes", "modelopt", "modelopt_fp4", "mxfp4", "mxfp8", "fp_quant", "fbgemm_fp8", "quark",
-}  # fmt: skip
+)  # fmt: skip
 """Methods that vLLM loads and this validator does not know yet; said, never passed."""
 FLOAT_FORMATS = ("float-quantized", "naive-quantized", "mixed-precision")
 
@@ -147,7 +148,7 @@ def read_scheme(config: dict[str, Any]) -> Scheme | None:
 
 def _read_fp8(quant: dict[str, Any]) -> Scheme | None:
     block, ignored = quant.get("weight_block_size"), _ignored_layers(quant)
-    if quant.get("activation_scheme") not in {"static", "dynamic"} or ignored is None or not _block_or_none(block):
+    if quant.get("activation_scheme") not in ("static", "dynamic") or ignored is None or not _block_or_none(block):
         return None
     if block and quant["activation_scheme"] == "static":
         return None
@@ -184,7 +185,7 @@ def _read_compressed(quant: dict[str, Any]) -> Scheme | None:
     if not read or None in read:
         return None
     kv_strategy = None if kv is None else kv.get("strategy") or "tensor"
-    if kv_strategy not in {None, "tensor", "attn_head"}:
+    if kv_strategy not in (None, "tensor", "attn_head"):
         return None
     return Scheme("compressed-tensors", tuple(g for g in read if g), tuple(ignore), kv_strategy)
 
@@ -207,7 +208,7 @@ def _read_group(group: Any) -> Group | None:
         block=(block[0], block[1]) if strategy == _BLOCK else None,
         inputs=None if inputs is None else "dynamic" if inputs.get("dynamic") else "static",
         scale="weight_scale",
-        minmax=weights.get("observer") in {None, "minmax", "memoryless_minmax"},
+        minmax=weights.get("observer") in (None, "minmax", "memoryless_minmax"),
     )
     return Group(tuple(targets), spec)
 
@@ -315,7 +316,7 @@ def config_fits_vllm(subject: Subject) -> Iterable[Fault]:
 
 
 def _fp8_problems(quant: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    if quant.get("activation_scheme") not in {"static", "dynamic"}:
+    if quant.get("activation_scheme") not in ("static", "dynamic"):
         yield "activation_scheme static or dynamic", repr(quant.get("activation_scheme"))
     if _ignored_layers(quant) is None:
         yield "ignored_layers as a list of names", repr(quant.get("ignored_layers"))
@@ -334,7 +335,7 @@ def _compressed_problems(quant: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"config group {clip(name)} as a mapping", repr(group)
         elif quant.get("format") == "mixed-precision" and group.get("format") not in FLOAT_FORMATS[:2]:
             yield f"a float format in config group {clip(name)}", repr(group.get("format"))
-    if isinstance(quant.get("format"), str | None) and quant.get("format") in {None, "dense"}:
+    if isinstance(quant.get("format"), str | None) and quant.get("format") in (None, "dense"):
         yield "format float-quantized", repr(quant.get("format"))
     if isinstance(transforms := quant.get("transform_config"), dict) and transforms:
         yield (
@@ -388,7 +389,7 @@ def scheme_is_supported(subject: Subject) -> Iterator[Fault]:
         yield Fault("dynamic activations with weight_block_size", "static", file=CONFIG)
     if method_of(quant) != "compressed-tensors":
         return
-    if (name := quant.get("format")) not in {*FLOAT_FORMATS, None, "dense"}:
+    if (name := quant.get("format")) not in (*FLOAT_FORMATS, None, "dense"):
         yield Fault(f"format {', '.join(FLOAT_FORMATS)}", clip(repr(name)), file=CONFIG)
     groups = quant.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
@@ -406,7 +407,7 @@ def _unsupported_kv(kv: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "a symmetric KV cache", "symmetric: false"
     if kv.get("dynamic", False) is not False:
         yield "a static KV cache scheme", f"dynamic: {clip(kv['dynamic'])}"
-    if (kv.get("strategy") or "tensor") not in {"tensor", "attn_head"}:
+    if (kv.get("strategy") or "tensor") not in ("tensor", "attn_head"):
         yield "KV strategy tensor or attn_head", clip(kv.get("strategy"))
 
 

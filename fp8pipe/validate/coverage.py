@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from fp8pipe.validate.config import Scheme, Spec
-from fp8pipe.validate.findings import Fault, check, clip
+from fp8pipe.validate.findings import Fault, check
 from fp8pipe.validate.layout import Layout, expert_of, layer_of
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def scales_have_their_weight(subject: Subject) -> Iterator[Fault]:
         expected = companions_of(spec) if spec else ()
         if leaf in expected or (spec is None and _is_quantized_on_disk(subject, module)):
             continue  # the second is K4's or K5's: FP8 where there should be none
-        yield Fault(_instead_of(leaf, expected), leaf, file=entry.shard, tensor=clip(name))
+        yield Fault(_instead_of(leaf, expected), leaf, file=entry.shard, tensor=name)
 
 
 def _parts_of_model(subject: Subject, name: str) -> bool:
@@ -211,7 +211,7 @@ def only_linears_are_quantized(subject: Subject) -> Iterator[Fault]:
             continue
         if _is_surplus_expert(subject, name):
             continue
-        yield Fault("the source's dtype", entry.dtype, file=entry.shard, tensor=clip(name))
+        yield Fault("the source's dtype", entry.dtype, file=entry.shard, tensor=name)
     for group in subject.scheme.groups:
         caught = [m for m in layout.modules if re.search(r"(^|\.)embed_tokens$", m) and _names(subject, m)]
         if caught and group is subject.scheme.groups[0]:
@@ -370,7 +370,7 @@ def _misplaced_kv(subject: Subject, present: dict[str, str]) -> Iterator[Fault]:
     for name, module in present.items():
         file = subject.shelf.tensors[name].shard
         if module not in attention:
-            yield Fault("a KV scale of an attention layer", "no such layer", file, clip(name), consequence="vLLM stops")
+            yield Fault("a KV scale of an attention layer", "no such layer", file, name, consequence="vLLM stops")
         elif _split(name)[1] == "kv_scale":
             yield _legacy_kv(subject, file, name)
     silent = subject.scheme.kv is None and any(module in attention for module in present.values())
@@ -428,9 +428,9 @@ def no_unknown_tensors(subject: Subject) -> Iterator[Fault]:
         if name.removesuffix(".weight") in _parts(subject).is_quantizable or _is_surplus_expert(subject, name):
             continue  # split from a fused tensor, or K6's
         if leaf == "inv_freq":
-            yield Fault("a tensor of the source", "a buffer", entry.shard, clip(name), "warning", "vLLM skips it")
+            yield Fault("a tensor of the source", "a buffer", entry.shard, name, "warning", "vLLM skips it")
         else:
-            yield Fault("a tensor of the source", "unknown to it", entry.shard, clip(name))
+            yield Fault("a tensor of the source", "unknown to it", entry.shard, name)
 
 
 @check(

@@ -18,7 +18,7 @@ import numpy as np
 
 from fp8pipe.checkpoint import TensorInfo
 from fp8pipe.validate.config import Spec
-from fp8pipe.validate.findings import Fault, check, clip
+from fp8pipe.validate.findings import Fault, check
 from fp8pipe.validate.values import Magnitudes, Measured, sharing_group, weight_scale_of
 
 if TYPE_CHECKING:
@@ -313,9 +313,7 @@ def error_is_that_of_fp8(subject: Subject) -> Iterator[Fault]:
 def kept_tensors_are_untouched(subject: Subject) -> Iterator[Fault]:
     for name, offset in _measured(subject).altered.items():
         entry = subject.shelf.tensors[name]
-        yield Fault(
-            "the source's bytes", f"the first other byte at {offset} of {entry.nbytes}", entry.shard, clip(name)
-        )
+        yield Fault("the source's bytes", f"the first other byte at {offset} of {entry.nbytes}", entry.shard, name)
 
 
 @check(

@@ -25,6 +25,9 @@ INDEX = INDEX_NAME
 MAX_JSON_BYTES = 256_000_000
 """An index of a million tensors is 100 MB."""
 
+MAX_JSON_DEPTH = 64
+"""Deeper is no config, and would make Python's own repr fail."""
+
 _LFS = b"version https://git-lfs"
 _SHARD_OF = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
 _MISTRAL = re.compile(r"^(consolidated.*\.safetensors|params\.json)$")
@@ -128,7 +131,17 @@ def parse_json(data: bytes) -> tuple[Any, str | None]:
         return None, f"not JSON: {clip(error)}"
     if duplicates:
         return value, f"key {clip(duplicates[0])!r} twice"
+    if _depth_exceeds(value, MAX_JSON_DEPTH):
+        return None, f"nested more than {MAX_JSON_DEPTH} deep"
     return value, None
+
+
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit):
+        lists = [item if isinstance(item, list) else item.values() for item in level if isinstance(item, dict | list)]
+        level = [inner for items in lists for inner in items if isinstance(inner, dict | list)]
+    return bool(level)
 
 
 # ---------------------------------------------------------------------------------------------- index
@@ -152,9 +165,9 @@ def _read_index(shelf: Shelf) -> dict[str, str] | None:
 def _sound_rows(shelf: Shelf, weight_map: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file:
-            shelf.fault("F3", "a file name", clip(repr(file)), file=INDEX, tensor=clip(name))
+            shelf.fault("F3", "a file name", clip(repr(file)), file=INDEX, tensor=name)
         elif PurePosixPath(file).name != file or file in {".", ".."} or "\\" in file or "\0" in file:
-            shelf.fault("F9", "a file name without folders", clip(repr(file)), file=INDEX, tensor=clip(name))
+            shelf.fault("F9", "a file name without folders", clip(repr(file)), file=INDEX, tensor=name)
         else:
             yield name, file
             continue
@@ -168,7 +181,7 @@ def _compare_index_with_files(shelf: Shelf, weight_map: dict[str, str] | None, s
     for file in sorted(set(weight_map.values()) - set(shards)):
         lost = {name for name, at in weight_map.items() if at == file}
         shelf.lost |= lost
-        shelf.fault("F2", f"the file of {len(lost)} tensors of the index", "no such file", file=clip(file))
+        shelf.fault("F2", f"the file of {len(lost)} tensors of the index", "no such file", file=file)
     for file in sorted(set(shards) - set(weight_map.values())):
         shelf.fault("F6", "a file that the index names", "no tensor of the index lies in it", file=file)
 
@@ -194,12 +207,12 @@ def _compare_index_with_headers(shelf: Shelf) -> None:
         entry = shelf.tensors.get(name)
         if entry is None and name not in shelf.lost:
             # what coverage misses is this row's fault, said once
-            shelf.fault("F3", "the tensor in the file that the index names", "not in it", file=file, tensor=clip(name))
+            shelf.fault("F3", "the tensor in the file that the index names", "not in it", file=file, tensor=name)
             shelf.lost.add(name)
         elif entry is not None and entry.shard != file:
-            shelf.fault("F3", f"in {entry.shard}, where the tensor is", f"in {file}", file=INDEX, tensor=clip(name))
+            shelf.fault("F3", f"in {entry.shard}, where the tensor is", f"in {file}", file=INDEX, tensor=name)
     for name in shelf.tensors.keys() - shelf.index.keys():
-        shelf.fault("F3", "listed in the index", "absent from it", file=shelf.tensors[name].shard, tensor=clip(name))
+        shelf.fault("F3", "listed in the index", "absent from it", file=shelf.tensors[name].shard, tensor=name)
 
 
 # ---------------------------------------------------------------------------------------------- headers
@@ -242,7 +255,7 @@ def _read_shard(shelf: Shelf, name: str) -> None:
     for entry in entries:
         if entry.name in shelf.tensors:
             first = shelf.tensors[entry.name].shard
-            shelf.fault("F4", "each tensor in one file", f"also in {first}", file=name, tensor=clip(entry.name))
+            shelf.fault("F4", "each tensor in one file", f"also in {first}", file=name, tensor=entry.name)
         if entry.name not in shelf.tensors or (shelf.index or {}).get(entry.name) == name:
             shelf.tensors[entry.name] = entry
 
@@ -279,7 +292,7 @@ def _entry(shelf: Shelf, file: str, name: str, row: Any, data_begin: int) -> Ten
 
     def wrong(expected: str, found: object) -> None:
         shelf.lost.add(name)
-        shelf.fault("F1", expected, clip(found), file=file, tensor=clip(name))
+        shelf.fault("F1", expected, clip(found), file=file, tensor=name)
 
     if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
         return wrong("dtype, shape and data_offsets", sorted(row) if isinstance(row, dict) else type(row).__name__)
@@ -309,7 +322,7 @@ def _prove_contiguous(
         overlap = entry.begin < at
         if overlap or (complete and entry.begin > at):
             found = f"byte {entry.begin - begin}, {'inside' if overlap else 'after a gap behind'} another tensor"
-            shelf.fault("F1", f"data at byte {at - begin}", found, file=file, tensor=clip(entry.name))
+            shelf.fault("F1", f"data at byte {at - begin}", found, file=file, tensor=entry.name)
         at = max(at, entry.end)
     if at > size or (complete and at < size):
         shelf.fault("F1", f"a file of {at} bytes, as its header says", f"{size} bytes", file=file)

@@ -72,10 +72,10 @@ class Check:
         return Finding(
             check=self.id,
             severity=fault.severity or self.severity,
-            file=fault.file,
-            tensor=fault.tensor,
-            expected=fault.expected,
-            found=fault.found,
+            file=None if fault.file is None else clip(fault.file),
+            tensor=None if fault.tensor is None else clip(fault.tensor),
+            expected=clip(fault.expected, 300),
+            found=clip(fault.found, 300),
             consequence=self.consequence if fault.consequence is None else fault.consequence,
             remedy=self.remedy if fault.remedy is None else fault.remedy,
         )
@@ -105,7 +105,9 @@ def check(
     return enter
 
 
-def clip(text: object, limit: int = 120) -> str:
-    """Text from an untrusted file, on one line and not too long."""
-    shown = " ".join(str(text).split())
-    return shown if len(shown) <= limit else f"{shown[:limit]}... ({len(shown)} characters)"
+def clip(text: object, limit: int = 200) -> str:
+    """Text from an untrusted file: on one line, not too long, and encodable (JSON may spell lone surrogates)."""
+    shown = str(text)
+    if len(shown) > limit:
+        shown = f"{shown[:limit]}... ({len(shown)} characters)"
+    return " ".join(shown.encode("utf-8", "replace").decode().split())

@@ -28,6 +28,9 @@ FUSED_BY_VLLM = (
 )
 """Sibling projections that vLLM loads into one parameter."""
 
+MAX_COUNT = 4096
+"""More layers or experts than any model has: a number beyond it is not believed."""
+
 COMPANIONS = ("weight_scale", "weight_scale_inv", "input_scale")
 KV_LEAVES = ("k_scale", "v_scale", "q_scale", "kv_scale")
 
@@ -175,5 +178,5 @@ def _fused_groups(modules: Iterable[str]) -> Iterable[tuple[str, ...]]:
 
 
 def _count(config: dict[str, Any], *keys: str) -> int | None:
-    found = [config[key] for key in keys if type(config.get(key)) is int and 0 < config[key] < 100_000]
+    found = [config[key] for key in keys if type(config.get(key)) is int and 0 < config[key] <= MAX_COUNT]
     return found[0] if found else None

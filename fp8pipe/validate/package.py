@@ -52,7 +52,7 @@ def _against_source(subject: Subject, pattern: re.Pattern[str], *, extra: bool) 
         elif not _same_content(ours.path(name), theirs.path(name)):
             yield Fault("the source's bytes", "other bytes", file=name)
     for name in sorted(name for name in ours.sizes.keys() - theirs.sizes.keys() if pattern.match(name) and extra):
-        yield Fault("only files of the source", "a file that it does not have", file=clip(name))
+        yield Fault("only files of the source", "a file that it does not have", file=name)
 
 
 @check(
@@ -126,10 +126,10 @@ def nothing_private_is_told(subject: Subject) -> Iterator[Fault]:
             continue
         content = subject.shelf.path(name).read_bytes()
         if SECRET.search(content):
-            yield Fault("no access token", "something of its form", file=clip(name))
+            yield Fault("no access token", "something of its form", file=name)
         if path := PRIVATE_PATH.search(content):
             found = clip(path[1].decode(errors="replace"))
-            yield Fault("no local path", found, file=clip(name), severity="warning", remedy="remove it")
+            yield Fault("no local path", found, file=name, severity="warning", remedy="remove it")
 
 
 def _copied(subject: Subject, name: str) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fp8pipe.checkpoint import TensorInfo
 from fp8pipe.validate.config import Spec
 from fp8pipe.validate.coverage import FLOATS, companions_of
-from fp8pipe.validate.findings import Fault, check, clip
+from fp8pipe.validate.findings import Fault, check
 
 if TYPE_CHECKING:
     from fp8pipe.validate.subject import Subject
@@ -56,7 +56,7 @@ def shapes_equal_source(subject: Subject) -> Iterator[Fault]:
     for name, shape in _known_shapes(subject):
         entry = subject.shelf.tensors.get(name)
         if entry is not None and entry.shape != shape:
-            yield Fault(f"shape {list(shape)}", f"{list(entry.shape)}", entry.shard, clip(name))
+            yield Fault(f"shape {list(shape)}", f"{list(entry.shape)}", entry.shard, name)
 
 
 def _known_shapes(subject: Subject) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -113,7 +113,7 @@ def kept_tensors_keep_their_dtype(subject: Subject) -> Iterator[Fault]:
         ours = subject.shelf.tensors.get(name)
         if ours is None or name in weights or ours.dtype == theirs.dtype or ours.dtype.startswith("F8_E"):
             continue  # FP8 where there should be none is K4's or K5's
-        yield Fault(theirs.dtype, ours.dtype, ours.shard, clip(name))
+        yield Fault(theirs.dtype, ours.dtype, ours.shard, name)
 
 
 @check(

@@ -23,7 +23,7 @@ from fp8pipe.progress import Progress, ProgressEvent
 from fp8pipe.validate.config import Spec
 from fp8pipe.validate.coverage import COMPANIONS, KV_LEAVES
 from fp8pipe.validate.files import Shelf
-from fp8pipe.validate.findings import Fault, check, clip
+from fp8pipe.validate.findings import Fault, check
 
 if TYPE_CHECKING:
     from fp8pipe.validate.fidelity import Comparison
@@ -322,8 +322,8 @@ def sharing_group(subject: Subject, module: str) -> tuple[str, ...] | None:
     if scale.size != 1:
         return (module,)
     members = [m for m in subject.layout.group_of.get(module, (module,)) if m in subject.quantized]
-    scales = {member: weight_scale_of(subject, member) for member in members}
-    if any(scale is None for scale in scales.values()):
+    scales = {member: other for member in members if (other := weight_scale_of(subject, member)) is not None}
+    if len(scales) < len(members):
         return None
     return tuple(member for member, other in scales.items() if np.array_equal(other, scale))
 
@@ -347,7 +347,7 @@ def values_are_finite(subject: Subject) -> Iterator[Fault]:
         if seen.nonfinite and seen.entry.name not in _measured(subject).scales:  # those are V2's
             at = _place(seen.entry.shape, seen.first_nonfinite)
             found = f"{seen.nonfinite} NaN or Inf, the first at {at}"
-            yield Fault("finite values", found, seen.entry.shard, clip(seen.entry.name))
+            yield Fault("finite values", found, seen.entry.shard, seen.entry.name)
 
 
 @check(
