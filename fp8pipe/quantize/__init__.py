@@ -63,6 +63,9 @@ def quantize(
     Raises NonFiniteWeight (tensor and index), SourceChanged, DiskTooSmall, InputError for a missing or non-finite
     range or a folder that holds something else. Killed at any moment and run again, the bytes are those of an
     undisturbed run."""
+    from fp8pipe.quantize.scales import refuse_impossible
+
+    refuse_impossible(calibration)
     digest = calibration.digest() if calibration is not None else None
     done = Checkpoint.load_if_present(folder / RECORD_DIR / "checkpoint.json")
     if (

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8pipe.checkpoint import OutputShard, SourceFiles, sync_folder
-from fp8pipe.errors import InputError
+from fp8pipe.errors import EnvironmentFault, InputError
 from fp8pipe.plan import OutputTensor, Plan, check_disk
 from fp8pipe.progress import Progress
 from fp8pipe.quantize import ENGINE_VERSION, JOURNAL_NAME, LOCK_NAME, fingerprint
@@ -49,6 +49,7 @@ def run(
     scales = calibrated_scales(plan, calibration)  # fails before anything is written
     identity = fingerprint(snapshot, plan.settings, calibration.digest() if calibration is not None else None)
     records = folder / RECORD_DIR
+    _require_own_folder(snapshot, folder)
     with ExitStack() as stack:
         lock = FolderLock(records / LOCK_NAME)
         stack.callback(lock.release)
@@ -68,11 +69,8 @@ def run(
 
 def _begin(snapshot: Snapshot, plan: Plan, folder: Path, identity: str, stack: ExitStack) -> Journal:
     """The journal to write on, in a folder that holds nothing but this run's own work."""
-    if snapshot.root is not None and folder.resolve() == snapshot.path.resolve():
-        raise InputError(f"{folder}: output and source are the same folder; choose another output")
+    _require_own_folder(snapshot, folder)  # again, now that no other run can write here
     path = folder / RECORD_DIR / JOURNAL_NAME
-    if not path.exists():
-        _require_no_model(folder)
     shard_of = {output.name: output.shard for output in plan.outputs}
     journal, goes_on = open_journal(path, identity, is_safe=lambda name: (folder / shard_of[name]).exists())
     stack.callback(journal.close)
@@ -83,14 +81,19 @@ def _begin(snapshot: Snapshot, plan: Plan, folder: Path, identity: str, stack: E
     return journal
 
 
-def _require_no_model(folder: Path) -> None:
-    found = next(
-        (path for path in sorted(folder.glob("*")) if path.suffix == ".safetensors" or path.name == "config.json"), None
-    )
-    if found is not None:
-        raise InputError(
-            f"{folder}: holds {found.name} of another model or recipe; choose another output, or remove it"
-        )
+def _require_own_folder(snapshot: Snapshot, folder: Path) -> None:
+    """InputError for the source itself, and for a folder with a model that no unfinished run explains."""
+    if folder.resolve() == snapshot.path.resolve():
+        raise InputError(f"{folder}: output and source are the same folder; choose another output")
+    if (folder / RECORD_DIR / JOURNAL_NAME).exists():
+        return
+    found = [path.name for path in sorted(folder.glob("*")) if _is_of_a_model(path)]
+    if found:
+        raise InputError(f"{folder}: holds {found[0]} of another model or recipe; choose another output, or remove it")
+
+
+def _is_of_a_model(path: Path) -> bool:
+    return path.suffix == ".safetensors" or path.name == "config.json"
 
 
 def _write_shards(
@@ -119,6 +122,8 @@ def _write_shards(
             pool.check()
             files.open(name)
             engine.release(files.names)
+        if missing := wanted - files.names:
+            raise EnvironmentFault(f"{', '.join(sorted(missing))} did not arrive; download again and run again")
         pool.drain()
         finisher.wait()
     sync_folder(folder)

@@ -59,12 +59,23 @@ def _kv_amax(plan: Plan, calibration: Calibration) -> dict[str, tuple[float, ...
     return found
 
 
+def refuse_impossible(calibration: Calibration | None) -> None:
+    """InputError unless every range is finite and not negative."""
+    if calibration is None:
+        return
+    ranges = {name: (amax,) for name, amax in calibration.inputs.items()}
+    ranges |= {name: (*found.k_amax, *found.v_amax) for name, found in calibration.kv.items()}
+    bad = [name for name, values in ranges.items() if not all(math.isfinite(v) and v >= 0 for v in values)]
+    if bad:
+        raise InputError(f"the calibration has a range that is negative or not finite for {', '.join(bad[:3])}")
+
+
 def _refuse_unusable(amax: Mapping[str, tuple[float, ...]], wanted: Iterable[OutputTensor]) -> None:
     bad = []
     for output in wanted:
         values, expected = amax[output.name], math.prod(output.shape)
-        if len(values) != expected or not all(math.isfinite(value) and value >= 0 for value in values):
-            bad.append(f"{output.name} (expected {expected} finite ranges, found {list(values)[:4]})")
+        if len(values) != expected or any(math.isnan(value) for value in values):
+            bad.append(f"{output.name} (expected {expected} ranges, found {list(values)[:4]})")
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         raise InputError(f"no usable range for {', '.join(bad[:3])}{more}; calibrate again with this plan")

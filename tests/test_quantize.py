@@ -1,0 +1,663 @@
+"""The engine: bytes equal a naive reference on every scheme, a kill costs nothing, and what is wrong is said once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_numerics import reference_amax, reference_codes
+from tiny_models import calibration_for, make_model, plan_of, recipe
+from torch import Tensor
+
+from fp8pipe import quantize as quantize_module
+from fp8pipe.calibrate import KVRange
+from fp8pipe.config import Recipe
+from fp8pipe.errors import EnvironmentFault, InputError, NonFiniteWeight, SourceChanged
+from fp8pipe.numerics import SHRINKS
+from fp8pipe.plan import Plan
+from fp8pipe.progress import ProgressEvent
+from fp8pipe.quantize import engine as engine_module
+from fp8pipe.quantize import fingerprint, quantize
+from fp8pipe.records import Checkpoint
+from fp8pipe.source import resolve
+
+pytest_plugins = ["checkpoint_fixtures"]
+
+Models = Callable[..., Path]
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    """Content of every file of a folder; of its records only what is identity."""
+    names = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in names}
+    record = json.loads((folder / "fp8pipe" / "checkpoint.json").read_text())
+    found["fp8pipe/checkpoint.json"] = json.dumps(record | {"seconds": 0})
+    return found
+
+
+def make(source: Path, wanted: Recipe, out: Path, **options: Any) -> tuple[Plan, Checkpoint]:
+    plan = plan_of(source, wanted)
+    calibration = calibration_for(plan) if wanted.needs_calibration else None
+    return plan, quantize(resolve(str(source)), plan, out, calibration=calibration, **options)
+
+
+def reference_scale(weights: list[Tensor], scheme: Any) -> list[Tensor]:
+    """Scales of a group of weights by the textbook: joint amax per tensor, own per row or block; mse by trying all."""
+    strategy = scheme.strategy
+    block = tuple(scheme.block_shape)
+    amaxes = [reference_amax(weight, strategy, block) for weight in weights]
+    if strategy == "tensor":
+        amaxes = [torch.stack(amaxes).max()] * len(weights)
+    if scheme.observer == "minmax":
+        return [amax.clamp(min=1e-12) / 448 for amax in amaxes]
+    best = None
+    for shrink in SHRINKS:
+        scales = [(amax * torch.tensor(shrink)).clamp(min=1e-12) / 448 for amax in amaxes]
+        errors = []
+        for weight, scale in zip(weights, scales, strict=True):
+            full = scale
+            if strategy == "block":
+                full = scale.repeat_interleave(block[0], 0)[: len(weight)]
+                full = full.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+            codes = (weight.float() / full).clamp(-448, 448).to(torch.float8_e4m3fn)
+            square = (codes.float() * full - weight.float()).double().square()
+            if strategy == "tensor":
+                errors.append(square.sum())
+            elif strategy == "channel":
+                errors.append(square.sum(1, keepdim=True))
+            else:
+                bands = [torch.stack([p.sum() for p in band.split(block[1], 1)]) for band in square.split(block[0], 0)]
+                errors.append(torch.stack(bands))
+        if strategy == "tensor":
+            errors = [torch.stack(errors).sum()] * len(weights)
+        if best is None:
+            best = [scales, errors]
+        else:
+            for i, error in enumerate(errors):
+                better = error < best[1][i]
+                best[0][i] = torch.where(better, scales[i], best[0][i])
+                best[1][i] = torch.where(better, error, best[1][i])
+    assert best is not None
+    return best[0]
+
+
+def assert_equals_reference(source: dict[str, Tensor], made: dict[str, Tensor], plan: Plan) -> None:
+    scheme = plan.settings.weights
+    block = tuple(scheme.block_shape) if scheme.strategy == "block" else None
+    groups: dict[str, list[Any]] = {}
+    for output in plan.outputs:
+        if output.role == "copy":
+            assert torch.equal(made[output.name].view(torch.uint8), source[output.source].view(torch.uint8)), (
+                output.name
+            )
+        if output.role == "weight":
+            together = scheme.strategy == "tensor" and scheme.share_scales and output.group
+            groups.setdefault(output.group if together else output.name, []).append(output)
+    scale_of = {output.module: output.name for output in plan.outputs if output.role == "weight_scale"}
+    for members in groups.values():
+        weights = [weight_behind(source[output.source], output.slice) for output in members]
+        for output, weight, scale in zip(members, weights, reference_scale(weights, scheme), strict=True):
+            found = made[scale_of[output.module]]
+            assert found.dtype == torch.float32
+            assert torch.equal(found.flatten(), scale.flatten()), output.name
+            codes = reference_codes(weight, scale, block)
+            assert torch.equal(made[output.name].view(torch.uint8), codes.view(torch.uint8)), output.name
+
+
+def weight_behind(tensor: Tensor, part: Any) -> Tensor:
+    """The Linear weight [out, in] that a slice means, by plain indexing."""
+    if part is None:
+        return tensor
+    matrix = tensor[part.expert].T if part.transposed else tensor[part.expert]
+    rows = matrix[part.start :: part.step]
+    return rows if part.step > 1 else rows[: len(matrix) // 2] if len(matrix) == 2 * matrix.shape[1] else rows
+
+
+DYNAMIC = {"mode": "dynamic", "strategy": "token"}
+SCHEMES: dict[str, dict[str, Any]] = {
+    "channel": {},
+    "tensor": {"weights": {"strategy": "tensor"}},
+    "tensor, own scales": {"weights": {"strategy": "tensor", "share_scales": False}},
+    "block": {"weights": {"strategy": "block"}, "activations": {"mode": "dynamic", "strategy": "group"}},
+    "channel mse": {"weights": {"strategy": "channel", "observer": "mse"}},
+    "tensor mse": {"weights": {"strategy": "tensor", "observer": "mse"}},
+    "block mse": {"weights": {"strategy": "block", "observer": "mse"}},
+    "fp8 block": {"weights": {"strategy": "block"}, "checkpoint_format": "fp8"},
+    "fp8 tensor": {"weights": {"strategy": "tensor"}, "checkpoint_format": "fp8"},
+    "weight only": {"activations": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype"),
+    [(scheme, "bfloat16") for scheme in SCHEMES]
+    + [(scheme, dtype) for scheme in ("channel", "tensor", "block mse") for dtype in ("float16", "float32")],
+)
+def test_bytes_equal_the_reference(model_folder: Models, tmp_path: Path, scheme: str, dtype: str) -> None:
+    source = model_folder("llama", dtype=dtype, head_dim=64, intermediate_size=384, hidden_size=200)
+    plan, _ = make(source, recipe(**SCHEMES[scheme]), tmp_path / "out")
+    assert any(output.role == "weight" for output in plan.outputs)
+    assert_equals_reference(tensors_of(source), tensors_of(tmp_path / "out"), plan)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "tensor mse", "block mse"])
+@pytest.mark.parametrize("stripe", [1, 5000, 1 << 30])
+def test_threads_and_stripes_change_no_byte(
+    model_folder: Models, tmp_path: Path, scheme: str, stripe: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = model_folder("llama", head_dim=64, intermediate_size=384, hidden_size=200)
+    make(source, recipe(**SCHEMES[scheme]), tmp_path / "one", threads=1)
+    monkeypatch.setattr(engine_module, "STRIPE_BYTES", stripe)
+    make(source, recipe(**SCHEMES[scheme]), tmp_path / "many", threads=3)
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "many")
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen2", "qwen3-moe", "mixtral", "gemma3-text", "phi3", "opt", "deepseek-v2", "gpt-oss"]
+)
+def test_every_architecture_equals_the_reference(model_folder: Models, tmp_path: Path, name: str) -> None:
+    plan, _ = make(model_folder(name), recipe(), tmp_path / "out")
+    assert_equals_reference(tensors_of(model_folder(name)), tensors_of(tmp_path / "out"), plan)
+
+
+# ---------------------------------------------------------------------------------------------- experts in one tensor
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_experts_in_one_tensor_are_split_row_for_row(
+    tmp_path: Path, transposed: bool, interleaved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import ExitStack
+
+    from fp8pipe.checkpoint import SourceFiles, TensorInfo, parse_header
+    from fp8pipe.plan import Slice
+
+    monkeypatch.setattr(engine_module, "STRIPE_BYTES", 70)
+    monkeypatch.setattr(engine_module, "TRANSPOSED_STRIPE_BYTES", 70)
+    experts, width, hidden = 3, 10, 12
+    gate, up = (torch.randn(experts, width, hidden).bfloat16() for _ in range(2))
+    fused = torch.stack([gate, up], 2).flatten(1, 2) if interleaved else torch.cat([gate, up], 1)
+    on_disk = fused.transpose(1, 2).contiguous() if transposed else fused
+    save_file({"pad": torch.zeros(5), "w": on_disk}, tmp_path / "x.safetensors")
+    content = (tmp_path / "x.safetensors").read_bytes()
+    info = next(i for i in parse_header("x.safetensors", len(content), content).tensors if i.name == "w")
+    assert isinstance(info, TensorInfo)
+    with ExitStack() as stack:
+        files = SourceFiles(tmp_path, stack)
+        files.open("x.safetensors")
+        for index, expected in enumerate((gate, up)):
+            for expert in range(experts):
+                start, step = (index, 2) if interleaved else (index * width, 1)
+                part = Slice(expert=expert, start=start, step=step, transposed=transposed)
+                view = engine_module.WeightView(info, part, width, hidden)
+                bench = engine_module.Workbench()
+                found = torch.cat([view.read(files, *rows, bench).clone() for rows in view.stripes(1)])
+                assert len(view.stripes(1)) > 1
+                assert torch.equal(found, expected[expert])
+                row, column = 7, 5
+                assert on_disk[view.index_of(row, column)] == expected[expert][row, column]
+
+
+# ---------------------------------------------------------------------------------------------- calibrated scales
+
+
+def test_calibrated_scales_are_amax_over_448_shared_in_fused_groups(model_folder: Models, tmp_path: Path) -> None:
+    source = model_folder("llama")
+    plan = plan_of(source, recipe("fp8-static-kv", kv_cache={"strategy": "head"}))
+    calibration = calibration_for(plan)
+    quantize(resolve(str(source)), plan, tmp_path, calibration=calibration)
+    made = tensors_of(tmp_path)
+    layer = "model.layers.1"
+    joint = max(calibration.inputs[f"{layer}.self_attn.{leaf}_proj"] for leaf in "qkv")
+    for leaf in "qkv":
+        scale = made[f"{layer}.self_attn.{leaf}_proj.input_scale"]
+        assert torch.equal(scale, (torch.tensor([joint]) / 448))
+    own = calibration.inputs[f"{layer}.mlp.down_proj"]
+    assert torch.equal(made[f"{layer}.mlp.down_proj.input_scale"], torch.tensor([own]) / 448)
+    assert torch.equal(made[f"{layer}.self_attn.k_scale"], torch.tensor([2.0, 3.0]).view(2, 1, 1) / 448)
+    assert torch.equal(made[f"{layer}.self_attn.v_scale"], torch.tensor([3.0, 4.0]).view(2, 1, 1) / 448)
+    assert (tmp_path / "fp8pipe" / "calibration.json").exists()
+
+
+def spoil_input(value: float | None) -> Callable[[Plan], Any]:
+    def spoil(plan: Plan) -> Any:
+        ranges = calibration_for(plan)
+        inputs = dict(ranges.inputs)
+        name = "model.layers.0.mlp.up_proj"
+        del inputs[name]
+        return ranges.model_copy(update={"inputs": inputs | ({} if value is None else {name: value})})
+
+    return spoil
+
+
+def spoil_kv(k_amax: tuple[float, ...]) -> Callable[[Plan], Any]:
+    def spoil(plan: Plan) -> Any:
+        ranges = calibration_for(plan)
+        kv = ranges.kv | {"model.layers.0.self_attn": KVRange(k_amax=k_amax, v_amax=(1.0,))}
+        return ranges.model_copy(update={"kv": kv})
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda plan: None,
+        spoil_input(None),
+        spoil_input(math.nan),
+        spoil_input(math.inf),
+        spoil_input(-1.0),
+        spoil_kv(()),
+        spoil_kv((math.nan,)),
+        spoil_kv((1.0, 2.0)),
+        lambda plan: calibration_for(plan, source_commit="another"),
+    ],
+)
+def test_a_missing_or_unusable_range_is_an_error_and_nothing_is_written(
+    model_folder: Models, tmp_path: Path, spoil: Callable[[Plan], Any]
+) -> None:
+    plan = plan_of(model_folder("llama"), recipe("fp8-static-kv"))
+    with pytest.raises(InputError, match="calibrat"):
+        quantize(resolve(str(model_folder("llama"))), plan, tmp_path / "out", calibration=spoil(plan))
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- the folder
+
+
+def test_the_folder_holds_what_a_loader_needs_and_nothing_else(model_folder: Models, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model_folder("llama"), source)
+    companions = {
+        "tokenizer.json": b'{"version":  "1.0"}\r\n',
+        "chat_template.jinja": b"{{ x }}",
+        "LICENSE": b"free",
+        "spiece.model": bytes(range(256)),
+    }
+    left_behind = ("README.md", "modeling_x.py", "pytorch_model.bin", "params.json", ".secret", "training_args.bin")
+    for name, content in companions.items():
+        (source / name).write_bytes(content)
+    for name in left_behind:
+        (source / name).write_bytes(b"{}")
+    _, checkpoint = make(source, recipe(), tmp_path / "out")
+    out = tmp_path / "out"
+    for name, content in companions.items():
+        assert (out / name).read_bytes() == content
+    assert not any((out / name).exists() for name in left_behind)
+    assert {path.name for path in (out / "fp8pipe").iterdir()} == {"plan.json", "checkpoint.json"}
+    assert not list(out.glob(".*"))
+    assert checkpoint.output_bytes == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+
+
+def test_config_json_gains_quantization_config_and_changes_nothing_else(model_folder: Models, tmp_path: Path) -> None:
+    plan, _ = make(model_folder("llama"), recipe(), tmp_path)
+    before = json.loads((model_folder("llama") / "config.json").read_text())
+    after = json.loads((tmp_path / "config.json").read_text())
+    assert after.pop("quantization_config") == plan.quantization_config
+    assert list(after.items()) == list(before.items())
+
+
+def test_all_zero_units_are_recorded(model_folder: Models, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model_folder("llama", shard_size="1GB"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.weight"][3] = 0
+    tensors["model.layers.1.self_attn.o_proj.weight"][:] = 0
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    _, checkpoint = make(source, recipe(), tmp_path / "out")
+    assert checkpoint.zero_units == (
+        "model.layers.0.mlp.down_proj.weight[3]",
+        "model.layers.1.self_attn.o_proj.weight",
+    )
+
+
+def test_a_finished_folder_is_returned_untouched(model_folder: Models, tmp_path: Path) -> None:
+    plan, first = make(model_folder("llama"), recipe(), tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert quantize(resolve(str(model_folder("llama"))), plan, tmp_path) == first
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == times
+
+
+def test_a_folder_with_another_model_is_not_overwritten(model_folder: Models, tmp_path: Path) -> None:
+    make(model_folder("llama"), recipe(), tmp_path)
+    before = bytes_of(tmp_path)
+    with pytest.raises(InputError, match="another model or recipe"):
+        make(model_folder("llama"), recipe("fp8-block"), tmp_path)
+    assert bytes_of(tmp_path) == before
+    with pytest.raises(InputError, match="same folder"):
+        make(model_folder("llama"), recipe(), model_folder("llama"))
+
+
+def test_unfinished_work_of_another_recipe_is_replaced(model_folder: Models, tmp_path: Path) -> None:
+    source, out = model_folder("llama"), tmp_path / "out"
+    with pytest.raises(RuntimeError, match="stop"):
+        make(source, recipe("fp8-block"), out, progress=Stop())
+    make(source, recipe(), out)
+    make(source, recipe(), tmp_path / "clean")
+    assert bytes_of(out) == bytes_of(tmp_path / "clean")
+
+
+class Stop:
+    """A listener that fails: the way a run ends that nobody planned."""
+
+    def __call__(self, event: ProgressEvent) -> None:
+        raise RuntimeError("stop")
+
+
+def test_fingerprints_follow_what_decides_the_bytes(model_folder: Models) -> None:
+    snapshot = resolve(str(model_folder("llama")))
+    base = fingerprint(snapshot, recipe(), None)
+    renamed = recipe().model_copy(update={"name": "other", "description": "x"})
+    assert fingerprint(snapshot, renamed, None) == base
+    assert fingerprint(snapshot.model_copy(update={"root": "/elsewhere"}), recipe(), None) == base
+    changed = [
+        fingerprint(snapshot.model_copy(update={"commit": "x"}), recipe(), None),
+        fingerprint(snapshot, recipe("fp8-block"), None),
+        fingerprint(snapshot, recipe(), "calibration"),
+    ]
+    assert len({base, *changed}) == 4
+
+
+def test_the_engine_version_is_part_of_the_fingerprint(model_folder: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = resolve(str(model_folder("llama")))
+    before = fingerprint(snapshot, recipe(), None)
+    monkeypatch.setattr(quantize_module, "ENGINE_VERSION", 10**6)
+    assert fingerprint(snapshot, recipe(), None) != before
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("scheme", ["channel", "tensor", "block"])
+def test_a_nonfinite_weight_is_named_with_its_index_and_leaves_no_model(
+    model_folder: Models, tmp_path: Path, bad: float, scheme: str
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model_folder("llama", shard_size="1GB", head_dim=64, intermediate_size=384), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][301, 17] = bad
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteWeight, match=rf"layers\.1\.mlp\.up_proj\.weight\[301, 17\] is {bad}"):
+        make(source, recipe(**SCHEMES[scheme]), tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_source_that_changes_while_it_is_read_stops_the_run(model_folder: Models, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model_folder("llama"), source)
+    plan = plan_of(source, recipe())
+    snapshot = resolve(str(source))
+
+    def arriving() -> Any:
+        yield from sorted(source.glob("*.safetensors"))[:-1]
+        for path in source.glob("*.safetensors"):
+            os.utime(path, ns=(1, 1))
+        yield sorted(source.glob("*.safetensors"))[-1]
+
+    with pytest.raises(SourceChanged):
+        quantize(snapshot, plan, tmp_path / "out", arriving=arriving())
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_plan_of_another_state_of_the_source_is_refused(model_folder: Models, tmp_path: Path) -> None:
+    plan = plan_of(model_folder("llama"), recipe())
+    with pytest.raises(InputError, match="plan again"):
+        quantize(resolve(str(model_folder("llama-tied"))), plan, tmp_path / "out")
+
+
+def test_a_shard_that_never_arrives_is_an_error(model_folder: Models, tmp_path: Path) -> None:
+    source = model_folder("llama")
+    plan = plan_of(source, recipe())
+    some = sorted(source.glob("*.safetensors"))[:1]
+    with pytest.raises(EnvironmentFault, match="did not arrive"):
+        quantize(resolve(str(source)), plan, tmp_path / "out", arriving=some)
+
+
+def test_shards_may_arrive_in_any_order(model_folder: Models, tmp_path: Path) -> None:
+    source = model_folder("llama")
+    plan = plan_of(source, recipe("autofp8-dynamic"))
+    arriving = sorted(source.glob("*"), reverse=True)
+    quantize(resolve(str(source)), plan, tmp_path / "late", arriving=arriving)
+    quantize(resolve(str(source)), plan, tmp_path / "all")
+    assert bytes_of(tmp_path / "late") == bytes_of(tmp_path / "all")
+
+
+def test_a_second_writer_is_turned_away(model_folder: Models, tmp_path: Path) -> None:
+    source = model_folder("llama")
+    plan = plan_of(source, recipe())
+    snapshot = resolve(str(source))
+    refused: list[str] = []
+
+    def listen(event: ProgressEvent) -> None:
+        with pytest.raises(InputError, match="another run") as caught:
+            quantize(snapshot, plan, tmp_path)
+        refused.append(str(caught.value))
+
+    quantize(snapshot, plan, tmp_path, progress=listen)
+    assert refused
+
+
+def test_progress_ends_with_all_bytes_and_tensors(model_folder: Models, tmp_path: Path) -> None:
+    events: list[ProgressEvent] = []
+    plan, _ = make(model_folder("llama"), recipe(), tmp_path, progress=events.append)
+    last = events[-1]
+    assert (last.stage, last.unit) == ("quantize", "B")
+    assert last.done == last.total == sum(tensor.end - tensor.begin for tensor in plan.tensors)
+    assert last.note == f"{len(plan.tensors)}/{len(plan.tensors)} tensors"
+
+
+# ---------------------------------------------------------------------------------------------- kill -9
+
+WRITER = """
+import sys
+from pathlib import Path
+from fp8pipe.plan import Plan
+from fp8pipe.quantize import quantize
+from fp8pipe.records import Snapshot
+from fp8pipe.calibrate import Calibration
+import fp8pipe.quantize.run
+folder = Path(sys.argv[1])
+snapshot, plan = Snapshot.load(folder / "snapshot.json"), Plan.load(folder / "plan.json")
+calibration = Calibration.load_if_present(folder / "calibration.json")
+print("ready", flush=True)
+quantize(snapshot, plan, folder / "out", calibration=calibration, threads=2)
+"""
+
+
+def kill_at_random(tmp_path: Path, source: Path, wanted: Recipe, kills: int, seed: int) -> None:
+    """Run the writer, kill it at random moments, let the last run finish; compare with an undisturbed run."""
+    plan, undisturbed = make(source, wanted, tmp_path / "undisturbed")
+    duration = max(undisturbed.seconds, 0.05)
+    resolve(str(source)).save(tmp_path / "snapshot.json")
+    plan.save(tmp_path / "plan.json")
+    if wanted.needs_calibration:
+        calibration_for(plan).save(tmp_path / "calibration.json")
+    dice = random.Random(seed)
+    done: set[str] = set()
+    killed = 0
+    while killed < kills:
+        child = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        time.sleep(dice.uniform(0, duration))
+        child.send_signal(signal.SIGKILL)
+        finished = child.wait() == 0
+        child.stdout.close()
+        killed += 1
+        before, done = done, journalled(tmp_path / "out")
+        if finished or (tmp_path / "out" / "fp8pipe" / "checkpoint.json").exists():
+            shutil.rmtree(tmp_path / "out")  # it was faster than the kill: start over
+            done = set()
+            continue
+        assert before <= done
+        assert not (tmp_path / "out" / "config.json").exists() or len(done) == len(plan.tensors)
+    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], check=True, capture_output=True)
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "undisturbed")
+
+
+def journalled(out: Path) -> set[str]:
+    """Output tensors that the journal calls finished; none of them twice."""
+    path = out / "fp8pipe" / "quantize.journal"
+    if not path.exists():
+        return set()
+    lines = [json.loads(line) for line in path.read_bytes().split(b"\n")[1:-1]]
+    names = [line["weight"] for line in lines if "weight" in line]
+    assert len(names) == len(set(names))
+    return set(names)
+
+
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough that a kill falls inside the work."""
+    return make_model(
+        tmp_path_factory.mktemp("big"), hidden_size=512, intermediate_size=2048, num_hidden_layers=6, shard_size="8MB"
+    )
+
+
+@pytest.mark.parametrize("scheme", ["channel", "tensor mse"])
+def test_killed_at_random_moments_the_folder_ends_byte_equal(many_shards: Path, tmp_path: Path, scheme: str) -> None:
+    kill_at_random(tmp_path, many_shards, recipe(**SCHEMES[scheme]), kills=3, seed=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", ["channel", "tensor mse", "static"])
+def test_killed_thirty_times_the_folder_ends_byte_equal(many_shards: Path, tmp_path: Path, scheme: str) -> None:
+    wanted = recipe("fp8-static-kv") if scheme == "static" else recipe(**SCHEMES[scheme])
+    kill_at_random(tmp_path, many_shards, wanted, kills=30, seed=2)
+
+
+def test_a_rerun_reads_no_finished_tensor_again(model_folder: Models, tmp_path: Path) -> None:
+    source, out = model_folder("llama"), tmp_path / "out"
+    plan = plan_of(source, recipe())
+    snapshot = resolve(str(source))
+    some = sorted(source.glob("*.safetensors"))[:-1]
+    with pytest.raises(EnvironmentFault):
+        quantize(snapshot, plan, out, arriving=some)
+    finished = journalled(out)
+    assert finished
+    # Spoil what is finished: were it read again, this would be a NonFiniteWeight.
+    read_again = [tensor for tensor in plan.tensors if tensor.name in finished and tensor.action == "quantize"]
+    for tensor in read_again:
+        path = source / tensor.shard
+        stat = path.stat()
+        with path.open("r+b") as file:
+            file.seek(tensor.begin)
+            original = file.read(2)
+            file.seek(tensor.begin)
+            file.write(b"\xc0\x7f")
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        tensor.__dict__["_original"] = (original, stat)
+    try:
+        quantize(snapshot, plan, out)
+    finally:
+        for tensor in read_again:
+            original, stat = tensor.__dict__.pop("_original")
+            with (source / tensor.shard).open("r+b") as file:
+                file.seek(tensor.begin)
+                file.write(original)
+            os.utime(source / tensor.shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    make(source, recipe(), tmp_path / "clean")
+    assert bytes_of(out) == bytes_of(tmp_path / "clean")
+
+
+def test_a_journal_of_another_boot_counts_only_renamed_shards(model_folder: Models, tmp_path: Path) -> None:
+    source, out = model_folder("llama"), tmp_path / "out"
+    plan = plan_of(source, recipe())
+    some = sorted(source.glob("*.safetensors"))[:-1]
+    with pytest.raises(EnvironmentFault):
+        quantize(resolve(str(source)), plan, out, arriving=some)
+    journal = out / "fp8pipe" / "quantize.journal"
+    head, *lines = journal.read_text().splitlines()
+    journal.write_text("\n".join([json.dumps(json.loads(head) | {"boot": "another"}), *lines, '{"weight": "torn']))
+    for partial in out.glob(".*.partial"):  # what the machine lost
+        size = partial.stat().st_size
+        partial.write_bytes(bytes(size))
+    quantize(resolve(str(source)), plan, out)
+    make(source, recipe(), tmp_path / "clean")
+    assert bytes_of(out) == bytes_of(tmp_path / "clean")
+
+
+# ---------------------------------------------------------------------------------------------- sources that are FP8
+
+
+def test_an_fp8_source_is_dequantized_and_quantized_anew(model_folder: Models, tmp_path: Path) -> None:
+    source = tmp_path / "fp8"
+    shutil.copytree(model_folder("llama", shard_size="1GB", hidden_size=200), source)
+    tensors = load_file(source / "model.safetensors")
+    exact: dict[str, Tensor] = {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = reference_amax(tensors[name], "block") / 448
+        codes = reference_codes(tensors[name], scale, (128, 128))
+        full = scale.repeat_interleave(128, 0)[: len(codes)].repeat_interleave(128, 1)[:, : codes.shape[1]]
+        exact[name] = codes.float() * full
+        tensors |= {name: codes, f"{name}_scale_inv": scale}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (source / "config.json").write_text(json.dumps(config))
+    make(source, recipe(fp8_source="requantize", ignore=["re:.*down_proj"]), tmp_path / "out")
+    made = tensors_of(tmp_path / "out")
+    for name, weight in exact.items():
+        if "down_proj" in name:
+            assert torch.equal(made[name], weight.bfloat16())
+            continue
+        scale = reference_amax(weight, "channel") / 448
+        assert torch.equal(made[f"{name}_scale"], scale)
+        assert torch.equal(made[name].view(torch.uint8), reference_codes(weight, scale).view(torch.uint8))
+
+
+# ---------------------------------------------------------------------------------------------- loaders
+
+
+@pytest.mark.parametrize("scheme", ["channel", "tensor static", "block"])
+def test_transformers_loads_the_checkpoint_within_half_a_step(
+    model_folder: Models, tmp_path: Path, scheme: str
+) -> None:
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    source = model_folder("llama", head_dim=64, intermediate_size=384, hidden_size=256)
+    wanted = recipe("fp8-static") if scheme == "tensor static" else recipe(**SCHEMES[scheme])
+    plan, _ = make(source, wanted, tmp_path)
+    original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict()
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.float32,
+        output_loading_info=True,
+        quantization_config=CompressedTensorsConfig(run_compressed=False),
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    scales = tensors_of(tmp_path)
+    found = loaded.state_dict()
+    for tensor in plan.tensors:
+        weight, wanted_weight = found[tensor.name].float(), original[tensor.name]
+        if tensor.action == "keep":
+            assert torch.equal(weight, wanted_weight)
+            continue
+        scale = scales[f"{tensor.name}_scale"]
+        if scheme == "block":
+            scale = scale.repeat_interleave(128, 0)[: len(weight)].repeat_interleave(128, 1)[:, : weight.shape[1]]
+        exponent = torch.floor(torch.log2((wanted_weight / scale).abs().clamp(min=2**-6)))
+        half_step = torch.exp2(exponent) / 16 * scale
+        assert bool(((weight - wanted_weight).abs() <= half_step * 1.01 + wanted_weight.abs() / 250).all())
