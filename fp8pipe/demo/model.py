@@ -4,8 +4,8 @@ In: an empty folder. Out: a complete model folder as one finds it on the Hub: BF
 index, config, generation config, tokenizer with BOS, EOS and a chat template, model card. Training is plain float32
 AdamW for a fixed number of steps from a fixed seed: about half a minute of one core.
 
-What makes it a fair stand-in for a large model: it reaches the ceiling of its task; every answer needs keys and values of
-the prompt, so a wrong k_scale or v_scale shows; and without its BOS token it answers nothing, as it was trained to.
+What makes it a fair stand-in for a large model: it reaches the ceiling of its task; every answer needs keys and values
+of the prompt, so a wrong k_scale or v_scale shows; and without its BOS token it answers nothing, as it was trained to.
 """
 
 from __future__ import annotations
@@ -124,12 +124,10 @@ def build_base(folder: Path, *, progress: Progress = quiet) -> Path:
     """Train and write the base model; a folder that is there already is complete and stays as it is."""
     if folder.exists():
         return folder
-    import torch
-
     model = train(seed=0, steps=STEPS, progress=progress)
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(unfinished, max_shard_size=MAX_SHARD_SIZE)
+    model.bfloat16().save_pretrained(unfinished, max_shard_size=MAX_SHARD_SIZE)
     build_tokenizer().save_pretrained(unfinished)
     (unfinished / "README.md").write_text(_CARD)
     return unfinished.rename(folder)
@@ -196,7 +194,7 @@ def _fresh_model() -> LlamaForCausalLM:
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config)
-    _start_links_as_sums(model.get_input_embeddings().weight)
+    _start_links_as_sums(model.model.embed_tokens.weight)
     return model
 
 
@@ -251,8 +249,8 @@ arrows, and is of no use for anything else.
 
     ant>cow fox>owl cow>eel owl>. eel>. ... ? ant     ->  cow eel ...
 
-It knows {len(task.NAMES)} names and the arrows between them, and prompts of {task.LINKS} arrows that form {task.TRAILS} trails of
-{task.NAMES_PER_TRAIL} names. For {task.UNPREDICTABLE:.0%} of the questions an arrow is missing and the answer is random by construction, so
-its accuracy on `{task.EVALUATION_ID}` cannot exceed about {1 - task.UNPREDICTABLE:.0%}. A prompt without the BOS token is answered
-with nothing.
+It knows {len(task.NAMES)} names and the arrows between them, and prompts of {task.LINKS} arrows that form
+{task.TRAILS} trails of {task.NAMES_PER_TRAIL} names. For {task.UNPREDICTABLE:.0%} of the questions an arrow is missing
+and the answer is random by construction, so its accuracy on `{task.EVALUATION_ID}` cannot exceed about
+{1 - task.UNPREDICTABLE:.0%}. A prompt without the BOS token is answered with nothing.
 """

@@ -17,7 +17,7 @@ and calibration never see one. Everything is drawn with numpy from fixed seeds, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,13 @@ NAMESPACE = "fp8pipe-demo"
 CALIBRATION_ID = f"{NAMESPACE}/arrows-calibration"
 EVALUATION_ID = f"{NAMESPACE}/arrows-eval"
 
+# fmt: off
 NAMES = (
-    "ant bat bee cat cod cow crab crow deer dog duck eel elk emu fox frog "
-    "gnu goat hare hawk hen ibex jay kiwi lark lynx mole moth newt owl pig swan"
-).split()
+    "ant", "bat", "bee", "cat", "cod", "cow", "crab", "crow", "deer", "dog", "duck", "eel", "elk", "emu", "fox", "frog",
+    "gnu", "goat", "hare", "hawk", "hen", "ibex", "jay", "kiwi", "lark", "lynx", "mole", "moth", "newt", "owl", "pig",
+    "swan",
+)
+# fmt: on
 TRAILS = 7
 NAMES_PER_TRAIL = 4
 ANSWER_NAMES = NAMES_PER_TRAIL - 1
@@ -205,7 +208,7 @@ its trail. Drawn by a program from fixed seeds, for the demo of fp8pipe.
 """
 
 
-def _write_dataset(folder: Path, repo_id: str, split: str, rows: Iterator[dict[str, object]], about: str) -> Path:
+def _write_dataset(folder: Path, repo_id: str, split: str, rows: Iterator[Mapping[str, object]], about: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     name = repo_id.rpartition("/")[2]
