@@ -582,6 +582,18 @@ def test_a_rerun_reads_no_finished_tensor_again(model_folder: Models, tmp_path: 
     assert bytes_of(out) == bytes_of(tmp_path / "clean")
 
 
+def test_what_a_kill_leaves_of_small_files_is_swept(model_folder: Models, tmp_path: Path) -> None:
+    source, out = model_folder("llama"), tmp_path / "out"
+    plan = plan_of(source, recipe())
+    with pytest.raises(EnvironmentFault):
+        quantize(resolve(str(source)), plan, out, arriving=())
+    for name in (".config.json.abc", ".generation_config.json.abc", "fp8pipe/.quantize.journal.abc"):
+        (out / name).write_bytes(b"half")
+    quantize(resolve(str(source)), plan, out)
+    make(source, recipe(), tmp_path / "clean")
+    assert bytes_of(out) == bytes_of(tmp_path / "clean")
+
+
 def test_a_journal_of_another_boot_counts_only_renamed_shards(model_folder: Models, tmp_path: Path) -> None:
     source, out = model_folder("llama"), tmp_path / "out"
     plan = plan_of(source, recipe())

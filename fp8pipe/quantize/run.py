@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8pipe.checkpoint import OutputShard, SourceFiles, sync_folder
+from fp8pipe.checkpoint import INDEX_NAME, OutputShard, SourceFiles, sync_folder
 from fp8pipe.errors import EnvironmentFault, InputError
 from fp8pipe.plan import OutputTensor, Plan, check_disk
 from fp8pipe.progress import Progress
 from fp8pipe.quantize import ENGINE_VERSION, JOURNAL_NAME, LOCK_NAME, fingerprint
 from fp8pipe.quantize.engine import WORK, Engine
 from fp8pipe.quantize.journal import FolderLock, Journal, open_journal
-from fp8pipe.quantize.package import write_companions, write_config
+from fp8pipe.quantize.package import companions, write_companions, write_config
 from fp8pipe.quantize.pool import Pool
 from fp8pipe.quantize.scales import calibrated_scales
 from fp8pipe.records import RECORD_DIR, Checkpoint, Snapshot
@@ -70,6 +70,7 @@ def run(
 def _begin(snapshot: Snapshot, plan: Plan, folder: Path, identity: str, stack: ExitStack) -> Journal:
     """The journal to write on, in a folder that holds nothing but this run's own work."""
     _require_own_folder(snapshot, folder)  # again, now that no other run can write here
+    _sweep(snapshot, plan, folder)
     path = folder / RECORD_DIR / JOURNAL_NAME
     shard_of = {output.name: output.shard for output in plan.outputs}
     journal, goes_on = open_journal(path, identity, is_safe=lambda name: (folder / shard_of[name]).exists())
@@ -90,6 +91,17 @@ def _require_own_folder(snapshot: Snapshot, folder: Path) -> None:
     found = [path.name for path in sorted(folder.glob("*")) if _is_of_a_model(path)]
     if found:
         raise InputError(f"{folder}: holds {found[0]} of another model or recipe; choose another output, or remove it")
+
+
+def _sweep(snapshot: Snapshot, plan: Plan, folder: Path) -> None:
+    """Remove the temporary files of `write_atomically` that a kill left behind: nobody else writes here now."""
+    written = (*companions(snapshot, plan), INDEX_NAME, "config.json")
+    records = folder / RECORD_DIR
+    stale = [path for name in written for path in (folder / name).parent.glob(f".{Path(name).name}.*")]
+    for name in ("plan.json", "calibration.json", "checkpoint.json", JOURNAL_NAME):
+        stale += records.glob(f".{name}.*")
+    for path in stale:
+        path.unlink()
 
 
 def _is_of_a_model(path: Path) -> bool:
