@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -98,10 +98,22 @@ class WeightView:
     rows: int
     columns: int
     scale: SourceScale | None = None
+    left: int = 0
+    """First column of the source tensor that the view shows: 0 but for panels."""
 
     @property
     def row_bytes(self) -> int:
         return self.columns * ITEM_BYTES[self.info.dtype]
+
+    def panels(self, block: tuple[int, int]) -> list[WeightView]:
+        """The view cut into columns of whole blocks, so that one band of blocks is not larger than a stripe."""
+        rows, width = block
+        if self.slice is not None or self.scale is not None or rows * self.row_bytes <= STRIPE_BYTES:
+            return [self]
+        item = ITEM_BYTES[self.info.dtype]
+        width *= max(1, STRIPE_BYTES // (rows * width * item))
+        lefts = range(0, self.columns, width)
+        return [replace(self, left=left, columns=min(width, self.columns - left)) for left in lefts]
 
     def stripes(self, multiple: int) -> list[tuple[int, int]]:
         """Row ranges to work on, each but the last a multiple of `multiple` rows."""
@@ -120,6 +132,8 @@ class WeightView:
 
     def _read(self, files: SourceFiles, start: int, end: int, bench: Workbench) -> Tensor:
         dtype = _DTYPES[self.info.dtype]
+        if self.slice is None and self.columns < self.info.shape[1]:
+            return self._read_panel(files, start, end, bench)
         if self.slice is None:
             raw = bench.raw((end - start) * self.row_bytes)
             files.read_into(self.info.shard, self.info.begin + start * self.row_bytes, raw, self.info.name)
@@ -140,6 +154,14 @@ class WeightView:
             .contiguous()
         )
 
+    def _read_panel(self, files: SourceFiles, start: int, end: int, bench: Workbench) -> Tensor:
+        item, run = ITEM_BYTES[self.info.dtype], self.row_bytes
+        raw = bench.raw((end - start) * run)
+        for row in range(start, end):
+            offset = self.info.begin + (row * self.info.shape[1] + self.left) * item
+            files.read_into(self.info.shard, offset, raw[(row - start) * run : (row - start + 1) * run], self.info.name)
+        return torch.frombuffer(raw, dtype=torch.uint8).view(_DTYPES[self.info.dtype]).view(end - start, self.columns)
+
     def _read_columns(self, files: SourceFiles, part: Slice, first: int, last: int, bench: Workbench) -> Tensor:
         item = ITEM_BYTES[self.info.dtype]
         width, run = self.info.shape[2], (last - first) * item
@@ -158,7 +180,7 @@ class WeightView:
     def index_of(self, row: int, column: int) -> tuple[int, ...]:
         """Index in the source tensor of a weight's element."""
         if self.slice is None:
-            return row, column
+            return row, self.left + column
         place = self.slice.start + self.slice.step * row
         return (self.slice.expert, column, place) if self.slice.transposed else (self.slice.expert, place, column)
 
@@ -282,7 +304,7 @@ class Engine:
     def _measure(self, unit: Unit, weight: Weight, start: int, end: int) -> None:
         stripe = weight.view.read(self._files, start, end, self._bench)
         amax = numerics.tensor_amax(stripe)
-        self._refuse_nonfinite(weight, stripe, start, amax)
+        self._refuse_nonfinite(weight.view, stripe, start, amax)
         unit.measured.append(float(amax))
 
     def _after_measure(self, unit: Unit) -> None:
@@ -320,31 +342,42 @@ class Engine:
             if unit.amax is not None:
                 weight.scale.copy_(numerics.weight_scale(torch.tensor(unit.amax)))
                 weight.zeros.fill_(unit.amax == 0)
-            multiple = self._scheme.block_shape[0] if self._scheme.strategy == "block" else 1
-            tasks = [partial(self._encode, weight, *rows) for rows in weight.view.stripes(multiple)]
+            block = self._scheme.block_shape if self._scheme.strategy == "block" else None
+            panels = weight.view.panels(block) if block else [weight.view]
+            multiple = block[0] if block else 1
+            tasks = [partial(self._encode, weight, view, *rows) for view in panels for rows in view.stripes(multiple)]
             self._pool.add(tasks, then=partial(self._finish_weight, weight), urgent=True)
 
-    def _encode(self, weight: Weight, start: int, end: int) -> None:
-        stripe = weight.view.read(self._files, start, end, self._bench)
-        codes = self._bench.codes(end - start, weight.view.columns)
+    def _encode(self, weight: Weight, view: WeightView, start: int, end: int) -> None:
+        stripe = view.read(self._files, start, end, self._bench)
+        codes = self._bench.codes(end - start, view.columns)
         block = self._scheme.block_shape if self._scheme.strategy == "block" else None
-        numerics.encode(stripe, self._stripe_scale(weight, stripe, start), codes, block=block)
-        raw = codes.view(torch.uint8).numpy().reshape(-1).data
-        self._shards[weight.output.shard].write_at(weight.output.begin + start * weight.view.columns, raw)
-        self._meter.add((end - start) * weight.view.row_bytes)
+        numerics.encode(stripe, self._stripe_scale(weight, view, stripe, start), codes, block=block)
+        self._write(weight, view, codes, start)
+        self._meter.add((end - start) * view.row_bytes)
 
-    def _stripe_scale(self, weight: Weight, stripe: Tensor, start: int) -> Tensor:
-        """The scales of the stripe's rows, measured now unless one scale serves the whole tensor."""
+    def _write(self, weight: Weight, view: WeightView, codes: Tensor, start: int) -> None:
+        raw = codes.view(torch.uint8).numpy().reshape(-1).data
+        shard, width = self._shards[weight.output.shard], weight.view.columns
+        place = weight.output.begin + start * width + view.left
+        if view.columns == width:
+            shard.write_at(place, raw)
+            return
+        for row in range(len(codes)):
+            shard.write_at(place + row * width, raw[row * view.columns : (row + 1) * view.columns])
+
+    def _stripe_scale(self, weight: Weight, view: WeightView, stripe: Tensor, start: int) -> Tensor:
+        """The scales of the stripe, measured now unless one scale serves the whole tensor."""
         if self._scheme.strategy == "tensor":
             return weight.scale
         if self._scheme.strategy == "channel":
             amax = numerics.channel_amax(stripe)
-            place = slice(start, start + len(stripe))
+            top, left = start, 0
         else:
             amax = numerics.block_amax(stripe, self._scheme.block_shape)
-            first = start // self._scheme.block_shape[0]
-            place = slice(first, first + len(amax))
-        self._refuse_nonfinite(weight, stripe, start, amax)
+            top, left = start // self._scheme.block_shape[0], view.left // self._scheme.block_shape[1]
+        self._refuse_nonfinite(view, stripe, start, amax)
+        place = slice(top, top + amax.shape[0]), slice(left, left + amax.shape[1])
         weight.zeros[place] = amax == 0
         if self._scheme.observer == "mse":
             amax = self._shrunk(stripe, amax)
@@ -359,14 +392,14 @@ class Engine:
         errors = numerics.shrink_errors(stripe, per_row, columns=columns)  # [shrinks, rows, runs]
         return numerics.best_amax(amax, torch.stack([band.sum(1) for band in errors.split(rows, dim=1)], dim=1))
 
-    def _refuse_nonfinite(self, weight: Weight, stripe: Tensor, start: int, amax: Tensor) -> None:
+    def _refuse_nonfinite(self, view: WeightView, stripe: Tensor, start: int, amax: Tensor) -> None:
         if bool(torch.isfinite(amax).all()):
             return
         found = numerics.first_nonfinite(stripe)
         assert found is not None
         value = float(stripe[found])
-        index = list(weight.view.index_of(start + found[0], found[1]))
-        info = weight.view.info
+        index = list(view.index_of(start + found[0], found[1]))
+        info = view.info
         raise NonFiniteWeight(
             f"{info.shard}: {info.name}{index} is {value}; the source is broken, nothing can be made of it"
         )
