@@ -15,8 +15,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
 
 import typer
 from rich.console import Console
@@ -26,6 +27,7 @@ from fp8pipe.records import VERDICT_EXIT_CODES
 
 if TYPE_CHECKING:
     from fp8pipe.config import CollectionSpec, Recipe, ReleaseSpec
+    from fp8pipe.orchestrator import EmbeddedServer
     from fp8pipe.records import BatchResult, Outcome
     from fp8pipe.terminal import StageDisplay
 
@@ -290,7 +292,8 @@ def release(
     }
     spec = validated(ReleaseSpec, content, "release")
     spec.resolve()  # a wrong name answers at once, before any server starts
-    outcome = _run_release(spec)
+    with _flow_session(Path(spec.work_dir), "release") as session:
+        outcome = session.release(spec)
     out.print(terminal(outcome_sheet(outcome)))
     return VERDICT_EXIT_CODES[outcome.verdict]
 
@@ -305,7 +308,8 @@ def batch(collection: Annotated[str, typer.Argument(help="Collection file, or na
     spec = load_collection(collection)
     for one in spec.releases():
         one.resolve()
-    result = _run_batch(spec)
+    with _flow_session(Path(spec.work_dir), "batch") as session:
+        result = session.batch(spec)
     out.print(terminal(batch_sheet(result)))
     return worst_exit([entry.exit_code for entry in result.entries])
 
@@ -315,35 +319,10 @@ def worst_exit(codes: list[int]) -> int:
     return next(code for code in (5, 4, 2, 1, 3, 0) if code in codes)
 
 
-def _run_release(spec: ReleaseSpec) -> Outcome:
-    with _flow_session(Path(spec.work_dir), "release") as display:
-        return _release_in_session(spec, display)
-
-
-def _release_in_session(spec: ReleaseSpec, display: StageDisplay) -> Outcome:
-    from flows.release_model import release_model
-    from tasks.progress import show_on
-
-    show_on(display)
-    state = release_model(spec, return_state=True)
-    return cast("Outcome", state.result())  # the flow returns a state; Prefect's types stop there
-
-
-def _run_batch(spec: CollectionSpec) -> BatchResult:
-    with _flow_session(Path(spec.work_dir), "batch") as display:
-        from flows.release_collection import release_collection
-        from tasks.progress import show_on
-
-        show_on(display)
-        state = release_collection(spec, return_state=True)
-        return cast("BatchResult", state.result(raise_on_failure=False))
-
-
 @contextmanager
-def _flow_session(work_dir: Path, name: str, prefect_home: Path | None = None) -> Iterator[StageDisplay]:
-    """A quiet terminal with a stage display, and a Prefect server to run on; Prefect may be imported inside."""
+def _flow_session(work_dir: Path, name: str, prefect_home: Path | None = None) -> Iterator[FlowSession]:
+    """A quiet terminal with a stage display, and a Prefect server that starts in the background."""
     from fp8pipe.orchestrator import prefect_api
-    from fp8pipe.progress import ProgressEvent
     from fp8pipe.terminal import StageDisplay, quiet_terminal
     from fp8pipe.workspace import Workspace
 
@@ -355,10 +334,38 @@ def _flow_session(work_dir: Path, name: str, prefect_home: Path | None = None) -
         StageDisplay(console) as display,
         prefect_api(workspace.log("prefect-server"), prefect_home) as server,
     ):
-        display(ProgressEvent("prefect", 0, None, note=server.api_url if server else "configured server"))
-        if server is not None:
-            server.ready()
-        yield display
+        yield FlowSession(display, server)
+
+
+@dataclass(frozen=True)
+class FlowSession:
+    """What it takes to run flows here and now."""
+
+    display: StageDisplay
+    server: EmbeddedServer | None
+
+    def release(self, spec: ReleaseSpec) -> Outcome:
+        """Run release_model."""
+        self._prefect()
+        from flows import here
+
+        return here.release(spec, self.display)
+
+    def batch(self, spec: CollectionSpec) -> BatchResult:
+        """Run release_collection."""
+        self._prefect()
+        from flows import here
+
+        return here.batch(spec, self.display)
+
+    def _prefect(self) -> None:
+        """Wait for the server; only then may prefect be imported, since it reads its settings once."""
+        from fp8pipe.progress import ProgressEvent
+
+        where = self.server.api_url if self.server else "the configured server"
+        self.display(ProgressEvent("prefect", 0, None, note=where))
+        if self.server is not None:
+            self.server.ready()
 
 
 @contextmanager
@@ -387,7 +394,7 @@ def demo(
     from fp8pipe.demo.run import rehearse
     from fp8pipe.show import outcome_sheet, terminal
 
-    outcome = rehearse(workdir, sabotage=sabotage, session=_flow_session, run_release=_release_in_session)
+    outcome = rehearse(workdir, sabotage=sabotage, session=_flow_session)
     out.print(terminal(outcome_sheet(outcome)))
     return VERDICT_EXIT_CODES[outcome.verdict]
 

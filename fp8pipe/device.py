@@ -11,7 +11,14 @@ from pathlib import Path
 from fp8pipe.errors import NoSuitableDevice
 
 # CUDA compute capability -> the name of the hardware class, as policies write it.
-_CLASSES = {(8, 0): "ampere", (8, 6): "ampere", (8, 9): "ada", (9, 0): "hopper", (10, 0): "blackwell", (12, 0): "blackwell"}
+_CLASSES = {
+    (8, 0): "ampere",
+    (8, 6): "ampere",
+    (8, 9): "ada",
+    (9, 0): "hopper",
+    (10, 0): "blackwell",
+    (12, 0): "blackwell",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,5 +75,7 @@ def _cpu() -> Device:
     name = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "cpu")
     flags = next((line.split(":", 1)[1].split() for line in info.splitlines() if line.startswith("flags")), [])
     if "avx512f" not in flags:
-        return Device("cpu", name, f"no supported GPU, and the CPU ({name}) lacks AVX-512, which vLLM's FP8 KV cache needs")
+        return Device(
+            "cpu", name, f"no supported GPU, and the CPU ({name}) lacks AVX-512, which vLLM's FP8 KV cache needs"
+        )
     return Device("cpu", name, None)

@@ -1,4 +1,4 @@
-"""Records as tables that a person can read: one sheet a record, drawn for the terminal or as Markdown for Prefect's UI."""
+"""Records as tables that a person can read: one sheet a record, drawn for the terminal or as Markdown."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def terminal(sheet: Sheet) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=sheet.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    titled = any(sheet.columns)
+    table = Table(title=sheet.title, box=box.SIMPLE_HEAD if titled else None, title_justify="left", title_style="bold")
+    table.show_header = titled
     for index, column in enumerate(sheet.columns):
         table.add_column(column, justify="right" if index in sheet.right else "left", overflow="fold")
     for row in sheet.rows:
@@ -93,7 +95,8 @@ def findings_sheet(report: ValidationReport) -> Sheet:
     verdict = "sound" if report.sound else "NOT sound"
     notes = (
         f"{verdict}: {len(report.errors)} errors, {len(report.warnings)} warnings",
-        f"{report.tensors} tensors, {len(report.checks)} checks, depth {report.depth}, {human_bytes(report.bytes_read)} read",
+        f"{report.tensors} tensors, {len(report.checks)} checks",
+        f"depth {report.depth}, {human_bytes(report.bytes_read)} read",
     )
     return Sheet("Validation", ("check", "severity", "where", "expected", "found", "remedy"), rows, notes)
 
@@ -117,7 +120,8 @@ def evaluation_sheet(baseline: EvalReport, candidate: EvalReport) -> Sheet:
     engine = candidate.engine
     notes = (
         f"device {engine.device_class} ({engine.device_name}), vLLM {candidate.versions.get('vllm', '?')}",
-        f"candidate served by {', '.join(engine.linear_kernels) or 'unquantized kernels'}, KV cache {engine.kv_cache_dtype}",
+        f"candidate served by {', '.join(engine.linear_kernels) or 'unquantized kernels'}",
+        f"candidate's KV cache {engine.kv_cache_dtype}",
     )
     columns = ("task", "metric", "n", "baseline", "candidate")
     return Sheet("Evaluation", columns, tuple(rows), notes, right=frozenset({2, 3, 4}))

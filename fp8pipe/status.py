@@ -50,7 +50,7 @@ def _status(folder: ReleaseFolder) -> ReleaseStatus:
             fingerprint=outcome.fingerprint,
             detail=where,
         )
-    model, recipe, fingerprint = (folder.path.name.rsplit("--", 2) + ["", ""])[:3]
+    model, recipe, fingerprint = [*folder.path.name.rsplit("--", 2), "", ""][:3]
     checkpoint = Checkpoint.load_if_present(evidence(folder.checkpoint, "checkpoint"))
     return ReleaseStatus(
         model=checkpoint.model_id if checkpoint else model.replace("--", "/"),

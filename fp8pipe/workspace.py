@@ -1,11 +1,11 @@
 """Where things lie in a work folder, so that a restart finds what is finished.
 
-    WORK/releases/<model>--<recipe>--<fingerprint>/checkpoint/    the publishable folder, its records inside
-                                                  /evaluation/    the candidate's report, request and log
-                                                  /release.json   what was published, or why not
-    WORK/baselines/<key>/                                         one BF16 measurement, shared by all recipes
-    WORK/calibrations/<key>/                                      ranges, shared by the recipes that need the same
-    WORK/logs/                                                    full logs of runs started here
+WORK/releases/<model>--<recipe>--<fingerprint>/checkpoint/    the publishable folder, its records inside
+                                              /evaluation/    the candidate's report, request and log
+                                              /release.json   what was published, or why not
+WORK/baselines/<key>/                                         one BF16 measurement, shared by all recipes
+WORK/calibrations/<key>/                                      ranges, shared by the recipes that need the same
+WORK/logs/                                                    full logs of runs started here
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Policy around the library's stages: retries, concurrency, run names, artifacts. A task's body is one call and its artifact."""
+"""Policy around the library's stages: retries, concurrency, run names, artifacts. A task is one call."""

@@ -23,7 +23,7 @@ def show_on(listener: Progress) -> None:
 
 
 def reporter(stage: str, subject: str) -> Progress:
-    """A listener for one task: it announces `stage` at once. Call it inside the task; `subject` is what is worked on."""
+    """A listener for one task, which announces `stage` at once; `subject` is what is worked on. Call it in the task."""
     listener = _Reporter(stage, subject)
     _terminal(ProgressEvent(stage, 0, None, note=subject))
     return listener

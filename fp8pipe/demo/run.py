@@ -1,9 +1,9 @@
 """The rehearsal: a Hub on loopback, a model trained on the spot, and then the same flow that releases a real one.
 
-    WORKDIR/hub/          the local Hub's state: `fp8pipe hub serve --root WORKDIR/hub` shows it again
-    WORKDIR/base/         the base model and its two datasets, as they were pushed
-    WORKDIR/work/         the flow's work folder;  WORKDIR/sabotage/  that of a sabotaged run
-    WORKDIR/prefect/      the embedded Prefect server's home
+WORKDIR/hub/          the local Hub's state: `fp8pipe hub serve --root WORKDIR/hub` shows it again
+WORKDIR/base/         the base model and its two datasets, as they were pushed
+WORKDIR/work/         the flow's work folder;  WORKDIR/sabotage/  that of a sabotaged run
+WORKDIR/prefect/      the embedded Prefect server's home
 """
 
 from __future__ import annotations
@@ -12,37 +12,43 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from typing import Protocol
 
 from fp8pipe.config import ReleaseSpec
 from fp8pipe.demo import model, task
 from fp8pipe.localhub import LocalHub, start
 from fp8pipe.progress import Progress, ProgressEvent
 from fp8pipe.records import Outcome
-from fp8pipe.terminal import StageDisplay
 from fp8pipe.workspace import Workspace
 
 COLLECTION = f"{task.NAMESPACE}/FP8 demo"
 SABOTAGE = 1 / 16
 """What the sabotaged run multiplies every calibrated range by, as if the data had been of another kind."""
 
-Session = Callable[[Path, str, Path], AbstractContextManager[StageDisplay]]
-"""(work folder, name of the log, Prefect home) -> a display, with a Prefect server to run flows on."""
+
+class Session(Protocol):
+    """What runs the flow, and shows what is done before it."""
+
+    @property
+    def display(self) -> Progress: ...
+
+    def release(self, spec: ReleaseSpec) -> Outcome: ...
 
 
 def rehearse(
-    workdir: Path, *, sabotage: bool, session: Session, run_release: Callable[[ReleaseSpec, StageDisplay], Outcome]
+    workdir: Path, *, sabotage: bool, session: Callable[[Path, str, Path], AbstractContextManager[Session]]
 ) -> Outcome:
     """Train, push, release. Run again, it reuses what is finished and publishes nothing new."""
     workdir = workdir.resolve()
     with ExitStack() as stack:
         hub = stack.enter_context(start(workdir / "hub", port=_usual_port(workdir)))
         _talk_to(hub, workdir)
-        display = stack.enter_context(session(workdir / "work", "demo", workdir / "prefect"))
-        _prepare_base(workdir / "base", display)
+        flows = stack.enter_context(session(workdir / "work", "demo", workdir / "prefect"))
+        _prepare_base(workdir / "base", flows.display)
         spec = _release_spec(workdir, sabotage)
         if sabotage:
-            _spoil_calibration(spec, workdir, display)
-        return run_release(spec, display)
+            _spoil_calibration(spec, workdir, flows.display)
+        return flows.release(spec)
 
 
 def _talk_to(hub: LocalHub, workdir: Path) -> None:

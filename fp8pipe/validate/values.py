@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from fp8pipe.validate.fidelity import Comparison
     from fp8pipe.validate.subject import Subject
 
-TILE_BYTES = 1 << 20
-"""Bytes of codes in hand at a time; stays in a core's L2 together with its magnitudes."""
+TILE_BYTES = 1 << 18
+"""Bytes of codes in hand at a time: with their float32 work they stay near a core's L2. 1 << 20 compares at half the rate."""
 MAX_ROW_BYTES = 1 << 26
 """A row (times the block's rows) longer than this belongs to no Linear: the tensor is measured as one unit."""
 MAX_SCALE_BYTES = 1 << 28
