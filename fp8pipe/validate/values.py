@@ -10,11 +10,15 @@ one AND and one max per tile answer at once whether a unit is zero, saturated, i
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from threading import Lock
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from fp8pipe.validate.subject import Subject
 
 TILE_BYTES = 1 << 18
-"""Bytes of codes in hand at a time: with their float32 work they stay near a core's L2. 1 << 20 compares at half the rate."""
+"""Bytes of codes in hand at a time: with their float32 work they stay near a core's L2; 1 << 20 is half as fast."""
 MAX_ROW_BYTES = 1 << 26
 """A row (times the block's rows) longer than this belongs to no Linear: the tensor is measured as one unit."""
 MAX_SCALE_BYTES = 1 << 28
@@ -91,23 +95,54 @@ class Measured:
     """Tensors that should equal the source, with the byte offset of the first difference."""
     bytes_read: int = 0
 
+    def in_order_of(self, entries: Iterable[TensorInfo]) -> Measured:
+        """The same, in the order of the files and not in that in which threads finished."""
+        place = {entry.name: number for number, entry in enumerate(entries)}
+        return Measured(
+            _sorted(self.tensors, place),
+            _sorted(self.scales, place),
+            _sorted(self.comparisons, place),
+            _sorted(self.altered, place),
+            self.bytes_read,
+        )
+
+
+T = TypeVar("T")
+
+
+def _sorted(part: dict[str, T], place: dict[str, int]) -> dict[str, T]:
+    return dict(sorted(part.items(), key=lambda item: place[item[0]]))
+
 
 def measure(subject: Subject, *, with_source: bool, progress: Progress) -> Measured:
-    """Read every byte of the checkpoint once, and of the source once if asked for."""
+    """Read every byte of the checkpoint once, and of the source once if asked for; one thread per core."""
     measured = Measured()
     with ExitStack() as stack:
         ours = _open(subject.shelf, stack)
         theirs = _open(subject.source, stack) if with_source and subject.source else None
         reader = Reader(subject, ours, theirs, measured)
         entries = sorted(subject.shelf.tensors.values(), key=lambda entry: (entry.shard, entry.begin))
-        total = sum(entry.nbytes for entry in entries)
         reader.read_scales(entries)
-        done = 0
-        for entry in entries:
-            reader.read(entry)
+        pool = _pool(stack, with_torch=theirs is not None)
+        total, done = sum(entry.nbytes for entry in entries), 0
+        for entry, task in [(entry, pool.submit(reader.read, entry)) for entry in entries]:
+            task.result()
             done += entry.nbytes
             progress(ProgressEvent("validate", done, total, "B", entry.name))
-    return measured
+    return measured.in_order_of(entries)
+
+
+def _pool(stack: ExitStack, *, with_torch: bool) -> ThreadPoolExecutor:
+    """A thread per core, each alone in its torch operations: tiles are too small to be shared between threads."""
+    prepare = None
+    if with_torch:
+        import torch
+
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        prepare = partial(torch.set_num_threads, 1)
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "validate", initializer=prepare)
+    stack.callback(pool.shutdown, cancel_futures=True)
+    return pool
 
 
 def _open(shelf: Shelf, stack: ExitStack) -> SourceFiles:
@@ -125,6 +160,7 @@ class Reader:
         self.ours = ours
         self.theirs = theirs
         self.measured = measured
+        self.counting = Lock()
 
     def read_scales(self, entries: list[TensorInfo]) -> None:
         """Scales first: comparing codes needs them."""
@@ -218,7 +254,8 @@ class Reader:
     def _piece(self, files: SourceFiles, entry: TensorInfo, offset: int, size: int) -> np.ndarray[Any, Any]:
         buffer = np.empty(size, np.uint8)
         files.read_into(entry.shard, entry.begin + offset, buffer.data, entry.name)
-        self.measured.bytes_read += size
+        with self.counting:
+            self.measured.bytes_read += size
         return buffer
 
 
