@@ -199,7 +199,7 @@ def evaluate_model(
     limit: int | None,
     progress: Progress = quiet,
 ) -> EvalReport:
-    """Measure a model by hand: one of our checkpoints is a candidate, anything else a baseline (online FP8 excepted)."""
+    """Measure a model by hand: our checkpoints and online FP8 are candidates, else a baseline."""
     from fp8pipe.evaluate import evaluate
 
     checkpoint = Checkpoint.load_if_present(evidence(Path(model), "checkpoint")) if Path(model).is_dir() else None
