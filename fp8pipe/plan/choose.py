@@ -148,8 +148,8 @@ def _misfits(headers: Headers, recipe: Recipe, architecture: Architecture) -> di
 
 
 def _block_misfits(headers: Headers, height: int, architecture: Architecture) -> dict[str, str]:
-    """vLLM cuts fused matrices at shard boundaries: all but the last shard must be whole blocks high, and both halves of
-    experts (measured: else the loader raises, or takes scales of the neighbouring shard without a word)."""
+    """vLLM cuts fused matrices at shard boundaries: all but the last shard must be whole blocks high, and both halves
+    of experts (measured: else the loader raises, or takes scales of the neighbouring shard without a word)."""
     groups: dict[str, list[str]] = defaultdict(list)
     layers: dict[str, list[str]] = defaultdict(list)
     misfits: dict[str, str] = {}

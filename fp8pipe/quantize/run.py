@@ -134,9 +134,9 @@ def _write_shards(
             pool.check()
             files.open(name)
             engine.release(files.names)
+        pool.drain()  # what has arrived is worth finishing, even if something is missing
         if missing := wanted - files.names:
             raise EnvironmentFault(f"{', '.join(sorted(missing))} did not arrive; download again and run again")
-        pool.drain()
         finisher.wait()
     sync_folder(folder)
 
