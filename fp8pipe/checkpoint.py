@@ -290,8 +290,9 @@ def header_bytes(tensors: Iterable[TensorInfo], data_begin: int) -> bytes:
 
 def index_bytes(tensors: Iterable[TensorInfo]) -> bytes:
     """Content of `model.safetensors.index.json`."""
-    weight_map = {info.name: info.shard for info in tensors}
-    total = sum(info.nbytes for info in tensors)
+    placed = tuple(tensors)
+    weight_map = {info.name: info.shard for info in placed}
+    total = sum(info.nbytes for info in placed)
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode() + b"\n"
 
 

@@ -270,3 +270,14 @@ def test_a_read_error_names_tensor_file_and_byte(tmp_path: Path) -> None:
         with pytest.raises(EnvironmentFault, match=r"layers\.0\.w: cannot read .*1\.safetensors at byte 8"):
             files.read_into("1.safetensors", 8, memoryview(bytearray(4)), "layers.0.w")
     assert issubclass(EnvironmentFault, Fp8PipeError)
+
+
+def test_index_states_every_tensor_and_the_sum_of_their_bytes_also_from_a_generator():
+    from fp8pipe.checkpoint import TensorInfo, index_bytes
+
+    tensors = [
+        TensorInfo("a", "BF16", (2, 3), "one.safetensors", 0, 12),
+        TensorInfo("b", "F32", (), "two.safetensors", 0, 4),
+    ]
+    index = json.loads(index_bytes(info for info in tensors))
+    assert index == {"metadata": {"total_size": 16}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}

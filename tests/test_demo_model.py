@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,8 +128,7 @@ def test_datasets_are_written_alike_every_time(datasets, tmp_path):
 def test_suite_policy_and_recipe_name_the_demo_as_it_is():
     suite, policy, recipe = load_suite("demo"), load_policy("demo"), load_recipe("demo-fp8-static-kv")
     assert suite.task_dir is not None
-    with open(f"{suite.task_dir}/arrows.yaml") as file:
-        arrows = yaml.safe_load(file)
+    arrows = yaml.safe_load((Path(suite.task_dir) / "arrows.yaml").read_text())
     assert arrows["dataset_path"] == task.EVALUATION_ID
     assert policy.tasks[arrows["task"]].filter == arrows["filter_list"][0]["name"]
     assert recipe.calibration.dataset == task.CALIBRATION_ID
