@@ -44,11 +44,19 @@ def configured_api(environment: dict[str, str] | None = None) -> str | None:
     return settings.get("PREFECT_API_URL")
 
 
+_DIE_WITH_PARENT = """\
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; kept over exec
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Run argv[1:] so that it ends when the thread that started it does: a killed run leaves no server behind."""
+
+
 class EmbeddedServer:
     """A Prefect server on loopback, SQLite under PREFECT_HOME, living as long as this process."""
 
     def __init__(self, log_path: Path, home: Path | None = None) -> None:
-        """Start it at once, so that its start-up overlaps other work; `ready()` waits for it."""
+        """Start it at once, from the main thread, so that its start-up overlaps other work; `ready()` waits for it."""
         self.log_path = log_path
         self.port = _free_port()
         self.api_url = f"http://127.0.0.1:{self.port}/api"
@@ -57,7 +65,8 @@ class EmbeddedServer:
             home.mkdir(parents=True, exist_ok=True)
             environment["PREFECT_HOME"] = str(home.resolve())
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        server = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [sys.executable, "-c", _DIE_WITH_PARENT, sys.executable, *server]
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
