@@ -71,7 +71,11 @@ def _cpu() -> Device:
     system = f"{platform.system()} {platform.machine()}"
     if system != "Linux x86_64":
         return Device("cpu", system, f"fp8pipe runs on x86-64 Linux, found {system}")
-    info = Path("/proc/cpuinfo").read_text()
+    return cpu_of(Path("/proc/cpuinfo").read_text())
+
+
+def cpu_of(info: str) -> Device:
+    """The CPU that /proc/cpuinfo describes."""
     name = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "cpu")
     flags = next((line.split(":", 1)[1].split() for line in info.splitlines() if line.startswith("flags")), [])
     if "avx512f" not in flags:

@@ -136,6 +136,8 @@ def _one_translation(what: str, error: BaseException) -> Fp8PipeError | None:
             return HubUnreachable(
                 f"{what}: {endpoint()} cannot be reached ({reason}); check HF_ENDPOINT and the network"
             )
+        case hub.LocalTokenNotFoundError():
+            return AccessDenied(f"{what}: no token; set HF_TOKEN or log in with `hf auth login`")
         case hub.HFValidationError():
             return InputError(f"{what}: not a name the Hub can have: {error}")
         case hub.FileMetadataError() | json.JSONDecodeError():
