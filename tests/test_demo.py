@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fp8pipe.demo.model import BASE_ID
 from test_cli import FP8PIPE
 
 from fp8pipe import localhub
 from fp8pipe.config import ReleaseSpec
+from fp8pipe.demo.model import BASE_ID
 from fp8pipe.records import EvalReport, Outcome
 from fp8pipe.workspace import Workspace
 
