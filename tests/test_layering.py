@@ -19,7 +19,9 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_importing_every_room_brings_in_no_prefect():
-    names = [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "fp8pipe.") if not m.name.endswith("__main__")]
+    # evaluate.engine can be imported only in the worker that has prepared for vLLM; the test below reads its imports.
+    skipped = ("__main__", "evaluate.engine")
+    names = [m.name for m in pkgutil.walk_packages([str(PACKAGE)], "fp8pipe.") if not m.name.endswith(skipped)]
     imports = "\n".join(f"import {name}" for name in names)
     assert "prefect" not in modules_after(imports)
 
