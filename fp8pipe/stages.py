@@ -73,7 +73,7 @@ def plan_snapshot(snapshot: Snapshot, recipe: Recipe, *, trust_remote_code: bool
     from fp8pipe.plan import make_plan
 
     headers = read_headers(snapshot)
-    architecture = inspect(snapshot, trust_remote_code=trust_remote_code)
+    architecture = inspect(snapshot, headers=headers, trust_remote_code=trust_remote_code)
     return make_plan(snapshot, headers, recipe, architecture)
 
 
