@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -241,14 +242,16 @@ def test_deployed_flow_releases_through_a_worker(demo, tmp_path):
                 cwd=tmp_path,
                 stdout=(tmp_path / "worker.log").open("w"),
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             try:
                 parameters = json.dumps({"spec": spec.model_dump(mode="json")})
                 name = "release-model/release-model"
                 shown = run("deployment", "run", name, "--params", parameters, "--watch", cwd=tmp_path)
             finally:
-                worker.terminate()
-                worker.wait(60)
+                # killed as a group: a worker that ends in peace waits for its server, whose SQLite may be busy for minutes
+                os.killpg(worker.pid, signal.SIGKILL)
+                worker.wait()
         finally:
             server.stop()
         seen = on_the_hub(environment, f"seen['files'] = api.list_repo_files({repo_id!r})")
