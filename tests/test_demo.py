@@ -249,7 +249,7 @@ def test_deployed_flow_releases_through_a_worker(demo, tmp_path):
                 name = "release-model/release-model"
                 shown = run("deployment", "run", name, "--params", parameters, "--watch", cwd=tmp_path)
             finally:
-                # killed as a group: a worker that ends in peace waits for its server, whose SQLite may be busy for minutes
+                # as a group and at once: asked nicely, a worker waits for its server, whose SQLite may be busy
                 os.killpg(worker.pid, signal.SIGKILL)
                 worker.wait()
         finally:
