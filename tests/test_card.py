@@ -262,7 +262,7 @@ def test_card_lists_plots_by_relative_path_and_the_evidence_that_is_there() -> N
 
 
 def test_a_local_calibration_file_is_named_without_the_machines_path() -> None:
-    local = "/home/someone/secret/data.jsonl"
+    local = "/data/someone/secret/data.jsonl"
     card = render_card(facts_of(calibration=calibration(dataset=local), recipe=recipe(calibration={"dataset": local})))
     assert "data.jsonl" in plain(card)
     assert "someone" not in card
@@ -270,7 +270,7 @@ def test_a_local_calibration_file_is_named_without_the_machines_path() -> None:
 
 
 def test_a_local_source_is_no_base_model_of_the_hub() -> None:
-    local = Snapshot(model_id="tiny", commit="local-" + "0" * 20, files=(), root="/home/someone/tiny")
+    local = Snapshot(model_id="tiny", commit="local-" + "0" * 20, files=(), root="/data/someone/tiny")
     card = render_card(facts_of(source=local))
     assert "base_model" not in front_matter(card)
     assert "someone" not in card
