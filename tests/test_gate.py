@@ -35,6 +35,8 @@ from fp8pipe.gate.statistics import (
     mcnemar_p,
     mean_interval,
     paired_test,
+    rejection_p,
+    score_bound,
     score_statistic,
     score_test,
 )
@@ -57,10 +59,10 @@ from fp8pipe.records import EvalReport, GateDecision
 def test_score_interval_equals_published_values(
     lost: int, won: int, n: int, level: float, lower: float, upper: float, digits: int
 ) -> None:
-    test = score_test(lost, won, n, margin=0.02)
-    tail = (1 - level) / 2
-    assert round(test.lower(tail), digits) == lower
-    assert round(test.upper(tail), digits) == upper
+    z = float(stats.norm.isf((1 - level) / 2))
+    assert round(score_bound(lost, won, n, z), digits) == lower
+    assert round(score_bound(lost, won, n, -z), digits) == upper
+    assert score_test(lost, won, n, margin=0.02).upper((1 - level) / 2) == score_bound(lost, won, n, -z)
 
 
 @pytest.mark.parametrize("lost, won, n", [(5, 2, 150), (0, 3, 200), (7, 0, 90), (40, 20, 160), (1, 1, 2000)])
@@ -98,10 +100,9 @@ def test_bounds_are_where_the_p_values_cross_alpha(lost: int, won: int, n: int) 
 
 
 def test_swapping_baseline_and_candidate_mirrors_the_interval() -> None:
-    ours, theirs = score_test(31, 12, 700, 0.02), score_test(12, 31, 700, 0.02)
-    assert ours.drop == -theirs.drop
-    assert ours.upper(0.05) == pytest.approx(-theirs.lower(0.05), abs=1e-9)
-    assert ours.lower(0.05) == pytest.approx(-theirs.upper(0.05), abs=1e-9)
+    z = float(stats.norm.isf(0.05))
+    assert score_bound(31, 12, 700, z) == pytest.approx(-score_bound(12, 31, 700, -z), abs=1e-9)
+    assert score_bound(31, 12, 700, -z) == pytest.approx(-score_bound(12, 31, 700, z), abs=1e-9)
 
 
 def test_no_discordant_pair_is_accepted_only_with_enough_samples() -> None:
@@ -110,22 +111,26 @@ def test_no_discordant_pair_is_accepted_only_with_enough_samples() -> None:
     assert score_test(0, 0, needed - 1, 0.02).p_accept > 0.05
 
 
+def every_table(n: int, drop: float, discordance: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(lost, won, probability) of every table that can be drawn, as flat arrays."""
+    rates = [(discordance + drop) / 2, (discordance - drop) / 2, 1 - discordance]
+    most = int(n * discordance + 8 * math.sqrt(n * discordance) + 8)
+    lost, won = (axis.ravel() for axis in np.meshgrid(np.arange(most), np.arange(most), indexing="ij"))
+    possible = lost + won <= n
+    lost, won = lost[possible], won[possible]
+    return lost, won, stats.multinomial.pmf(np.stack([lost, won, n - lost - won], axis=1), n, rates)
+
+
 def error_rates(n: int, drop: float, discordance: float, margin: float = 0.02) -> tuple[float, float, float]:
-    """Exact chances that the score test accepts, that it rejects, and that a Wald interval accepts, at alpha 0.05."""
-    lost_rate, won_rate = (discordance + drop) / 2, (discordance - drop) / 2
+    """Exact chances that the gate's test accepts, that it rejects, and that a Wald interval accepts, at alpha 0.05."""
     z = float(stats.norm.ppf(0.95))
-    accepted = rejected = wald = 0.0
-    for discordant in range(int(n * discordance + 8 * math.sqrt(n * discordance) + 8)):
-        for lost in range(discordant + 1):
-            won = discordant - lost
-            rates = [lost_rate, won_rate, 1 - discordance]
-            chance = float(stats.multinomial.pmf([lost, won, n - discordant], n, rates))
-            statistic = score_statistic(lost, won, n, margin)
-            error = math.sqrt(discordant - (lost - won) ** 2 / n) / n
-            accepted += chance * (statistic < -z)
-            rejected += chance * (statistic > z)
-            wald += chance * ((lost - won) / n + z * error < margin)
-    return accepted, rejected, wald
+    lost, won, chance = every_table(n, drop, discordance)
+    statistic = score_statistic(lost, won, n, margin)
+    error = np.sqrt(lost + won - (lost - won) ** 2 / n) / n
+    tail = (statistic > z) & (chance > 1e-9)  # the counted tail can only take rejections away
+    tail[tail] = [rejection_p(*table, n, margin) < 0.05 for table in zip(lost[tail], won[tail], strict=True)]
+    wald = (lost - won) / n + z * error < margin
+    return float(chance[statistic < -z].sum()), float(chance[tail].sum()), float(chance[wald].sum())
 
 
 def test_a_drop_of_the_margin_is_accepted_at_most_alpha_where_wald_accepts_eleven_percent() -> None:
@@ -134,8 +139,19 @@ def test_a_drop_of_the_margin_is_accepted_at_most_alpha_where_wald_accepts_eleve
     assert 0.10 < wald < 0.13
 
 
+@pytest.mark.parametrize("n", [100, 150, 250])
+@pytest.mark.parametrize("discordance", [0.02, 0.03, 0.06, 0.1])
+def test_a_drop_of_the_margin_is_rejected_at_most_alpha_also_in_small_samples(n: int, discordance: float) -> None:
+    assert error_rates(n, drop=0.02, discordance=discordance)[1] <= 0.05
+
+
+def test_counting_the_tail_costs_a_large_sample_next_to_nothing() -> None:
+    score_alone = float(stats.norm.sf(score_statistic(130, 40, 4000, 0.02)))
+    assert rejection_p(130, 40, 4000, 0.02) == pytest.approx(score_alone, rel=0.05)
+
+
 def test_no_true_drop_is_almost_never_rejected() -> None:
-    assert error_rates(250, drop=0.0, discordance=0.06)[1] < 0.05
+    assert error_rates(250, drop=0.0, discordance=0.06)[1] < 0.01
 
 
 def test_simulated_evaluations_at_the_margin_pass_the_whole_gate_at_most_alpha() -> None:
