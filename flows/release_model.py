@@ -32,11 +32,13 @@ def release_model(spec: ReleaseSpec) -> State[Outcome]:
 
     snapshot = pin(spec.model)
     layout = plan(snapshot, recipe, spec.trust_remote_code)
-    snapshot = download(snapshot, spec.trust_remote_code)
-    ranges = calibrate(snapshot, layout, recipe, workspace, spec.device) if recipe.needs_calibration else None
+    ranges = None
+    if recipe.needs_calibration:
+        snapshot = download(snapshot, spec.trust_remote_code)
+        ranges = calibrate(snapshot, layout, recipe, workspace, spec.device)
     identity = fingerprint(snapshot, recipe, ranges.digest() if ranges else None)
     folder = workspace.release(snapshot.model_id, recipe.name, identity)
-    checkpoint = quantize(snapshot, layout, folder.checkpoint, ranges)
+    checkpoint, snapshot = quantize(snapshot, layout, folder.checkpoint, ranges)
 
     report = validate(folder.checkpoint, snapshot, recipe.name)
     if not report.sound:

@@ -23,6 +23,7 @@ import yaml
 
 from fp8pipe.config import GatePolicy, Recipe
 from fp8pipe.errors import Refused
+from fp8pipe.progress import human_bytes
 from fp8pipe.records import (
     RECORD_DIR,
     Approval,
@@ -34,7 +35,6 @@ from fp8pipe.records import (
     ValidationReport,
     write_atomically,
 )
-from fp8pipe.terminal import human_bytes
 
 if TYPE_CHECKING:
     from fp8pipe.calibrate.record import Calibration

@@ -162,8 +162,8 @@ def quantize(
     ] = None,
 ) -> None:
     """Write the FP8 checkpoint, calibrating first when the recipe needs it."""
+    from fp8pipe.progress import human_bytes
     from fp8pipe.stages import quantize_model
-    from fp8pipe.terminal import human_bytes
 
     chosen = _recipe_with(
         recipe,

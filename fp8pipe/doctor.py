@@ -14,8 +14,8 @@ from typing import Literal
 from fp8pipe import device
 from fp8pipe.errors import Fp8PipeError
 from fp8pipe.orchestrator import configured_api
+from fp8pipe.progress import human_bytes
 from fp8pipe.records import Record
-from fp8pipe.terminal import human_bytes
 
 _PACKAGES = ("torch", "transformers", "lm_eval", "prefect", "huggingface_hub", "safetensors", "datasets")
 _LOW_DISK = 20_000_000_000

@@ -1,9 +1,9 @@
-"""How a long stage tells what it is doing: one event type, one callable, no global state."""
+"""How a long stage tells what it is doing: one event type, one callable, no global state; and its words for people."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,77 @@ class ProgressEvent:
     """What is in hand, in a few words."""
 
 
+SETTLE_S = 1.0
+"""Before that a rate says nothing."""
+
 Progress = Callable[[ProgressEvent], None]
 
 
 def quiet(event: ProgressEvent) -> None:
     """The listener of those who do not listen."""
+
+
+def describe(event: ProgressEvent, *, before: float, seconds: float) -> str:
+    """How much, how fast, how long still: `1.2 GB of 2.0 GB  0.8 GB/s  1 s left  40/99 tensors`.
+
+    `before` is what was done `seconds` ago, when this run began: what an earlier run had finished is not its speed."""
+    speed = _speed(event, event.done - before, seconds)
+    return "  ".join(part for part in (_amount(event), *speed, event.note) if part)
+
+
+def _speed(event: ProgressEvent, done: float, seconds: float) -> tuple[str, ...]:
+    if seconds < SETTLE_S or done <= 0 or not event.unit:
+        return ()
+    rate = done / seconds
+    speed = f"{human_bytes(rate)}/s" if event.unit == "B" else f"{rate:.1f} {event.unit}/s"
+    left = (event.total - event.done) / rate if event.total else 0
+    return (speed, f"{human_seconds(left)} left") if left > 0 else (speed,)
+
+
+@dataclass
+class Overlap:
+    """Two stages that run at once, told as the later one: its own events, with the earlier one's amount as their note.
+
+    Before the later one has something to tell, the earlier one's events stand for it, with nothing done yet."""
+
+    listener: Progress
+    stage: str
+    _arrived: str = ""
+    _last: ProgressEvent | None = None
+
+    def earlier(self, event: ProgressEvent) -> None:
+        """An event of what comes first, such as a download."""
+        complete = event.total is not None and event.done >= event.total
+        self._arrived = "" if complete else f"{_amount(event)} downloaded"
+        last = self._last or ProgressEvent(self.stage, 0, None)
+        self.listener(replace(last, note="  ".join(part for part in (last.note, self._arrived) if part)))
+
+    def later(self, event: ProgressEvent) -> None:
+        """An event of the stage that all of this is told as."""
+        self._last = event
+        self.listener(replace(event, note="  ".join(part for part in (event.note, self._arrived) if part)))
+
+
+def _amount(event: ProgressEvent) -> str:
+    if event.unit == "B":
+        return human_bytes(event.done) + (f" of {human_bytes(event.total)}" if event.total else "")
+    if event.unit:
+        return f"{event.done:.0f}" + (f" of {event.total:.0f}" if event.total else "") + f" {event.unit}"
+    return ""
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> `1.5 kB`; powers of 1000, as disks and the Hub count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """95 -> `1 min 35 s`; 4000 -> `1 h 6 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fp8pipe.progress import human_bytes
 from fp8pipe.records import (
     RECORD_DIR,
     BatchResult,
@@ -18,7 +19,6 @@ from fp8pipe.records import (
     Release,
     ValidationReport,
 )
-from fp8pipe.terminal import human_bytes
 
 if TYPE_CHECKING:
     from rich.console import Group

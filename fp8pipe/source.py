@@ -165,8 +165,9 @@ def weight_files(snapshot: Snapshot) -> tuple[str, ...]:
 
 def _indexed_files(snapshot: Snapshot, names: set[str]) -> tuple[str, ...]:
     where = f"{snapshot.model_id}: {INDEX}"
+    text = read_file(snapshot, INDEX)
     try:
-        weight_map = json.loads(read_file(snapshot, INDEX))["weight_map"]
+        weight_map = json.loads(text)["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MalformedCheckpoint(f"{where}: expected a JSON object with weight_map, found {error!r}") from error
@@ -188,13 +189,20 @@ def _is_plain(name: str) -> bool:
 
 
 def needed_files(snapshot: Snapshot, *, trust_remote_code: bool = False) -> tuple[SourceFile, ...]:
-    """What a quantized copy is made of: companions first, then the weights. `*.py` only if `trust_remote_code`."""
+    """What a quantized copy is made of: companions first, then the weights."""
     weights = set(weight_files(snapshot))
+    return (
+        *companion_files(snapshot, trust_remote_code=trust_remote_code),
+        *sorted((file for file in snapshot.files if file.name in weights), key=lambda file: file.name),
+    )
+
+
+def companion_files(snapshot: Snapshot, *, trust_remote_code: bool = False) -> tuple[SourceFile, ...]:
+    """What lies beside the weights, the index too. Reads nothing. `*.py` only if `trust_remote_code`."""
     patterns = (*COMPANIONS, "*.py") if trust_remote_code else COMPANIONS
-    small = [
+    return tuple(
         file for file in snapshot.files if _matches(file.name, patterns) and not file.name.endswith(".bin.index.json")
-    ]
-    return (*small, *sorted((file for file in snapshot.files if file.name in weights), key=lambda file: file.name))
+    )
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fp8pipe.config import EvalSuite, GatePolicy, Recipe, ResolvedRelease
 from fp8pipe.errors import InputError
-from fp8pipe.progress import Progress, quiet
+from fp8pipe.progress import Overlap, Progress, quiet
 from fp8pipe.records import (
     RECORD_DIR,
     Checkpoint,
@@ -97,13 +97,26 @@ def quantize_snapshot(
     *,
     calibration: Calibration | None,
     progress: Progress = quiet,
-) -> Checkpoint:
-    """The checkpoint in `folder`, with the records it was made from."""
-    from fp8pipe.quantize import quantize
+) -> tuple[Checkpoint, Snapshot]:
+    """The checkpoint in `folder`, with the records it was made from, and the snapshot on this machine.
 
-    checkpoint = quantize(snapshot, plan, folder, calibration=calibration, progress=progress)
+    A snapshot that is still on the Hub is downloaded meanwhile: a shard is quantized as soon as it has arrived."""
+    from fp8pipe.quantize import quantize
+    from fp8pipe.source import download_iter, local_snapshot
+
+    trusted = plan.trust_remote_code
+    if snapshot.root is not None:
+        checkpoint = quantize(snapshot, plan, folder, calibration=calibration, progress=progress)
+    else:
+        both = Overlap(progress, "quantize")
+        arriving = download_iter(snapshot, trust_remote_code=trusted, progress=both.earlier)
+        here = local_snapshot(snapshot, trust_remote_code=trusted)
+        checkpoint = quantize(here, plan, folder, calibration=calibration, arriving=arriving, progress=both.later)
+    snapshot = fetch(
+        snapshot, trust_remote_code=trusted
+    )  # there already, unless the checkpoint was and the cache was not
     snapshot.model_copy(update={"root": None}).save(evidence(folder, "source"))
-    return checkpoint
+    return checkpoint, snapshot
 
 
 def quantize_model(
@@ -112,12 +125,12 @@ def quantize_model(
     """Everything from a model's name to a checkpoint folder."""
     snapshot = pin(model)
     plan = plan_snapshot(snapshot, recipe)
-    snapshot = fetch(snapshot, progress=progress)
     calibration = None
     if recipe.needs_calibration:
+        snapshot = fetch(snapshot, progress=progress)
         workspace = Workspace(folder.parent / f".{folder.name}.work")
         calibration = calibrate_snapshot(snapshot, plan, recipe, workspace, device=device, progress=progress)
-    return quantize_snapshot(snapshot, plan, folder, calibration=calibration, progress=progress)
+    return quantize_snapshot(snapshot, plan, folder, calibration=calibration, progress=progress)[0]
 
 
 # ------------------------------------------------------------------------------------------ validate

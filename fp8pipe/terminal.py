@@ -21,7 +21,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from fp8pipe.progress import ProgressEvent
+from fp8pipe.progress import ProgressEvent, describe
+
+PRINT_EVERY_S = 30
 
 
 @contextmanager
@@ -53,18 +55,34 @@ class _Stage:
     started: float
     event: ProgressEvent
     seconds: float | None = None
+    before: float = 0
+    """Done when this run's first event with an amount came."""
+    failed: bool = False
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started if self.seconds is None else self.seconds
+
+    def line(self) -> str:
+        return describe(self.event, before=self.before, seconds=self.elapsed())
+
+    def take(self, event: ProgressEvent) -> None:
+        if event.unit and not self.event.unit:
+            self.before = event.done
+        self.event = event
 
 
 @dataclass
 class StageDisplay:
     """A live list of stages. Use as a context manager; call it with ProgressEvents from any thread.
 
-    On something that is not a terminal it prints one line when a stage starts and one when it is done.
+    On something that is not a terminal it prints one line when a stage starts, one when it is done, and one every half
+    minute between.
     """
 
     console: Console
     stages: list[_Stage] = field(default_factory=list)
     _live: Live | None = None
+    _printed: float = 0
 
     def __enter__(self) -> StageDisplay:
         if self.console.is_terminal:
@@ -75,53 +93,37 @@ class StageDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._finish_last()
+        self._finish_last(failed=error is not None)
         if self._live is not None:
             self._live.__exit__(kind, error, trace)
 
     def __call__(self, event: ProgressEvent) -> None:
         if not self.stages or self.stages[-1].name != event.stage:
             self._finish_last()
-            self.stages.append(_Stage(event.stage, time.monotonic(), event))
-            if self._live is None:
-                self.console.print(f"  ... {event.stage} {event.note}".rstrip())
+            self.stages.append(_Stage(event.stage, time.monotonic(), event, before=event.done))
+            self._print(f"  ... {event.stage} {event.note}")
         else:
-            self.stages[-1].event = event
+            self.stages[-1].take(event)
+            if time.monotonic() - self._printed > PRINT_EVERY_S:
+                self._print(f"      {event.stage:<22} {self.stages[-1].line()}")
 
-    def _finish_last(self) -> None:
+    def _finish_last(self, *, failed: bool = False) -> None:
         if self.stages and self.stages[-1].seconds is None:
             stage = self.stages[-1]
-            stage.seconds = time.monotonic() - stage.started
-            if self._live is None:
-                self.console.print(f"  ok  {stage.name:<22} {stage.seconds:6.1f} s  {_amount(stage.event)}".rstrip())
+            stage.seconds, stage.failed = stage.elapsed(), failed
+            self._print(f"  {'--' if failed else 'ok'}  {stage.name:<22} {stage.seconds:6.1f} s  {stage.line()}")
+
+    def _print(self, line: str) -> None:
+        if self._live is None:
+            self._printed = time.monotonic()
+            self.console.print(line.rstrip(), markup=False)
 
     def _render(self) -> Table:
         table = Table.grid(padding=(0, 1))
         for stage in self.stages:
             running = stage.seconds is None
-            seconds = time.monotonic() - stage.started if stage.seconds is None else stage.seconds
-            mark = Spinner("dots", style="cyan") if running else Text("✓", style="green")
+            ended = Text("✗", style="red") if stage.failed else Text("✓", style="green")
+            mark = Spinner("dots", style="cyan") if running else ended
             name = Text(stage.name, style="bold" if running else "")
-            table.add_row(mark, name, Text(f"{seconds:6.1f} s", style="dim"), Text(_amount(stage.event), style="dim"))
+            table.add_row(mark, name, Text(f"{stage.elapsed():6.1f} s", style="dim"), Text(stage.line(), style="dim"))
         return table
-
-
-def _amount(event: ProgressEvent) -> str:
-    parts = []
-    if event.unit == "B":
-        parts.append(human_bytes(event.done) + (f" of {human_bytes(event.total)}" if event.total else ""))
-    elif event.unit:
-        total = f" of {event.total:.0f}" if event.total else ""
-        parts.append(f"{event.done:.0f}{total} {event.unit}")
-    if event.note:
-        parts.append(event.note)
-    return "  ".join(parts)
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> `1.5 kB`; powers of 1000, as disks and the Hub count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from fp8pipe.progress import Progress, ProgressEvent, quiet
+from fp8pipe.progress import Progress, ProgressEvent, describe, quiet
 
 _UPDATE_EVERY_S = 2.0
 
@@ -42,24 +42,28 @@ class _Reporter:
         self.subject = subject
         self.artifact: UUID | None = None
         self.updated = 0.0
+        self.started = time.monotonic()
+        self.before: float | None = None
 
     def __call__(self, event: ProgressEvent) -> None:
         _terminal(replace(event, stage=self.stage))
         if not event.total:
             return
+        if self.before is None and event.unit:
+            self.before = event.done
         percent = min(100.0, 100.0 * event.done / event.total)
         if percent < 100 and time.monotonic() - self.updated < _UPDATE_EVERY_S:
             return
         self.updated = time.monotonic()
+        line = describe(event, before=self.before or 0, seconds=time.monotonic() - self.started)
+        text = f"{self.stage}: {self.subject}, {line}"
         if self.artifact is None:
-            self.artifact = _create(self.stage, self.subject, percent)
+            self.artifact = _create(artifact_key("progress", self.stage, self.subject), percent, text)
         else:
-            update_progress_artifact(self.artifact, progress=percent)
+            update_progress_artifact(self.artifact, progress=percent, description=text)
 
 
-def _create(stage: str, subject: str, percent: float) -> UUID:
-    made = create_progress_artifact(
-        progress=percent, key=artifact_key("progress", stage, subject), description=f"{stage}: {subject}"
-    )
+def _create(key: str, percent: float, text: str) -> UUID:
+    made = create_progress_artifact(progress=percent, key=key, description=text)
     assert isinstance(made, UUID)  # the synchronous call returns the id, not a coroutine
     return made

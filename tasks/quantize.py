@@ -31,8 +31,17 @@ def calibrate(snapshot: Snapshot, plan: Plan, recipe: Recipe, workspace: Workspa
     return stages.calibrate_snapshot(snapshot, plan, recipe, workspace, device=device, progress=progress)
 
 
-@task(name="quantize", task_run_name="quantize {snapshot.model_id} {plan.recipe}", cache_policy=NO_CACHE)
-def quantize(snapshot: Snapshot, plan: Plan, folder: Path, calibration: Calibration | None) -> Checkpoint:
-    """The FP8 checkpoint."""
+@task(
+    name="quantize",
+    task_run_name="quantize {snapshot.model_id} {plan.recipe}",
+    cache_policy=NO_CACHE,
+    retries=HUB_RETRIES,
+    retry_delay_seconds=HUB_RETRY_DELAYS,
+    retry_condition_fn=is_transient,
+)
+def quantize(
+    snapshot: Snapshot, plan: Plan, folder: Path, calibration: Calibration | None
+) -> tuple[Checkpoint, Snapshot]:
+    """The FP8 checkpoint, and the snapshot on this machine: what is still on the Hub is quantized as it arrives."""
     progress = reporter("quantize", plan.recipe)
     return stages.quantize_snapshot(snapshot, plan, folder, calibration=calibration, progress=progress)

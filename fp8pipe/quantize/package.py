@@ -21,10 +21,8 @@ _NOT_COPIED = frozenset(
 
 
 def companions(snapshot: Snapshot, plan: Plan) -> tuple[str, ...]:
-    """Names of the files that are copied."""
-    weights = set(source.weight_files(snapshot))
-    files = source.needed_files(snapshot, trust_remote_code=plan.trust_remote_code)
-    names = (file.name for file in files if file.name not in weights)
+    """Names of the files that are copied. Reads nothing: they may still be on their way."""
+    names = (file.name for file in source.companion_files(snapshot, trust_remote_code=plan.trust_remote_code))
     return tuple(name for name in names if name.lower() not in _NOT_COPIED and not name.endswith(".index.json"))
 
 

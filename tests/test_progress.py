@@ -1,0 +1,78 @@
+"""What people are told while a stage runs."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from fp8pipe.progress import Overlap, ProgressEvent, describe, human_bytes, human_seconds
+from fp8pipe.terminal import StageDisplay
+
+
+def test_a_line_says_how_much_how_fast_and_how_long_still() -> None:
+    event = ProgressEvent("quantize", 1.5e9, 2e9, "B", "40/99 tensors")
+    assert describe(event, before=0.5e9, seconds=2) == "1.5 GB of 2.0 GB  500.0 MB/s  1 s left  40/99 tensors"
+
+
+def test_what_an_earlier_run_had_finished_is_not_this_ones_speed() -> None:
+    event = ProgressEvent("quantize", 1.5e9, 2e9, "B")
+    assert "/s" not in describe(event, before=1.5e9, seconds=2)
+
+
+def test_no_rate_is_told_before_it_means_something() -> None:
+    assert describe(ProgressEvent("x", 5, 10, "layers"), before=0, seconds=0.1) == "5 of 10 layers"
+
+
+def test_a_finished_stage_has_nothing_left() -> None:
+    assert describe(ProgressEvent("x", 10, 10, "layers"), before=0, seconds=5) == "10 of 10 layers  2.0 layers/s"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(4, "4 s"), (95, "1 min 35 s"), (4000, "1 h 6 min")])
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert human_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(999, "999 B"), (1536, "1.5 kB"), (2.5e12, "2.5 TB")])
+def test_sizes_count_in_thousands(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_a_download_beside_the_quantization_is_its_note_until_it_is_complete() -> None:
+    told: list[ProgressEvent] = []
+    both = Overlap(told.append, "quantize")
+    both.earlier(ProgressEvent("source", 1e6, 2e6, "B", "a.safetensors"))
+    both.later(ProgressEvent("quantize", 5e5, 2e6, "B", "1/9 tensors"))
+    both.earlier(ProgressEvent("source", 2e6, 2e6, "B", "b.safetensors"))
+    assert {event.stage for event in told} == {"quantize"}
+    assert [event.note for event in told] == [
+        "1.0 MB of 2.0 MB downloaded",
+        "1/9 tensors  1.0 MB of 2.0 MB downloaded",
+        "1/9 tensors",
+    ]
+    assert [event.done for event in told] == [0, 5e5, 5e5]
+
+
+def shown(*events: ProgressEvent, error: type[Exception] | None = None) -> str:
+    file = io.StringIO()
+    display = StageDisplay(Console(file=file, width=120))
+    try:
+        with display:
+            for event in events:
+                display(event)
+            if error is not None:
+                raise error
+    except RuntimeError:
+        pass
+    return file.getvalue()
+
+
+def test_a_stage_that_failed_is_not_shown_as_done() -> None:
+    text = shown(ProgressEvent("plan", 0, None), ProgressEvent("quantize", 1, 9, "tensors"), error=RuntimeError)
+    lines = text.splitlines()
+    assert [line.split()[:2] for line in lines if not line.startswith("  ...")] == [["ok", "plan"], ["--", "quantize"]]
+
+
+def test_square_brackets_in_a_note_are_shown_as_they_are() -> None:
+    assert "[bold]" in shown(ProgressEvent("plan", 0, None, note="model[bold]"))

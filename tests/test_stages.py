@@ -1,0 +1,68 @@
+"""Stages as the commands and tasks call them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_models import make_model
+
+from fp8pipe import stages
+from fp8pipe.config import load_recipe
+from fp8pipe.errors import EnvironmentFault
+from fp8pipe.hub import client
+from fp8pipe.localhub import Fault, LocalHub
+from fp8pipe.progress import ProgressEvent
+from fp8pipe.quantize import JOURNAL_NAME
+from fp8pipe.records import RECORD_DIR
+
+pytest_plugins = ["hub_fixtures"]
+
+
+@pytest.fixture
+def model(hub: LocalHub, repo_id: str, tmp_path: Path) -> str:
+    """A model in several shards, on the Hub."""
+    folder = make_model(tmp_path / "model")
+    api = client()
+    api.create_repo(repo_id)
+    api.upload_folder(repo_id=repo_id, folder_path=folder)
+    return repo_id
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_model_on_the_hub_is_quantized_while_it_arrives(
+    model: str, break_hub: Callable[..., None], tmp_path: Path
+) -> None:
+    recipe, out = load_recipe("fp8-dynamic"), tmp_path / "out"
+    remote = stages.pin(model)
+    plan = stages.plan_snapshot(remote, recipe)
+    last = sorted({tensor.shard for tensor in plan.tensors})[-1]
+    break_hub(Fault(path=f"/resolve/.*{last}", method="GET", action="status", status=503, times=1000))
+    with pytest.raises(EnvironmentFault):
+        stages.quantize_snapshot(remote, plan, out, calibration=None)
+    finished = (out / RECORD_DIR / JOURNAL_NAME).read_text().count('"weight"')
+    assert 0 < finished < len(plan.outputs), "what had arrived was quantized before the rest was there"
+    assert not (out / "config.json").exists()
+
+    break_hub()
+    events: list[ProgressEvent] = []
+    _, here = stages.quantize_snapshot(remote, plan, out, calibration=None, progress=events.append)
+    assert {event.stage for event in events} == {"quantize"}
+    assert here.root is not None and (here.path / last).exists()
+    local = stages.pin(str(tmp_path / "model"))
+    stages.quantize_snapshot(local, stages.plan_snapshot(local, recipe), tmp_path / "other", calibration=None)
+    assert bytes_of(out) == bytes_of(tmp_path / "other")
+
+
+def test_a_finished_checkpoint_still_brings_its_source(model: str, tmp_path: Path) -> None:
+    remote = stages.pin(model)
+    plan = stages.plan_snapshot(remote, load_recipe("fp8-dynamic"))
+    first, here = stages.quantize_snapshot(remote, plan, tmp_path / "out", calibration=None)
+    lost = here.path / "config.json"
+    lost.unlink()
+    again, here = stages.quantize_snapshot(remote, plan, tmp_path / "out", calibration=None)
+    assert again == first and lost.exists()
