@@ -86,11 +86,11 @@ def use_cpu_engine() -> None:
 def _cpu_engine(model: str, **given: Any) -> LLM:  # Any: vLLM's engine arguments, passed through
     from vllm import LLM
 
-    _import_architecture(model, given.get("trust_remote_code", False))
+    import_architecture(model, given.get("trust_remote_code", False))
     return LLM(model, **(CPU_ENGINE_ARGUMENTS | given))
 
 
-def _import_architecture(model: str, trust_remote_code: bool) -> None:
+def import_architecture(model: str, trust_remote_code: bool) -> None:
     """Register the model's class as already imported.
 
     vLLM otherwise looks at the class in a process of its own, so as not to initialise CUDA in this one, and pays a
