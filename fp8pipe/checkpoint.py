@@ -14,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -36,6 +37,8 @@ ITEM_BYTES: Mapping[str, int] = {
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself."""
+
+REQUESTS_AT_ONCE = 8
 
 _FIRST_READ = 1 << 18
 """Bytes to ask for before the header's length is known: most headers fit, so that a remote one costs one request."""
@@ -97,7 +100,8 @@ def read_headers(snapshot: Snapshot) -> Headers:
     sizes = {file.name: file.size for file in snapshot.files}
     for name in names:
         _check_file_name(name, "list of weight files")
-    shards = tuple(_read_header(snapshot, name, sizes[name]) for name in names)
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="headers") as pool:  # on the Hub each is a round trip
+        shards = tuple(pool.map(lambda name: _read_header(snapshot, name, sizes[name]), names))
     headers = Headers(shards, _all_tensors(shards))
     if INDEX_NAME in sizes and list(names) != [SINGLE_NAME]:
         check_index(source.read_file(snapshot, INDEX_NAME), headers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,3 +68,18 @@ def test_a_finished_checkpoint_still_brings_its_source(model: str, tmp_path: Pat
     lost.unlink()
     again, here = stages.quantize_snapshot(remote, plan, tmp_path / "out", calibration=None)
     assert again == first and lost.exists()
+
+
+def test_a_plan_of_a_model_on_the_hub_reads_headers_and_nothing_else(
+    model: str, hub: LocalHub, break_hub: Callable[..., None], tmp_path: Path
+) -> None:
+    recipe = load_recipe("fp8-dynamic")
+    folder = stages.pin(str(tmp_path / "model"))
+    shards = {file.name: file.size for file in folder.files if file.name.endswith(".safetensors")}
+    break_hub(*(Fault(path=f"/resolve/.*{name}", action="status", after=1) for name in shards))
+    remote = stages.plan_snapshot(stages.pin(model), recipe)
+    local = stages.plan_snapshot(folder, recipe)
+    assert remote.outputs == local.outputs and remote.quantization_config == local.quantization_config
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    with urllib.request.urlopen(f"{hub.endpoint}/_faults") as answer:
+        assert [fault["met"] for fault in json.load(answer)] == [1] * len(shards), "one request for each header"
