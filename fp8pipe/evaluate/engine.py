@@ -13,7 +13,7 @@ from lm_eval.models import vllm_causallms
 from lm_eval.models.utils import Collator
 from tqdm import tqdm
 
-from fp8pipe.device import class_of_capability
+from fp8pipe.device import class_of_capability, detect
 from fp8pipe.errors import EngineFailed
 from fp8pipe.evaluate import cpu_platform
 from fp8pipe.records import EngineFacts, digest_of
@@ -104,7 +104,7 @@ def engine_facts(lm: MeteredVLLM, arguments: dict[str, Any]) -> EngineFacts:
         max_model_len=config.model_config.max_model_len,
         arguments={key: value for key, value in arguments.items() if key not in _PATHS},
         device_class="cpu" if capability is None else class_of_capability(capability.major, capability.minor),
-        device_name=current_platform.get_device_name(),
+        device_name=detect().name if capability is None else current_platform.get_device_name(),
         plugin=cpu_platform.NAME if current_platform.is_cpu() and cpu_platform.active() else None,
     )
 
