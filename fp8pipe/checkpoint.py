@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -403,6 +404,19 @@ def _disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full; free some space and run again, finished tensors are kept"
             ) from error
         raise EnvironmentFault(f"{path}: cannot write: {error.strerror}") from error
+
+
+def require_disk(folder: Path, shards: Iterable[str], needed: int) -> None:
+    """DiskTooSmall unless files `shards` of together `needed` bytes fit beside what `folder` already holds of them."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    own = [*folder.glob(".*.partial"), *(folder / name for name in shards)]
+    held = sum(path.stat().st_blocks * 512 for path in own if path.is_file())
+    free = shutil.disk_usage(existing).free
+    if needed - held > free:
+        raise DiskTooSmall(
+            f"{folder}: the checkpoint takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "free some space or choose an output folder on another disk"
+        )
 
 
 def sync_folder(folder: Path) -> None:

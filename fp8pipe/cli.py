@@ -202,6 +202,32 @@ def validate(
 
 @app.command()
 @guarded
+def convert(
+    model: Model,
+    to: Annotated[Literal["compressed-tensors", "fp8"] | None, typer.Option(help="Spelling to write")] = None,
+    migrate: Annotated[bool, typer.Option("--migrate", help="Mend legacy names (with --to: as well)")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New folder; default: the source's name and --to")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite an FP8 checkpoint in the other spelling, or mend its legacy names; no FP8 byte changes."""
+    from fp8pipe.errors import InputError
+    from fp8pipe.show import conversion_sheet, terminal
+    from fp8pipe.stages import convert_model
+
+    if to is None and not migrate:
+        raise InputError("nothing asked for: give --to compressed-tensors, --to fp8, or --migrate")
+    with _stage_display("convert") as display:
+        done, folder = convert_model(model, output, to=to, progress=display)
+    if as_json:
+        emit_json(done.model_dump(mode="json") | {"folder": str(folder) if done.changes else None})
+    else:
+        out.print(terminal(conversion_sheet(done, folder)))
+
+
+@app.command()
+@guarded
 def evaluate(
     model: Model,
     output: Output,
@@ -223,6 +249,30 @@ def evaluate(
         )
     out.print(report.table, markup=False)
     out.print(f"{output / 'report.json'}: {report.engine.device_class}, KV cache {report.engine.kv_cache_dtype}")
+
+
+@app.command()
+@guarded
+def plan_eval(
+    policy: PolicyName = "quick",
+    suite: SuiteName = "quick",
+    attempts: Annotated[int, typer.Option(help="Recipes that a fallback ladder may try", min=1)] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Show how many samples the policy's margins take, and whether the suite has them; exit 2 when it has not."""
+    from fp8pipe.config import check_fit, load_policy, load_suite
+    from fp8pipe.show import eval_plan_sheet, terminal
+    from fp8pipe.stages import plan_eval as stage
+
+    rules, measured = load_policy(policy), load_suite(suite)
+    check_fit(rules, measured)
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-plan-eval-") as folder:
+        plan = stage(rules, measured, Path(folder), attempts=attempts)
+    if as_json:
+        emit_json(plan.model_dump(mode="json"))
+    else:
+        out.print(terminal(eval_plan_sheet(plan)))
+    plan.require()
 
 
 @app.command()

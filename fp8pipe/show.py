@@ -23,7 +23,9 @@ from fp8pipe.records import (
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from fp8pipe.convert import Conversion
     from fp8pipe.doctor import Check
+    from fp8pipe.gate.power import EvalPlan
     from fp8pipe.plan import Plan
     from fp8pipe.status import ReleaseStatus
 
@@ -150,6 +152,30 @@ def decision_sheet(decision: GateDecision) -> Sheet:
     return Sheet("Gate", columns, rows, notes, right=frozenset(range(1, 7)))
 
 
+def eval_plan_sheet(plan: EvalPlan) -> Sheet:
+    """What each task's samples can settle."""
+    rows = tuple(
+        (
+            task.task,
+            f"{task.samples:,}",
+            f"{100 * task.discordance:g}",
+            f"{100 * task.margin:.2f}",
+            f"{100 * task.power:.1f}",
+            f"{task.samples_needed:,}",
+            f"{100 * task.resolvable_margin:.2f}",
+            "no" if task in plan.unresolved else "yes",
+        )
+        for task in plan.tasks
+    )
+    notes = (
+        f"power: chance that a candidate without any true drop is accepted; {100 * plan.power:g} % is asked for",
+        f"alpha {plan.alpha:g} over {len(plan.looks)} look(s) and {plan.attempts} attempt(s): {plan.alpha_spent:.3g} each",
+    )
+    columns = ("task", "samples", "differing, %", "margin", "power, %", "samples needed", "margin resolved", "resolved")
+    title = f"Policy {plan.policy} on suite {plan.suite}"
+    return Sheet(title, columns, rows, notes, right=frozenset(range(1, 7)))
+
+
 def release_sheet(release: Release) -> Sheet:
     """Where the release lies."""
     rows = [
@@ -214,6 +240,19 @@ def status_sheet(rows: Sequence[ReleaseStatus]) -> Sheet:
 def doctor_sheet(checks: Sequence[Check]) -> Sheet:
     """What the machine can and cannot do."""
     return Sheet("Doctor", ("check", "outcome", "detail"), tuple((c.name, c.outcome, c.detail) for c in checks))
+
+
+def conversion_sheet(conversion: Conversion, folder: Path) -> Sheet:
+    """What was renamed and reshaped, and what it means to readers."""
+    if not conversion.changes:
+        note = f"{conversion.model_id} is {conversion.method} under current names already: nothing was written"
+        return Sheet("Nothing to convert", ("", ""), (), (note,))
+    rows = tuple((change.what, str(change.tensors or "config.json")) for change in conversion.changes)
+    notes = (
+        f"{folder}: {conversion.method}, every FP8 byte as it was; a folder of its own, not measured and not gated",
+        *conversion.notes,
+    )
+    return Sheet(f"Converted {conversion.model_id}", ("change", "tensors"), rows, notes, right=frozenset({1}))
 
 
 def plan_sheet(plan: Plan) -> Sheet:

@@ -28,6 +28,8 @@ from fp8pipe.workspace import Workspace
 
 if TYPE_CHECKING:
     from fp8pipe.calibrate import Calibration
+    from fp8pipe.convert import Conversion, Method
+    from fp8pipe.gate.power import EvalPlan
     from fp8pipe.plan import Plan
 
 EVIDENCE = {
@@ -160,7 +162,37 @@ def validate_folder(folder: Path, *, source: str | None, progress: Progress = qu
     return validate_checkpoint(folder, source=snapshot, progress=progress)
 
 
+# ------------------------------------------------------------------------------------------ convert
+
+
+def convert_model(
+    model: str, output: Path | None, *, to: Method | None, progress: Progress = quiet
+) -> tuple[Conversion, Path]:
+    """Another spelling of an FP8 checkpoint, or (`to` None) its legacy names mended, and the folder it is in.
+
+    `output` defaults to the source's name and what was done, beside a source folder or here. A conversion without
+    changes wrote nothing."""
+    from fp8pipe.checkpoint import read_headers
+    from fp8pipe.convert import convert, plan_conversion
+
+    snapshot = pin(model)
+    snapshot = fetch(snapshot, trust_remote_code=snapshot.is_local, progress=progress)
+    plan = plan_conversion(snapshot, read_headers(snapshot), to=to)
+    beside = snapshot.path.parent if snapshot.is_local else Path()
+    folder = output or beside / f"{snapshot.model_id.rpartition('/')[2]}-{to or 'migrated'}"
+    return convert(plan, folder, progress=progress), folder
+
+
 # ------------------------------------------------------------------------------------------ evaluate
+
+
+def plan_eval(policy: GatePolicy, suite: EvalSuite, folder: Path, *, attempts: int = 1) -> EvalPlan:
+    """What the suite's samples can settle, before any of them is scored; `folder` keeps the count of documents."""
+    from fp8pipe.evaluate.documents import count_documents
+    from fp8pipe.gate.power import plan_evaluation
+
+    gated = suite.model_copy(update={"tasks": {name: suite.tasks[name] for name in policy.tasks}})
+    return plan_evaluation(policy, suite.name, count_documents(gated, folder), attempts=attempts)
 
 
 def evaluate_baseline(

@@ -8,13 +8,12 @@ the whole output (names, dtypes, shapes, offsets, quantization_config) before th
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from fp8pipe.architecture import Architecture
-from fp8pipe.checkpoint import Headers, TensorInfo
+from fp8pipe.checkpoint import Headers, TensorInfo, require_disk
 from fp8pipe.config import Recipe
-from fp8pipe.errors import DiskTooSmall, UnsupportedArchitecture
+from fp8pipe.errors import UnsupportedArchitecture
 from fp8pipe.plan.choose import Choice, choose
 from fp8pipe.plan.layout import file_sizes, output_tensors, quantization_config
 from fp8pipe.plan.record import FP8, OutputTensor, Plan, PlannedTensor, Role, Slice, SummaryRow
@@ -88,13 +87,4 @@ def _notes(recipe: Recipe, architecture: Architecture, choices: dict[str, Choice
 
 def check_disk(plan: Plan, folder: Path) -> None:
     """DiskTooSmall unless the checkpoint fits beside what `folder` already holds of it."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    shards = plan.shards()
-    own = [*folder.glob(".*.partial"), *(folder / name for name in shards)]
-    held = sum(path.stat().st_blocks * 512 for path in own if path.is_file())
-    free = shutil.disk_usage(existing).free
-    if plan.output_bytes - held > free:
-        raise DiskTooSmall(
-            f"{folder}: the checkpoint takes {plan.output_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-            "free some space or choose an output folder on another disk"
-        )
+    require_disk(folder, plan.shards(), plan.output_bytes)

@@ -22,7 +22,12 @@ _NOT_COPIED = frozenset(
 
 def companions(snapshot: Snapshot, plan: Plan) -> tuple[str, ...]:
     """Names of the files that are copied. Reads nothing: they may still be on their way."""
-    names = (file.name for file in source.companion_files(snapshot, trust_remote_code=plan.trust_remote_code))
+    return companion_names(snapshot, trust_remote_code=plan.trust_remote_code)
+
+
+def companion_names(snapshot: Snapshot, *, trust_remote_code: bool) -> tuple[str, ...]:
+    """Names of the files that go with any copy of the model; its own code only if `trust_remote_code`."""
+    names = (file.name for file in source.companion_files(snapshot, trust_remote_code=trust_remote_code))
     return tuple(name for name in names if name.lower() not in _NOT_COPIED and not name.endswith(".index.json"))
 
 

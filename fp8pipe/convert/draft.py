@@ -1,0 +1,124 @@
+"""A conversion in the making: every tensor with the name, dtype and shape it will have, and where its bytes are now."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from fp8pipe.checkpoint import TensorInfo
+from fp8pipe.convert.record import Change, Method
+from fp8pipe.plan.record import FP8
+
+_EXPERT = re.compile(r"^(.*\.experts)(?:\.\d+\..*|\.[^.]+)$")
+_LOOKED_UP = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of the result."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorInfo
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def is_scalar(self) -> bool:
+        return math.prod(self.shape) == 1
+
+
+@dataclass(frozen=True)
+class Draft:
+    """All tensors of the result and its quantization_config."""
+
+    method: Method
+    tensors: tuple[Tensor, ...]
+    quantization: dict[str, Any]
+    mended: tuple[str, ...] = ()
+    """Changes of the config, in words."""
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def quantized(self) -> dict[str, Tensor]:
+        """Modules with an FP8 weight."""
+        return {t.module: t for t in self.tensors if t.leaf == "weight" and t.dtype == FP8}
+
+    @cached_property
+    def kept(self) -> tuple[str, ...]:
+        """Modules with a matrix that is not FP8, in the order of the files; without embeddings and experts."""
+        return tuple(t.module for t in self._unquantized() if t.leaf == "weight" and expert_holder(t.name) is None)
+
+    @cached_property
+    def kept_experts(self) -> tuple[str, ...]:
+        """Modules that hold unquantized experts."""
+        return tuple(dict.fromkeys(holder for t in self._unquantized() if (holder := expert_holder(t.name))))
+
+    def _unquantized(self) -> Iterator[Tensor]:
+        for t in self.tensors:
+            is_matrix = len(t.shape) == 2 or (len(t.shape) == 3 and expert_holder(t.name) is not None)
+            if is_matrix and t.dtype != FP8 and t.module not in self.quantized and not _LOOKED_UP.search(t.module):
+                yield t
+
+
+def expert_holder(name: str) -> str | None:
+    """`model.layers.0.mlp.experts` of `model.layers.0.mlp.experts.3.up_proj.weight` or `...experts.gate_up_proj`."""
+    match = _EXPERT.match(name.removesuffix(".weight"))
+    return match[1] if match else None
+
+
+def unchanged(infos: Iterable[TensorInfo]) -> tuple[Tensor, ...]:
+    """Every tensor as it is."""
+    return tuple(Tensor(info.name, info.dtype, info.shape, info) for info in infos)
+
+
+def renamed(tensor: Tensor, leaf: str, *, shape: tuple[int, ...] | None = None, dtype: str | None = None) -> Tensor:
+    """The tensor under another last name."""
+    shape = tensor.shape if shape is None else shape
+    return replace(tensor, name=f"{tensor.module}.{leaf}", shape=shape, dtype=dtype or tensor.dtype)
+
+
+# ---------------------------------------------------------------------------------------------- what changes
+
+
+def changes(draft: Draft) -> tuple[Change, ...]:
+    """Every kind of change with its count, the config's last."""
+    by_source: dict[str, list[Tensor]] = defaultdict(list)
+    for tensor in draft.tensors:
+        by_source[tensor.source.name].append(tensor)
+    kinds = Counter(_difference(made[0].source, made) for made in by_source.values())
+    kinds.pop("", None)
+    return (
+        *(Change(what=what, tensors=count) for what, count in sorted(kinds.items())),
+        *(Change(what=what, tensors=0) for what in draft.mended),
+    )
+
+
+def _difference(source: TensorInfo, made: list[Tensor]) -> str:
+    """`act_scale -> input_scale`; dtypes and shapes only where they change; empty for a plain copy."""
+    facts = [(source.name, source.dtype, source.shape), *((t.name, t.dtype, t.shape) for t in made)]
+    if len(set(facts)) == 1:
+        return ""
+    same_module, same_dtype, same_shape = (
+        len({key(fact) for fact in facts}) == 1
+        for key in (lambda f: f[0].rpartition(".")[0], lambda f: f[1], lambda f: f[2])
+    )
+
+    def label(fact: tuple[str, str, tuple[int, ...]]) -> str:
+        name, dtype, shape = fact
+        parts = [".".join(name.split(".")[-1 if same_module else -2 :])]
+        return " ".join(parts + [dtype] * (not same_dtype) + [str(list(shape))] * (not same_shape))
+
+    return f"{label(facts[0])} -> {', '.join(map(label, facts[1:]))}"

@@ -1,0 +1,257 @@
+"""One spelling to the other, the FP8 bytes untouched. Pure: a Draft goes in, a Draft of the other method comes out.
+
+What the other spelling has no words for is refused, with the reason and the way out. What is quantized and what is
+kept is read off the weights themselves: a module whose weight is E4M3 is quantized, any other matrix is kept and named
+in the ignore list.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fp8pipe import formats
+from fp8pipe.config import Recipe, validated
+from fp8pipe.convert.draft import Draft, Tensor, expert_holder, renamed
+from fp8pipe.convert.record import Method
+from fp8pipe.errors import InputError
+from fp8pipe.validate.config import Scheme, Spec, read_scheme
+
+if TYPE_CHECKING:
+    pass
+
+_FLOATS = ("F32", "BF16", "F16")
+"""Scale dtypes that become float32 without loss."""
+
+_NOT_LINEAR = re.compile(r"(^|\.)(lm_head|\w*embed\w*|wte|wpe)$")
+
+_BY_UNIT = {"tensor": "per tensor", "channel": "per output channel", "block": "per block"}
+_REQUANTIZE = "quantize the unquantized source with checkpoint_format: {to}"
+
+
+def respell(draft: Draft, to: Method, settings: Recipe | None) -> Draft:
+    """`draft` spelled as `to`. `settings`: the recipe it was quantized with, where that is known.
+
+    Raises InputError for a checkpoint that the other spelling cannot say, or that is not what its config says."""
+    scheme = _read(draft)
+    spec = _one_spec(draft, scheme)
+    _refuse_unspeakable(draft, scheme, spec, to)
+    recipe = _recipe(draft, scheme, spec, to, settings)
+    if draft.kept_experts or any(map(expert_holder, draft.quantized)):
+        _check_experts(draft, recipe)
+    tensors = tuple(_respelled(tensor, draft, spec, recipe) for tensor in draft.tensors)
+    _require_scales(draft, tensors, spec, recipe)
+    with_kv = any(tensor.leaf == "k_scale" for tensor in tensors)
+    modules, experts = _ignored(draft, scheme)
+    config = formats.format_of(recipe).quantization_config(recipe, modules, experts, with_kv=with_kv)
+    if settings is None and to == "compressed-tensors":
+        _forget_observers(config)
+    mended = (*draft.mended, f"quantization_config {draft.method} -> {to}")
+    notes = (*draft.notes, *_notes(draft, scheme, spec, to, with_kv))
+    return replace(draft, method=to, tensors=tensors, quantization=config, mended=mended, notes=notes)
+
+
+def _read(draft: Draft) -> Scheme:
+    scheme = read_scheme({"quantization_config": draft.quantization})
+    if scheme is None:
+        raise InputError(
+            "quantization_config is not one of an FP8 checkpoint that vLLM serves; "
+            "`fp8pipe validate` says what is wrong with it"
+        )
+    return scheme
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def _one_spec(draft: Draft, scheme: Scheme) -> Spec:
+    """The one scheme of all quantized modules."""
+    for tensor in draft.tensors:
+        if tensor.dtype.startswith("F8_") and (tensor.leaf != "weight" or tensor.dtype != "F8_E4M3"):
+            what = f"{tensor.dtype} {list(tensor.shape)}"
+            raise InputError(f"{tensor.name}: {what}; only matrices in F8_E4M3 called *.weight can be converted")
+        if tensor.dtype.startswith("F8_") and len(tensor.shape) != 2:
+            raise InputError(f"{tensor.name}: {list(tensor.shape)}, expected [out, in]: one tensor per expert")
+    if not draft.quantized:
+        raise InputError("no weight is F8_E4M3: there is nothing to convert; `fp8pipe quantize` makes FP8 weights")
+    specs: dict[Spec, str] = {}
+    for module in draft.quantized:
+        spec = scheme.spec_of(module)
+        if _NOT_LINEAR.search(module):
+            raise InputError(
+                f"{module} is FP8; quant_method fp8 has FP8 for Linears and experts alone: keep this spelling"
+            )
+        if spec is None:
+            raise InputError(f"{module}.weight is FP8, but config.json leaves it out; run `fp8pipe validate`")
+        specs.setdefault(spec, module)
+    if len(specs) > 1:
+        found = ", ".join(f"{module} {_in_words(spec)}" for spec, module in specs.items())
+        raise InputError(
+            f"several schemes in one model ({found}); quant_method fp8 has one for all: keep this spelling"
+        )
+    return next(iter(specs))
+
+
+def _in_words(spec: Spec) -> str:
+    return f"weights {_BY_UNIT[spec.strategy]}, {spec.inputs or '16-bit'} activations"
+
+
+def _refuse_unspeakable(draft: Draft, scheme: Scheme, spec: Spec, to: Method) -> None:
+    """InputError for what `to` has no words for."""
+    extra = _extras(draft.quantization)
+    if extra:
+        raise InputError(f"{extra} has no counterpart in quant_method {to}: keep this spelling")
+    if to != "fp8":
+        return
+    per_head = any(t.leaf in {"k_scale", "v_scale"} and not t.is_scalar for t in draft.tensors)
+    reason = ""
+    if spec.strategy == "channel":
+        reason = "weights have a scale per output channel, quant_method fp8 one per tensor or block"
+    elif spec.inputs is None:
+        reason = "only weights are FP8, quant_method fp8 always quantizes activations too"
+    elif per_head or scheme.kv == "attn_head":
+        reason = "the KV cache has a scale per head, quant_method fp8 one per layer"
+    if reason:
+        raise InputError(f"{reason}: keep compressed-tensors, or {_REQUANTIZE.format(to=to)}")
+
+
+def _extras(quantization: dict[str, Any]) -> str:
+    """The first setting that changes what the model computes and that only this spelling has."""
+    for key in ("transform_config", "store_dtype", "modules_to_convert"):
+        if quantization.get(key):
+            return key
+    sparsity = quantization.get("sparsity_config")
+    if isinstance(sparsity, dict) and sparsity.get("targets"):
+        return "sparsity_config"
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        if group.get("output_activations"):
+            return "output_activations"
+    return ""
+
+
+def _check_experts(draft: Draft, recipe: Recipe) -> None:
+    quantized = {holder: module for module in draft.quantized if (holder := expert_holder(module))}
+    for holder in draft.kept_experts:
+        if holder in quantized:
+            raise InputError(
+                f"{holder}: some experts are FP8 ({quantized[holder]}), others are not; vLLM loads all experts of a "
+                "layer alike; quantize the unquantized source anew"
+            )
+    refusal = formats.format_of(recipe).refuse_experts(recipe)
+    if quantized and refusal:
+        raise InputError(f"{refusal}: keep quant_method {draft.method}")
+
+
+# ---------------------------------------------------------------------------------------------- tensors
+
+
+def _recipe(draft: Draft, scheme: Scheme, spec: Spec, to: Method, settings: Recipe | None) -> Recipe:
+    """A recipe that would have made this checkpoint: what the writers of the spellings go by."""
+    if settings is not None:
+        return validated(Recipe, settings.model_dump() | {"checkpoint_format": to}, "recipe of the checkpoint")
+    strategy = {"tensor": "tensor", "block": "group", "channel": "token"}[spec.strategy]
+    has_kv = scheme.kv is not None or any(t.leaf == "k_scale" for t in draft.tensors)
+    content = {
+        "name": "converted",
+        "weights": {"strategy": spec.strategy, **({"block_shape": spec.block} if spec.block else {})},
+        "activations": {"mode": spec.inputs, "strategy": "tensor" if spec.inputs == "static" else strategy},
+        "kv_cache": {} if has_kv else None,
+        "checkpoint_format": to,
+    }
+    return validated(Recipe, content, "scheme of the checkpoint")
+
+
+def _respelled(tensor: Tensor, draft: Draft, spec: Spec, recipe: Recipe) -> Tensor:
+    """The tensor as the recipe's format spells it."""
+    spelling = formats.format_of(recipe)
+    if tensor.leaf in {"k_scale", "v_scale"} and tensor.is_scalar:
+        return _as_scale(tensor, tensor.leaf, spelling.kv_scale_shape("tensor", 1))
+    weight = draft.quantized.get(tensor.module)
+    if weight is None or tensor.leaf in {"weight", "bias"}:
+        return tensor
+    if tensor.leaf == spec.scale and tensor.shape in spec.scale_shapes(weight.shape):
+        shape = spelling.scalar_shape() if spec.strategy == "tensor" else tensor.shape
+        return _as_scale(tensor, spelling.weight_scale_name(spec.strategy), shape)
+    if tensor.leaf == "input_scale" and spec.inputs == "static" and tensor.is_scalar:
+        return _as_scale(tensor, "input_scale", spelling.scalar_shape())
+    raise InputError(
+        f"{tensor.name} {list(tensor.shape)} has no place beside a weight {list(weight.shape)} with "
+        f"{_in_words(spec)}, which is what config.json says; run `fp8pipe validate`"
+    )
+
+
+def _as_scale(tensor: Tensor, leaf: str, shape: tuple[int, ...]) -> Tensor:
+    if tensor.dtype not in _FLOATS:
+        raise InputError(f"{tensor.name}: a scale in {tensor.dtype}, expected {', '.join(_FLOATS)}")
+    return renamed(tensor, leaf, shape=shape, dtype="F32")
+
+
+def _require_scales(draft: Draft, tensors: tuple[Tensor, ...], spec: Spec, recipe: Recipe) -> None:
+    """Every quantized module has its scales, and keys and values have theirs together."""
+    names = {tensor.name for tensor in tensors}
+    wanted = [formats.format_of(recipe).weight_scale_name(spec.strategy)]
+    wanted += ["input_scale"] if spec.inputs == "static" else []
+    for module in draft.quantized:
+        for leaf in wanted:
+            if f"{module}.{leaf}" not in names:
+                raise InputError(f"{module}.weight is FP8 and has no {leaf}; run `fp8pipe validate`")
+    for tensor in tensors:
+        twin = {"k_scale": "v_scale", "v_scale": "k_scale"}.get(tensor.leaf)
+        if twin and f"{tensor.module}.{twin}" not in names:
+            raise InputError(f"{tensor.name} has no {twin} beside it; readers differ on what that means")
+
+
+# ---------------------------------------------------------------------------------------------- config
+
+
+def _ignored(draft: Draft, scheme: Scheme) -> tuple[list[str], list[str]]:
+    """Kept modules and holders of kept experts: what the weights say, in the order of the config's own list, which may
+    hold further names (those of transformers)."""
+    holders = {*draft.kept_experts, *filter(None, map(expert_holder, draft.quantized))}
+
+    def is_plain(entry: str) -> bool:
+        return not entry.startswith("re:") and entry not in holders and expert_holder(entry) is None
+
+    entries = dict.fromkeys(filter(is_plain, scheme.ignore))
+    head = {} if "lm_head" in entries else {"lm_head": None}
+    return list(head | entries | dict.fromkeys(draft.kept)), list(draft.kept_experts)
+
+
+def _forget_observers(config: dict[str, Any]) -> None:
+    """How a foreign checkpoint's scales were found is not known."""
+    (group,) = config["config_groups"].values()
+    for args in (group["weights"], group["input_activations"], config["kv_cache_scheme"]):
+        if args is not None:
+            args["observer"] = None
+
+
+def _notes(draft: Draft, scheme: Scheme, spec: Spec, to: Method, with_kv: bool) -> Iterator[str]:
+    """What readers do otherwise with the result than with the source."""
+    rules: tuple[tuple[bool, str], ...] = (
+        (to == "fp8" and with_kv, "serve it with --kv-cache-dtype fp8: quant_method fp8 cannot ask for that itself"),
+        (
+            to == "compressed-tensors" and with_kv,
+            "kv_cache_scheme makes vLLM keep the KV cache in FP8 without being asked",
+        ),
+        (
+            scheme.kv is not None and not with_kv,
+            "config.json announces KV scales that are not there: vLLM used 1.0, and now keeps the cache unquantized",
+        ),
+        (
+            to == "fp8" and spec.strategy == "tensor",
+            "for vLLM alone: transformers 5 reads this spelling without its scales",
+        ),
+        (
+            spec.strategy == "tensor" and spec.inputs == "dynamic",
+            "dynamic activations: vLLM runs compressed-tensors per token, and fp8 per token where CUTLASS has a "
+            "kernel, else per tensor",
+        ),
+        (
+            draft.quantization.get("scale_fmt") == "ue8m0",
+            "scale_fmt ue8m0 has no counterpart: vLLM may round the scales of activations otherwise",
+        ),
+    )
+    return (note for applies, note in rules if applies)
