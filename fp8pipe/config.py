@@ -97,6 +97,25 @@ class CalibrationSpec(Config):
     """Tokens that every expert sees: one that the router gives fewer is shown others, for its range alone."""
 
 
+class KeepRule(Config):
+    """Which Linears stay in the source's dtype because calibration finds them sensitive."""
+
+    worst: float = Field(gt=0, le=0.5)
+    """Share of the Linears, worst output SQNR first: `2%` or 0.02. What vLLM fuses stays together, so that the last
+    group taken may exceed it; at least one group is kept."""
+
+    @field_validator("worst", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        text = str(value).strip()
+        if not text.endswith("%"):
+            return value
+        try:
+            return round(float(text[:-1]) / 100, 12)
+        except ValueError as error:
+            raise ValueError("expected a share such as 2% or 0.02") from error
+
+
 class Recipe(Config):
     """What becomes of a model's weights, activations and KV cache."""
 
@@ -111,6 +130,8 @@ class Recipe(Config):
     """`Linear` (every weight the architecture allows), exact module names, or `re:` patterns."""
     ignore: tuple[str, ...] = ()
     """Exact module names or `re:` patterns (match from the start) that stay in the source's dtype."""
+    keep_bf16: KeepRule | None = None
+    """The most sensitive Linears stay in the source's dtype: {worst: 2%}. Needs calibration data."""
     checkpoint_format: Literal["compressed-tensors", "fp8"] = "compressed-tensors"
     fp8_source: Literal["refuse", "requantize"] = "refuse"
     """A source that is already FP8: refuse it, or dequantize and quantize anew."""
@@ -140,14 +161,18 @@ class Recipe(Config):
     @cached_property
     def needs_calibration(self) -> bool:
         """Whether data must be run through the model."""
-        return self.kv_cache is not None or (self.activations is not None and self.activations.mode == "static")
+        return self.kv_cache is not None or self.keep_bf16 is not None or self.static_activations
+
+    @property
+    def static_activations(self) -> bool:
+        """Whether inputs of Linears are quantized with ranges known in advance."""
+        return self.activations is not None and self.activations.mode == "static"
 
     def identity(self) -> dict[str, Any]:
         """What decides the bytes: everything but names, descriptions, fallbacks and unused calibration settings."""
         fields = self.model_dump(mode="json", exclude={"name", "description", "fallback", "repo_suffix"})
-        if not self.needs_calibration:
-            fields.pop("calibration")
-        return fields
+        unused = {"calibration": not self.needs_calibration, "keep_bf16": self.keep_bf16 is None}
+        return {name: value for name, value in fields.items() if not unused.get(name)}
 
 
 # ---------------------------------------------------------------------------------------------- suite
@@ -207,6 +232,8 @@ class TaskPolicy(Config):
     """Largest drop that is still acceptable, absolute: 0.02 is two points."""
     min_baseline: float | None = None
     """The baseline must be above this, or the measurement itself is broken (chance level plus a distance)."""
+    discordance: float = Field(default=0.06, gt=0, lt=1)
+    """Share of answers expected to differ between BF16 and FP8. Only planning uses it: how many samples it takes."""
 
 
 class GatePolicy(Config):
@@ -216,6 +243,8 @@ class GatePolicy(Config):
     description: str = ""
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
     """Chance of accepting a drop of exactly the margin, over all looks and attempts."""
+    power: float = Field(default=0.8, gt=0, lt=1)
+    """Chance with which an undamaged model must be accepted, or the suite is too small for the margins."""
     tasks: dict[str, TaskPolicy] = Field(min_length=1)
     max_size_ratio: float | None = Field(default=None, gt=0)
     """Largest checkpoint bytes / source bytes."""
@@ -254,13 +283,18 @@ class ReleaseSpec(Config):
     def resolve(self) -> ResolvedRelease:
         """Read the files that the spec names; ConfigError before anything is started, also when they do not fit."""
         resolved = ResolvedRelease(self, load_recipe(self.recipe), load_suite(self.suite), load_policy(self.policy))
-        missing = set(resolved.policy.tasks) - set(resolved.suite.tasks)
-        if missing:
-            raise ConfigError(
-                f"policy {self.policy} gates on {', '.join(sorted(missing))}, which suite {self.suite} does not "
-                f"measure; it measures {', '.join(sorted(resolved.suite.tasks))}"
-            )
+        check_fit(resolved.policy, resolved.suite)
         return resolved
+
+
+def check_fit(policy: GatePolicy, suite: EvalSuite) -> None:
+    """ConfigError when the policy gates on a task that the suite does not measure."""
+    missing = set(policy.tasks) - set(suite.tasks)
+    if missing:
+        raise ConfigError(
+            f"policy {policy.name} gates on {', '.join(sorted(missing))}, which suite {suite.name} does not "
+            f"measure; it measures {', '.join(sorted(suite.tasks))}"
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ WORK/releases/<model>--<recipe>--<fingerprint>/checkpoint/    the publishable fo
                                               /evaluation/    the candidate's report, request and log
                                               /release.json   what was published, or why not
 WORK/baselines/<key>/                                         one BF16 measurement, shared by all recipes
+WORK/suites/<key>/                                            how many documents a suite's tasks have
 WORK/calibrations/<key>/                                      ranges, shared by the recipes that need the same
 WORK/logs/                                                    full logs of runs started here
 """
@@ -49,6 +50,9 @@ class Workspace:
 
     def baseline(self, key: str) -> Path:
         return self.root / "baselines" / key[:32]
+
+    def suite(self, key: str) -> Path:
+        return self.root / "suites" / key[:32]
 
     def calibration(self, key: str) -> Path:
         return self.root / "calibrations" / key[:32]

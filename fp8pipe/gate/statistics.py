@@ -156,7 +156,9 @@ def mcnemar_p(lost: int, won: int) -> float:
 # ---------------------------------------------------------------------------------------------- other metrics
 
 
-def bootstrap_test(losses: Array, clusters: Sequence[str], margin: float, method: str) -> PairedTest:
+def bootstrap_test(
+    losses: Array, clusters: Sequence[str], margin: float, method: str, resamples: int = RESAMPLES
+) -> PairedTest:
     """Studentized paired bootstrap of the mean of `losses` [n], whole clusters drawn together.
 
     Without clusters each sample is its own. A resample that happens to hold no variation counts as infinitely far out,
@@ -164,7 +166,7 @@ def bootstrap_test(losses: Array, clusters: Sequence[str], margin: float, method
     """
     sums, sizes = _per_cluster(losses, clusters)
     drop, error = _ratio_and_error(_moments(sums, sizes).sum(axis=0), len(sums))
-    t = _resampled_t(sums, sizes, float(drop))
+    t = _resampled_t(sums, sizes, float(drop), resamples)
     observed = (float(drop) - margin) / float(error) if error > 0 else np.nan
     return PairedTest(
         method=method,
@@ -198,21 +200,27 @@ def _ratio_and_error(totals: Array, count: int) -> tuple[Array, Array]:
     return mean, np.sqrt(squares * (count / max(count - 1, 1))) / n
 
 
-def _resampled_t(sums: Array, sizes: Array, drop: float) -> Array:
-    """[RESAMPLES] studentized distances of resampled means from the observed one."""
+def _resampled_t(sums: Array, sizes: Array, drop: float, resamples: int) -> Array:
+    """[resamples] studentized distances of resampled means from the observed one."""
     random, count = np.random.default_rng(SEED), len(sums)
     moments = np.ascontiguousarray(_moments(sums, sizes).T)
     step = max(1, _CHUNK // count)
     parts = []
-    for start in range(0, RESAMPLES, step):
-        rows = min(step, RESAMPLES - start)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
         drawn = random.integers(count, size=(rows, count), dtype=np.int32)
-        totals = np.stack([column[drawn].sum(axis=1) for column in moments], axis=1)
+        totals = np.stack([_drawn_sum(column, drawn) for column in moments], axis=1)
         parts.append(_ratio_and_error(totals, count))
     means, errors = (np.concatenate(part) for part in zip(*parts, strict=True))
     distance = means - drop
     flat = np.where(np.abs(distance) < 1e-12, 0.0, np.copysign(np.inf, distance))
     return np.divide(distance, errors, out=flat, where=errors > 0)
+
+
+def _drawn_sum(column: Array, drawn: NDArray[np.int32]) -> Array:
+    if column.min() == column.max():  # the sizes, where there are no clusters
+        return np.full(len(drawn), column[0] * drawn.shape[1])
+    return column[drawn].sum(axis=1)
 
 
 def _share(hits: NDArray[np.bool_]) -> float:
@@ -229,7 +237,9 @@ def _low_quantile(t: Array, alpha: float) -> float:
 # ---------------------------------------------------------------------------------------------- which test
 
 
-def paired_test(baseline: Array, candidate: Array, clusters: Sequence[str], margin: float) -> PairedTest:
+def paired_test(
+    baseline: Array, candidate: Array, clusters: Sequence[str], margin: float, resamples: int = RESAMPLES
+) -> PairedTest:
     """The test that fits the data: values [n] oriented so that higher is better.
 
     0/1 values: score test. Others: bootstrap; where no sample differs, the score test of zero discordant pairs on the
@@ -244,9 +254,9 @@ def paired_test(baseline: Array, candidate: Array, clusters: Sequence[str], marg
     elif not losses.any():
         test = _identical(len(losses), margin, width)
     else:
-        test = bootstrap_test(losses, (), margin, "bootstrap-paired")
+        test = bootstrap_test(losses, (), margin, "bootstrap-paired", resamples)
     if clusters and losses.any():
-        test = _more_cautious(bootstrap_test(losses, clusters, margin, "cluster-bootstrap"), test)
+        test = _more_cautious(bootstrap_test(losses, clusters, margin, "cluster-bootstrap", resamples), test)
     return _within(test, width)
 
 
