@@ -1,0 +1,255 @@
+"""Where the elements of tensors go while somebody else's loader copies them about, followed op by op without data.
+
+In: places (parameters, by name) and stand-ins for tensors on disk. Out: every write into a place with the part of the
+place it filled and the parts of tensors it came from. Nothing is known of the loader: any copy, slice, transpose or
+concatenation is seen below it, at torch's dispatcher, so that this holds for every model that vLLM has.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_ITEM = torch.ops.aten._local_scalar_dense.default
+_EQUAL = torch.ops.aten.equal.default
+
+Box = tuple[tuple[int, int], ...]
+"""Start and stop along each dimension."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of a tensor."""
+
+    box: Box | None
+    """None for a part that is no box (every second row, a diagonal): then only its size is known."""
+    count: int
+    """Elements in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A part of a tensor on disk."""
+
+    tensor: str
+    region: Region
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One write into a place; without origins it wrote a constant."""
+
+    place: str
+    region: Region
+    origins: frozenset[Origin]
+
+
+class Follower(TorchDispatchMode):
+    """Records `writes` into `places` while it is active."""
+
+    def __init__(self, places: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.writes: list[Write] = []
+        self._places = {_storage(tensor): (name, tuple(tensor.shape)) for name, tensor in places.items()}
+        self._disk: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self._origins: dict[int, frozenset[Origin]] = {}
+        self._numbers: dict[float, frozenset[Origin]] = {}
+        self._alive: list[Any] = [tensor.untyped_storage() for tensor in places.values()]
+
+    def stand_in(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor without data for tensor `name` on disk."""
+        tensor = torch.empty(shape, dtype=dtype, device="meta")
+        self._disk[_storage(tensor)] = (name, shape)
+        self._alive.append(tensor.untyped_storage())
+        return tensor
+
+    def settle(self, places: Mapping[str, Tensor]) -> None:
+        """Count places that were given new storage (`parameter.data = ...`) as written by what that was made from."""
+        for name, tensor in places.items():
+            origins = self.origins_of(tensor)
+            if _storage(tensor) not in self._places and origins:
+                self.writes.append(Write(name, _whole(tuple(tensor.shape)), origins))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # torch's own types
+        kwargs = kwargs or {}
+        if func is _EQUAL:
+            return True
+        if func is _ITEM and args[0].device.type == "meta":
+            return self._number(args[0])
+        result = func(*args, **kwargs)
+        self._note(func, args, kwargs, result)
+        return result
+
+    def origins_of(self, tensor: Tensor) -> frozenset[Origin]:
+        """What `tensor` was made from."""
+        storage = _storage(tensor)
+        if storage in self._disk:
+            name, shape = self._disk[storage]
+            return frozenset((Origin(name, region_of(tensor, shape)),))
+        return self._origins.get(storage, frozenset())
+
+    def _number(self, tensor: Tensor) -> bool | int | float:
+        """A stand-in for the value of a tensor without data: comparisons are false, numbers can be told apart."""
+        if tensor.dtype == torch.bool:
+            return False
+        if not tensor.is_floating_point():
+            return 0
+        number = 1.0 + (len(self._numbers) + 1) * 2.0**-40
+        self._numbers[number] = self.origins_of(tensor)
+        return number
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        written, read = _split(func, args, kwargs)
+        origins = frozenset(itertools.chain.from_iterable(map(self._origins_of_value, read)))
+        for tensor in written:
+            storage = _storage(tensor)
+            if storage in self._places:
+                name, shape = self._places[storage]
+                self.writes.append(Write(name, region_of(tensor, shape), origins))
+            elif origins and storage not in self._disk:
+                self._derive(tensor, origins | self._origins.get(storage, frozenset()))
+        for tensor in tree_leaves(result):
+            if origins and isinstance(tensor, Tensor) and not self._knows(tensor):
+                self._derive(tensor, origins)
+
+    def _origins_of_value(self, value: Any) -> frozenset[Origin]:
+        if isinstance(value, Tensor):
+            return self.origins_of(value)
+        return self._numbers.get(value, frozenset()) if isinstance(value, float) else frozenset()
+
+    def _knows(self, tensor: Tensor) -> bool:
+        storage = _storage(tensor)
+        return storage in self._places or storage in self._disk or storage in self._origins
+
+    def _derive(self, tensor: Tensor, origins: frozenset[Origin]) -> None:
+        self._origins[_storage(tensor)] = origins
+        self._alive.append(tensor.untyped_storage())  # so that no other storage gets its address
+
+
+def _split(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Any]]:
+    """Arguments that `func` writes to, and values that it reads."""
+    written: list[Tensor] = []
+    read: list[Any] = []
+    for argument, value in _named(func._schema.arguments, args, kwargs):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        else:
+            read += tree_leaves(value)
+    return written, read
+
+
+def _named(arguments: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    yield from zip(arguments, args, strict=False)
+    by_name = {argument.name: argument for argument in arguments}
+    yield from ((by_name[name], value) for name, value in kwargs.items())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+# ---------------------------------------------------------------------------------------------- regions
+
+
+def region_of(view: Tensor, shape: tuple[int, ...]) -> Region:
+    """The part of a contiguous tensor of `shape` that `view`, on the same storage, shows."""
+    return Region(_box_of(view, shape), view.numel())
+
+
+def _whole(shape: tuple[int, ...]) -> Region:
+    return Region(tuple((0, size) for size in shape), math.prod(shape))
+
+
+def _box_of(view: Tensor, shape: tuple[int, ...]) -> Box | None:
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    starts, rest = [], view.storage_offset()
+    for stride in strides:
+        starts.append(rest // stride if stride else 0)
+        rest -= starts[-1] * stride
+    sizes = [1] * len(shape)
+    if view.numel() == 0 or not all(_extend(sizes, starts, strides, shape, *run) for run in _runs(view)):
+        return None
+    return tuple((start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
+def _runs(view: Tensor) -> list[tuple[int, int]]:
+    """The view's dimensions as (size, stride), inner first, those that follow on one another as one."""
+    runs: list[tuple[int, int]] = []
+    for stride, size in sorted((stride, size) for size, stride in zip(view.shape, view.stride(), strict=True)):
+        if size == 1:
+            continue
+        if runs and runs[-1][0] * runs[-1][1] == stride:
+            runs[-1] = (runs[-1][0] * size, runs[-1][1])
+        else:
+            runs.append((size, stride))
+    return runs
+
+
+def _extend(
+    sizes: list[int], starts: list[int], strides: list[int], shape: tuple[int, ...], size: int, stride: int
+) -> bool:
+    """Enter a run of a view into the box; it may cover several whole dimensions of the tensor."""
+    inner = [dim for dim in range(len(shape)) if strides[dim] == stride and shape[dim] > 1]
+    for dim in range(inner[0], -1, -1) if inner else ():
+        if starts[dim] + size <= shape[dim]:
+            sizes[dim] *= size
+            return sizes[dim] == size
+        if starts[dim] or size % shape[dim]:
+            return False
+        sizes[dim] *= shape[dim]
+        size //= shape[dim]
+    return False
+
+
+def covered(shape: tuple[int, ...], regions: Iterable[Region]) -> int:
+    """Elements of a tensor of `shape` inside at least one region, as far as the regions are known."""
+    regions = list(regions)
+    loose = sum(region.count for region in regions if region.box is None)
+    counts, cells = _grid(shape, _boxes(regions))
+    return min(math.prod(shape), int(cells[counts > 0].sum()) + loose)
+
+
+def overlapping(shape: tuple[int, ...], regions: Iterable[Region]) -> int:
+    """Elements inside more than one of the different regions: filled by one, then by another."""
+    counts, cells = _grid(shape, _boxes(regions))
+    return int(cells[counts > 1].sum())
+
+
+def first_gap(shape: tuple[int, ...], regions: Iterable[Region]) -> str:
+    """The first part that no region fills, as a slice: `[0:256, 0:1]`."""
+    boxes = _boxes(regions)
+    empty = np.argwhere(_grid(shape, boxes)[0] == 0)
+    spans = (f"{along[at]}:{along[at + 1]}" for along, at in zip(_edges(shape, boxes), empty[0], strict=True))
+    return f"[{', '.join(spans)}]"
+
+
+def _boxes(regions: Iterable[Region]) -> set[Box]:
+    return {region.box for region in regions if region.box is not None}
+
+
+def _edges(shape: tuple[int, ...], boxes: set[Box]) -> list[list[int]]:
+    """Where boxes begin and end along each dimension."""
+    return [sorted({0, size, *(edge for box in boxes for edge in box[dim])}) for dim, size in enumerate(shape)]
+
+
+def _grid(shape: tuple[int, ...], boxes: set[Box]) -> tuple[np.ndarray, np.ndarray]:
+    """How many boxes hold each cell, and each cell's elements, for the cells that the boxes' edges cut the tensor
+    into."""
+    edges = _edges(shape, boxes)
+    places = [{edge: index for index, edge in enumerate(along)} for along in edges]
+    counts = np.zeros([len(along) - 1 for along in edges], dtype=np.int32)
+    for box in boxes:
+        counts[tuple(slice(places[dim][start], places[dim][stop]) for dim, (start, stop) in enumerate(box))] += 1
+    cells = np.ones((), dtype=np.int64)
+    for along in edges:
+        cells = np.multiply.outer(cells, np.diff(along))
+    return counts, cells
