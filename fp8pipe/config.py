@@ -185,6 +185,31 @@ class TaskSpec(Config):
     samples: int | None = Field(default=None, ge=1)
     """Documents to score, the first of the suite's seeded permutation; None for all."""
 
+    repeat: bool = False
+    """Score the baseline a second time, in other batches: the share of answers that flip is the engine's own."""
+
+
+class ServingWorkload(Config):
+    """What the engine is timed on: random prompts of one length, answers of one length, at most so many at a time."""
+
+    num_prompts: int = Field(default=64, ge=1)
+    input_len: int = Field(default=1024, ge=1)
+    """Tokens of a prompt."""
+    output_len: int = Field(default=128, ge=2)
+    """Tokens of an answer; the end-of-sequence token does not end it."""
+    max_concurrency: int = Field(default=16, ge=1)
+    """Requests in the engine at a time."""
+
+
+SAMPLE_PROMPTS = (
+    "The capital of France is",
+    "Water freezes at a temperature of",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):",
+    "Question: What is 12 times 7?\nAnswer:",
+    "List three reasons why people plant trees:",
+)
+"""What both models are asked to go on from, before they are measured."""
 
 class EvalSuite(Config):
     """What is measured, and how; the same for baseline and candidate."""
@@ -201,6 +226,10 @@ class EvalSuite(Config):
     apply_chat_template: bool = False
     add_bos_token: bool = True
     seed: int = 1234
+    sample_prompts: tuple[str, ...] = SAMPLE_PROMPTS
+    """Prompts of the sample generation: greedy, before the tasks. Empty or repeating text is a finding."""
+    serving: ServingWorkload | None = None
+    """Timed after the tasks, with vLLM's benchmark code; None: not timed."""
 
     def digest(self) -> str:
         """sha256 of what is measured: the content of `task_dir`, not its place, and not the description."""
