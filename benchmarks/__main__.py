@@ -1,5 +1,5 @@
-"""`make bench`: every benchmark, one after the other."""
+"""`make bench`: every benchmark, one after the other, its tables put on docs/benchmarks.md."""
 
 from benchmarks import quantize
 
-quantize.main([])
+quantize.main(["--page", str(quantize.PAGE)])

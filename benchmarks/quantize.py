@@ -1,154 +1,276 @@
-"""Quantizing against its floor: reading the source's bytes and writing the checkpoint's, with fsync.
+"""Quantizing against its peer and its floor, alternating on one machine.
 
-    python -m benchmarks.quantize [--layers 16] [--rounds 3] [--folder DIR]
+    python -m benchmarks.quantize [--rounds 3] [--folder DIR] [--page FILE] [--scheme RECIPE] [--no-peer] [--quick]
 
-A synthetic Llama (hidden 2048, ffn 8192, vocabulary 32000, bf16, 5 shards; 2.0 GB at 16 layers) is quantized with every
-data-free recipe. Floor and ours alternate, each in a process of its own; inside time runs from the plan to the fsynced
-checkpoint with the architecture record present, whole time is the process. Printed are medians and ratios.
-"""
+Source: a synthetic Llama (16 layers, hidden 2048, ffn 8192, vocabulary 32000, bf16, 5 shards; 2.1 GB). Peer:
+llm-compressor's `model_free_ptq` on all cores, in its own environment (benchmarks/peer.txt). Floor: every source byte
+read, as many bytes as the checkpoint's written, with fsync, on all cores. Each contender is a process of its own; one
+round runs all of them once, and a ratio is taken within its round.
+
+inside    plan to fsynced checkpoint; the peer's own call, which does not fsync
+whole     the command `fp8pipe quantize`, cold (no architecture record) and with the record; the peer's whole process
+peak      largest resident set of the writing process, for the model, for twice its layers, and for a model whose two
+          large weights take 8.6 GB each
+
+--quick takes a model of 20 MB, to try the command itself. Needs 10 GB of free disk in --folder, 12 GB of memory."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import resource
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import median
 
-RECIPES = ("fp8-dynamic", "fp8-block", "autofp8-dynamic")
-CHUNK = 8 << 20
+from benchmarks import peer
+from benchmarks.page import machine, put, table
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """One recipe, what the peer calls it, and how far ahead of the peer issue B wants the inside time."""
+
+    title: str
+    recipe: str
+    peer: str
+    faster: float
+
+
+SCHEMES = (
+    Scheme("per channel", "fp8-dynamic", "FP8_DYNAMIC", 5),
+    Scheme("block 128x128", "fp8-block", "FP8_BLOCK", 4),
+    Scheme("per tensor", "autofp8-dynamic", "per-tensor", 4),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One process."""
+
+    whole: float
+    inside: float = 0.0
+    peak_mb: float = 0.0
+
+
+Round = Mapping[str, Timing]
+"""Contender -> its process in this round: floor, ours, peer, cold, warm."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="where the model and the outputs go")
-    parser.add_argument("--child", nargs=3, metavar=("WHAT", "SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, default=None, help="where the models and the outputs go")
+    parser.add_argument("--page", type=Path, default=None, help=f"page to put the tables on, as {PAGE.name}")
+    parser.add_argument("--no-peer", action="store_true", help="leave out llm-compressor")
+    parser.add_argument("--scheme", action="append", choices=[s.recipe for s in SCHEMES], help="only this recipe")
+    parser.add_argument("--quick", action="store_true", help="a model of 20 MB: the command, not the figures")
     options = parser.parse_args(arguments)
-    if options.child:
-        _child(*options.child)
-        return
-    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        source = make_llama(Path(scratch) / "source", options.layers)
-        _measure(source, Path(scratch) / "out", options.rounds)
+    other = None if options.no_peer else peer.interpreter()
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="fp8pipe-bench-") as scratch:
+        arena = Arena(Path(scratch), other, quick=options.quick)
+        wanted = [scheme for scheme in SCHEMES if scheme.recipe in (options.scheme or [scheme.recipe])]
+        rounds = {scheme: arena.rounds(scheme, options.rounds) for scheme in wanted}
+        section = report(rounds, arena.source_bytes, options.rounds)
+        section += "\n" + memory_table(arena.peaks(rounds))
+    print(section)
+    if options.page is not None:
+        put(options.page, "Quantizing", section)
 
 
-def make_llama(folder: Path, num_layers: int) -> Path:
-    """Random weights of the shape of a real model, in five shards."""
-    import torch
-    from safetensors.torch import save_file
+# ---------------------------------------------------------------------------------------------- running
 
-    hidden, inner, words = 2048, 8192, 32000
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "num_hidden_layers": num_layers,
-        "vocab_size": words,
-        "torch_dtype": "bfloat16",
-        "tie_word_embeddings": False,
+
+class Arena:
+    """The models on disk, and the processes that are run on them."""
+
+    def __init__(self, folder: Path, peer_python: Path | None, *, quick: bool) -> None:
+        self._folder = folder
+        self._peer_python = peer_python
+        self._quick = quick
+        self._layers = 2 if quick else 16
+        self._source = self._make_llama(self._layers)
+        self.source_bytes = sum(path.stat().st_size for path in self._source.glob("*.safetensors"))
+
+    def rounds(self, scheme: Scheme, count: int) -> list[Round]:
+        """`count` rounds after a warm-up that fills the page cache and finds the bytes that the floor writes."""
+        with self._output() as output:
+            self._ours(scheme, self._source, output)
+            sizes = ",".join(str(path.stat().st_size) for path in sorted(output.glob("*.safetensors")))
+        found = []
+        for number in range(1, count + 1):
+            found.append(self._round(scheme, sizes))
+            _tell(f"{scheme.title}: round {number} of {count}")
+        return found
+
+    def _round(self, scheme: Scheme, sizes: str) -> Round:
+        timings = {}
+        with self._output() as output:
+            timings["ours"] = self._ours(scheme, self._source, output)
+        with self._output() as output:
+            timings["floor"] = self._contend(sys.executable, "floor", sizes, self._source, output)
+        if self._peer_python is not None:
+            with self._output() as output:
+                timings["peer"] = self._contend(self._peer_python, "peer", scheme.peer, self._source, output)
+        with self._output() as output:
+            timings["warm"] = self._command(scheme, output, self._folder / "cache")
+        with self._output() as output, tempfile.TemporaryDirectory(dir=self._folder) as cache:
+            timings["cold"] = self._command(scheme, output, Path(cache))
+        return timings
+
+    def peaks(self, rounds: Mapping[Scheme, Sequence[Round]]) -> dict[Scheme, list[float]]:
+        """Peak MB of the writing process: the model, twice its layers, a model of giant tensors."""
+        peaks = {scheme: [max(one["ours"].peak_mb for one in found)] for scheme, found in rounds.items()}
+        for make in (lambda: self._make_llama(2 * self._layers), self._make_giant):
+            source = make()
+            for scheme in rounds:
+                with self._output() as output:
+                    peaks[scheme].append(self._ours(scheme, source, output).peak_mb)
+            shutil.rmtree(source)
+            _tell(f"memory: {source.name}")
+        return peaks
+
+    def _ours(self, scheme: Scheme, source: Path, output: Path) -> Timing:
+        return self._contend(sys.executable, "ours", scheme.recipe, source, output)
+
+    def _contend(self, python: str | Path, what: str, how: str, source: Path, output: Path) -> Timing:
+        command = [python, "-m", "benchmarks.contender", what, how, source, output]
+        whole, answer = _timed(command, self._folder / "cache")
+        return Timing(whole, **json.loads(answer.splitlines()[-1]))
+
+    def _command(self, scheme: Scheme, output: Path, cache: Path) -> Timing:
+        """The command as people type it."""
+        program = Path(sys.executable).with_name("fp8pipe")
+        command = [program, "quantize", self._source, "--recipe", scheme.recipe, "--output", output]
+        return Timing(_timed(command, cache)[0])
+
+    @contextmanager
+    def _output(self) -> Iterator[Path]:
+        """A folder that is gone afterwards, with nothing left to be written for the next process to wait for."""
+        output = self._folder / "output"
+        try:
+            yield output
+        finally:
+            shutil.rmtree(output, ignore_errors=True)
+            os.sync()
+
+    def _make_llama(self, layers: int) -> Path:
+        source = self._folder / f"llama-{layers}"
+        tiny = ["--tiny"] if self._quick else []
+        subprocess.run([sys.executable, "-m", "benchmarks.llama", "llama", source, str(layers), *tiny], check=True)
+        return source
+
+    def _make_giant(self) -> Path:
+        source = self._folder / "giant"
+        size = 1 << (26 if self._quick else 32)
+        subprocess.run([sys.executable, "-m", "benchmarks.llama", "giant", source, str(size)], check=True)
+        return source
+
+
+def _timed(command: Sequence[str | Path], cache: Path) -> tuple[float, str]:
+    """Seconds of a process from start to end, and what it printed."""
+    began = time.perf_counter()
+    own = os.environ | {"FP8PIPE_CACHE": str(cache)}
+    answer = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - began
+    if answer.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{answer.stderr[-2000:]}")
+    return seconds, answer.stdout
+
+
+def _tell(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------- telling
+
+
+def report(rounds: Mapping[Scheme, Sequence[Round]], source_bytes: int, count: int) -> str:
+    """The figures as Markdown: seconds, then ratios beside what issue B asks."""
+    intro = (
+        f"Source {source_bytes / 1e9:.2f} GB in bf16. {machine()}. {count} rounds; medians, smallest to largest in "
+        "brackets; a ratio is taken within its round. Made by `python -m benchmarks.quantize`.\n"
+    )
+    return "\n".join((intro, _seconds_table(rounds), _ratio_table(rounds)))
+
+
+def _seconds_table(rounds: Mapping[Scheme, Sequence[Round]]) -> str:
+    columns = {
+        "floor": lambda one: one["floor"].inside,
+        "fp8pipe inside": lambda one: one["ours"].inside,
+        "peer inside": lambda one: one["peer"].inside,
+        "fp8pipe whole, cold": lambda one: one["cold"].whole,
+        "fp8pipe whole, with record": lambda one: one["warm"].whole,
+        "peer whole": lambda one: one["peer"].whole,
     }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, hidden)}
-    for layer in range(num_layers):
-        prefix = f"model.layers.{layer}"
-        shapes |= {f"{prefix}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
-        shapes |= {f"{prefix}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
-        shapes |= {f"{prefix}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (words, hidden)}
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    names, generator = list(shapes), torch.Generator().manual_seed(0)
-    weight_map = {}
-    for shard in range(5):
-        file = f"model-{shard + 1:05d}-of-00005.safetensors"
-        mine = names[shard * len(names) // 5 : (shard + 1) * len(names) // 5]
-        tensors = {name: (torch.randn(shapes[name], generator=generator) * 0.02).bfloat16() for name in mine}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(mine, file)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
+    with_peer = all("peer" in one for found in rounds.values() for one in found)
+    kept = {title: value for title, value in columns.items() if with_peer or "peer" not in title}
+    rows = [
+        [scheme.title, *(_spread([value(one) for one in found]) for value in kept.values())]
+        for scheme, found in rounds.items()
+    ]
+    return table(["seconds", *kept], rows)
 
 
-def _measure(source: Path, output: Path, rounds: int) -> None:
-    source_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    print(f"source {source_bytes / 1e9:.2f} GB, {os.cpu_count()} cores, {rounds} rounds after a warm-up, medians")
-    print(f"{'recipe':<16} {'floor s':>8} {'inside s':>9} {'ratio':>6} {'whole s':>8} {'GB/s in':>8} {'peak MB':>8}")
-    for recipe in RECIPES:
-        _run(recipe, source, output)  # warm-up: page cache, architecture record
-        floors, ours = [], []
-        for _ in range(rounds):
-            ours.append(_run(recipe, source, output, keep=True))
-            floors.append(_run("floor", source, output))
-        floor = statistics.median(one["inside"] for one in floors)
-        inside = statistics.median(one["inside"] for one in ours)
-        ratio = statistics.median(a["inside"] / b["inside"] for a, b in zip(ours, floors, strict=True))
-        whole = statistics.median(one["whole"] for one in ours)
-        peak = max(one["peak_mb"] for one in ours)
-        rate = source_bytes / 1e9 / inside
-        print(f"{recipe:<16} {floor:8.2f} {inside:9.2f} {ratio:6.2f} {whole:8.2f} {rate:8.2f} {peak:8.0f}", flush=True)
+def _ratio_table(rounds: Mapping[Scheme, Sequence[Round]]) -> str:
+    rows = []
+    for scheme, found in rounds.items():
+        asked = "at most 2.0" if scheme is SCHEMES[0] else ""
+        rows.append([scheme.title, "inside / floor", _ratio(found, "ours.inside", "floor.inside"), asked])
+        if not all("peer" in one for one in found):
+            continue
+        rows.append(
+            [
+                scheme.title,
+                "peer inside / inside",
+                _ratio(found, "peer.inside", "ours.inside"),
+                f"at least {scheme.faster:g}",
+            ]
+        )
+        rows.append(
+            [scheme.title, "peer whole / whole, cold", _ratio(found, "peer.whole", "cold.whole"), "at least 1.7"]
+        )
+        rows.append(
+            [scheme.title, "peer whole / whole, with record", _ratio(found, "peer.whole", "warm.whole"), "at least 4"]
+        )
+    return table(["scheme", "ratio", "measured", "asked"], rows)
 
 
-def _run(what: str, source: Path, output: Path, *, keep: bool = False) -> dict[str, Any]:
-    """One child process; its output folder stays for the floor to know the bytes to write, then goes."""
-    command = [sys.executable, "-m", "benchmarks.quantize", "--child", what, str(source), str(output)]
-    began = time.perf_counter()
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    whole = time.perf_counter() - began
-    if not keep:
-        shutil.rmtree(output, ignore_errors=True)
-    return json.loads(answer.stdout.splitlines()[-1]) | {"whole": whole}
+def _ratio(found: Sequence[Round], above: str, below: str) -> str:
+    return _spread([_value(one, above) / _value(one, below) for one in found])
 
 
-def _child(what: str, source: str, output: str) -> None:
-    seconds = _floor(Path(source), Path(output)) if what == "floor" else _ours(what, source, Path(output))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    print(json.dumps({"inside": seconds, "peak_mb": peak}))
+def _value(one: Round, path: str) -> float:
+    contender, field = path.split(".")
+    return getattr(one[contender], field)
 
 
-def _ours(recipe: str, source: str, output: Path) -> float:
-    """Plan to fsynced checkpoint; imports are the whole process's time, not the inside."""
-    import torch  # noqa: F401
-
-    from fp8pipe import stages
-    from fp8pipe.config import load_recipe
-    from fp8pipe.quantize import quantize, run  # noqa: F401
-
-    snapshot = stages.pin(source)
-    began = time.perf_counter()
-    plan = stages.plan_snapshot(snapshot, load_recipe(recipe))
-    quantize(snapshot, plan, output)
-    return time.perf_counter() - began
+def _spread(values: Sequence[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def _floor(source: Path, output: Path) -> float:
-    """Read every source byte, write as many bytes as the checkpoint beside it holds, fsync."""
-    sizes = [path.stat().st_size for path in sorted(output.glob("*.safetensors"))]
-    buffer = bytearray(CHUNK)
-    began = time.perf_counter()
-    for path in sorted(source.glob("*.safetensors")):
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-    for number, size in enumerate(sizes):
-        with (output / f"floor-{number}").open("wb", buffering=0) as file:
-            for start in range(0, size, CHUNK):
-                file.write(memoryview(buffer)[: min(CHUNK, size - start)])
-            os.fsync(file.fileno())
-    return time.perf_counter() - began
+def memory_table(peaks: Mapping[Scheme, Sequence[float]]) -> str:
+    """Peak of the writing process in MB, and its growth."""
+    rows = [
+        [
+            scheme.title,
+            f"{base:.0f}",
+            f"{double:.0f} ({double / base - 1:+.0%})",
+            f"{giant:.0f} ({giant / base - 1:+.0%})",
+        ]
+        for scheme, (base, double, giant) in peaks.items()
+    ]
+    return table(["peak MB (at most 700, within 10 %)", "model", "twice the layers", "8.6 GB tensors"], rows)
 
 
 if __name__ == "__main__":

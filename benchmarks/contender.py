@@ -1,0 +1,118 @@
+"""One contender in a process of its own, run by the interpreter of its environment; its last line is JSON.
+
+    python -m benchmarks.contender ours   RECIPE SOURCE OUTPUT
+    python -m benchmarks.contender peer   SCHEME SOURCE OUTPUT     llm-compressor's model_free_ptq
+    python -m benchmarks.contender floor  SIZES  SOURCE OUTPUT     SIZES: bytes of each output file, with commas
+
+`inside` is seconds from the plan to the checkpoint, without imports; `peak_mb` the process's largest resident set.
+Nothing is imported before its contender needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+CHUNK = 4 << 20
+"""Bytes per read of the floor: the engine's own stripe."""
+
+
+def main() -> None:
+    what, how, source, output = sys.argv[1:]
+    contenders: dict[str, Callable[[str, Path, Path], float]] = {"ours": ours, "peer": peer, "floor": floor}
+    inside = contenders[what](how, Path(source), Path(output))
+    print(json.dumps({"inside": inside, "peak_mb": peak_mb()}))
+
+
+def peak_mb() -> float:
+    """Largest resident set so far. Not ru_maxrss: that one starts at the parent's size, which a fork inherits."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def ours(recipe: str, source: Path, output: Path) -> float:
+    """Plan to fsynced checkpoint."""
+    from fp8pipe import stages
+    from fp8pipe.config import load_recipe
+    from fp8pipe.quantize import quantize, run  # noqa: F401  run: imports count for the whole process, not the inside
+
+    snapshot, chosen = stages.pin(str(source)), load_recipe(recipe)
+    began = time.perf_counter()
+    quantize(snapshot, stages.plan_snapshot(snapshot, chosen), output)
+    return time.perf_counter() - began
+
+
+def peer(scheme: str, source: Path, output: Path) -> float:
+    """llm-compressor on all cores, told to keep what fp8pipe keeps. It does not fsync."""
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        preset_name_to_scheme,
+    )
+    from llmcompressor import model_free_ptq  # pyright: ignore[reportMissingImports]  the peer's environment
+
+    if scheme == "per-tensor":
+        args = QuantizationArgs.model_validate({"num_bits": 8, "type": "float", "strategy": "tensor"})
+        dynamic = args.model_copy(update={"dynamic": True})
+        chosen = QuantizationScheme(targets=["Linear"], weights=args, input_activations=dynamic)
+    else:
+        chosen = preset_name_to_scheme(scheme, ["Linear"])
+    config = QuantizationConfig(config_groups={"group_0": chosen}, ignore=["re:.*embed_tokens", "lm_head"])
+    began = time.perf_counter()
+    model_free_ptq(source, output, config=config, max_workers=len(os.sched_getaffinity(0)))
+    return time.perf_counter() - began
+
+
+def floor(sizes: str, source: Path, output: Path) -> float:
+    """Read every source byte and write as many as the checkpoint holds, on all cores, with fsync and nothing else."""
+    from concurrent.futures import ThreadPoolExecutor
+    from functools import partial
+
+    output.mkdir(parents=True)
+    began = time.perf_counter()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, ThreadPoolExecutor(1) as fsyncs:
+        jobs = []
+        for path, size in zip(sorted(source.glob("*.safetensors")), map(int, sizes.split(",")), strict=True):
+            copy = _FileFloor(path, output / path.name, size)
+            jobs.append((copy, [pool.submit(copy.chunk, at) for at in range(0, copy.source_bytes, CHUNK)]))
+        for copy, chunks in jobs:
+            for chunk in chunks:
+                chunk.result()
+            fsyncs.submit(partial(os.fsync, copy.target))
+    return time.perf_counter() - began
+
+
+class _FileFloor:
+    """One source file and the output file of its size: chunks are read, and written as far as they reach."""
+
+    def __init__(self, path: Path, target: Path, size: int) -> None:
+        self.source_bytes = path.stat().st_size
+        self._size = size
+        self._source = os.open(path, os.O_RDONLY)
+        self.target = os.open(target, os.O_RDWR | os.O_CREAT, 0o644)
+        os.posix_fallocate(self.target, 0, size)
+
+    def chunk(self, at: int) -> None:
+        buffer = memoryview(_thread_buffer())
+        count = os.preadv(self._source, [buffer], at)
+        begin, end = (place * self._size // self.source_bytes for place in (at, at + count))
+        os.pwrite(self.target, buffer[: end - begin], begin)
+        os.posix_fadvise(self.target, begin, end - begin, os.POSIX_FADV_DONTNEED)  # writing to disk begins now
+
+
+_local = threading.local()
+
+
+def _thread_buffer() -> bytearray:
+    if not hasattr(_local, "buffer"):
+        _local.buffer = bytearray(CHUNK)
+    return _local.buffer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""The page that benchmarks write: one section each, replaced as a whole, never typed by hand."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+HEAD = """\
+# Benchmarks
+
+Written by `make bench`: the figures of a section come from one run on one machine. Ratios travel, seconds do not.
+"""
+
+
+def put(page: Path, title: str, text: str) -> None:
+    """Replace the section `title` of `page`, or append it."""
+    content = page.read_text() if page.exists() else HEAD
+    section = f"## {title}\n\n{text.strip()}\n"
+    pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+    if pattern.search(content):
+        content = pattern.sub(lambda _: section + "\n", content).rstrip() + "\n"
+    else:
+        content = f"{content.rstrip()}\n\n{section}"
+    page.write_text(content)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def machine() -> str:
+    """The machine in general words."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB of memory"

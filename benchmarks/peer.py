@@ -1,0 +1,36 @@
+"""The peer's own environment: llm-compressor needs other versions than vLLM does, so it cannot live in ours.
+
+Built once under build/peer from the lock benchmarks/peer.txt; `uv pip compile benchmarks/peer.in` renews the lock."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LOCK = HERE / "peer.txt"
+FOLDER = HERE.parent / "build" / "peer"
+
+
+def interpreter() -> Path:
+    """Python of the peer's environment, which is built when it is missing or of another lock."""
+    python, stamp = FOLDER / "bin" / "python", FOLDER / "lock.sha256"
+    wanted = hashlib.sha256(LOCK.read_bytes()).hexdigest()
+    if not stamp.exists() or stamp.read_text() != wanted:
+        print(f"building the peer's environment in {FOLDER}", file=sys.stderr)
+        uv = Path(sys.executable).with_name("uv")
+        subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, FOLDER], check=True)
+        install = [uv, "pip", "install", "--quiet", "--no-deps", "--python", python, *_torch_source(), "-r", LOCK]
+        subprocess.run(install, check=True)
+        stamp.write_text(wanted)
+    return python
+
+
+def _torch_source() -> list[str]:
+    """Where torch's CPU build comes from, as in scripts/setup: pip's find-links folder, else PyTorch's own index."""
+    if links := os.environ.get("PIP_FIND_LINKS"):
+        return ["--find-links", links]
+    return ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "--index-strategy", "unsafe-best-match"]
