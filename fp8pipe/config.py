@@ -6,6 +6,7 @@ or suffix is looked up in `configs/`; anything else is a path. No heavy import h
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -184,7 +185,6 @@ class TaskSpec(Config):
     num_fewshot: int = Field(default=0, ge=0)
     samples: int | None = Field(default=None, ge=1)
     """Documents to score, the first of the suite's seeded permutation; None for all."""
-
     repeat: bool = False
     """Score the baseline a second time, in other batches: the share of answers that flip is the engine's own."""
 
@@ -211,6 +211,7 @@ SAMPLE_PROMPTS = (
 )
 """What both models are asked to go on from, before they are measured."""
 
+
 class EvalSuite(Config):
     """What is measured, and how; the same for baseline and candidate."""
 
@@ -225,11 +226,11 @@ class EvalSuite(Config):
     """Overrides of the tasks' generation_kwargs."""
     apply_chat_template: bool = False
     add_bos_token: bool = True
-    seed: int = 1234
     sample_prompts: tuple[str, ...] = SAMPLE_PROMPTS
     """Prompts of the sample generation: greedy, before the tasks. Empty or repeating text is a finding."""
     serving: ServingWorkload | None = None
     """Timed after the tasks, with vLLM's benchmark code; None: not timed."""
+    seed: int = 1234
 
     def digest(self) -> str:
         """sha256 of what is measured: the content of `task_dir`, not its place, and not the description."""
@@ -265,6 +266,22 @@ class TaskPolicy(Config):
     """Share of answers expected to differ between BF16 and FP8. Only planning uses it: how many samples it takes."""
 
 
+class PerplexityPolicy(Config):
+    """How much less likely a text may become. Decided by a paired bootstrap over documents, beside the tasks."""
+
+    metric: Literal["word_perplexity", "byte_perplexity", "perplexity"] = "word_perplexity"
+    filter: str = "none"
+    max_increase: float = Field(gt=0)
+    """Largest acceptable growth, relative: 0.01 is 1 %."""
+    min_baseline: float | None = None
+    """The baseline must be below this, or the measurement itself is broken."""
+
+    @property
+    def margin(self) -> float:
+        """The growth as what is tested: nats per unit, the logarithm of the ratio."""
+        return math.log1p(self.max_increase)
+
+
 class GatePolicy(Config):
     """When a candidate is good enough."""
 
@@ -275,6 +292,8 @@ class GatePolicy(Config):
     power: float = Field(default=0.8, gt=0, lt=1)
     """Chance with which an undamaged model must be accepted, or the suite is too small for the margins."""
     tasks: dict[str, TaskPolicy] = Field(min_length=1)
+    perplexity: dict[str, PerplexityPolicy] = {}
+    """Limits on tasks that score the likelihood of texts."""
     max_size_ratio: float | None = Field(default=None, gt=0)
     """Largest checkpoint bytes / source bytes."""
     looks: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
@@ -284,6 +303,18 @@ class GatePolicy(Config):
     on_inconclusive: Literal["stop", "ask"] = "stop"
     device_classes: tuple[str, ...] = ("ada", "hopper")
     """Where a verdict counts."""
+
+    @property
+    def gated(self) -> dict[str, TaskPolicy | PerplexityPolicy]:
+        """Every task that must show something, by name."""
+        return {**self.tasks, **self.perplexity}
+
+    @model_validator(mode="after")
+    def _one_limit_per_task(self) -> GatePolicy:
+        both = sorted(set(self.tasks) & set(self.perplexity))
+        if both:
+            raise ValueError(f"{', '.join(both)}: named under tasks and under perplexity; one limit per task")
+        return self
 
     @field_validator("looks")
     @classmethod
@@ -318,7 +349,7 @@ class ReleaseSpec(Config):
 
 def check_fit(policy: GatePolicy, suite: EvalSuite) -> None:
     """ConfigError when the policy gates on a task that the suite does not measure."""
-    missing = set(policy.tasks) - set(suite.tasks)
+    missing = set(policy.gated) - set(suite.tasks)
     if missing:
         raise ConfigError(
             f"policy {policy.name} gates on {', '.join(sorted(missing))}, which suite {suite.name} does not "

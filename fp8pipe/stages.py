@@ -7,6 +7,7 @@ tasks are both thin wrappers of these functions, so that a release made by hand 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -68,15 +69,19 @@ def fetch(snapshot: Snapshot, *, trust_remote_code: bool = False, progress: Prog
     return download(snapshot, trust_remote_code=trust_remote_code, progress=progress)
 
 
-def plan_snapshot(snapshot: Snapshot, recipe: Recipe, *, trust_remote_code: bool = False) -> Plan:
-    """What would become of every tensor, from headers alone (HTTP ranges when the snapshot is on the Hub)."""
+def plan_snapshot(
+    snapshot: Snapshot, recipe: Recipe, *, trust_remote_code: bool = False, keep: Mapping[str, str] | None = None
+) -> Plan:
+    """What would become of every tensor, from headers alone (HTTP ranges when the snapshot is on the Hub).
+
+    keep: tensors that a calibration keeps unquantized -> why."""
     from fp8pipe.architecture import inspect
     from fp8pipe.checkpoint import read_headers
     from fp8pipe.plan import make_plan
 
     headers = read_headers(snapshot)
     architecture = inspect(snapshot, headers=headers, trust_remote_code=trust_remote_code)
-    return make_plan(snapshot, headers, recipe, architecture)
+    return make_plan(snapshot, headers, recipe, architecture, keep=keep)
 
 
 # ------------------------------------------------------------------------------------------ calibrate, quantize
@@ -107,6 +112,8 @@ def quantize_snapshot(
     from fp8pipe.source import download_iter, local_snapshot
 
     trusted = plan.trust_remote_code
+    if plan.settings.keep_bf16 is not None and calibration is not None:
+        plan = plan_snapshot(snapshot, plan.settings, trust_remote_code=trusted, keep=calibration.kept)
     if snapshot.root is not None:
         checkpoint = quantize(snapshot, plan, folder, calibration=calibration, progress=progress)
     else:

@@ -2,7 +2,10 @@
 
 rows       dataset -> rows                           skeleton   the model without weights, filled layer by layer
 samples    rows -> token ids                         lockstep   all passes, one layer at a time
-ranges     observers: minmax, percentile, mse        observe    hooks and cache -> ranges
+batches    samples -> passes                         observe    hooks and cache -> ranges
+targets    plan -> what to observe                   experts    the same for mixture of experts
+ranges     observers: minmax, percentile, mse        noise      what FP8 costs each Linear
+identity   equal keys, equal ranges                  rounding   weights and inputs as FP8 has them
 forward    all of it put together                    resume     finished layers survive a kill
 record     Calibration, the result
 """
@@ -13,22 +16,21 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8pipe.calibrate.record import Calibration, InputStatistics, KVRange, Ranges
-from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe
-from fp8pipe.errors import ConfigError
+from fp8pipe.calibrate.identity import circumstances, key_of, observers_of, resolved
+from fp8pipe.calibrate.record import Calibration, KVRange, LayerSensitivity, Ranges, Sensitivity
+from fp8pipe.config import Recipe
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.records import Snapshot, digest_of
 
 if TYPE_CHECKING:
     from fp8pipe.architecture import Architecture
-    from fp8pipe.calibrate.forward import Targets
+    from fp8pipe.calibrate.samples import Samples
+    from fp8pipe.calibrate.skeleton import Skeleton
     from fp8pipe.plan import Plan
 
-__all__ = ["Calibration", "InputStatistics", "KVRange", "Ranges", "calibrate", "calibration_key"]
+__all__ = ["Calibration", "KVRange", "LayerSensitivity", "Ranges", "Sensitivity", "calibrate", "calibration_key"]
 
 RECORD_NAME = "calibration.json"
-CALIBRATION_VERSION = 1
-"""Raised whenever the same input would give other ranges."""
 
 
 def calibrate(
@@ -46,60 +48,38 @@ def calibrate(
 
     snapshot: downloaded. device: cpu, cuda, cuda:<n>, or auto. num_samples: in place of the recipe's. A record that is
     there is returned when its key matches; finished layers of a run that was killed are not repeated. Raises
-    CalibrationDataError before any weight is read, NonFiniteActivation, UnsupportedArchitecture, MalformedCheckpoint.
+    CalibrationDataError before any weight is read, NonFiniteActivation, UnsupportedArchitecture, MalformedCheckpoint,
+    and EnvironmentFault when memory does not suffice for one sample.
     """
     from fp8pipe.architecture import inspect
-    from fp8pipe.calibrate import rows
     from fp8pipe.calibrate.forward import run
-    from fp8pipe.calibrate.observe import Observers
+    from fp8pipe.calibrate.observe import Schemes
     from fp8pipe.calibrate.resume import Bookmark
-    from fp8pipe.calibrate.samples import choose_samples, context_of, tokenizer_of
-    from fp8pipe.checkpoint import read_headers
+    from fp8pipe.calibrate.rows import pin
+    from fp8pipe.calibrate.targets import targets_of
+    from fp8pipe.sensitivity import kept_by
 
     start = time.monotonic()
-    recipe = recipe if num_samples is None else _with_samples(recipe, num_samples)
-    spec, device = recipe.calibration, _resolved(device)
-    if spec.quantized_weights:
-        raise ConfigError("calibration.quantized_weights: not supported; set it to false")
-    revision = rows.pin(spec)
-    key = _key(snapshot, recipe, revision, device)
+    recipe, device = _with_samples(recipe, num_samples), resolved(device)
+    revision = pin(recipe.calibration)
+    key = key_of(snapshot, recipe, revision, device)
     done = Calibration.load_if_present(folder / RECORD_NAME)
     if done is not None and done.key == key and _covers(done, plan):
         return done
 
-    samples = choose_samples(
-        spec, rows.load_rows(spec, revision), tokenizer_of(snapshot.path), context_of(snapshot.path)
-    )
-    headers = read_headers(snapshot)
-    targets = _targets(plan, architecture or inspect(snapshot))
-    bookmark = Bookmark(folder / "calibration.partial", digest_of([key, *plan.calibrated_modules()]), samples.sha256())
-    observers = Observers(*_observed(recipe))
-    ranges = run(
-        snapshot.path,
-        headers,
-        targets,
-        samples.token_ids,
-        observers,
-        bookmark,
-        min_expert_tokens=spec.min_expert_tokens,
-        device=device,
-        progress=progress,
-    )
+    samples = _samples(snapshot, plan, recipe, revision)
+    architecture = architecture or inspect(snapshot, trust_remote_code=plan.trust_remote_code)
+    targets = targets_of(plan, architecture)
+    identity = digest_of([key, *targets.linears, *targets.experts])
+    bookmark = Bookmark(folder / "calibration.partial", identity, samples.sha256())
+    skeleton = _skeleton(snapshot, plan, device)
+    ranges = run(skeleton, targets, samples.token_ids, Schemes.of(recipe), bookmark, progress=progress)
     record = Calibration(
         **dict(ranges),
+        kept=kept_by(recipe.keep_bf16, plan, architecture, ranges.sensitivity),
         key=key,
-        model_id=snapshot.model_id,
-        source_commit=snapshot.commit,
-        dataset=spec.dataset,
-        dataset_revision=revision,
-        dataset_split=spec.split,
-        sample_indices=samples.indices,
-        token_ids_sha256=samples.sha256(),
-        tokens=samples.tokens,
-        max_seq_len=spec.max_seq_len,
-        seed=spec.seed,
-        observers=_observers(recipe),
-        **_circumstances(device),
+        **_provenance(snapshot, recipe, revision, samples),
+        **circumstances(device),
         seconds=time.monotonic() - start,
     )
     record.save(folder / RECORD_NAME)
@@ -114,22 +94,52 @@ def calibration_key(snapshot: Snapshot, recipe: Recipe, *, device: str = "cpu") 
     """
     from fp8pipe.calibrate.rows import pin
 
-    return _key(snapshot, recipe, pin(recipe.calibration), _resolved(device))
+    return key_of(snapshot, recipe, pin(recipe.calibration), resolved(device))
 
 
-def _key(snapshot: Snapshot, recipe: Recipe, revision: str, device: str) -> str:
-    is_file = revision.startswith("sha256:")
-    data = recipe.calibration.model_dump(mode="json", exclude={"dataset"} if is_file else {"revision"})
-    return digest_of(
-        {
-            "version": CALIBRATION_VERSION,
-            "source_commit": snapshot.commit,
-            "modules": [recipe.targets, recipe.ignore],
-            "observers": _observers(recipe),
-            "data": data | {"revision": revision},
-            **_circumstances(device),
-        }
+def _samples(snapshot: Snapshot, plan: Plan, recipe: Recipe, revision: str) -> Samples:
+    """Token ids of the recipe's data, under the model's own tokenizer."""
+    from fp8pipe.calibrate.rows import load_rows
+    from fp8pipe.calibrate.samples import choose_samples, context_of, tokenizer_of
+
+    trusted = plan.trust_remote_code
+    tokenizer = tokenizer_of(snapshot.path, trust_remote_code=trusted)
+    context = context_of(snapshot.path, trust_remote_code=trusted)
+    return choose_samples(recipe.calibration, load_rows(recipe.calibration, revision), tokenizer, context)
+
+
+def _skeleton(snapshot: Snapshot, plan: Plan, device: str) -> Skeleton:
+    """The model without weights; those of a source that is FP8 already are dequantized when they are loaded."""
+    from fp8pipe.calibrate.skeleton import Skeleton
+    from fp8pipe.checkpoint import read_headers
+
+    scales = {tensor.name: tensor.scale for tensor in plan.tensors if tensor.scale}
+    return Skeleton(
+        snapshot.path,
+        read_headers(snapshot),
+        device,
+        trust_remote_code=plan.trust_remote_code,
+        scales=scales,
+        block=plan.source_block,
     )
+
+
+def _provenance(snapshot: Snapshot, recipe: Recipe, revision: str, samples: Samples) -> dict[str, Any]:
+    """Fields of the record that say where the ranges come from."""
+    data = recipe.calibration
+    return {
+        "model_id": snapshot.model_id,
+        "source_commit": snapshot.commit,
+        "dataset": data.dataset,
+        "dataset_revision": revision,
+        "dataset_split": data.split,
+        "sample_indices": samples.indices,
+        "token_ids_sha256": samples.sha256(),
+        "tokens": samples.tokens,
+        "max_seq_len": data.max_seq_len,
+        "seed": data.seed,
+        "observers": observers_of(recipe),
+    }
 
 
 def _covers(calibration: Calibration, plan: Plan) -> bool:
@@ -138,74 +148,8 @@ def _covers(calibration: Calibration, plan: Plan) -> bool:
     return calibration.inputs.keys() >= set(plan.calibrated_modules()) and attention >= set(plan.calibrated_attention())
 
 
-def _targets(plan: Plan, architecture: Architecture) -> Targets:
-    """What `plan` needs ranges for, with the names that transformers gives it."""
-    from fp8pipe.calibrate.forward import Targets
-
-    linears: dict[str, str] = {}
-    experts: dict[str, tuple[str, tuple[str, int]]] = {}
-    for output in plan.outputs:
-        if output.role == "input_scale":
-            role = architecture.tensors[output.source]
-            expert = role.expert if output.slice is None else output.slice.expert
-            if expert is None:
-                linears[output.module] = role.module
-            else:
-                experts[output.module] = role.module, (role.parameter, expert)
-    wanted = set(plan.calibrated_attention())
-    return Targets(
-        linears=linears,
-        experts=experts,
-        attention={layer.name: layer.module for layer in architecture.attention if layer.name in wanted},
-        latent=tuple(layer.name for layer in architecture.attention if layer.mla),
-    )
-
-
-def _with_samples(recipe: Recipe, num_samples: int) -> Recipe:
+def _with_samples(recipe: Recipe, num_samples: int | None) -> Recipe:
+    if num_samples is None:
+        return recipe
     calibration = recipe.calibration.model_copy(update={"num_samples": num_samples})
     return recipe.model_copy(update={"calibration": calibration})
-
-
-def _resolved(device: str) -> str:
-    """`auto` as what is there: cuda, else cpu."""
-    import torch
-
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _observed(recipe: Recipe) -> tuple[ActivationScheme | None, KVCacheScheme | None]:
-    """What the recipe needs ranges for."""
-    static = recipe.activations is not None and recipe.activations.mode == "static"
-    return (recipe.activations if static else None), recipe.kv_cache
-
-
-def _observers(recipe: Recipe) -> dict[str, Any]:
-    inputs, kv = _observed(recipe)
-    return {
-        "inputs": None if inputs is None else _observer(inputs),
-        "kv": None if kv is None else _observer(kv) | {"strategy": kv.strategy},
-    }
-
-
-def _observer(scheme: ActivationScheme | KVCacheScheme) -> dict[str, Any]:
-    if scheme.observer == "percentile":
-        return {"observer": "percentile", "percentile": scheme.percentile}
-    return {"observer": scheme.observer}
-
-
-def _circumstances(device: str) -> dict[str, Any]:
-    """What changes the last bits of a forward pass."""
-    from importlib.metadata import version
-
-    import torch
-
-    from fp8pipe.device import class_of_capability
-
-    on_gpu = device.startswith("cuda")
-    return {
-        "device_class": class_of_capability(*torch.cuda.get_device_capability(device)) if on_gpu else "cpu",
-        "versions": {"torch": torch.__version__, "transformers": version("transformers")},
-        "threads": torch.get_num_threads(),
-    }

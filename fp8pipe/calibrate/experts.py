@@ -1,6 +1,6 @@
 """Mixture of experts: transformers runs a layer's experts as one module with 3-D weights, so no Linear can be hooked.
 
-In: the experts module of one layer and the names of its quantized projections. Out: ranges of their inputs, and how
+In: the experts module of one layer and the names of its quantized projections. Out: what their inputs were, and how
 many tokens each expert saw. The module is run by a forward of ours, registered in ALL_EXPERTS_FUNCTIONS, which
 computes what the eager one computes and shows each expert's inputs on the way. Experts that the router gave fewer
 tokens than the minimum are then shown other tokens of the same layer; their outputs go nowhere.
@@ -17,15 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from fp8pipe.calibrate.ranges import Observer, observer_for
+from fp8pipe.calibrate.noise import Matrix, spread
 from fp8pipe.calibrate.record import ExpertTokens
-from fp8pipe.config import ActivationScheme
+from fp8pipe.calibrate.targets import Place
+from fp8pipe.calibrate.watched import WatchedInput
 from fp8pipe.errors import UnsupportedArchitecture
 
 IMPLEMENTATION = "fp8pipe_observed"
-
-Place = tuple[str, int]
-"""Parameter of the experts module (gate_up_proj, up_proj, down_proj) and index of the expert."""
 
 
 class ExpertWatch:
@@ -34,19 +32,19 @@ class ExpertWatch:
     def __init__(
         self,
         module: nn.Module,
+        inputs: Mapping[Place, WatchedInput],
         names: Mapping[Place, Sequence[str]],
-        scheme: ActivationScheme,
         *,
         minimum: int,
-        samples: int,
+        total: int,
     ) -> None:
         """names: place -> names on disk of the modules that read this input. minimum: tokens that every expert is to
-        see. samples: how many will be run; each gives its share of the tokens for experts that saw too few."""
+        see. total: tokens that will run; each pass gives its share of the tokens for experts that saw too few."""
         self._module = module
         self._names = names
+        self._inputs = inputs
         self._minimum = minimum
-        self._share = math.ceil(minimum / samples)
-        self._observers = {place: observer_for(scheme.observer, 1, scheme.percentile) for place in names}
+        self._total = total
         self._routed: dict[int, int] = dict.fromkeys(sorted({expert for _, expert in names}), 0)
         self._added: dict[int, int] = {}
         self._reserve: list[Tensor] = []
@@ -65,9 +63,9 @@ class ExpertWatch:
 
     def saw(self, parameter: str, expert: int, values: Tensor) -> None:
         """values: [tokens, features], the input of one expert's projection."""
-        observer = self._observers.get((parameter, expert))
-        if observer is not None and values.numel():
-            observer.update(values)
+        watched = self._inputs.get((parameter, expert))
+        if watched is not None and values.numel():
+            watched.saw(values)
 
     def routed(self, expert: int, tokens: int) -> None:
         """The router gave `expert` so many tokens."""
@@ -75,9 +73,10 @@ class ExpertWatch:
             self._routed[expert] += tokens
 
     def reserve(self, hidden: Tensor) -> None:
-        """Set aside a few tokens of one sample [tokens, hidden], evenly spaced."""
-        if self._share:
-            self._reserve.append(hidden[:: max(1, len(hidden) // self._share)][: self._share].clone())
+        """Set aside a few tokens of one pass [tokens, hidden], drawn at random: a sample's first token is like no
+        other."""
+        if share := math.ceil(self._minimum * len(hidden) / self._total):
+            self._reserve.append(hidden[spread(len(hidden), share, len(self._reserve)).to(hidden.device)])
 
     @torch.inference_mode()
     def top_up(self) -> None:
@@ -91,10 +90,6 @@ class ExpertWatch:
                 _expert_output(self._module, expert, tokens)
                 self._added[expert] = len(tokens)
 
-    def observers(self) -> dict[str, Observer]:
-        """Name on disk -> what its input was."""
-        return {name: self._observers[place] for place, names in self._names.items() for name in names}
-
     def tokens(self) -> dict[str, ExpertTokens]:
         """Name on disk of each expert -> tokens that it saw."""
         experts = {expert: names[0].rpartition(".")[0] for (_, expert), names in self._names.items()}
@@ -104,9 +99,21 @@ class ExpertWatch:
         }
 
 
+def expert_matrix(module: nn.Module, place: Place, names: Sequence[str], group: str) -> Matrix:
+    """One expert's weight as [out, in]; gate and up are one above the other, as vLLM has them."""
+    parameter, expert = place
+    weight = getattr(module, parameter)[expert]
+    return Matrix(tuple(names), weight.T if module.is_transposed else weight, group)
+
+
+def is_observable(module: nn.Module) -> bool:
+    """Whether transformers lets the experts be run by another implementation."""
+    return hasattr(module, "is_transposed")  # set by use_experts_implementation
+
+
 def check_observable(module: nn.Module, name: str) -> None:
-    """UnsupportedArchitecture unless transformers lets the experts be run by another implementation."""
-    if not hasattr(module, "is_transposed"):  # set by use_experts_implementation
+    """UnsupportedArchitecture unless the experts can be observed."""
+    if not is_observable(module):
         raise UnsupportedArchitecture(
             f"{name}: {type(module).__name__} runs its experts in a way that cannot be observed one by one; "
             "use a recipe with dynamic activations, or add the experts to its ignore"

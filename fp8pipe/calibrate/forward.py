@@ -2,68 +2,106 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fp8pipe.calibrate.experts import ExpertWatch, Place, check_observable
+from fp8pipe.calibrate.batches import TOKENS, is_out_of_memory, micro_batches, smaller
+from fp8pipe.calibrate.experts import check_observable, is_observable
 from fp8pipe.calibrate.lockstep import Lane, Lockstep, Step
-from fp8pipe.calibrate.observe import LayerWatch, Observers, ObservingCache
+from fp8pipe.calibrate.observe import LayerModules, LayerWatch, ObservingCache, Schemes
 from fp8pipe.calibrate.record import Ranges
 from fp8pipe.calibrate.resume import Bookmark
 from fp8pipe.calibrate.skeleton import Skeleton
-from fp8pipe.checkpoint import Headers
-from fp8pipe.errors import UnsupportedArchitecture
+from fp8pipe.calibrate.targets import Place, Targets
+from fp8pipe.errors import EnvironmentFault, UnsupportedArchitecture
 from fp8pipe.progress import Progress, ProgressEvent, quiet
 
-_NO_CACHE = "no keys and values were cached while it ran"
 _LATENT = "latent attention (MLA): vLLM has no KV scales for it"
+_BORROWS = "it reads the keys and values that another layer cached"
+_NO_ATTENTION = "no attention with keys and values: linear attention or a recurrent mixer"
 
+_log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class Targets:
-    """What to observe: name on disk -> name in transformers."""
-
-    linears: Mapping[str, str]
-    attention: Mapping[str, str]
-    experts: Mapping[str, tuple[str, Place]] = field(default_factory=dict)
-    """Projection of one expert, on disk -> experts module, and which input of it."""
-    latent: Sequence[str] = ()
-    """Attention without KV scales in vLLM (MLA); named in the result, not observed."""
+Batches = Sequence[tuple[int, ...]]
 
 
 def run(
-    folder: Path,
-    headers: Headers,
+    skeleton: Skeleton,
     targets: Targets,
     token_ids: Sequence[Sequence[int]],
-    observers: Observers,
+    schemes: Schemes,
     bookmark: Bookmark,
     *,
-    min_expert_tokens: int = 0,
-    device: str = "cpu",
+    max_tokens: int | None = None,
     progress: Progress = quiet,
 ) -> Ranges:
-    """Ranges of `targets` in the model of `folder`.
+    """Ranges of `targets` in the model of `skeleton`.
 
-    token_ids: one sequence per sample, each run as a batch of one. Raises UnsupportedArchitecture when a module
-    never ran, so that none is left without a range.
+    token_ids: one sequence per sample; samples of equal length run together, up to `max_tokens` tokens (default: what
+    suits the device). When memory runs out, smaller passes are tried, from the last finished layer on. Raises
+    UnsupportedArchitecture when a module never ran, so that none is left without a range; EnvironmentFault when one
+    sample alone does not fit.
     """
-    skeleton = Skeleton(folder, headers, device)
-    watches = _Watches(skeleton, observers, targets, samples=len(token_ids), min_expert_tokens=min_expert_tokens)
+    watches = _Watches(skeleton, schemes, targets, tokens=sum(map(len, token_ids)))
     skeleton.load_outside()
-    with Lockstep(skeleton.layers, [_forward(skeleton, ids) for ids in token_ids]) as steps:
-        return watches.completed(_over(steps, skeleton, watches, bookmark, progress))
+    max_tokens = max_tokens or TOKENS[skeleton.device.type]
+    while True:
+        batches = micro_batches(token_ids, max_tokens)
+        try:
+            return watches.completed(_attempt(skeleton, watches, batches, token_ids, bookmark, progress))
+        except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            max_tokens = _fewer(batches, token_ids, error)
+        _free_memory(skeleton)
 
 
-def _forward(skeleton: Skeleton, ids: Sequence[int]) -> Callable[[], object]:
+def _attempt(
+    skeleton: Skeleton,
+    watches: _Watches,
+    batches: Batches,
+    token_ids: Sequence[Sequence[int]],
+    bookmark: Bookmark,
+    progress: Progress,
+) -> Ranges:
+    passes = [_forward(skeleton, [token_ids[index] for index in batch]) for batch in batches]
+    with Lockstep(skeleton.layers, passes) as steps:
+        return _over(steps, skeleton, watches, batches, bookmark, progress)
+
+
+def _fewer(batches: Batches, token_ids: Sequence[Sequence[int]], error: BaseException) -> int:
+    """Tokens of the next attempt's largest pass, said in the log."""
+    tokens = smaller(batches, token_ids)
+    if tokens is None:
+        longest = max(map(len, token_ids))
+        raise EnvironmentFault(
+            f"out of memory while one sample of {longest} tokens ran alone ({str(error).splitlines()[0]}); "
+            "set calibration.max_seq_len or num_samples lower, or use a machine with more memory"
+        ) from error
+    _log.warning(
+        "calibration ran out of memory with %d samples in a pass; trying again with at most %d tokens in a pass",
+        max(map(len, batches)),
+        tokens,
+    )
+    return tokens
+
+
+def _free_memory(skeleton: Skeleton) -> None:
+    """What the failed attempt held is garbage now; allocators are to give it back."""
+    gc.collect()
+    if skeleton.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _forward(skeleton: Skeleton, ids: Sequence[Sequence[int]]) -> Callable[[], object]:
     def forward() -> object:
-        input_ids = torch.tensor([ids], device=skeleton.device)
+        input_ids = torch.tensor(ids, device=skeleton.device)
         cache = ObservingCache(skeleton.model.config)
         return skeleton.decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
 
@@ -71,21 +109,25 @@ def _forward(skeleton: Skeleton, ids: Sequence[int]) -> Callable[[], object]:
 
 
 def _over(
-    steps: Iterable[Step], skeleton: Skeleton, watches: _Watches, bookmark: Bookmark, progress: Progress
+    steps: Iterable[Step],
+    skeleton: Skeleton,
+    watches: _Watches,
+    batches: Batches,
+    bookmark: Bookmark,
+    progress: Progress,
 ) -> Ranges:
     """Compute every layer that the bookmark does not hold."""
-    finished, ranges, stored = bookmark.find() or ((), Ranges(), [])
+    finished, ranges, stored = bookmark.find() or ((), Ranges(), {})
     done: list[str] = []
     outputs: list[Any] = []
     for step in steps:
         if step.layer in done:
             raise UnsupportedArchitecture(f"{step.layer} runs twice in one pass; calibration cannot follow")
         if len(done) == len(finished) and stored:
-            for lane, hidden in zip(step.lanes, stored, strict=True):
-                lane.hidden = hidden.to(skeleton.device)
-            stored = []
-        elif outputs and _handed_on(step.lanes, outputs):
-            bookmark.set(done, ranges, [lane.hidden for lane in step.lanes])
+            _restore(step.lanes, batches, stored, skeleton.device)
+            stored = {}
+        elif outputs and _handed_on(step.lanes, outputs, batches):
+            bookmark.set(done, ranges, {batch: lane.hidden for batch, lane in zip(batches, step.lanes, strict=True)})
         if len(done) < len(finished):
             for lane in step.lanes:
                 lane.proceed(lane.hidden)  # any tensor of this shape: what it leads to is replaced by what was stored
@@ -93,7 +135,7 @@ def _over(
             watch = watches.of(step.layer)
             with skeleton.loaded(step.layer), watch:
                 outputs = _compute(step, len(done), len(skeleton.layers), progress)
-                watch.top_up()
+                watch.finish()
             ranges = ranges.joined(watch.ranges())
         done.append(step.layer)
     return ranges
@@ -109,60 +151,77 @@ def _compute(step: Step, done: int, layers: int, progress: Progress) -> list[Any
     return outputs
 
 
-def _handed_on(lanes: Sequence[Lane], outputs: Sequence[Any]) -> bool:
+def _handed_on(lanes: Sequence[Lane], outputs: Sequence[Any], batches: Batches) -> bool:
     """Whether all that the coming layer gets from the last one is its output, so that a restart can begin here.
 
     Not so where layers return more than hidden states, or share keys and values through a dictionary.
     """
     return all(
-        lane.hidden is output and not any(isinstance(value, MutableMapping) for value in lane.kwargs.values())
-        for lane, output in zip(lanes, outputs, strict=True)
+        lane.hidden is output
+        and len(output) == len(batch)
+        and not any(isinstance(value, MutableMapping) for value in lane.kwargs.values())
+        for lane, output, batch in zip(lanes, outputs, batches, strict=True)
     )
+
+
+def _restore(lanes: Sequence[Lane], batches: Batches, stored: Mapping[int, Tensor], device: torch.device) -> None:
+    for lane, batch in zip(lanes, batches, strict=True):
+        lane.hidden = torch.stack([stored[index] for index in batch]).to(device)
 
 
 class _Watches:
     """Which modules of each layer to observe, and what they are called on disk."""
 
-    def __init__(
-        self, skeleton: Skeleton, observers: Observers, targets: Targets, *, samples: int, min_expert_tokens: int
-    ) -> None:
-        self._observers, self._targets = observers, targets
-        self._samples, self._min_expert_tokens = samples, min_expert_tokens
+    def __init__(self, skeleton: Skeleton, schemes: Schemes, targets: Targets, *, tokens: int) -> None:
+        self._skeleton, self._schemes, self._targets, self._tokens = skeleton, schemes, targets, tokens
         self._linears = _by_layer(skeleton, targets.linears)
         self._attention = _by_layer(skeleton, targets.attention)
-        self._experts = _by_layer(skeleton, {module: module for module, _ in targets.experts.values()})
-        for experts in self._experts.values():
-            for name, module in experts.items():
+        holders = {module: skeleton.model.get_submodule(module) for module, _ in targets.experts.values()}
+        if schemes.static is not None:
+            for name, module in holders.items():
                 check_observable(module, name)
+        observable = {name: name for name, module in holders.items() if is_observable(module)}
+        self._experts = _by_layer(skeleton, observable)
 
     def of(self, layer: str) -> LayerWatch:
         """The watch of one layer."""
-        experts = [self._watch_experts(name, module) for name, module in self._experts[layer].items()]
-        return LayerWatch(self._observers, self._linears[layer], self._attention[layer], experts)
+        modules = LayerModules(
+            name=layer,
+            linears=cast(dict[str, nn.Linear], self._linears[layer]),
+            attention=self._attention[layer],
+            experts=[(module, self._names_of(owner)) for owner, module in self._experts[layer].items()],
+            groups=self._targets.groups,
+        )
+        return LayerWatch(self._schemes, modules, self._tokens)
 
-    def _watch_experts(self, name: str, module: nn.Module) -> ExpertWatch:
-        assert self._observers.inputs is not None, "experts are targets only of static activations"
+    def _names_of(self, owner: str) -> dict[Place, list[str]]:
+        """Input of an expert -> names on disk of the projections that read it."""
         names: dict[Place, list[str]] = defaultdict(list)
-        for on_disk, (owner, place) in self._targets.experts.items():
-            if owner == name:
+        for on_disk, (module, place) in self._targets.experts.items():
+            if module == owner:
                 names[place].append(on_disk)
-        scheme, minimum = self._observers.inputs, self._min_expert_tokens
-        return ExpertWatch(module, names, scheme, minimum=minimum, samples=self._samples)
+        return names
 
     def completed(self, ranges: Ranges) -> Ranges:
-        """`ranges` with a reason for every cache that has none; no quantized module may be left without a range."""
+        """`ranges` with a reason for every layer without KV ranges; no quantized module may be left without one."""
         wanted = [*self._targets.linears, *self._targets.experts]
         missing = [name for name in wanted if name not in ranges.inputs]
-        if missing and self._observers.inputs is not None:
+        if missing and self._schemes.static is not None:
             raise UnsupportedArchitecture(
                 f"{len(missing)} of {len(wanted)} modules never ran on the calibration data, first "
                 f"{missing[0]}; give more samples, or add them to the recipe's ignore"
             )
-        if self._observers.kv is None:
-            return ranges
+        return ranges.joined(Ranges(kv_absent=self._absent())) if self._schemes.kv is not None else ranges
+
+    def _absent(self) -> dict[str, str]:
+        """Latent attention, and layers that cache no keys and values of their own."""
+        latent = {self._skeleton.layer_of(module) for module in self._targets.latent.values()}
         absent = dict.fromkeys(self._targets.latent, _LATENT)
-        absent |= {name: _NO_CACHE for name in self._targets.attention if name not in ranges.kv}
-        return ranges.joined(Ranges(kv_absent=absent))
+        for name, layer in self._skeleton.layers.items():
+            if not self._attention[name] and name not in latent:
+                borrows = any(getattr(module, "is_kv_shared_layer", False) for module in layer.modules())
+                absent[name] = _BORROWS if borrows else _NO_ATTENTION
+        return absent
 
 
 def _by_layer(skeleton: Skeleton, names: Mapping[str, str]) -> dict[str, dict[str, nn.Module]]:

@@ -1,6 +1,6 @@
 """What a layer does to its quantized inputs and its cache, seen through hooks while the layer runs.
 
-In: the modules of one layer, and the recipe's observers. Out: `Ranges` under the names that modules have on disk.
+In: the modules of one layer, and the recipe's schemes. Out: `Ranges` under the names that modules have on disk.
 Inputs are seen by forward pre-hooks. Keys and values are seen by the cache that the model itself fills, so keys come
 after rotary embedding, whatever the architecture; they belong to the attention that is running.
 """
@@ -9,55 +9,101 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 
-from fp8pipe.calibrate.experts import ExpertWatch
+from fp8pipe.calibrate import noise
+from fp8pipe.calibrate.experts import ExpertWatch, expert_matrix
+from fp8pipe.calibrate.noise import Matrix, RowSample, TokenSample
 from fp8pipe.calibrate.ranges import Observer, observer_for
-from fp8pipe.calibrate.record import InputStatistics, KVRange, Ranges
-from fp8pipe.config import ActivationScheme, KVCacheScheme
-from fp8pipe.errors import NonFiniteActivation
+from fp8pipe.calibrate.record import KVRange, Ranges
+from fp8pipe.calibrate.targets import Place
+from fp8pipe.calibrate.watched import WatchedInput
+from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe, WeightScheme
+from fp8pipe.errors import NonFiniteActivation, UnsupportedArchitecture
+
+_EXPERT_WEIGHTS, _EXPERT_TOKENS = 1 << 15, 32
+"""What is looked at of one expert among many."""
 
 
 @dataclass(frozen=True, slots=True)
-class Observers:
-    """What the recipe wants to be observed. None: nothing of this kind."""
+class Schemes:
+    """The recipe, as far as it decides what is observed."""
 
-    inputs: ActivationScheme | None
+    weights: WeightScheme
+    activations: ActivationScheme | None
     kv: KVCacheScheme | None
+    quantized_weights: bool = False
+    """Run the samples through weights that are rounded to FP8."""
+    min_expert_tokens: int = 0
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Schemes:
+        """Those of `recipe`."""
+        data = recipe.calibration
+        return cls(recipe.weights, recipe.activations, recipe.kv_cache, data.quantized_weights, data.min_expert_tokens)
+
+    @property
+    def static(self) -> ActivationScheme | None:
+        """How inputs are observed, where their ranges are needed."""
+        return self.activations if self.activations is not None and self.activations.mode == "static" else None
+
+    def input_observer(self) -> Observer:
+        """What finds the range of one input."""
+        return (
+            observer_for(self.static.observer, 1, self.static.percentile) if self.static else observer_for("minmax", 1)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerModules:
+    """What is watched in one layer: name on disk -> module."""
+
+    name: str
+    linears: Mapping[str, nn.Linear] = field(default_factory=dict)
+    attention: Mapping[str, nn.Module] = field(default_factory=dict)
+    experts: Sequence[tuple[nn.Module, Mapping[Place, Sequence[str]]]] = ()
+    """Experts modules, and the names on disk of the projections that read each input."""
+    groups: Mapping[str, str] = field(default_factory=dict)
 
 
 class LayerWatch:
-    """Observes one layer while it is entered; `ranges()` afterwards."""
+    """Observes one layer while it is entered, its weights loaded; `ranges()` afterwards."""
 
-    def __init__(
-        self,
-        observers: Observers,
-        linears: Mapping[str, nn.Module],
-        attention: Mapping[str, nn.Module],
-        experts: Sequence[ExpertWatch] = (),
-    ) -> None:
-        """linears, attention: name on disk -> module of this layer."""
-        self._observers = observers
-        self._linears, self._attention, self._experts = linears, attention, experts
-        self._inputs: dict[str, Observer] = {}
+    def __init__(self, schemes: Schemes, layer: LayerModules, tokens: int) -> None:
+        """tokens: how many will run, over all samples."""
+        self._schemes, self._layer = schemes, layer
+        self._inputs: dict[tuple[str, ...], WatchedInput] = {}
+        for name in layer.linears:
+            self._inputs[name,] = WatchedInput(schemes.input_observer(), TokenSample(tokens))
+        self._experts = [self._watch_experts(module, names, tokens) for module, names in layer.experts]
         self._kv: dict[str, tuple[Observer, Observer]] = {}
+        self._rows: dict[tuple[str, ...], RowSample] = {}
         self._running: list[str] = []
         self._entered = ExitStack()
 
+    def _watch_experts(self, module: nn.Module, names: Mapping[Place, Sequence[str]], tokens: int) -> ExpertWatch:
+        schemes = self._schemes
+        inputs: dict[Place, WatchedInput] = {}
+        for place, on_disk in names.items():
+            watched = WatchedInput(schemes.input_observer(), TokenSample(tokens, _EXPERT_TOKENS))
+            inputs[place] = self._inputs[tuple(on_disk)] = watched
+        return ExpertWatch(module, inputs, names, minimum=schemes.min_expert_tokens, total=tokens)
+
     def __enter__(self) -> Self:
         _current.append(self)
+        self._look_at_weights()
         for watch in self._experts:
             self._entered.enter_context(watch)
-        if (scheme := self._observers.inputs) is not None:
-            for name, module in self._linears.items():
-                self._inputs[name] = observer_for(scheme.observer, 1, scheme.percentile)
-                self._hook(module.register_forward_pre_hook(_input_hook(self._inputs[name]), with_kwargs=True))
-        for name, module in self._attention.items():
+        for name, module in self._layer.linears.items():
+            hook = _input_hook(self._inputs[name,])
+            self._hook(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for name, module in self._layer.attention.items():
             self._hook(module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)))
             self._hook(module.register_forward_hook(lambda *_: self._running.clear()))
         return self
@@ -68,33 +114,63 @@ class LayerWatch:
         self._entered.close()
         _current.remove(self)
 
-    def top_up(self) -> None:
+    @torch.inference_mode()
+    def _look_at_weights(self) -> None:
+        """Sample every weight before the first token runs, and round it where the recipe wants that."""
+        groups = self._layer.groups
+        linears = [Matrix((n,), module.weight, groups.get(n, "")) for n, module in self._layer.linears.items()]
+        experts = [
+            expert_matrix(module, place, on_disk, groups.get(on_disk[0], ""))
+            for module, names in self._layer.experts
+            for place, on_disk in names.items()
+        ]
+        for matrices, weights in ((linears, noise.WEIGHTS), (experts, _EXPERT_WEIGHTS)):
+            in_place = self._schemes.quantized_weights
+            rows = noise.sample_rows(matrices, self._schemes.weights, in_place=in_place, weights=weights)
+            self._rows |= {matrix.names: sample for matrix, sample in zip(matrices, rows, strict=True)}
+
+    def finish(self) -> None:
         """After the last sample, while the weights are still there: give rarely used experts their minimum."""
         for watch in self._experts:
             watch.top_up()
 
     def ranges(self) -> Ranges:
-        """What was seen; NonFiniteActivation names the first module that saw NaN or Inf."""
-        inputs, expert_tokens = dict(self._inputs), {}
-        for watch in self._experts:
-            inputs |= watch.observers()
-            expert_tokens |= watch.tokens()
-        for name, observer in inputs.items():
-            _check_finite(f"{name}: its input", observer)
+        """What was seen. NonFiniteActivation names the first module that saw NaN or Inf, UnsupportedArchitecture an
+        attention that cached nothing."""
+        for names, watched in self._inputs.items():
+            _check_finite(f"{names[0]}: its input", watched.observer)
         for name, (keys, values) in self._kv.items():
             _check_finite(f"{name}: its keys", keys)
             _check_finite(f"{name}: its values", values)
-        seen = {name: observer for name, observer in inputs.items() if observer.updates}
+        self._check_cached()
+        seen = {names: watched.seen() for names, watched in self._inputs.items() if watched.observer.updates}
+        static = self._schemes.static is not None
+        sensitivity = noise.shared_out({names: self._sensitivity(names, one) for names, one in seen.items()})
         return Ranges(
-            inputs={name: observer.ranges()[0] for name, observer in seen.items()},
-            statistics={name: _statistics(observer) for name, observer in seen.items()},
+            inputs={name: one.amax_to_cover for names, one in seen.items() for name in names} if static else {},
             kv={n: KVRange(k_amax=k.ranges(), v_amax=v.ranges()) for n, (k, v) in self._kv.items()},
-            expert_tokens=expert_tokens,
+            sensitivity=sensitivity,
+            layers={self._layer.name: noise.of_layer(sensitivity.values())} if sensitivity else {},
+            expert_tokens={name: tokens for watch in self._experts for name, tokens in watch.tokens().items()},
         )
+
+    @torch.inference_mode()
+    def _sensitivity(self, names: tuple[str, ...], seen: noise.Seen) -> noise.Sensitivity:
+        schemes = self._schemes
+        group = schemes.weights.block_shape[1]
+        return noise.sensitivity_of(self._layer.name, self._rows[names], seen, schemes.activations, group=group)
+
+    def _check_cached(self) -> None:
+        silent = [name for name in self._layer.attention if name not in self._kv]
+        if silent and self._schemes.kv is not None:
+            raise UnsupportedArchitecture(
+                f"{silent[0]}: {type(self._layer.attention[silent[0]]).__name__} cached no keys and values while it "
+                "ran, so there is nothing to find KV scales from; use a recipe without kv_cache"
+            )
 
     def observe_kv(self, keys: Tensor, values: Tensor) -> None:
         """keys, values: [batch, kv_heads, tokens, head_dim], as cached."""
-        if (scheme := self._observers.kv) is None or not self._running:
+        if (scheme := self._schemes.kv) is None or not self._running:
             return
         (name,) = self._running
         units = keys.shape[1] if scheme.strategy == "head" else 1
@@ -127,11 +203,11 @@ _current: list[LayerWatch] = []
 """The watch that is entered. Layers are computed on one thread, one at a time."""
 
 
-def _input_hook(observer: Observer) -> Callable[..., None]:
+def _input_hook(watched: WatchedInput) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values = args[0] if args else kwargs["input"]
         if values.numel():  # an expert that was given no token is run by some models all the same
-            observer.update(values)
+            watched.saw(values)
 
     return hook
 
@@ -142,7 +218,3 @@ def _check_finite(what: str, observer: Observer) -> None:
             f"{what} held NaN or Inf during calibration (largest value {max(observer.amax())}); the model or its dtype "
             "overflows on this data: check that the BF16 model answers sensibly, or use a recipe without calibration"
         )
-
-
-def _statistics(observer: Observer) -> InputStatistics:
-    return InputStatistics(amax=observer.amax()[0], mean_amax=observer.mean_amax()[0])

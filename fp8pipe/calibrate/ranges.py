@@ -38,13 +38,11 @@ class Observer:
         self.units = units
         self.updates = 0
         self._amax = torch.zeros(units)
-        self._sum_of_amax = torch.zeros(units, dtype=torch.float64)
 
     def update(self, values: Tensor) -> None:
         """Take in `values` [units, ...] (any shape when there is one unit)."""
         amax = _amax_of(values, self.units).to(torch.float32)
         self._amax = torch.maximum(self._amax.to(amax.device), amax)  # propagates NaN
-        self._sum_of_amax = self._sum_of_amax.to(amax.device) + amax
         self.updates += 1
 
     @property
@@ -56,13 +54,13 @@ class Observer:
         """Largest absolute value of each unit."""
         return tuple(self._amax.tolist())
 
-    def mean_amax(self) -> tuple[float, ...]:
-        """Mean over updates of the largest absolute value: far below amax means that few samples decide the range."""
-        return tuple((self._sum_of_amax / max(self.updates, 1)).tolist())
-
     def ranges(self) -> tuple[float, ...]:
         """The range to map onto +-448, per unit."""
         return self.amax()
+
+    def saturation(self) -> float:
+        """Share of all values that lies beyond the ranges."""
+        return 0.0
 
 
 class _HistogramObserver(Observer):
@@ -81,6 +79,11 @@ class _HistogramObserver(Observer):
     def ranges(self) -> tuple[float, ...]:
         counts = self._counts.cpu()
         return tuple(self._range_of(counts[unit], amax) if amax else 0.0 for unit, amax in enumerate(self.amax()))
+
+    def saturation(self) -> float:
+        counts, limits = self._counts.cpu(), torch.tensor(self.ranges())
+        beyond = _values()[None] > limits[:, None].bfloat16().float()  # of values that share the range's own code none
+        return int((counts * beyond).sum()) / max(1, int(counts.sum()))
 
     def _range_of(self, counts: Tensor, amax: float) -> float:
         raise NotImplementedError

@@ -21,13 +21,38 @@ class KVRange(Record):
         return KVRange(k_amax=tuple(k * factor for k in self.k_amax), v_amax=tuple(v * factor for v in self.v_amax))
 
 
-class InputStatistics(Record):
-    """What was seen at the input of one quantized module. A description, not identity."""
+class Sensitivity(Record):
+    """What FP8 does to one Linear, estimated from some of its rows and some of its tokens. A description, not identity.
 
-    amax: float
-    """Largest absolute value, whatever the observer made of it."""
-    mean_amax: float
-    """Mean over samples of each sample's largest absolute value."""
+    SQNR is the signal-to-quantization-noise ratio in dB, 10 log10(sum of squares / sum of squared errors); None where
+    there is no error, or no signal.
+    """
+
+    layer: str
+    """Transformers' name of the decoder layer."""
+    weight_sqnr_db: float | None
+    output_sqnr_db: float | None
+    """With weight and input in FP8, without bias."""
+    weight_energy: float
+    """Sum of squares of the weight."""
+    output_energy: float
+    """Sum of squares of the output of one token, on average."""
+    weight_saturation: float
+    """Share of the weights that the observer leaves out of range."""
+    input_saturation: float
+    """Share of the inputs that a static range leaves out; 0 for dynamic activations."""
+    weight_kurtosis: float
+    """Fourth moment over the square of the second: 3 for normal values, more with heavy tails."""
+    input_kurtosis: float
+    input_amax: float
+    """Largest absolute value of its input over all tokens."""
+
+
+class LayerSensitivity(Record):
+    """All Linears of one layer taken together."""
+
+    weight_sqnr_db: float | None
+    output_sqnr_db: float | None
 
 
 class ExpertTokens(Record):
@@ -47,20 +72,17 @@ class Ranges(Record):
     kv: dict[str, KVRange] = Field(default_factory=dict)
     """Attention module -> ranges of its cached keys and values."""
     kv_absent: dict[str, str] = Field(default_factory=dict)
-    """Attention module -> why it gets no KV ranges."""
-    statistics: dict[str, InputStatistics] = Field(default_factory=dict)
+    """Attention module, or layer without attention -> why it gets no KV ranges."""
+    sensitivity: dict[str, Sensitivity] = Field(default_factory=dict)
+    """Quantized module -> what FP8 does to it."""
+    layers: dict[str, LayerSensitivity] = Field(default_factory=dict)
     expert_tokens: dict[str, ExpertTokens] = Field(default_factory=dict)
     """Expert -> tokens it saw."""
 
     def joined(self, other: Ranges) -> Ranges:
         """Both together; their modules are disjoint."""
-        return Ranges(
-            inputs=self.inputs | other.inputs,
-            kv=self.kv | other.kv,
-            kv_absent=self.kv_absent | other.kv_absent,
-            statistics=self.statistics | other.statistics,
-            expert_tokens=self.expert_tokens | other.expert_tokens,
-        )
+        fields = Ranges.model_fields
+        return Ranges(**{name: getattr(self, name) | getattr(other, name) for name in fields})
 
 
 class Calibration(Ranges):
@@ -68,6 +90,8 @@ class Calibration(Ranges):
 
     key: str
     """Digest of everything that decides the ranges; equal keys, equal ranges."""
+    kept: dict[str, str] = Field(default_factory=dict)
+    """Source tensors that the recipe's keep_bf16 leaves unquantized -> why."""
     model_id: str
     source_commit: str
     dataset: str
@@ -91,8 +115,8 @@ class Calibration(Ranges):
     """A figure for people, not identity."""
 
     def digest(self) -> str:
-        """sha256 of what decides the bytes of a checkpoint: the ranges."""
-        return digest_of(self.model_dump(mode="json", include={"inputs", "kv"}))
+        """sha256 of what decides the bytes of a checkpoint: the ranges, and what is kept."""
+        return digest_of(self.model_dump(mode="json", include={"inputs", "kv"} | ({"kept"} if self.kept else set())))
 
     def scaled(self, factor: float) -> Calibration:
         """All ranges multiplied by `factor`: what a wrong calibration would have found."""

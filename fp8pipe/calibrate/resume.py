@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -40,22 +40,28 @@ class Bookmark:
         self._cost = 0.0
         self._last = time.monotonic()
 
-    def find(self) -> tuple[tuple[str, ...], Ranges, list[Tensor]] | None:
-        """Finished layers, their ranges and the hidden states behind the last, one per pass; None: start at the top."""
+    def find(self) -> tuple[tuple[str, ...], Ranges, dict[int, Tensor]] | None:
+        """Finished layers, their ranges and the hidden states [tokens, hidden] of every sample behind the last; None:
+        start at the top."""
         state = _State.load_if_present(self._folder / "state.json")
         if state is None or (state.key, state.token_ids_sha256) != (self._key, self._tokens):
             return None
         hidden = load_file(self._folder / state.hidden)
-        return state.layers, state.ranges, [hidden[str(index)] for index in range(len(hidden))]
+        rows = {int(i): row for name, batch in hidden.items() for i, row in zip(name.split(","), batch, strict=True)}
+        return state.layers, state.ranges, rows
 
-    def set(self, layers: Sequence[str], ranges: Ranges, hidden: Sequence[Tensor]) -> None:
-        """Note that `layers` are finished, unless writing it down would cost more than it saves."""
+    def set(self, layers: Sequence[str], ranges: Ranges, hidden: Mapping[tuple[int, ...], Tensor]) -> None:
+        """Note that `layers` are finished, unless writing it down would cost more than it saves.
+
+        hidden: samples of a pass -> their hidden states [samples, tokens, hidden]; a later run may form other passes.
+        """
         start = time.monotonic()
         if self._cost > _CHEAP_SECONDS and start - self._last < 10 * self._cost:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"hidden-{len(layers)}.safetensors"
-        save_file({str(index): states.contiguous() for index, states in enumerate(hidden)}, self._folder / name)
+        states = {",".join(map(str, samples)): batch.contiguous() for samples, batch in hidden.items()}
+        save_file(states, self._folder / name)
         state = _State(key=self._key, token_ids_sha256=self._tokens, layers=tuple(layers), ranges=ranges, hidden=name)
         state.save(self._folder / "state.json")
         for old in self._folder.glob("hidden-*.safetensors"):

@@ -37,23 +37,24 @@ class Samples:
         return hashlib.sha256(json.dumps(self.token_ids, separators=(",", ":")).encode()).hexdigest()
 
 
-def tokenizer_of(folder: Path) -> Any:
+def tokenizer_of(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's own tokenizer (transformers' tokenizers have no common static type)."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise CalibrationDataError(
             f"{folder}: its tokenizer cannot be loaded ({error}); the tokenizer's files belong beside the weights"
         ) from error
 
 
-def context_of(folder: Path) -> int | None:
+def context_of(folder: Path, *, trust_remote_code: bool = False) -> int | None:
     """The longest sequence that the model takes; None when its config does not say."""
     from transformers import AutoConfig
 
-    return getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def choose_samples(spec: CalibrationSpec, rows: Rows, tokenizer: Any, context: int | None) -> Samples:

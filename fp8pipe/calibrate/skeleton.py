@@ -8,7 +8,7 @@ rules, so a layer holds exactly what `from_pretrained` would have put there.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from fp8pipe import numerics
 from fp8pipe.architecture import probe
 from fp8pipe.checkpoint import Headers
 from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
@@ -33,10 +34,22 @@ _OUTSIDE = ""
 class Skeleton:
     """The model of a snapshot on the meta device."""
 
-    def __init__(self, folder: Path, headers: Headers, device: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        headers: Headers,
+        device: str,
+        *,
+        trust_remote_code: bool = False,
+        scales: Mapping[str, str] | None = None,
+        block: tuple[int, int] | None = None,
+    ) -> None:
+        """scales: weight of a source that is FP8 already -> the tensor with its scales; such weights are dequantized
+        as they are loaded. block: shape of their blocks, where they have any."""
         self.folder = folder
         self.device = torch.device(device)
-        self.model = _on_meta(folder)
+        self._scales, self._block = scales or {}, block or (1, 1)
+        self.model = _on_meta(folder, trust_remote_code, quantized=bool(scales))
         self.decoder: PreTrainedModel = self.model.get_decoder()
         self.decoder_name = _name_of(self.model, self.decoder)
         self.layers = _layers(self.model, self.decoder, self.decoder_name)
@@ -52,8 +65,8 @@ class Skeleton:
     @contextmanager
     def loaded(self, layer: str) -> Iterator[None]:
         """The layer's weights in memory, read once, gone afterwards."""
-        self._load(layer)
         try:
+            self._load(layer)
             yield
         finally:
             self._drop(layer)
@@ -76,13 +89,16 @@ class Skeleton:
 
     def _load(self, group: str) -> None:
         keys = self._groups[group]
+        scales = {key: self._scales[key] for key in keys if key in self._scales}
         with ExitStack() as stack:
             # pread, not mmap: pages of a mapped file count as memory of this process until it is unmapped.
             opened = {
                 name: stack.enter_context(safe_open(self.folder / name, framework="pt", backend="pread"))
-                for name in {self._shards[key] for key in keys}
+                for name in {self._shards[key] for key in (*keys, *scales.values())}
             }
             tensors = {key: opened[self._shards[key]].get_slice(key) for key in keys}
+            for key, scale in scales.items():
+                tensors[key] = self._dequantized(tensors[key][:], opened[self._shards[scale]].get_tensor(scale))
             self._convert(tensors)
         missing = [name for name in self._expected(group) if _get(self.model, name).is_meta]
         if missing:
@@ -90,6 +106,13 @@ class Skeleton:
                 f"{self.folder}: {len(missing)} tensors that {type(self.model).__name__} needs are not in the "
                 f"safetensors files, first {missing[0]}; download the model again"
             )
+
+    def _dequantized(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """codes [out, in] times one scale, one per row, or one per block, in the model's dtype."""
+        scale = scale.float() if scale.dim() == 2 else scale.float().reshape(-1, 1)
+        per_block = scale.shape[1] > 1 or codes.shape[1] <= self._block[1]
+        weight = numerics.dequantize(codes, scale, block=self._block if per_block else None)
+        return weight.to(cast(torch.dtype, self.model.dtype))
 
     def _convert(self, tensors: dict[str, Any]) -> None:
         dtype = cast(torch.dtype, self.model.dtype)
@@ -127,12 +150,12 @@ class Skeleton:
         self.model.initialize_weights()
 
 
-def _on_meta(folder: Path) -> PreTrainedModel:
+def _on_meta(folder: Path, trust_remote_code: bool, *, quantized: bool) -> PreTrainedModel:
     try:
-        model, quantization = probe.build(folder, trust_remote_code=False)
+        model, quantization = probe.build(folder, trust_remote_code)
     except probe.Unsupported as reason:
         raise UnsupportedArchitecture(f"{folder}: {reason}") from reason
-    if quantization is not None:
+    if quantization is not None and not quantized:
         raise UnsupportedArchitecture(
             f"{folder}: the weights are already quantized; calibration needs the BF16 model: give its repository"
         )

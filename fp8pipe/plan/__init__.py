@@ -8,6 +8,7 @@ the whole output (names, dtypes, shapes, offsets, quantization_config) before th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from fp8pipe.architecture import Architecture
@@ -32,13 +33,20 @@ __all__ = [
 ]
 
 
-def make_plan(snapshot: Snapshot, headers: Headers, recipe: Recipe, architecture: Architecture) -> Plan:
-    """Decide for every tensor. Pure: reads no file.
+def make_plan(
+    snapshot: Snapshot,
+    headers: Headers,
+    recipe: Recipe,
+    architecture: Architecture,
+    *,
+    keep: Mapping[str, str] | None = None,
+) -> Plan:
+    """Decide for every tensor. Pure: reads no file. keep: source tensors that a calibration keeps -> why.
 
     Raises UnmatchedEntry for an entry of targets or ignore that matches nothing, ConfigError for a recipe that vLLM
     could not serve on this model, UnsupportedArchitecture when nothing can be quantized.
     """
-    choices = choose(headers, recipe, architecture)
+    choices = choose(headers, recipe, architecture, keep)
     if not any(choice.action == "quantize" for choice in choices.values()):
         reasons = sorted({choice.reason for choice in choices.values()})
         raise UnsupportedArchitecture(
@@ -58,7 +66,7 @@ def make_plan(snapshot: Snapshot, headers: Headers, recipe: Recipe, architecture
         source_bytes=headers.nbytes,
         output_bytes=sum(file_sizes(outputs).values()),
         trust_remote_code=architecture.trust_remote_code,
-        notes=_notes(recipe, architecture, choices),
+        notes=_notes(recipe, architecture, choices, settled=keep is not None),
     )
 
 
@@ -76,8 +84,10 @@ def _planned(info: TensorInfo, choice: Choice) -> PlannedTensor:
     )
 
 
-def _notes(recipe: Recipe, architecture: Architecture, choices: dict[str, Choice]) -> tuple[str, ...]:
+def _notes(recipe: Recipe, architecture: Architecture, choices: dict[str, Choice], *, settled: bool) -> tuple[str, ...]:
     notes = []
+    if recipe.keep_bf16 is not None and not settled:
+        notes.append(f"keep_bf16: calibration will keep the worst {100 * recipe.keep_bf16.worst:g} % of these Linears")
     if recipe.kv_cache is not None and any(layer.mla for layer in architecture.attention):
         notes.append("latent attention (MLA) gets no KV scales: vLLM would drop them")
     if any(choice.scale for choice in choices.values()):

@@ -36,8 +36,11 @@ class Choice:
     """Tensor with the scales of an FP8 source's weight."""
 
 
-def choose(headers: Headers, recipe: Recipe, architecture: Architecture) -> dict[str, Choice]:
-    """A choice for every tensor, by name."""
+def choose(
+    headers: Headers, recipe: Recipe, architecture: Architecture, keep: Mapping[str, str] | None = None
+) -> dict[str, Choice]:
+    """A choice for every tensor, by name. keep: tensors that calibration found too sensitive -> why."""
+    keep = keep or {}
     scales = _source_scales(headers, recipe, architecture)
     targets = _Entries(recipe.targets, "targets", headers, architecture)
     ignore = _Entries(recipe.ignore, "ignore", headers, architecture)
@@ -48,7 +51,7 @@ def choose(headers: Headers, recipe: Recipe, architecture: Architecture) -> dict
         scale = scales.get(name, "")
         if scales and name.rpartition(".")[2] in SPENT_NAMES:
             choices[name] = Choice("drop", "scale of the FP8 source")
-        elif kept := _why_kept(info, role, scale, ignore, targets) or misfits.get(name):
+        elif kept := _why_kept(info, role, scale, ignore, targets) or misfits.get(name) or keep.get(name):
             choices[name] = Choice("keep", kept, scale)
         else:
             choices[name] = Choice("quantize", _how(recipe), scale)

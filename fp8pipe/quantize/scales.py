@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def calibrated_scales(plan: Plan, calibration: Calibration | None) -> dict[str, bytes]:
     """Bytes of every calibrated scale, by output name. InputError names the modules whose range is missing or
     unusable."""
+    _refuse_unsettled(plan, calibration)
     wanted = [output for output in plan.outputs if output.role in {"input_scale", "k_scale", "v_scale"}]
     if not wanted:
         return {}
@@ -34,6 +35,17 @@ def calibrated_scales(plan: Plan, calibration: Calibration | None) -> dict[str, 
     amax = _input_amax(plan, calibration.inputs) | _kv_amax(plan, calibration)
     _refuse_unusable(amax, wanted)
     return {output.name: _scale_bytes(amax[output.name], output) for output in wanted}
+
+
+def _refuse_unsettled(plan: Plan, calibration: Calibration | None) -> None:
+    """keep_bf16: the plan must be the one that keeps what the calibration found too sensitive."""
+    if plan.settings.keep_bf16 is None:
+        return
+    if calibration is None:
+        raise InputError(f"recipe {plan.recipe} has keep_bf16, which needs a calibration; run calibrate first")
+    quantized = {output.source for output in plan.outputs if output.role == "weight"}
+    if left := sorted(quantized & calibration.kept.keys()):
+        raise InputError(f"{left[0]}: the plan quantizes it, the calibration keeps it; plan again with what it keeps")
 
 
 def _input_amax(plan: Plan, inputs: Mapping[str, float]) -> dict[str, tuple[float, ...]]:

@@ -1,0 +1,73 @@
+"""What decides the ranges: equal keys, equal ranges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe
+from fp8pipe.records import Snapshot, digest_of
+
+CALIBRATION_VERSION = 2
+"""Raised whenever the same input would give another record."""
+
+
+def key_of(snapshot: Snapshot, recipe: Recipe, revision: str, device: str) -> str:
+    """Digest of source, data, schemes and circumstances. A recipe's name and the place of a local dataset are no part.
+
+    revision: the dataset's. device: resolved.
+    """
+    is_file = revision.startswith("sha256:")
+    data = recipe.calibration.model_dump(mode="json", exclude={"dataset"} if is_file else {"revision"})
+    return digest_of(
+        {
+            "version": CALIBRATION_VERSION,
+            "source_commit": snapshot.commit,
+            "modules": [recipe.targets, recipe.ignore],
+            "weights": recipe.weights.model_dump(mode="json"),
+            "activations": recipe.activations and recipe.activations.model_dump(mode="json"),
+            "keep_bf16": recipe.keep_bf16 and recipe.keep_bf16.model_dump(mode="json"),
+            "observers": observers_of(recipe),
+            "data": data | {"revision": revision},
+            **circumstances(device),
+        }
+    )
+
+
+def observers_of(recipe: Recipe) -> dict[str, Any]:
+    """inputs and kv: how their ranges are found; None for what needs none."""
+    inputs = recipe.activations if recipe.static_activations else None
+    return {
+        "inputs": None if inputs is None else _observer(inputs),
+        "kv": None if recipe.kv_cache is None else _observer(recipe.kv_cache) | {"strategy": recipe.kv_cache.strategy},
+    }
+
+
+def _observer(scheme: ActivationScheme | KVCacheScheme) -> dict[str, Any]:
+    if scheme.observer == "percentile":
+        return {"observer": "percentile", "percentile": scheme.percentile}
+    return {"observer": scheme.observer}
+
+
+def circumstances(device: str) -> dict[str, Any]:
+    """What changes the last bits of a forward pass."""
+    from importlib.metadata import version
+
+    import torch
+
+    from fp8pipe.device import class_of_capability
+
+    on_gpu = device.startswith("cuda")
+    return {
+        "device_class": class_of_capability(*torch.cuda.get_device_capability(device)) if on_gpu else "cpu",
+        "versions": {"torch": torch.__version__, "transformers": version("transformers")},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def resolved(device: str) -> str:
+    """`auto` as what is there: cuda, else cpu."""
+    import torch
+
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
