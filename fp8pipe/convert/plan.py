@@ -19,7 +19,8 @@ from fp8pipe.convert.respell import respell
 from fp8pipe.errors import InputError
 from fp8pipe.plan import OutputTensor, Plan
 from fp8pipe.records import RECORD_DIR, Checkpoint, Snapshot, digest_of
-from fp8pipe.validate.config import METHODS, method_of, quantization_config
+from fp8pipe.validate import validate
+from fp8pipe.validate.config import METHODS, Scheme, method_of, quantization_config, read_scheme
 
 CONVERSION_VERSION = 1
 """Raised whenever the same input would give other bytes."""
@@ -79,7 +80,8 @@ def plan_conversion(snapshot: Snapshot, headers: Headers, *, to: Method | None) 
     origin = _origin(snapshot, headers)
     draft = mend(Draft(method=method, tensors=unchanged(headers.tensors.values()), quantization=quantization))
     if to is not None and to != method:
-        draft = respell(draft, to, origin.plan.settings if origin else None)
+        scheme = _scheme(snapshot, draft.quantization)
+        draft = respell(draft, scheme, to, origin.plan.settings if origin else None)
     outputs = _placed(headers, draft.tensors)
     conversion = _conversion(snapshot, method, quantization, draft, origin)
     return ConversionPlan(
@@ -111,6 +113,16 @@ def _method(snapshot: Snapshot, quantization: dict[str, Any] | None) -> Method:
         if found == method:
             return method
     raise InputError(f"{snapshot.model_id}: quant_method {found!r}; only {' and '.join(METHODS)} are converted")
+
+
+def _scheme(snapshot: Snapshot, quantization: dict[str, Any]) -> Scheme:
+    """What quantization_config means; InputError with the validator's findings when vLLM serves no such thing."""
+    scheme = read_scheme({"quantization_config": quantization})
+    if scheme is None:
+        findings = validate(snapshot.path, depth="headers").errors
+        reasons = [f"expected {f.expected}, found {f.found}" for f in findings if f.file == "config.json"]
+        raise InputError(f"{snapshot.model_id}: not an FP8 scheme that vLLM serves: {'; '.join(reasons)}")
+    return scheme
 
 
 def _with(config: dict[str, Any], quantization: dict[str, Any]) -> bytes:

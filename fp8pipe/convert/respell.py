@@ -10,17 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fp8pipe import formats
 from fp8pipe.config import Recipe, validated
 from fp8pipe.convert.draft import Draft, Tensor, expert_holder, renamed
 from fp8pipe.convert.record import Method
 from fp8pipe.errors import InputError
-from fp8pipe.validate.config import Scheme, Spec, read_scheme
-
-if TYPE_CHECKING:
-    pass
+from fp8pipe.validate.config import Scheme, Spec
 
 _FLOATS = ("F32", "BF16", "F16")
 """Scale dtypes that become float32 without loss."""
@@ -31,11 +28,10 @@ _BY_UNIT = {"tensor": "per tensor", "channel": "per output channel", "block": "p
 _REQUANTIZE = "quantize the unquantized source with checkpoint_format: {to}"
 
 
-def respell(draft: Draft, to: Method, settings: Recipe | None) -> Draft:
-    """`draft` spelled as `to`. `settings`: the recipe it was quantized with, where that is known.
+def respell(draft: Draft, scheme: Scheme, to: Method, settings: Recipe | None) -> Draft:
+    """`draft`, whose config means `scheme`, spelled as `to`. `settings`: the recipe that made it, where it is known.
 
     Raises InputError for a checkpoint that the other spelling cannot say, or that is not what its config says."""
-    scheme = _read(draft)
     spec = _one_spec(draft, scheme)
     _refuse_unspeakable(draft, scheme, spec, to)
     recipe = _recipe(draft, scheme, spec, to, settings)
@@ -51,16 +47,6 @@ def respell(draft: Draft, to: Method, settings: Recipe | None) -> Draft:
     mended = (*draft.mended, f"quantization_config {draft.method} -> {to}")
     notes = (*draft.notes, *_notes(draft, scheme, spec, to, with_kv))
     return replace(draft, method=to, tensors=tensors, quantization=config, mended=mended, notes=notes)
-
-
-def _read(draft: Draft) -> Scheme:
-    scheme = read_scheme({"quantization_config": draft.quantization})
-    if scheme is None:
-        raise InputError(
-            "quantization_config is not one of an FP8 checkpoint that vLLM serves; "
-            "`fp8pipe validate` says what is wrong with it"
-        )
-    return scheme
 
 
 # ---------------------------------------------------------------------------------------------- refusals

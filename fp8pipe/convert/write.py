@@ -42,6 +42,8 @@ ORIGINS = ("source.json", "calibration.json")
 
 def write(plan: ConversionPlan, folder: Path, progress: Progress) -> Conversion:
     """See `fp8pipe.convert.convert`."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is no folder; choose another --output")
     records = folder / RECORD_DIR
     if Conversion.load_if_present(records / RECORD) == plan.conversion and _is_whole(plan, folder):
         _finish(records)
@@ -77,8 +79,6 @@ def _require_own_folder(plan: ConversionPlan, folder: Path) -> None:
     origin, target = plan.snapshot.path.resolve(), folder.resolve()
     if target.is_relative_to(origin) or origin.is_relative_to(target):
         raise InputError(f"{folder}: output and source may not lie in one another; choose another --output")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is no folder; choose another --output")
     records = folder / RECORD_DIR
     if (records / JOURNAL).exists():
         if (records / JOURNAL).read_text() == plan.conversion.fingerprint:

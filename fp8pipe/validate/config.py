@@ -87,7 +87,8 @@ class Scheme:
     def ignores(self, module: str) -> bool:
         """Whether `module` is in the ignore list, as the method reads it: `re:` only in compressed-tensors."""
         if self.method == "fp8":
-            return module in self._exact_names
+            place = expert_of(module)
+            return module in self._exact_names or (place is not None and place[0] in self._experts)
         return module in self._exact_names or any(p.match(module) for p in self._patterns)
 
     def names_head(self, module: str) -> bool:
@@ -98,6 +99,12 @@ class Scheme:
     @cached_property
     def _exact_names(self) -> frozenset[str]:
         return frozenset(self.ignore)
+
+    @cached_property
+    def _experts(self) -> frozenset[str]:
+        """Experts that quant_method fp8 leaves unquantized: any name in them keeps the whole layer's."""
+        found = (re.match(r"(.*\.experts)(\.|$)", name) for name in self.ignore)
+        return frozenset(match[1] for match in found if match)
 
     @cached_property
     def _patterns(self) -> tuple[re.Pattern[str], ...]:
