@@ -343,7 +343,7 @@ def plot(
     from matplotlib.figure import Figure
 
     mpl.rcParams |= {"svg.hashsalt": "fp8pipe", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
-    figure = Figure(figsize=(11, 3.4), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11, 3.6), layout="constrained", facecolor="white")
     axes = figure.subplots(1, len(SIZES), sharey=True)
     colours = ["#2f6fde", "#c8372d", "#c27c0e", "#7b8794"]
     for axis, n in zip(axes, SIZES, strict=True):
@@ -355,12 +355,12 @@ def plot(
         axis.plot(*planned, color="black", linestyle=":", linewidth=1, label="the gate, as planned", zorder=4)
         axis.axvline(100 * MARGIN, color="#9aa5b1", linewidth=0.8)
         axis.axhline(100 * ALPHA, color="#9aa5b1", linewidth=0.8)
-        axis.set_title(f"n = {n:,}", loc="left", fontweight="bold")
+        axis.set_title(f"n = {n:,}, 6 % differ", loc="left", fontweight="bold")
         axis.set_xlabel("true drop, points")
         axis.set_xlim(0, 5)
         axis.set_ylim(-2, 102)
     axes[0].set_ylabel("passed, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
     figure.savefig(stem.with_suffix(".png"), dpi=150, metadata={"Software": None})
 

@@ -297,14 +297,16 @@ def _with_interval(task: TaskDecision, mean: float, report: EvalReport) -> str:
 
 
 def interval_of(report: EvalReport, task: TaskDecision) -> tuple[float, float] | None:
-    """95 % interval of one side's mean; None where the report lacks the metric."""
+    """95 % interval of one side's mean; None where the report lacks the metric, or it is no mean."""
     import numpy as np
 
     from fp8pipe.gate.statistics import mean_interval
 
     result = report.task(task.task)
     metric = result.samples_of(task.metric, task.filter) if result else None
-    return mean_interval(np.asarray(metric.values)) if metric else None
+    if metric is None or not np.isclose(np.mean(metric.values), metric.mean):
+        return None  # no mean: a perplexity
+    return mean_interval(np.asarray(metric.values))
 
 
 # ---------------------------------------------------------------------------------------------- verdict

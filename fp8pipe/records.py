@@ -236,6 +236,8 @@ class MetricSamples(Record):
     stderr: float | None
     """lm-eval's standard error of the mean."""
     values: tuple[float, ...]
+    weights: tuple[float, ...] = ()
+    """Per sample: words or bytes that its log-likelihood is spread over; empty where every sample counts the same."""
     extraction_failed: tuple[bool, ...] = ()
     """Per sample: the filter found no answer in the text. Empty for metrics without extraction."""
 
@@ -254,6 +256,8 @@ class TaskResult(Record):
     """Cluster of each document (subtask, source document); empty when documents are independent."""
     truncated: tuple[bool, ...] = ()
     """Per sample: the generation hit its length limit. Empty for loglikelihood tasks."""
+    unrecorded: tuple[str, ...] = ()
+    """What the source of this result did not tell, though the task can have it: `truncated generations`, ..."""
     metrics: tuple[MetricSamples, ...]
 
     def samples_of(self, metric: str, filter: str) -> MetricSamples | None:
@@ -279,6 +283,66 @@ class EngineFacts(Record):
     device_name: str
     plugin: str | None
     """Name of a platform plugin that supplied kernels (CPU reference kernels); None on stock vLLM."""
+    model_bytes: int | None = None
+    """Bytes of the weights and scales as they lie in the memory of all workers."""
+
+
+class SampleText(Record):
+    """What the model said to one of the suite's fixed prompts, greedily, before it was measured."""
+
+    prompt: str
+    text: str
+    tokens: int
+    finding: Literal["empty", "repeating"] | None
+    """empty: nothing but white space. repeating: the end is one short passage over and over."""
+
+
+class FlipRate(Record):
+    """One metric of one task, scored twice by the same model in other batches: the engine's own noise."""
+
+    task: str
+    metric: str
+    filter: str
+    n: int
+    flipped: int
+    """Samples whose value differs between the two runs."""
+
+    @property
+    def rate(self) -> float:
+        """Share of samples that differ."""
+        return self.flipped / self.n
+
+
+class ServingFigures(Record):
+    """Timings of a fixed workload, by vLLM's own benchmark code."""
+
+    workload: dict[str, int]
+    """num_prompts, input_len, output_len (tokens), max_concurrency, seed."""
+    request_throughput: float
+    """Requests per second."""
+    output_throughput: float
+    """Generated tokens per second."""
+    total_token_throughput: float
+    """Prompt and generated tokens per second."""
+    mean_ttft_ms: float
+    """Time to the first token."""
+    median_ttft_ms: float
+    p99_ttft_ms: float
+    mean_itl_ms: float
+    """Time between two tokens of one answer."""
+    median_itl_ms: float
+    p99_itl_ms: float
+    comparable: bool
+    """Whether the figures say something about serving. False on a CPU, where reference kernels serve FP8."""
+
+
+class Retry(Record):
+    """The engine ran out of memory and was started anew with less."""
+
+    cause: str
+    """The line of its log that says so."""
+    changed: dict[str, int | float]
+    """Engine arguments that replaced those asked for."""
 
 
 class EvalReport(Record):
@@ -292,7 +356,8 @@ class EvalReport(Record):
     suite_digest: str
     engine: EngineFacts
     tasks: tuple[TaskResult, ...]
-    add_bos_token: bool
+    add_bos_token: bool | None
+    """None where it was not recorded."""
     chat_template_hash: str | None
     """sha256 of the template that was applied; None when none was."""
     tokenizer_hash: str
@@ -304,6 +369,13 @@ class EvalReport(Record):
     """lm-eval's own result table."""
     folder_identity: str | None = None
     """Identity of the checkpoint folder as it was measured; None for a baseline."""
+    samples: tuple[SampleText, ...] = ()
+    """The sample generation; the card and the report show what is odd about it."""
+    flips: tuple[FlipRate, ...] = ()
+    """A baseline measured against itself, for the tasks whose suite says `repeat`."""
+    serving: ServingFigures | None = None
+    retries: tuple[Retry, ...] = ()
+    """What it took to fit into memory; empty when the engine ran as asked."""
     seconds: dict[str, float]
     """start (process to ready engine), evaluate, total. Figures for people, not identity."""
 

@@ -26,12 +26,14 @@ from report_fixtures import (
 )
 from scipy import optimize, stats
 
-from fp8pipe.config import GatePolicy, TaskPolicy
+from fp8pipe.config import EvalSuite, GatePolicy, PerplexityPolicy, TaskPolicy, TaskSpec
 from fp8pipe.gate import decide
+from fp8pipe.gate.rules_candidate import is_w8a8
 from fp8pipe.gate.statistics import (
     bootstrap_test,
     constrained_won,
     holm_levels,
+    likelihood_test,
     mcnemar_p,
     mean_interval,
     paired_test,
@@ -40,8 +42,8 @@ from fp8pipe.gate.statistics import (
     score_statistic,
     score_test,
 )
-from fp8pipe.gate.vetoes import RULES, is_w8a8
-from fp8pipe.records import EvalReport, GateDecision
+from fp8pipe.gate.vetoes import RULES
+from fp8pipe.records import EvalReport, GateDecision, TaskResult
 
 # ---------------------------------------------------------------------------------------------- score test
 
@@ -327,6 +329,72 @@ def test_fewer_than_twenty_clusters_settle_nothing() -> None:
         decision = full(*sides)
         assert decision.tasks[0].p_accept < 0.05
         assert decision.verdict == verdict
+
+
+# ---------------------------------------------------------------------------------------------- perplexity
+
+
+def texts(growth: float, *, candidate: bool, documents: int = 60, noise: float = 0.01) -> TaskResult:
+    """A rolling-likelihood task of `documents` texts, on the candidate's side `growth` nats per word less likely."""
+    random = np.random.default_rng(3)
+    words = tuple(random.integers(50, 500, documents).astype(float).tolist())
+    likelihoods = -2.0 + 0.3 * random.standard_normal(documents)
+    if candidate:
+        likelihoods = likelihoods - growth - noise * random.standard_normal(documents)
+    mean = math.exp(-float(np.average(likelihoods, weights=words)))
+    fields = {"name": "word_perplexity", "higher_is_better": False, "weights": words, "mean": mean}
+    return task(likelihoods.tolist(), name="texts", metrics=(metric(likelihoods.tolist(), **fields),))
+
+
+def with_texts(growth: float, **fields: Any) -> tuple[EvalReport, EvalReport]:
+    """Equal accuracies, and texts that are `growth` less likely."""
+    baseline, candidate = pair()
+    ours, theirs = (texts(growth, candidate=side, **fields) for side in (False, True))
+    return (
+        baseline.model_copy(update={"tasks": (*baseline.tasks, ours)}),
+        candidate.model_copy(update={"tasks": (*candidate.tasks, theirs)}),
+    )
+
+
+LIMIT = policy(perplexity={"texts": PerplexityPolicy(max_increase=0.01, min_baseline=20.0)})
+BOTH = EvalSuite(name="unit", tasks={"qa": TaskSpec(), "texts": TaskSpec()})
+
+
+@pytest.mark.parametrize(("growth", "verdict"), [(0.0, "accepted"), (0.0095, "inconclusive"), (0.03, "rejected")])
+def test_perplexity_is_held_to_its_limit_beside_the_tasks(growth: float, verdict: str) -> None:
+    decision = full(*with_texts(growth), LIMIT, suite=BOTH)
+    assert (decision.verdict, decision.vetoed) == (verdict, ())
+    accuracy, perplexity = decision.tasks
+    assert accuracy.verdict == "accepted"
+    assert perplexity.drop == pytest.approx(math.log(perplexity.candidate / perplexity.baseline))
+    assert "margin 1.00 %" in perplexity.reason
+
+
+def test_long_documents_weigh_more_in_a_perplexity() -> None:
+    words = np.array([1000.0] + [10.0] * 40)
+    worse = likelihood_test(np.zeros(41), np.array([-0.1] + [0.0] * 40), words, 0.01)
+    assert worse.drop == pytest.approx(0.1 * 1000 / 1400)
+
+
+def test_equal_likelihoods_are_accepted_when_there_are_enough_documents() -> None:
+    likelihoods = np.random.default_rng(1).normal(-2, 0.1, 400)
+    test = likelihood_test(likelihoods, likelihoods, np.full(400, 100.0), 0.01)
+    assert test.p_accept < 0.05
+    assert test.upper(0.05) < 0.01
+    assert likelihood_test(likelihoods[:30], likelihoods[:30], np.full(30, 100.0), 0.01).p_accept > 0.05
+
+
+def test_fewer_than_twenty_texts_settle_nothing() -> None:
+    assert full(*with_texts(0.0, documents=19), LIMIT, suite=BOTH).verdict == "inconclusive"
+
+
+def test_a_perplexity_that_its_texts_do_not_have_is_vetoed() -> None:
+    baseline, candidate = with_texts(0.0)
+    kept = candidate.tasks[1].metrics[0]
+    changed = change_task(candidate, 1, metrics=(kept.model_copy(update={"mean": kept.mean * 1.01}),))
+    assert full(baseline, changed, LIMIT, suite=BOTH).vetoed == ("metrics",)
+    longer = change_task(candidate, 1, metrics=(kept.model_copy(update={"weights": (1.0, *kept.weights[1:])}),))
+    assert "metrics" in full(baseline, longer, LIMIT, suite=BOTH).vetoed
 
 
 # ---------------------------------------------------------------------------------------------- vetoes

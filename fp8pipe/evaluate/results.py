@@ -118,19 +118,28 @@ def _metric(
         mean=float(mean),
         stderr=float(stderr) if isinstance(stderr, int | float) else None,
         values=values,
+        weights=_units([example[metric] for example in examples]),
         extraction_failed=tuple(failed) if any(fallbacks.values()) else (),
     )
 
 
 def _number(value: Any, what: str) -> float:  # Any: whatever a task's process_results returns
-    """A per-sample value as float. Rolling likelihoods come as (log-likelihood, units) and become their quotient."""
+    """A per-sample value as float. Rolling likelihoods come as (log-likelihood, units) and become their quotient; a
+    list of outcomes, as IFEval has one per instruction, becomes its mean."""
     if isinstance(value, tuple) and len(value) == 2:
         log_likelihood, units = value
         return log_likelihood / units
+    if isinstance(value, list) and value:
+        return math.fsum(_number(one, what) for one in value) / len(value)
     as_float = getattr(value, "__float__", None)
     if as_float is None:
         raise InputError(f"{what}: expected a number per sample, found {type(value).__name__}")
     return as_float()
+
+
+def _units(values: list[Any]) -> tuple[float, ...]:  # Any: whatever a task's process_results returns
+    """What rolling likelihoods are spread over, per sample; empty for any other metric."""
+    return tuple(float(value[1]) for value in values) if all(isinstance(value, tuple) for value in values) else ()
 
 
 def _fallbacks(task: Task, filter_name: str) -> list[Any]:  # Any: a filter's fallback is a string or a list of them

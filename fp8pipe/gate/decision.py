@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fp8pipe.config import EvalSuite, GatePolicy, Recipe, TaskPolicy
-from fp8pipe.gate.vetoes import Evidence, apply_rules, comparable
-from fp8pipe.records import Checkpoint, EvalReport, GateDecision, TaskDecision, Verdict
+from fp8pipe.config import EvalSuite, GatePolicy, PerplexityPolicy, Recipe, TaskPolicy
+from fp8pipe.gate.evidence import Evidence, comparable, mean_of
+from fp8pipe.gate.vetoes import apply_rules
+from fp8pipe.records import Checkpoint, EvalReport, GateDecision, MetricSamples, TaskDecision, Verdict
 
 if TYPE_CHECKING:
-    from fp8pipe.gate.statistics import Array, PairedTest
+    from fp8pipe.gate.statistics import PairedTest
 
 
 def decide(
@@ -38,7 +40,7 @@ def decide(
     rules = apply_rules(Evidence(baseline, candidate, policy, checkpoint, suite, recipe, look))
     vetoed = tuple(rule.rule for rule in rules if rule.outcome == "vetoed")
     tasks = _compare_tasks(baseline, candidate, policy, alpha)
-    verdict = _verdict(vetoed, tasks, len(policy.tasks))
+    verdict = _verdict(vetoed, tasks, len(policy.gated))
     vetoes = [f"{rule.rule}: {rule.reason}" for rule in rules if rule.outcome == "vetoed"]
     return GateDecision(
         verdict=verdict,
@@ -98,104 +100,142 @@ def _compare_tasks(
     """One decision for every task that can be paired; the rest is the rule `metrics`' to veto."""
     from fp8pipe.gate.statistics import holm_levels
 
-    pairs = [pair for name in policy.tasks if (pair := _Pair.of(name, baseline, candidate, policy.tasks[name]))]
+    pairs = [pair for name in policy.gated if (pair := _paired(name, baseline, candidate, policy.gated[name]))]
     tests = [pair.test() for pair in pairs]
     # Holm's family is every task of the policy, also those that could not be compared.
-    p_reject = [test.p_reject for test in tests] + [1.0] * (len(policy.tasks) - len(pairs))
+    p_reject = [test.p_reject for test in tests] + [1.0] * (len(policy.gated) - len(pairs))
     levels = holm_levels(p_reject, alpha)
-    return tuple(pair.decide(test, alpha, level) for pair, test, level in zip(pairs, tests, levels, strict=False))
+    decided = zip(pairs, tests, levels, strict=False)  # more levels than pairs, where some could not be compared
+    return tuple(_decide_task(pair, test, alpha, level) for pair, test, level in decided)
 
 
-class _Pair:
-    """One metric of one task on both sides."""
+def _paired(
+    name: str, baseline: EvalReport, candidate: EvalReport, policy: TaskPolicy | PerplexityPolicy
+) -> _Scores | _Likelihoods | None:
+    """One metric of one task on both sides; None where there is nothing to pair sample by sample."""
+    one, other = baseline.task(name), candidate.task(name)
+    if one is None or other is None or one.doc_ids != other.doc_ids:
+        return None
+    ours, theirs = (task.samples_of(policy.metric, policy.filter) for task in (one, other))
+    if ours is None or theirs is None or not comparable(ours, theirs) or ours.weights != theirs.weights:
+        return None
+    if isinstance(policy, PerplexityPolicy):
+        return _Likelihoods(name, policy, ours, theirs)
+    return _Scores(name, policy, ours, theirs, one.clusters if len(one.clusters) == len(ours.values) else ())
+
+
+class _Scores:
+    """Scores whose mean counts: accuracies and graded metrics."""
 
     def __init__(
-        self, name: str, policy: TaskPolicy, ours: Array, theirs: Array, clusters: tuple[str, ...], sign: int
+        self, name: str, policy: TaskPolicy, ours: MetricSamples, theirs: MetricSamples, clusters: tuple[str, ...]
     ) -> None:
-        self.name, self.policy = name, policy
-        self.ours, self.theirs = ours, theirs
-        self.clusters, self.sign = clusters, sign
-
-    @classmethod
-    def of(cls, name: str, baseline: EvalReport, candidate: EvalReport, policy: TaskPolicy) -> _Pair | None:
-        """None where there is nothing to pair sample by sample."""
         import numpy as np
 
-        one, other = baseline.task(name), candidate.task(name)
-        if one is None or other is None or one.doc_ids != other.doc_ids:
-            return None
-        ours, theirs = (task.samples_of(policy.metric, policy.filter) for task in (one, other))
-        if ours is None or theirs is None or not comparable(ours, theirs):
-            return None
-        clusters = one.clusters if len(one.clusters) == len(ours.values) else ()
-        sign = 1 if ours.higher_is_better else -1
-        return cls(name, policy, np.asarray(ours.values), np.asarray(theirs.values), clusters, sign)
+        from fp8pipe.gate.statistics import is_binary, value_range
+
+        self.name, self.policy, self.clusters = name, policy, clusters
+        one, other = np.asarray(ours.values), np.asarray(theirs.values)
+        self.n, self.units = len(one), len(set(clusters)) if clusters else None
+        self.baseline, self.candidate = float(one.mean()), float(other.mean())
+        # Where lower is better the two are turned over, so that a drop is always a loss. 0/1 values stay 0/1.
+        self.better, self.worse = (one, other) if ours.higher_is_better else (other, one)
+        self.binary = is_binary(one) and is_binary(other)
+        self.in_points = value_range(one, other) == 1.0
 
     def test(self) -> PairedTest:
         from fp8pipe.gate.statistics import paired_test
 
-        # The sign turns lower-is-better metrics over, so that a drop is always a loss. 0/1 values stay 0/1.
-        if self.sign > 0:
-            return paired_test(self.ours, self.theirs, self.clusters, self.policy.margin)
-        return paired_test(self.theirs, self.ours, self.clusters, self.policy.margin)
+        return paired_test(self.better, self.worse, self.clusters, self.policy.margin)
 
-    def decide(self, test: PairedTest, alpha: float, reject_alpha: float) -> TaskDecision:
-        from fp8pipe.gate.statistics import MIN_CLUSTERS, is_binary, mcnemar_p
+    def shown(self, drop: float) -> str:
+        return f"{100 * drop:.2f}" if self.in_points else f"{drop:.4g}"
 
-        few = len(set(self.clusters)) if self.clusters and len(set(self.clusters)) < MIN_CLUSTERS else None
-        verdict: Verdict = "inconclusive"
-        if few is None and test.p_accept < alpha:
-            verdict = "accepted"
-        elif few is None and test.p_reject < reject_alpha:
-            verdict = "rejected"
-        baseline, candidate = float(self.ours.mean()), float(self.theirs.mean())
-        upper, lower = test.upper(alpha), test.lower(reject_alpha)
-        binary = is_binary(self.ours) and is_binary(self.theirs)
-        losses = self.sign * (self.ours - self.theirs)
-        lost, won = int((losses > 0).sum()), int((losses < 0).sum())
-        bounds = _reason(verdict, test.drop, lower, upper, self.policy.margin, alpha, reject_alpha, self._in_points())
-        return TaskDecision(
-            task=self.name,
-            metric=self.policy.metric,
-            filter=self.policy.filter,
-            verdict=verdict,
-            reason=(f"{few} clusters, at least {MIN_CLUSTERS} are needed; " if few else "")
-            + f"{bounds}, n={len(losses)}",
-            n=len(losses),
-            baseline=baseline,
-            candidate=candidate,
-            drop=test.drop,
-            drop_lower=lower,
-            drop_upper=upper,
-            margin=self.policy.margin,
-            method=test.method,
-            p_accept=test.p_accept,
-            p_reject=test.p_reject,
-            discordant_lost=lost if binary else None,
-            discordant_won=won if binary else None,
-            mcnemar_p=mcnemar_p(lost, won) if binary else None,
-            recovery=candidate / baseline if baseline else None,
-        )
+    @property
+    def unit(self) -> str:
+        return " points" if self.in_points else ""
 
-    def _in_points(self) -> bool:
-        from fp8pipe.gate.statistics import value_range
+    def reported(self) -> dict[str, Any]:
+        """What stands beside the test and decides nothing."""
+        from fp8pipe.gate.statistics import mcnemar_p
 
-        return value_range(self.ours, self.theirs) == 1.0
+        beside: dict[str, Any] = {"recovery": self.candidate / self.baseline if self.baseline else None}
+        if self.binary:
+            losses = self.better - self.worse
+            lost, won = int((losses > 0).sum()), int((losses < 0).sum())
+            beside |= {"discordant_lost": lost, "discordant_won": won, "mcnemar_p": mcnemar_p(lost, won)}
+        return beside
+
+
+class _Likelihoods:
+    """Log-likelihoods of documents; the drop is the growth of perplexity, in nats per unit."""
+
+    def __init__(self, name: str, policy: PerplexityPolicy, ours: MetricSamples, theirs: MetricSamples) -> None:
+        import numpy as np
+
+        self.name, self.policy, self.unit = name, policy, " %"
+        self.n = self.units = len(ours.values)
+        self.weights = np.asarray(ours.weights or (1.0,) * self.n)
+        self.ours, self.theirs = np.asarray(ours.values), np.asarray(theirs.values)
+        self.baseline, self.candidate = mean_of(ours), mean_of(theirs)
+
+    def test(self) -> PairedTest:
+        from fp8pipe.gate.statistics import likelihood_test
+
+        return likelihood_test(self.ours, self.theirs, self.weights, self.policy.margin)
+
+    def shown(self, drop: float) -> str:
+        return f"{100 * math.expm1(min(drop, 100.0)):.2f}"
+
+    def reported(self) -> dict[str, Any]:
+        """Recovery of a perplexity has no meaning."""
+        return {}
+
+
+def _decide_task(pair: _Scores | _Likelihoods, test: PairedTest, alpha: float, reject_alpha: float) -> TaskDecision:
+    from fp8pipe.gate.statistics import MIN_CLUSTERS
+
+    too_few = pair.units is not None and pair.units < MIN_CLUSTERS
+    verdict: Verdict = "inconclusive"
+    if not too_few and test.p_accept < alpha:
+        verdict = "accepted"
+    elif not too_few and test.p_reject < reject_alpha:
+        verdict = "rejected"
+    upper, lower = test.upper(alpha), test.lower(reject_alpha)
+    bounds = _reason(verdict, pair, test.drop, lower, upper, alpha, reject_alpha)
+    warning = f"{pair.units} clusters, at least {MIN_CLUSTERS} are needed; " if too_few else ""
+    return TaskDecision(
+        task=pair.name,
+        metric=pair.policy.metric,
+        filter=pair.policy.filter,
+        verdict=verdict,
+        reason=f"{warning}{bounds}, n={pair.n}",
+        n=pair.n,
+        baseline=pair.baseline,
+        candidate=pair.candidate,
+        drop=test.drop,
+        drop_lower=lower,
+        drop_upper=upper,
+        margin=pair.policy.margin,
+        method=test.method,
+        p_accept=test.p_accept,
+        p_reject=test.p_reject,
+        **pair.reported(),
+    )
 
 
 def _reason(
     verdict: Verdict,
+    pair: _Scores | _Likelihoods,
     drop: float,
     lower: float,
     upper: float,
-    margin: float,
     alpha: float,
     reject_alpha: float,
-    points: bool,
 ) -> str:
     """`drop 0.4 points, upper bound 1.1 < margin 2.0 points at alpha 0.05`."""
-    scale, unit, form = (100, " points", ".2f") if points else (1, "", ".4g")
-    d, lo, up, m = (f"{scale * value:{form}}" for value in (drop, lower, upper, margin))
+    unit = pair.unit
+    d, lo, up, m = (pair.shown(value) for value in (drop, lower, upper, pair.policy.margin))
     if verdict == "accepted":
         return f"drop {d}{unit}, upper bound {up} < margin {m}{unit} at alpha {alpha:.3g}"
     if verdict == "rejected":

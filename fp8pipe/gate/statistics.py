@@ -164,7 +164,11 @@ def bootstrap_test(
     Without clusters each sample is its own. A resample that happens to hold no variation counts as infinitely far out,
     so that a mean resting on a handful of samples gets wide bounds by itself.
     """
-    sums, sizes = _per_cluster(losses, clusters)
+    return ratio_bootstrap(*_per_cluster(losses, clusters), margin, method, resamples)
+
+
+def ratio_bootstrap(sums: Array, sizes: Array, margin: float, method: str, resamples: int = RESAMPLES) -> PairedTest:
+    """The same for losses given as one sum and one size per unit drawn: clusters, or documents and their words."""
     drop, error = _ratio_and_error(_moments(sums, sizes).sum(axis=0), len(sums))
     t = _resampled_t(sums, sizes, float(drop), resamples)
     observed = (float(drop) - margin) / float(error) if error > 0 else np.nan
@@ -258,6 +262,18 @@ def paired_test(
     if clusters and losses.any():
         test = _more_cautious(bootstrap_test(losses, clusters, margin, "cluster-bootstrap", resamples), test)
     return _within(test, width)
+
+
+def likelihood_test(baseline: Array, candidate: Array, weights: Array, margin: float) -> PairedTest:
+    """Log-likelihoods per unit [n] of documents with so many units: by how many nats per unit they fall.
+
+    The paired bootstrap draws documents. Where not one differs, the score test of zero discordant pairs on the range of
+    the likelihoods that were seen.
+    """
+    losses = (baseline - candidate) * weights
+    if not losses.any():
+        return _identical(len(losses), margin, float(np.ptp(baseline)))
+    return ratio_bootstrap(losses, weights, margin, "perplexity-bootstrap")
 
 
 def is_binary(values: Array) -> bool:
