@@ -1,0 +1,70 @@
+"""Linear kernels for FP8 schemes that vLLM's CPU platform cannot serve, or serves without quantizing activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from vllm.model_executor.kernels.linear import FP8ScaledMMLinearKernel, FP8ScaledMMLinearLayerConfig
+from vllm.model_executor.kernels.linear.scaled_mm import Fp8BlockScaledMMLinearKernel
+from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
+from vllm.platforms import current_platform
+
+from fp8pipe.evaluate.cpu.quantize import dequantize, quantize_groups
+
+Verdict = tuple[bool, str | None]
+"""Whether a kernel can serve, else why not."""
+
+
+def _on_cpu() -> Verdict:
+    return (True, None) if current_platform.is_cpu() else (False, "serves the CPU platform only")
+
+
+class ReferenceFp8BlockScaledMMLinearKernel(Fp8BlockScaledMMLinearKernel):
+    """Weights in blocks (128x128), activations quantized as they come in groups (128) of a token: DeepSeek's scheme.
+
+    Serves `quant_method: fp8` (`weight_scale_inv`) and compressed-tensors (`weight_scale`).
+    """
+
+    # vLLM would quantize with its torch fallback, which bounds a group's scale from below 40,000 times higher than
+    # the GPU's kernels do: here instead, where the product is made.
+    apply_input_quant = False
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> Verdict:
+        return _on_cpu()
+
+    def apply_block_scaled_mm(self, A: Tensor, B: Tensor, As: Tensor, Bs: Tensor) -> Tensor:
+        """A [M, K] in 16 bits, codes B [N, K], scales Bs [ceil(N / 128), ceil(K / 128)]; float32 [M, N]."""
+        group = self.config.activation_quant_key.scale.group_shape.col
+        block = (self.weight_group_shape.row, self.weight_group_shape.col)
+        codes, scale = quantize_groups(A, group)
+        return dequantize(codes, scale, (1, group)) @ dequantize(B, Bs, block).T
+
+
+class ReferenceFp8W8A16LinearKernel(FP8ScaledMMLinearKernel):
+    """FP8 weights, activations left in 16 bits (`input_activations: null`); products and sums in float32."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> Verdict:
+        return _on_cpu()
+
+    @classmethod
+    def can_implement(cls, c: FP8ScaledMMLinearLayerConfig) -> Verdict:
+        return True, None
+
+    def apply_weights(
+        self, layer: Any, x: Tensor | QuantizedActivation, bias: Tensor | None = None
+    ) -> Tensor:  # Any: nn.Module
+        """vLLM holds block weights as [N, K] with `weight_scale_inv`, others as [K, N] with one scale per column."""
+        assert isinstance(x, Tensor), "no layer before a weight-only one quantizes for it"
+        block = self.config.weight_quant_key.scale.group_shape
+        if block.row > 1 and block.col > 1:
+            weight = dequantize(layer.weight, layer.weight_scale_inv, (block.row, block.col))
+        else:
+            weight = dequantize(layer.weight.t(), layer.weight_scale)
+        output = x.float() @ weight.T
+        return (output if bias is None else output + bias).to(self.config.out_dtype)
+
+    def apply_scaled_mm(self, **operands: Any) -> Tensor:  # Any: vLLM's abstract method takes quantized operands
+        raise AssertionError("activations are not quantized: apply_weights is the whole kernel")
