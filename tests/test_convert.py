@@ -138,9 +138,11 @@ def test_the_result_has_no_error_and_its_readers_parse_its_config(
     assert [finding.sentence() for finding in validate(tmp_path / "out", source=snapshot).errors] == []
     config = config_of(tmp_path / "out")
     if other == "fp8":
-        assert FineGrainedFP8Config.from_dict(dict(config)).modules_to_not_convert == ["lm_head"]
+        parsed: Any = FineGrainedFP8Config.from_dict(dict(config))
+        assert parsed.modules_to_not_convert == ["lm_head"]
     else:
-        (group,) = QuantizationConfig.model_validate(config).config_groups.values()
+        groups: Any = QuantizationConfig.model_validate(config).config_groups
+        (group,) = groups.values()
         assert group.weights is not None and group.input_activations is not None
         assert group.targets == ["Linear"]
         assert bool(group.input_activations.dynamic) == (SCHEMES[scheme].get("static") is False)
@@ -476,6 +478,7 @@ def test_nothing_to_do_writes_nothing_and_says_so(llama: Path, tmp_path: Path, w
 
 Change = Callable[[Tensors, dict[str, Any]], None]
 AT = "model.layers.1.mlp.up_proj"
+SCALED = ("weight", "weight_scale", "input_scale")
 
 
 def group(config: dict[str, Any]) -> dict[str, Any]:
@@ -573,6 +576,13 @@ def test_half_quantized_experts_are_refused(moe: Path, tmp_path: Path, method: A
 def test_experts_that_compressed_tensors_has_no_kernel_for_stay_fp8(moe: Path, tmp_path: Path) -> None:
     source = reference.quantize(moe, tmp_path / "source", method="fp8", static=False)
     with pytest.raises(InputError, match=r"vLLM serves experts with .* not tensor weights with dynamic activations"):
+        to("compressed-tensors", source, tmp_path / "out")
+
+
+def test_the_absorbed_mla_projection_with_a_static_scale_stays_fp8(llama: Path, tmp_path: Path) -> None:
+    source = reference.quantize(llama, tmp_path / "source", method="fp8")
+    edit(source, lambda tensors, _: [rename(tensors, f".k_proj.{x}", f".kv_b_proj.{x}") for x in SCALED] and None)
+    with pytest.raises(InputError, match="kv_b_proj has a static input scale"):
         to("compressed-tensors", source, tmp_path / "out")
 
 

@@ -32,11 +32,11 @@ def respell(draft: Draft, scheme: Scheme, to: Method, settings: Recipe | None) -
     """`draft`, whose config means `scheme`, spelled as `to`. `settings`: the recipe that made it, where it is known.
 
     Raises InputError for a checkpoint that the other spelling cannot say, or that is not what its config says."""
+    _refuse_half_experts(draft)
     spec = _one_spec(draft, scheme)
     _refuse_unspeakable(draft, scheme, spec, to)
     recipe = _recipe(draft, scheme, spec, to, settings)
-    if draft.kept_experts or any(map(expert_holder, draft.quantized)):
-        _check_experts(draft, recipe)
+    _refuse_unserved_experts(draft, recipe)
     tensors = tuple(_respelled(tensor, draft, spec, recipe) for tensor in draft.tensors)
     _require_scales(draft, tensors, spec, recipe)
     with_kv = any(tensor.leaf == "k_scale" for tensor in tensors)
@@ -89,7 +89,8 @@ def _refuse_unspeakable(draft: Draft, scheme: Scheme, spec: Spec, to: Method) ->
     extra = _extras(draft.quantization)
     if extra:
         raise InputError(f"{extra} has no counterpart in quant_method {to}: keep this spelling")
-    if to != "fp8":
+    if to == "compressed-tensors":
+        _refuse_clipped_mla(draft, spec)
         return
     per_head = any(t.leaf in {"k_scale", "v_scale"} and not t.is_scalar for t in draft.tensors)
     reason = ""
@@ -101,6 +102,14 @@ def _refuse_unspeakable(draft: Draft, scheme: Scheme, spec: Spec, to: Method) ->
         reason = "the KV cache has a scale per head, quant_method fp8 one per layer"
     if reason:
         raise InputError(f"{reason}: keep compressed-tensors, or {_REQUANTIZE.format(to=to)}")
+
+
+def _refuse_clipped_mla(draft: Draft, spec: Spec) -> None:
+    """vLLM absorbs kv_b_proj: it dequantizes it in quant_method fp8, and in compressed-tensors runs an identity through
+    it, whose ones a static scale below 1/448 clips."""
+    found = [module for module in draft.quantized if module.endswith(".kv_b_proj")]
+    if found and spec.inputs == "static":
+        raise InputError(f"{found[0]} has a static input scale, which would clip it in compressed-tensors: keep fp8")
 
 
 def _extras(quantization: dict[str, Any]) -> str:
@@ -118,16 +127,21 @@ def _extras(quantization: dict[str, Any]) -> str:
     return ""
 
 
-def _check_experts(draft: Draft, recipe: Recipe) -> None:
-    quantized = {holder: module for module in draft.quantized if (holder := expert_holder(module))}
+def _refuse_half_experts(draft: Draft) -> None:
+    """InputError for a layer that holds experts of both precisions."""
+    quantized = {expert_holder(module): module for module in draft.quantized}
     for holder in draft.kept_experts:
         if holder in quantized:
             raise InputError(
                 f"{holder}: some experts are FP8 ({quantized[holder]}), others are not; vLLM loads all experts of a "
                 "layer alike; quantize the unquantized source anew"
             )
+
+
+def _refuse_unserved_experts(draft: Draft, recipe: Recipe) -> None:
+    """InputError for experts that vLLM serves in the present spelling alone."""
     refusal = formats.format_of(recipe).refuse_experts(recipe)
-    if quantized and refusal:
+    if refusal and any(map(expert_holder, draft.quantized)):
         raise InputError(f"{refusal}: keep quant_method {draft.method}")
 
 
