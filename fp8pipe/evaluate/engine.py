@@ -126,9 +126,15 @@ def look_at(model: torch.nn.Module) -> dict[str, list[str]]:
 
 
 def _kernel_name(method: object, scheme: object | None) -> str:
-    """The kernel object that a quantized layer holds; where there is none, its scheme or method is the kernel."""
+    """The kernel object that a quantized layer holds; where there is none, its scheme or method is the kernel.
+
+    Kernels for experts serve several schemes under one name, so that theirs is added: `TritonExperts(fp8_w8a8)`.
+    """
     for holder in (scheme, method):
         for value in vars(holder).values() if holder is not None else ():
+            if hasattr(value, "fused_experts"):  # vLLM's frame around every expert kernel
+                experts = value.fused_experts
+                return f"{type(experts).__name__}({experts.quant_config.config_name(torch.bfloat16)})"
             if "Kernel" in type(value).__name__:
                 return type(value).__name__
     return type(method if scheme is None else scheme).__name__
