@@ -595,10 +595,23 @@ def test_a_weight_only_recipe_expects_weight_only_kernels() -> None:
 
 @pytest.mark.parametrize(
     "kernel",
-    ["CutlassFP8ScaledMMLinearKernel", "DeepGemmFp8BlockScaledMMKernel", "CPUFp8W8A8BlockScaledMMKernel", KERNEL],
+    [
+        "CutlassFP8ScaledMMLinearKernel",
+        "DeepGemmFp8BlockScaledMMKernel",
+        "CPUFp8W8A8BlockScaledMMKernel",
+        "ReferenceFp8BlockScaledMMLinearKernel",
+        "ReferenceFp8Experts(fp8_w8a8)",
+        "TritonExperts(fp8_w8a8)",
+        KERNEL,
+    ],
 )
 def test_w8a8_kernels_are_known_by_name(kernel: str) -> None:
     assert is_w8a8(kernel)
+
+
+@pytest.mark.parametrize("kernel", ["MarlinExperts(fp8_w8a16)", "ReferenceFp8W8A16LinearKernel", "TritonExperts(None)"])
+def test_other_kernels_are_not_taken_for_w8a8(kernel: str) -> None:
+    assert not is_w8a8(kernel)
 
 
 def test_a_device_that_the_policy_does_not_name_is_vetoed() -> None:
