@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from fp8pipe import errors
 from fp8pipe.config import EvalSuite
 from fp8pipe.errors import EngineFailed, Fp8PipeError, ModelNotFound, SourceChanged
+from fp8pipe.evaluate.memory import MAX_RETRIES, shortage, smaller
 from fp8pipe.evaluate.request import EvalRequest, baseline_key, engine_arguments, setting
 from fp8pipe.evaluate.supervise import Ending, Message, supervise
 from fp8pipe.identity import folder_identity
 from fp8pipe.progress import Progress, ProgressEvent, quiet
-from fp8pipe.records import EvalReport
+from fp8pipe.records import EvalReport, Retry
 
 __all__ = ["baseline_key", "evaluate"]
 
@@ -39,6 +41,7 @@ def evaluate(
     kv_cache_dtype: str = "auto",
     online: str | None = None,
     limit: int | None = None,
+    share: float = 1.0,
     python: str | None = None,
     timeout_s: float | None = None,
     stall_s: float = STALL_S,
@@ -48,7 +51,10 @@ def evaluate(
 
     A finished report of the same request (fingerprint, suite, engine arguments, versions, device class) is returned
     without starting anything. `online` quantizes while loading (vLLM's `quantization`), `limit` scores the first N
-    documents of each task's permutation, `python` is an interpreter that has vLLM, lm-eval and fp8pipe installed.
+    documents of each task's permutation, `share` that part of them, `python` is an interpreter that has vLLM, lm-eval
+    and fp8pipe installed. Tasks that an interrupted run finished, and documents that a smaller `limit` or `share`
+    scored, are not scored again. An engine that runs out of memory is started anew with smaller batches, then with less
+    context; the report says so.
 
     EngineFailed when vLLM does not start, dies, hangs or takes longer than `timeout_s`; InputError for a task or a
     model that cannot be measured as asked; HubUnreachable when task data cannot be fetched; SourceChanged when the
@@ -66,6 +72,7 @@ def evaluate(
         suite=suite,
         suite_digest=suite.digest(),
         limit=limit,
+        share=share,
         engine=engine_arguments(suite, kv_cache_dtype=kv_cache_dtype, online=online, on_cpu=where.on_cpu),
         versions=where.versions,
         device_class=where.device_class,
@@ -77,23 +84,55 @@ def evaluate(
     if role == "candidate" and folder_identity(model) != request.folder_identity:
         (folder / "report.json").unlink()
         raise SourceChanged(f"{model}: altered while it was measured; the measurement is void, run it again")
+    if share < 1:
+        report.save(_look_path(folder, request))
     return report
 
 
 def _finished(folder: Path, request: EvalRequest) -> EvalReport | None:
-    """The report of an equal request that ran to its end here."""
+    """The report of an equal request that ran to its end here; that of a look also after the next has begun."""
+    if request.share < 1:
+        return EvalReport.load_if_present(_look_path(folder, request))
     earlier = EvalRequest.load_if_present(folder / "request.json")
     if earlier is None or earlier.identity() != request.identity():
         return None
     return EvalReport.load_if_present(folder / "report.json")
 
 
+def _look_path(folder: Path, request: EvalRequest) -> Path:
+    return folder / "looks" / f"{request.share:g}-{request.identity()[:16]}.json"
+
+
 def _run_worker(
     request: EvalRequest, folder: Path, python: str, timeout_s: float | None, stall_s: float, progress: Progress
 ) -> EvalReport:
-    # The old report goes before the new request comes: at no instant do the two in the folder belong to different runs.
-    (folder / "report.json").unlink(missing_ok=True)
-    request.save(folder / "request.json")
+    """Run the worker to its report; started anew with less when memory runs out."""
+    earlier = EvalRequest.load_if_present(folder / "request.json")
+    if earlier is not None and earlier.identity() == request.identity():
+        request = request.model_copy(update={"retries": earlier.retries})  # what did not fit then does not fit now
+    while True:
+        # The old report goes before the new request comes: the two in the folder never belong to different runs.
+        (folder / "report.json").unlink(missing_ok=True)
+        request.save(folder / "request.json")
+        ending = _run_once(request, folder, python, timeout_s, stall_s, progress)
+        if ending.succeeded:
+            return EvalReport.load(folder / "report.json")
+        cause = shortage(ending.tail(), ending.returncode) if ending.reason == "exited" else None
+        if cause is None or len(request.retries) == MAX_RETRIES:
+            raise EngineFailed(_explain(request, ending))
+        changed = smaller(request.engine | request.reduced, cause, len(request.retries) + 1, Path(request.model))
+        request = request.model_copy(update={"retries": (*request.retries, Retry(cause=cause, changed=changed))})
+        progress(ProgressEvent("evaluate", 0, None, "requests", f"out of memory; again with {_listed(changed)}"))
+
+
+def _listed(changed: Mapping[str, int | float]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in changed.items())
+
+
+def _run_once(
+    request: EvalRequest, folder: Path, python: str, timeout_s: float | None, stall_s: float, progress: Progress
+) -> Ending:
+    """One worker; what it tells of its own errors is raised as the class it was."""
     told: list[Message] = []
 
     def on_message(message: Message) -> None:
@@ -106,9 +145,7 @@ def _run_worker(
     ending = supervise(command, log=folder / "worker.log", on_message=on_message, timeout_s=timeout_s, stall_s=stall_s)
     if told:
         raise _told_error(told[-1], ending)
-    if not ending.succeeded:
-        raise EngineFailed(_explain(request, ending))
-    return EvalReport.load(folder / "report.json")
+    return ending
 
 
 def _event(message: Message, suite: str) -> ProgressEvent:
@@ -138,6 +175,8 @@ def _explain(request: EvalRequest, ending: Ending) -> str:
     else:
         causes = _CAUSE.findall(tail)
         what = f"vLLM or lm-eval failed (exit {ending.returncode}): {causes[-1] if causes else 'see the log'}"
+    if request.retries:
+        what += f"; {len(request.retries)} retries with less did not help, the last with {_listed(request.reduced)}"
     return (
         f"evaluating {request.model} with suite {request.suite.name}: {what}\n{_indent(tail)}\n(full log: {ending.log})"
     )

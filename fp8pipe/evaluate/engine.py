@@ -5,12 +5,15 @@ Imported by the worker only, after `prepare_process`: importing vLLM takes most 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from lm_eval.models import vllm_causallms
 from lm_eval.models.utils import Collator
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from fp8pipe.device import class_of_capability, detect
@@ -20,6 +23,7 @@ from fp8pipe.records import EngineFacts, digest_of
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+    from lm_eval.api.task import Task
 
 _VLLM: Any = vllm_causallms.VLLM  # Any: lm-eval's registry types every model as its abstract base
 
@@ -29,18 +33,32 @@ _PATHS = ("pretrained", "tokenizer", "download_dir")
 
 
 class MeteredVLLM(_VLLM):
-    """lm-eval's vLLM model, unchanged in what it computes; tells its progress and notes which generations were cut."""
+    """lm-eval's vLLM model; tells its progress, notes which generations were cut, and can mix its batches anew.
+
+    What it computes is lm-eval's, but for texts of tasks that name a sliding window.
+    """
 
     def __init__(self, *, tell: Tell, **arguments: Any) -> None:  # Any: lm-eval's and vLLM's arguments
         super().__init__(**arguments)
         self.cut: set[tuple[str, int]] = set()
         """(leaf task, position among its scored documents) of generations that ended at their length limit."""
+        self.windows: dict[str, Window] = {}
+        """Leaf tasks whose texts are scored in overlapping windows."""
+        self.doing = ""
+        """What the progress that is told belongs to."""
+        self.shuffle: random.Random | None = None
+        """Draws the order in which prompts enter the engine; None: lm-eval's own, by length."""
         self._generated: list[tuple[list[int], bool]] = []
-        generate, bar = self.model.generate, _bar_that_tells(tell)
+        generate, bar = self.model.generate, _bar_that_tells(lambda message: tell(message | {"note": self.doing}))
         self.model.generate = lambda *args, **options: generate(*args, **(options | {"use_tqdm": bar}))
 
     def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
-        outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
+        order = list(range(len(requests)))
+        if self.shuffle is not None:
+            self.shuffle.shuffle(order)
+        each: Any = sampling_params if not isinstance(sampling_params, list) else [sampling_params[i] for i in order]
+        mixed = super()._model_generate([requests[i] for i in order], generate=generate, sampling_params=each)
+        outputs = [output for _, output in sorted(zip(order, mixed, strict=True), key=lambda pair: pair[0])]
         if generate:  # not the likelihood requests: their outputs hold a dictionary per prompt token
             self._generated += [(o.prompt_token_ids, o.outputs[0].finish_reason == "length") for o in outputs]
         return outputs
@@ -61,6 +79,47 @@ class MeteredVLLM(_VLLM):
                 assert request.task_name is not None and request.doc_id is not None
                 self.cut.add((request.task_name, request.doc_id))
         return texts
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """As lm-eval does it, in disjoint windows; overlapping ones for tasks that name a window."""
+        slid = [i for i, request in enumerate(requests) if request.task_name in self.windows]
+        plain = [i for i, request in enumerate(requests) if request.task_name not in self.windows]
+        sums: dict[int, float] = {}
+        if plain:  # lm-eval fails on none
+            sums |= zip(plain, super().loglikelihood_rolling([requests[i] for i in plain], disable_tqdm), strict=True)
+        sums |= zip(slid, self._slid([requests[i] for i in slid]), strict=True)
+        return [sums[i] for i in range(len(requests))]
+
+    def _slid(self, requests: list[Instance]) -> list[float]:
+        """Log-likelihood of each text: every token is scored once, with at least the window's context before it, as far
+        as the text has it; the first follows the beginning-of-sequence token."""
+        owners: list[int] = []
+        windows: list[tuple[None, list[int], list[int]]] = []
+        for place, request in enumerate(requests):
+            window = self.windows[request.task_name or ""]
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            size = min(window.tokens, self.max_length - 2)
+            pairs = get_rolling_token_windows(tokens, self.prefix_token_id, size, min(window.context, size))
+            windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
+            owners += [place] * (len(windows) - len(owners))
+        sums = [0.0] * len(requests)
+        for place, (log_likelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            sums[place] += log_likelihood
+        return sums
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How a long text is scored: so many tokens at a time, the first of them context alone."""
+
+    tokens: int
+    context: int
+
+
+def sliding_windows(leaves: Mapping[str, Task]) -> dict[str, Window]:
+    """Those leaf tasks whose metadata names a `window` and its `context`."""
+    named = {leaf: task.config.metadata or {} for leaf, task in leaves.items()}
+    return {leaf: Window(data["window"], data["context"]) for leaf, data in named.items() if "window" in data}
 
 
 def _bar_that_tells(tell: Tell) -> type[tqdm[Any]]:
@@ -96,6 +155,7 @@ def engine_facts(lm: MeteredVLLM, arguments: dict[str, Any]) -> EngineFacts:
         raise EngineFailed(f"layers have different KV cache dtypes ({', '.join(sorted(caches))}); expected one for all")
     capability = current_platform.get_device_capability()
     return EngineFacts(
+        model_bytes=sum(lm.model.apply_model(weight_bytes)),
         linear_kernels=tuple(sorted({name for worker in seen for name in worker["kernels"]})),
         attention_backend=", ".join(sorted(backends)),
         kv_cache_dtype=caches.pop(),
@@ -123,6 +183,12 @@ def look_at(model: torch.nn.Module) -> dict[str, list[str]]:
         elif method is not None and not type(method).__name__.startswith("Unquantized"):
             kernels.add(_kernel_name(method, getattr(module, "scheme", None)))
     return {"kernels": sorted(kernels), "attention": sorted(attention), "kv_cache": sorted(kv_cache)}
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Runs in each worker: bytes of its parameters and buffers, shared ones once."""
+    tensors = {t.untyped_storage().data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 
 
 def _kernel_name(method: object, scheme: object | None) -> str:

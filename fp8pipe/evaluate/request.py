@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fp8pipe.config import EvalSuite
 from fp8pipe.errors import EngineFailed
 from fp8pipe.evaluate.environment import CPU_ENGINE_ARGUMENTS, is_cpu_build, library_versions
-from fp8pipe.records import Record, digest_of
+from fp8pipe.records import Record, Retry, digest_of
 
 
 class EvalRequest(Record):
@@ -31,15 +31,29 @@ class EvalRequest(Record):
     """Digest of the suite with the content of its task files, when the request was made."""
     limit: int | None
     """Score only the first N documents of each task's permutation."""
+    share: float = 1.0
+    """Score only this share of them, rounded up: a look of a gate that takes several."""
     engine: dict[str, Any]  # Any: values of vLLM's engine arguments
     """Arguments for vLLM, after defaults."""
     versions: dict[str, str]
     """vllm, lm_eval, transformers, torch, as installed where the worker runs."""
     device_class: str
+    retries: tuple[Retry, ...] = ()
+    """What has been tried already and needed more memory than there is."""
+
+    @property
+    def reduced(self) -> dict[str, int | float]:
+        """Engine arguments that replace those asked for, so that the model fits."""
+        return {name: value for retry in self.retries for name, value in retry.changed.items()}
 
     def identity(self) -> str:
         """Digest of everything that may change a result."""
-        return digest_of(self.model_dump(mode="json", exclude={"model", "suite"}))
+        return digest_of(self.model_dump(mode="json", exclude={"model", "suite", "retries"}))
+
+    def subject(self) -> str:
+        """Digest of what is measured and how, whatever the number of documents: parts of equal ones can be joined."""
+        asked = self.model_dump(mode="json", exclude={"model", "suite", "limit", "share", "retries"})
+        return digest_of([asked, self.reduced.get("max_model_len")])
 
 
 class Setting(Record):
@@ -76,9 +90,19 @@ def engine_arguments(suite: EvalSuite, *, kv_cache_dtype: str, online: str | Non
     return (CPU_ENGINE_ARGUMENTS if on_cpu else {}) | {"seed": suite.seed} | suite.engine | subject
 
 
-def baseline_key(source_commit: str, suite: EvalSuite, *, limit: int | None = None, python: str | None = None) -> str:
-    """Name of the folder that caches a baseline: all recipes of one model, measured alike, share it."""
+def baseline_key(
+    source_commit: str,
+    suite: EvalSuite,
+    *,
+    limit: int | None = None,
+    looks: tuple[float, ...] = (1.0,),
+    python: str | None = None,
+) -> str:
+    """Name of the folder that caches a baseline: all recipes of one model, measured alike, share it.
+
+    A prompt's examples may depend on which documents are asked in one go, so baselines of other looks are others.
+    """
     where = setting(python)
     versions = {name: where.versions[name] for name in ("vllm", "lm_eval", "transformers")}
-    parts = [source_commit, suite.digest(), versions, where.device_class, limit]
+    parts = [source_commit, suite.digest(), versions, where.device_class, limit, looks]
     return f"{source_commit.removeprefix('local-')[:12]}-{digest_of(parts)[:20]}"

@@ -6,10 +6,14 @@ a seeded permutation, stratified over leaves. A longer look is a longer prefix, 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import math
 import random
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8pipe.config import EvalSuite
 from fp8pipe.errors import ConfigError, HubUnreachable, InputError
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks.manager import TaskDict
+
+FETCH_TIMEOUT_S = 20.0
 
 Pick = tuple[str, int]
 """One document: name of the leaf task, document id in it."""
@@ -54,20 +60,23 @@ class Subject:
         return [self.leaves[leaf] for leaf in ids]
 
 
-def load_subjects(suite: EvalSuite, *, limit: int | None) -> list[Subject]:
+def load_subjects(suite: EvalSuite, *, limit: int | None, share: float = 1.0) -> list[Subject]:
     """Load every task with its data; InputError for what lm-eval does not know or cannot do, HubUnreachable."""
+    import datasets
+
+    datasets.disable_caching()  # a task that shuffles while loading is to do so by the seed, not as an earlier run did
     manager = _task_manager(suite)
     subjects: list[Subject] = []
     for name, spec in suite.tasks.items():
+        _seed_generators(suite.seed)
         loaded = _load(manager, name)
         leaves = dict(loaded["tasks"])
         for leaf, task in leaves.items():
             _set_shots(leaf, task, spec.num_fewshot)
         if seen := [s.name for s in subjects if s.leaves.keys() & leaves.keys()]:
             raise ConfigError(f"suite {suite.name}: {name} and {seen[0]} share tasks; name each task once")
-        picks = _pick(
-            name, {leaf: len(task.eval_docs) for leaf, task in leaves.items()}, spec.samples, limit, suite.seed
-        )
+        sizes = {leaf: len(task.eval_docs) for leaf, task in leaves.items()}
+        picks = permutation(sizes, suite.seed)[: _wanted(name, sum(sizes.values()), spec.samples, limit, share)]
         group = loaded.get("groups", {}).get(name)
         subjects.append(Subject(name, spec.num_fewshot, leaves, group, picks))
     return subjects
@@ -101,17 +110,56 @@ def _is_complete(manager: TaskManager, name: str) -> bool:
     return all(isinstance(part, str) and _is_complete(manager, part) for part in parts)
 
 
+def _seed_generators(seed: int) -> None:
+    """As lm-eval does before it loads tasks: some shuffle while loading."""
+    import numpy
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+
+
 def _load(manager: TaskManager, name: str) -> TaskDict:
     import httpx
     import requests
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return manager.load([name])
+        with sentence_splitter_or_refusal():
+            return manager.load([name])
     except (DatasetNotFoundError, FileNotFoundError) as error:
         raise InputError(f"task {name}: its data is not there: {error}") from error
     except (ConnectionError, requests.ConnectionError, httpx.TransportError) as error:
         raise HubUnreachable(f"task {name}: its data could not be fetched: {error}") from error
+
+
+@contextlib.contextmanager
+def sentence_splitter_or_refusal() -> Iterator[None]:
+    """Within: a task that needs NLTK's sentence splitter has it, or is refused with what to do.
+
+    IFEval downloads it when its module is imported, goes on without it when that fails, and ends when the first answer
+    is scored, after everything has been generated.
+    """
+    import nltk
+
+    def fetch(resource: str, **_: Any) -> bool:
+        before = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(FETCH_TIMEOUT_S)
+        try:
+            if download(resource, quiet=True):
+                return True
+        finally:
+            socket.setdefaulttimeout(before)
+        raise InputError(
+            f"NLTK's {resource} is not on this machine and could not be fetched; run `python -m nltk.downloader "
+            f"{resource}` where there is a network, and set NLTK_DATA to the folder that holds tokenizers/{resource}"
+        )
+
+    download = nltk.download
+    nltk.download = fetch
+    try:
+        yield
+    finally:
+        nltk.download = download
 
 
 def _set_shots(name: str, task: Task, wanted: int) -> None:
@@ -121,12 +169,12 @@ def _set_shots(name: str, task: Task, wanted: int) -> None:
     task.set_config(key="num_fewshot", value=wanted)
 
 
-def _pick(name: str, sizes: dict[str, int], samples: int | None, limit: int | None, seed: int) -> tuple[Pick, ...]:
-    total = sum(sizes.values())
+def _wanted(name: str, total: int, samples: int | None, limit: int | None, share: float) -> int:
+    """How many documents to score."""
     if samples is not None and samples > total:
         raise InputError(f"task {name}: the suite asks for {samples} samples, the task has {total} documents")
     wanted = total if samples is None else samples
-    return permutation(sizes, seed)[: wanted if limit is None else min(wanted, limit)]
+    return math.ceil((wanted if limit is None else min(wanted, limit)) * share)
 
 
 def permutation(sizes: dict[str, int], seed: int) -> tuple[Pick, ...]:

@@ -1,6 +1,7 @@
 """The child process of one evaluation: `python -m fp8pipe.evaluate.worker request.json`.
 
-Reads the request, loads the tasks, starts vLLM in this process, runs lm-eval, writes report.json beside the request.
+Reads the request, loads the tasks, starts vLLM in this process, runs lm-eval task by task, writes report.json beside
+the request. A task that is finished is kept in parts/ at once: an evaluation that was interrupted goes on from there.
 Progress and errors of fp8pipe's own kind go to the parent as JSON lines; everything else is on stdout and stderr, which
 the parent keeps in worker.log.
 """
@@ -11,15 +12,18 @@ import os
 import random
 import sys
 import time
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fp8pipe
 from fp8pipe.errors import EngineFailed, Fp8PipeError
 from fp8pipe.evaluate.environment import library_versions, prepare_process, use_cpu_engine
+from fp8pipe.evaluate.parts import ROWS, Part, Parts, joined, table_rows
 from fp8pipe.evaluate.request import EvalRequest
 from fp8pipe.evaluate.supervise import take_channel
-from fp8pipe.records import EvalReport
+from fp8pipe.records import EngineFacts, EvalReport, FlipRate, SampleText, ServingFigures
 
 if TYPE_CHECKING:
     from fp8pipe.evaluate.engine import MeteredVLLM, Tell
@@ -33,7 +37,7 @@ def main() -> None:
     """Entry point. Ends without tearing the engine down: the record is on disk, and the process is the clean-up."""
     path, tell = Path(sys.argv[1]), take_channel()
     try:
-        report = measure(EvalRequest.load(path), tell)
+        report = measure(EvalRequest.load(path), tell, path.parent)
     except Fp8PipeError as error:
         tell({"error": type(error).__name__, "message": str(error)})
         raise
@@ -43,31 +47,22 @@ def main() -> None:
     os._exit(0)
 
 
-def measure(request: EvalRequest, tell: Tell) -> EvalReport:
-    """Everything between request and report."""
+def measure(request: EvalRequest, tell: Tell, folder: Path) -> EvalReport:
+    """Everything between request and report; finished stretches of tasks lie in `folder`/parts meanwhile."""
     started = time.monotonic()
     tell({"note": "loading tasks"})
     prepare_process()
     from fp8pipe.evaluate.tasks import load_subjects
 
-    _seed_generators(request.suite.seed)
-    subjects = load_subjects(request.suite, limit=request.limit)
+    subjects = load_subjects(request.suite, limit=request.limit, share=request.share)
     tell({"note": "starting vLLM"})
     lm = _start_engine(request, tell)
     ready = time.monotonic()
-    tell({"note": "measuring"})
-    results = _run(request, subjects, lm)
+    report = measure_with(lm, request, subjects, Parts(folder / "parts", request.subject()))
     done = time.monotonic()
-    seconds = {"start": ready - started, "evaluate": done - ready, "total": done - started}
-    return _report(request, subjects, lm, results, seconds)
-
-
-def _seed_generators(seed: int) -> None:
-    """As lm-eval does before it loads tasks: some shuffle while loading."""
-    import numpy
-
-    random.seed(seed)
-    numpy.random.seed(seed)
+    return report.model_copy(
+        update={"seconds": {"start": ready - started, "evaluate": done - ready, "total": done - started}}
+    )
 
 
 def _start_engine(request: EvalRequest, tell: Tell) -> MeteredVLLM:
@@ -75,23 +70,95 @@ def _start_engine(request: EvalRequest, tell: Tell) -> MeteredVLLM:
     from fp8pipe.evaluate.engine import MeteredVLLM
 
     arguments = {"pretrained": request.model, "add_bos_token": request.suite.add_bos_token, "batch_size": "auto"}
-    return MeteredVLLM(tell=tell, **arguments, **request.engine)
+    return MeteredVLLM(tell=tell, **arguments, **request.engine, **request.reduced)
 
 
-def _run(request: EvalRequest, subjects: list[Subject], lm: MeteredVLLM) -> dict[str, Any]:  # Any: lm-eval's results
+def measure_with(lm: MeteredVLLM, request: EvalRequest, subjects: list[Subject], parts: Parts) -> EvalReport:
+    """The report of a running engine: sample generation, tasks, the second run of a baseline, serving figures."""
+    from fp8pipe.evaluate.engine import engine_facts
+    from fp8pipe.evaluate.sample_texts import sample_texts
+    from fp8pipe.evaluate.serving import check_fits, serving_figures
+
+    suite, facts = request.suite, engine_facts(lm, request.engine | request.reduced)
+    if suite.serving is not None:
+        check_fits(suite.serving, facts.max_model_len)
+    lm.doing = "sample generation"
+    samples = sample_texts(lm, suite)
+    chains = [_scored(request, subject, lm, parts) for subject in subjects]
+    flips = _flips(request, subjects, chains, lm) if request.role == "baseline" else ()
+    lm.doing = "serving figures"
+    served = suite.serving and serving_figures(lm, suite.serving, suite.seed, comparable=facts.device_class != "cpu")
+    return _report(request, lm, facts, chains, samples=samples, flips=flips, serving=served)
+
+
+def _scored(request: EvalRequest, subject: Subject, lm: MeteredVLLM, parts: Parts) -> list[Part]:
+    """All parts of one suite entry; what is not there yet is scored now, in one stretch."""
+    chain = parts.find(subject.name, len(subject.picks))
+    start = chain[-1].stop if chain else 0
+    if start < len(subject.picks):
+        lm.doing = f"{subject.name} ({list(request.suite.tasks).index(subject.name) + 1} of {len(request.suite.tasks)})"
+        part = _score(request, replace(subject, picks=subject.picks[start:]), lm, start, parts.identity)
+        parts.save(subject.name, part)
+        chain.append(part)
+    return chain
+
+
+def _score(request: EvalRequest, subject: Subject, lm: MeteredVLLM, start: int, identity: str) -> Part:
+    from fp8pipe.evaluate.results import task_result
+
+    results = _run(request, subject, lm)
+    return Part(
+        identity=identity,
+        start=start,
+        stop=start + len(subject.picks),
+        result=task_result(subject, results, lm.cut),
+        rows={name: _plain(results[name]) for name in ROWS if name in results},
+    )
+
+
+def _plain(value: Any) -> Any:  # Any: lm-eval's results, in which numpy's scalars may stand for numbers
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    return value.item() if hasattr(value, "item") else value
+
+
+def _flips(
+    request: EvalRequest, subjects: list[Subject], chains: list[list[Part]], lm: MeteredVLLM
+) -> tuple[FlipRate, ...]:
+    """Score tasks marked `repeat` again, stretch by stretch, with the prompts in another order: other batches."""
+    from fp8pipe.evaluate.flips import flip_rates
+
+    found: list[FlipRate] = []
+    for subject, chain in zip(subjects, chains, strict=True):
+        if not request.suite.tasks[subject.name].repeat:
+            continue
+        lm.doing = f"{subject.name} again, in other batches"
+        lm.model.reset_prefix_cache()
+        lm.shuffle = random.Random(request.suite.seed)
+        stretches = [replace(subject, picks=subject.picks[part.start : part.stop]) for part in chain]
+        again = [_score(request, one, lm, part.start, "") for one, part in zip(stretches, chain, strict=True)]
+        lm.shuffle = None
+        found += flip_rates(joined(chain), joined(again))
+    return tuple(found)
+
+
+def _run(request: EvalRequest, subject: Subject, lm: MeteredVLLM) -> dict[str, Any]:  # Any: lm-eval's results
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
-    evaluator.add_env_info = lambda storage: (
-        None
-    )  # asks pip, lscpu and git for seconds; the report has its own versions
+    from fp8pipe.evaluate.engine import sliding_windows
+
+    # lm-eval asks pip, lscpu and git for seconds; the report has its own versions
+    evaluator.add_env_info = lambda storage: None
     suite = request.suite
-    scored: list[Any] = [item for subject in subjects for item in subject.scored()]  # Any: lm-eval declares no groups
+    scored: list[Any] = list(subject.scored())  # Any: lm-eval declares no groups
+    lm.cut.clear()
+    lm.windows = sliding_windows(subject.leaves)
     results = evaluator.simple_evaluate(
         model=lm,
         tasks=scored,
         task_manager=TaskManager(include_defaults=False),  # the tasks are loaded already
-        samples={leaf: ids for subject in subjects for leaf, ids in subject.sample_ids().items()},
+        samples=subject.sample_ids(),
         gen_kwargs=dict(suite.generation) or None,
         apply_chat_template=suite.apply_chat_template,
         fewshot_as_multiturn=suite.apply_chat_template,
@@ -109,17 +176,15 @@ def _run(request: EvalRequest, subjects: list[Subject], lm: MeteredVLLM) -> dict
 
 def _report(
     request: EvalRequest,
-    subjects: list[Subject],
     lm: MeteredVLLM,
-    results: dict[str, Any],  # Any: lm-eval's results
-    seconds: dict[str, float],
+    facts: EngineFacts,
+    chains: list[list[Part]],
+    *,
+    samples: tuple[SampleText, ...],
+    flips: tuple[FlipRate, ...],
+    serving: ServingFigures | None,
 ) -> EvalReport:
-    from hashlib import sha256
-
-    from lm_eval.utils import make_table
-
-    from fp8pipe.evaluate.engine import adds_bos, engine_facts, tokenizer_hash
-    from fp8pipe.evaluate.results import task_result
+    from fp8pipe.evaluate.engine import adds_bos, tokenizer_hash
 
     suite, seed = request.suite, request.suite.seed
     template = lm.hf_chat_template if suite.apply_chat_template else None
@@ -129,17 +194,32 @@ def _report(
         fingerprint=request.fingerprint,
         suite=suite.name,
         suite_digest=request.suite_digest,
-        engine=engine_facts(lm, request.engine),
-        tasks=tuple(task_result(subject, results, lm.cut) for subject in subjects),
+        engine=facts,
+        tasks=tuple(joined(chain) for chain in chains),
         add_bos_token=adds_bos(lm),
         chat_template_hash=None if template is None else sha256(template.encode()).hexdigest(),
         tokenizer_hash=tokenizer_hash(lm),
         seeds=dict.fromkeys(("permutation", "random", "numpy", "torch", "fewshot", "engine"), seed),
         versions=library_versions() | {"fp8pipe": fp8pipe.__version__},
-        table="\n".join(make_table(results, column) for column in ("results", "groups") if column in results),
+        table=_table(list(suite.tasks), chains),
         folder_identity=request.folder_identity,
-        seconds=seconds,
+        samples=samples,
+        flips=flips,
+        serving=serving,
+        retries=request.retries,
+        seconds={},
     )
+
+
+def _table(names: list[str], chains: list[list[Part]]) -> str:
+    """lm-eval's own table of all tasks, and the one of groups where there are any."""
+    from lm_eval.utils import make_table
+
+    together: dict[str, dict[str, Any]] = {}
+    for name, chain in zip(names, chains, strict=True):
+        for column, rows in table_rows(name, chain).items():
+            together.setdefault(column, {}).update(rows)
+    return "\n".join(make_table(together, column) for column in ("results", "groups") if together.get(column))
 
 
 if __name__ == "__main__":

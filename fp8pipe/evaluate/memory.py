@@ -1,0 +1,53 @@
+"""Whether an engine ended for want of memory, and what to ask of it then: smaller batches, after that less context."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+MAX_RETRIES = 2
+
+_SIGNS = re.compile(
+    r"^.*(?:out of memory|OutOfMemoryError|DefaultCPUAllocator: can't allocate|\bMemoryError\b"
+    r"|No available memory for the cache blocks|larger than the available KV cache memory"
+    r"|less than desired GPU memory utilization|Failed to allocate).*$",
+    re.MULTILINE | re.IGNORECASE,
+)
+_CONTEXT = re.compile("available KV cache memory|memory for the cache blocks")
+
+KILLED = 137
+"""Exit status of a process that the kernel killed, as it does when the machine's memory is used up."""
+
+
+def shortage(log_tail: str, returncode: int) -> str | None:
+    """The line that says memory ran out; None when the engine ended for another reason."""
+    lines = [line.strip() for line in _SIGNS.findall(log_tail)]
+    if lines:
+        return lines[-1]
+    return "killed (signal 9): most likely the machine ran out of memory" if returncode == KILLED else None
+
+
+def smaller(engine: dict[str, Any], cause: str, attempt: int, model: Path) -> dict[str, int | float]:
+    """Engine arguments for retry number `attempt` (from 1): those that change, with their new values.
+
+    First fewer sequences, fewer tokens in a step and some room beside the engine's own pool (prompt logprobs are
+    allocated there); then, or at once where the KV cache is what does not fit, half the context each time.
+    """
+    pool = float(engine.get("gpu_memory_utilization", 0.9))
+    changed: dict[str, int | float] = {
+        "max_num_seqs": min(int(engine.get("max_num_seqs", 256)), 64 // 4 ** (attempt - 1)),
+        "max_num_batched_tokens": min(int(engine.get("max_num_batched_tokens", 8192)), 2048 // 2 ** (attempt - 1)),
+    }
+    if _CONTEXT.search(cause):
+        return changed | {"max_model_len": _context(engine, model) // 2**attempt}
+    changed["gpu_memory_utilization"] = round(min(pool, max(0.1, pool - 0.1 * attempt)), 2)
+    return changed if attempt == 1 else changed | {"max_model_len": _context(engine, model) // 2 ** (attempt - 1)}
+
+
+def _context(engine: dict[str, Any], model: Path) -> int:
+    """Tokens of context as asked for, else what the model's config allows."""
+    config = json.loads((model / "config.json").read_text())
+    own = (config.get("text_config") or config).get("max_position_embeddings", 4096)
+    return int(engine.get("max_model_len") or own)

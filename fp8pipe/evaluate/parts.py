@@ -1,0 +1,128 @@
+"""Finished stretches of an evaluation on disk, so that what was interrupted goes on and what grows is appended to.
+
+One part: one suite entry, the documents [start, stop) of its permutation, scored. A part is found again by the identity
+of the measurement (model, suite, engine, versions; not how many documents). The report of an evaluation is joined from
+parts, whether one process made them or several.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+
+from fp8pipe.errors import EngineFailed
+from fp8pipe.records import MetricSamples, Record, TaskResult
+
+ROWS = ("results", "groups", "versions", "n-shot", "higher_is_better", "group_subtasks")
+"""What lm-eval's table is drawn from."""
+
+
+class Part(Record):
+    """Documents [start, stop) of one suite entry."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+    identity: str
+    start: int
+    stop: int
+    result: TaskResult
+    rows: dict[str, Any]  # Any: lm-eval's results, by ROWS
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of one measurement."""
+
+    folder: Path
+    identity: str
+
+    def find(self, task: str, documents: int) -> list[Part]:
+        """Parts that follow each other from document 0 on and do not go beyond `documents`; longest first choice."""
+        found = [part for path in self._paths(task) if (part := Part.load_if_present(path)) is not None]
+        usable = [part for part in found if part.identity == self.identity and part.stop <= documents]
+        chain: list[Part] = []
+        while following := [part for part in usable if part.start == (chain[-1].stop if chain else 0)]:
+            chain.append(max(following, key=lambda part: part.stop))
+        return chain
+
+    def save(self, task: str, part: Part) -> None:
+        """Put a finished part where `find` sees it."""
+        part.save(self.folder / f"{_file_name(task)}-{part.start}-{part.stop}.json")
+
+    def _paths(self, task: str) -> list[Path]:
+        pattern = re.compile(re.escape(_file_name(task)) + r"-\d+-\d+\.json")
+        return sorted(path for path in self.folder.glob("*.json") if pattern.fullmatch(path.name))
+
+
+def _file_name(task: str) -> str:
+    return re.sub(r"[^\w.-]", "_", task)
+
+
+def joined(parts: list[Part]) -> TaskResult:
+    """All documents of consecutive parts as one result."""
+    first = parts[0].result
+    if len(parts) == 1:
+        return first
+    tuples = ("doc_ids", "doc_hashes", "prompt_hashes", "target_hashes", "clusters", "truncated")
+    long = {name: tuple(value for part in parts for value in getattr(part.result, name)) for name in tuples}
+    cells = [(metric.metric, metric.filter) for metric in first.metrics]
+    return first.model_copy(update={**long, "metrics": tuple(_joined_metric(parts, *cell) for cell in cells)})
+
+
+def _joined_metric(parts: list[Part], metric: str, filter_name: str) -> MetricSamples:
+    pieces = [part.result.samples_of(metric, filter_name) for part in parts]
+    found = [piece for piece in pieces if piece is not None]
+    if len(found) != len(parts):
+        raise EngineFailed(f"{parts[0].result.task}: not every part has the metric {metric},{filter_name}")
+    values = tuple(value for piece in found for value in piece.values)
+    weights = tuple(weight for piece in found for weight in piece.weights)
+    return found[0].model_copy(
+        update={
+            "values": values,
+            "weights": weights,
+            "extraction_failed": tuple(failed for piece in found for failed in piece.extraction_failed),
+            "mean": _joined_mean(metric, values, weights),
+            "stderr": None if weights else _standard_error(values),
+        }
+    )
+
+
+def _joined_mean(metric: str, values: tuple[float, ...], weights: tuple[float, ...]) -> float:
+    """Over documents; a likelihood spread over words or bytes is aggregated as lm-eval does it."""
+    if not weights:
+        return math.fsum(values) / len(values)
+    nats = -math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / math.fsum(weights)
+    return nats / math.log(2) if metric == "bits_per_byte" else math.exp(nats)
+
+
+def _standard_error(values: tuple[float, ...]) -> float | None:
+    """Standard error of the mean, from the sample variance, as lm-eval's."""
+    n = len(values)
+    if n < 2:
+        return None
+    mean = math.fsum(values) / n
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n)
+
+
+def table_rows(task: str, parts: list[Part]) -> dict[str, Any]:  # Any: as Part.rows
+    """What lm-eval's table shows of this entry: its own rows, or one row of all parts together."""
+    rows = parts[0].rows
+    if len(parts) == 1:
+        return rows
+    together = joined(parts)
+    row: dict[str, Any] = {"alias": task}
+    for metric in together.metrics:
+        row[f"{metric.metric},{metric.filter}"] = metric.mean
+        row[f"{metric.metric}_stderr,{metric.filter}"] = "N/A" if metric.stderr is None else metric.stderr
+    better = {metric.metric: metric.higher_is_better for metric in together.metrics}
+    return {
+        "results": {task: row},
+        "versions": {task: together.version},
+        "n-shot": {task: together.num_fewshot},
+        "higher_is_better": {task: better},
+    }
