@@ -134,6 +134,33 @@ def test_fp8_error_stays_within_half_a_step() -> None:
 # ---------------------------------------------------------------------------------------------- mse
 
 
+def test_rounding_without_converting_gives_every_code_of_the_converter() -> None:
+    codes = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    halves = (codes[1:] + codes[:-1]) / 2
+    around = [torch.nextafter(halves, torch.tensor(0.0)), halves, torch.nextafter(halves, torch.tensor(448.0))]
+    anywhere = torch.randint(0, 0x43E00000, (200_000,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    values = torch.cat([codes, *around, anywhere.view(torch.float32)])
+    rounded = observers.round_e4m3(values.clone(), torch.empty_like(values, dtype=torch.int32))
+    assert torch.equal(rounded, values.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [None, 128])
+def test_mse_errors_equal_the_formula_up_to_the_order_of_the_sum(dtype: torch.dtype, columns: int | None) -> None:
+    weight = random_weight((130, 300), dtype)
+    weight[3] = 0
+    per_row = numerics.channel_amax(weight)
+    if columns is not None:
+        per_row = torch.cat([run.abs().amax(1, keepdim=True).float() for run in weight.split(columns, 1)], 1)
+    found = numerics.shrink_errors(weight, per_row, columns=columns)
+    for shrink, errors in zip(numerics.SHRINKS, found, strict=True):
+        scale = numerics.weight_scale(per_row * shrink).repeat_interleave(columns or 300, 1)[:, :300]
+        restored = reference_codes(weight, scale).float() * scale
+        squares = (restored - weight.float()).double().square()
+        wanted = torch.stack([run.sum(1) for run in squares.split(columns or 300, 1)], 1)
+        torch.testing.assert_close(errors, wanted, rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(64, 160), (130, 300)])
 def test_mse_takes_the_shrink_with_the_least_squared_error(shape: tuple[int, int]) -> None:
     weight = random_weight(shape)
