@@ -478,7 +478,6 @@ def test_nothing_to_do_writes_nothing_and_says_so(llama: Path, tmp_path: Path, w
 
 Change = Callable[[Tensors, dict[str, Any]], None]
 AT = "model.layers.1.mlp.up_proj"
-SCALED = ("weight", "weight_scale", "input_scale")
 
 
 def group(config: dict[str, Any]) -> dict[str, Any]:
@@ -580,8 +579,11 @@ def test_experts_that_compressed_tensors_has_no_kernel_for_stay_fp8(moe: Path, t
 
 
 def test_the_absorbed_mla_projection_with_a_static_scale_stays_fp8(llama: Path, tmp_path: Path) -> None:
-    source = reference.quantize(llama, tmp_path / "source", method="fp8")
-    edit(source, lambda tensors, _: [rename(tensors, f".k_proj.{x}", f".kv_b_proj.{x}") for x in SCALED] and None)
+    def as_mla(tensors: Tensors, _: dict[str, Any]) -> None:
+        for leaf in ("weight", "weight_scale", "input_scale"):
+            rename(tensors, f".k_proj.{leaf}", f".kv_b_proj.{leaf}")
+
+    source = edit(reference.quantize(llama, tmp_path / "source", method="fp8"), as_mla)
     with pytest.raises(InputError, match="kv_b_proj has a static input scale"):
         to("compressed-tensors", source, tmp_path / "out")
 
