@@ -33,7 +33,7 @@ MAX_REFUSALS = 20
 _FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 """Dtypes that vLLM may cast into one another without changing what the numbers mean."""
 
-_FOREIGN = (
+FOREIGN = (
     *(AssertionError, AttributeError, ImportError, IndexError, KeyError, NotImplementedError, OSError),
     *(RuntimeError, StopIteration, TypeError, ValueError),
 )
@@ -66,7 +66,7 @@ def _examine(folder: Path, tensors: dict[str, tuple[str, list[int]]]) -> dict[st
             answer["parameters"] = _parameters(model)
             if tensors:
                 follow_loader(model, tensors, answer)
-    except _FOREIGN as error:
+    except FOREIGN as error:
         answer["refusal"] = _words(error)
     return answer
 
@@ -164,7 +164,7 @@ def follow_loader(model: nn.Module, tensors: Mapping[str, tuple[str, list[int]]]
                 model.load_weights(_stand_ins(follower, remaining, drawn))  # type: ignore[operator] # every vLLM model has it
             follower.settle(dict(model.named_parameters()))
             break
-        except _FOREIGN as error:
+        except FOREIGN as error:
             refused.append(["refused", drawn[0], "", "a tensor that vLLM's loader takes", _words(error)])
             if (
                 not drawn[0] or len(refused) >= MAX_REFUSALS

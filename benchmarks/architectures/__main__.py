@@ -1,0 +1,82 @@
+"""docs/architectures.md: every architecture under every shipped recipe, quantized, validated, served by vLLM, compared.
+
+    python -m benchmarks.architectures [--model NAME]... [--recipe NAME]... [--again] [--work DIR] [--output FILE]
+
+What is there from an earlier run is kept; a cell is made again when its checkpoint, the libraries or the CPU platform's
+kernels have changed, or with --again. The table is written when no cell is missing. Exit status 1 when a cell failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.architectures import models
+from benchmarks.architectures.cells import ROOT, Cell, cell_key, cell_path, make_cells
+from benchmarks.architectures.table import table
+from fp8pipe.config import CalibrationSpec, Recipe, load_recipe
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", choices=list(models.MODELS), help="only this one (repeatable)")
+    parser.add_argument("--recipe", action="append", help="only this one (repeatable)")
+    parser.add_argument("--again", action="store_true", help="also cells that are there")
+    parser.add_argument("--work", type=Path, default=ROOT / "work" / "architectures")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "architectures.md")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    recipes = shipped_recipes(options.work)
+    cells = {
+        (model, recipe.name): (recipe, _known(options.work, model, recipe))
+        for model in models.MODELS
+        for recipe in recipes
+    }
+    wanted = [
+        (model, recipe)
+        for (model, name), (recipe, known) in cells.items()
+        if model in (options.model or models.MODELS)
+        and name in (options.recipe or name)
+        and (options.again or not known)
+    ]
+    made = {(cell.model, cell.recipe): cell for cell in make_cells(wanted, options.work, _tell)}
+    found = {place: made.get(place, known) for place, (_, known) in cells.items()}
+    _finish([cell for cell in found.values() if cell is not None], len(found), recipes, options.output)
+
+
+def shipped_recipes(work: Path) -> list[Recipe]:
+    """Every recipe in configs/recipes, calibrated on rows made here; of those that then write the same, the first."""
+    rows = models.write_calibration(work / "calibration.txt")
+    data = CalibrationSpec(dataset=str(rows), split="train", num_samples=models.CALIBRATION_ROWS, max_seq_len=32)
+    recipes: dict[str, Recipe] = {}
+    names = sorted(path.stem for path in (ROOT / "configs" / "recipes").glob("*.yaml"))
+    for name in sorted(names, key=lambda name: name.startswith("demo")):
+        recipe = load_recipe(name).model_copy(update={"calibration": data})
+        recipes.setdefault(str(recipe.identity()), recipe)
+    return list(recipes.values())
+
+
+def _known(work: Path, model: str, recipe: Recipe) -> Cell | None:
+    cell = Cell.load_if_present(cell_path(work, model, recipe.name))
+    return cell if cell is not None and cell.key == cell_key(model, recipe) else None
+
+
+def _finish(cells: list[Cell], expected: int, recipes: list[Recipe], output: Path) -> None:
+    text = table(cells, [recipe.name for recipe in recipes])
+    if len(cells) < expected:
+        print(f"{text}\n{expected - len(cells)} cells are missing: {output} stays as it is")
+    else:
+        output.parent.mkdir(exist_ok=True)
+        output.write_text(text)
+        print(f"{output}: {expected} cells")
+    sys.exit(any(cell.verdict == "failed" for cell in cells))
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""One architecture x one recipe: the checkpoint, made, validated, shown to vLLM's loader, served, and compared.
+
+In: a name of `models.MODELS` and a recipe. Out: a `Cell`, kept as JSON under the work folder, so that a run goes on
+where it was and one cell can be made again alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from benchmarks.architectures import models
+from benchmarks.architectures.answers import load_answers, save_answers
+from benchmarks.architectures.reference import PROMPTS, Reference, reference, relative_error
+from fp8pipe import stages
+from fp8pipe.architecture import PROBE_VERSION
+from fp8pipe.config import Recipe
+from fp8pipe.errors import InputError
+from fp8pipe.evaluate.environment import library_versions
+from fp8pipe.plan import Plan
+from fp8pipe.quantize import ENGINE_VERSION
+from fp8pipe.records import Record, digest_of
+from fp8pipe.workspace import Workspace
+
+LIMIT = 0.15
+"""Largest relative L2 error of the centred logits that passes; a copy with doubled scales must exceed it."""
+
+MIN_AGREEING = 0.5
+"""Share of tokens that must be sent to the source's experts: below, there is nothing left to compare."""
+
+ROOT = Path(__file__).parents[2]
+
+
+class Cell(Record):
+    """What became of one architecture under one recipe."""
+
+    model: str
+    recipe: str
+    key: str
+    """Digest of what the result depends on; a cell with another one is made again."""
+    verdict: Literal["passed", "failed", "unserved"]
+    """unserved: sound, but vLLM has no kernel for it on this machine."""
+    message: str = ""
+    """Why it failed; vLLM's own words where it is unserved."""
+    error: float | None = None
+    doubled_error: float | None = None
+    """Of the copy in which the scales of one projection of the last layer are doubled."""
+    tokens: int = 0
+    """Positions whose logits were compared with the source's."""
+    of_tokens: int = 0
+    """Positions asked for; the others were sent to other experts than in the source."""
+    tensors: int = 0
+    """On disk, each in a fitting place in vLLM's model."""
+    parameters: int = 0
+    """In vLLM's model, each filled."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A cell on its way: a quantized checkpoint with its sabotaged copy."""
+
+    cell: Cell
+    folder: Path
+    doubled: Path
+    kv_cache_dtype: str
+    source: Reference
+
+
+Tell = Callable[[str], None]
+
+
+def cell_path(work: Path, model: str, recipe_name: str) -> Path:
+    """Where a cell is kept."""
+    return work / "cells" / _slug(model) / f"{recipe_name}.json"
+
+
+def cell_key(model: str, recipe: Recipe) -> str:
+    """Digest of model, recipe, code versions and the CPU platform's kernels."""
+    plugin = sorted((ROOT / "fp8pipe" / "evaluate").glob("cpu_*.py"))
+    code = [*sorted(Path(__file__).parent.glob("*.py")), *plugin]
+    parts = [models.model_key(model), recipe.identity(), ENGINE_VERSION, PROBE_VERSION]
+    return digest_of([*parts, library_versions(), [path.read_text() for path in code if path.stem != "table"]])
+
+
+def make_cells(wanted: Sequence[tuple[str, Recipe]], work: Path, tell: Tell) -> Iterator[Cell]:
+    """Every wanted cell, in three passes: all checkpoints, then vLLM's loader on all, then vLLM serving all."""
+    candidates: list[Candidate] = []
+    for model, recipe in wanted:
+        made = _make(model, recipe, work)
+        tell(f"{model}, {recipe.name}: {made.message if isinstance(made, Cell) else 'quantized, sound'}")
+        if isinstance(made, Cell):
+            yield _kept(made, work)
+        else:
+            candidates.append(made)
+    fitting, rejected = _with_parity(candidates)
+    for cell in chain(rejected, _served(fitting, work)):
+        tell(f"{cell.model}, {cell.recipe}: {cell.verdict} {cell.message}")
+        yield _kept(cell, work)
+
+
+def _kept(cell: Cell, work: Path) -> Cell:
+    path = cell_path(work, cell.model, cell.recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cell.save(path)
+    return cell
+
+
+# ---------------------------------------------------------------------------------------------- the checkpoint
+
+
+def _make(model: str, recipe: Recipe, work: Path) -> Candidate | Cell:
+    """Quantize and validate; a finished Cell when that already decides it."""
+    cell = Cell(model=model, recipe=recipe.name, key=cell_key(model, recipe), verdict="failed")
+    source, told = source_model(model, work)
+    folder = work / "checkpoints" / f"{_slug(model)}-{recipe.name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder.with_name(f"{folder.name}-doubled"), ignore_errors=True)
+    try:
+        plan = _quantize(source, recipe, folder, work)
+    except InputError as error:
+        return cell.model_copy(update={"message": f"refused by fp8pipe: {error}"})
+    report = stages.validate_folder(folder, source=str(source))
+    if report.errors:
+        return cell.model_copy(update={"message": f"not sound: {report.errors[0].sentence()}"})
+    return Candidate(
+        cell=cell,
+        folder=folder,
+        doubled=_with_doubled_scales(folder, plan, told.telling),
+        kv_cache_dtype="fp8" if any(output.role == "k_scale" for output in plan.outputs) else "auto",
+        source=told,
+    )
+
+
+def source_model(model: str, work: Path) -> tuple[Path, Reference]:
+    """The checkpoint and what transformers says of it, made once."""
+    root = work / "models" / f"{_slug(model)}-{models.model_key(model)[:12]}"
+    folder, answers, telling = root / "source", root / "reference.npz", root / "telling"
+    if not telling.exists():
+        shutil.rmtree(root, ignore_errors=True)
+        models.make(model, folder)
+        made = reference(folder)
+        save_answers(answers, made.logits, made.routing)
+        telling.write_text(made.telling)
+    logits, experts = load_answers(answers)
+    return folder, Reference(logits, experts, telling.read_text())
+
+
+def _quantize(source: Path, recipe: Recipe, folder: Path, work: Path) -> Plan:
+    snapshot = stages.pin(str(source))
+    plan = stages.plan_snapshot(snapshot, recipe)
+    calibration = None
+    if recipe.needs_calibration:
+        workspace = Workspace(work)
+        calibration = stages.calibrate_snapshot(snapshot, plan, recipe, workspace, device="cpu")
+    stages.quantize_snapshot(snapshot, plan, folder, calibration=calibration)
+    return plan
+
+
+def _with_doubled_scales(folder: Path, plan: Plan, pattern: str) -> Path:
+    """A copy of the checkpoint in which the weight scales of the modules that match `pattern` are doubled in place."""
+    copy = folder.with_name(f"{folder.name}-doubled")
+    shutil.copytree(folder, copy)
+    for output in plan.outputs:
+        if output.role == "weight_scale" and re.fullmatch(pattern, output.module):
+            with (copy / output.shard).open("r+b") as file:
+                file.seek(output.begin)
+                scales = np.frombuffer(file.read(output.end - output.begin), "<f4")
+                file.seek(output.begin)
+                file.write((scales * 2).tobytes())
+    return copy
+
+
+def _with_parity(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Cell]]:
+    """Those whose every tensor has its place in vLLM's model, counted; and finished cells of the others."""
+    from fp8pipe.validate.oracle import ask_vllm
+
+    answers = ask_vllm([candidate.folder for candidate in candidates])
+    fitting, rejected = [], []
+    for candidate in candidates:
+        answer = answers[candidate.folder]
+        problems = [answer.refusal] if answer.refusal else [found.sentence() for found in answer.mismatches]
+        counts = {"tensors": len(answer.landings), "parameters": len(answer.parameters)}
+        cell = candidate.cell.model_copy(update=counts)
+        if problems:
+            rejected.append(cell.model_copy(update={"message": f"vLLM's model disagrees: {problems[0]}"}))
+        else:
+            fitting.append(replace(candidate, cell=cell))
+    return fitting, rejected
+
+
+# ---------------------------------------------------------------------------------------------- serving
+
+
+def _served(candidates: Iterable[Candidate], work: Path) -> Iterator[Cell]:
+    with VllmChild(work) as vllm:
+        for candidate in candidates:
+            yield _compared(candidate, vllm)
+
+
+def _compared(candidate: Candidate, vllm: VllmChild) -> Cell:
+    ours = vllm.answers(candidate.folder, candidate.kv_cache_dtype)
+    if isinstance(ours, str):
+        return candidate.cell.model_copy(update={"verdict": "unserved", "message": ours})
+    doubled = vllm.answers(candidate.doubled, candidate.kv_cache_dtype)
+    if isinstance(doubled, str):
+        return candidate.cell.model_copy(update={"message": f"only the sabotaged copy is not served: {doubled}"})
+    rows = _rows_alike(ours[1], candidate.source.routing)
+    error = relative_error(ours[0][rows], candidate.source.logits[rows])
+    doubled_error = relative_error(doubled[0][rows], candidate.source.logits[rows])
+    found = {"error": error, "doubled_error": doubled_error, "tokens": int(rows.sum()), "of_tokens": len(rows)}
+    return candidate.cell.model_copy(update=found | _verdict(error, doubled_error, float(rows.mean())))
+
+
+def _verdict(error: float, doubled_error: float, agreeing: float) -> dict[str, str]:
+    if agreeing < MIN_AGREEING:
+        return {"message": f"only {agreeing:.0%} of the tokens go to the source's experts"}
+    if not error <= LIMIT:  # a NaN is no pass
+        return {"message": f"logits differ by {error:.2f}"}
+    if not doubled_error > LIMIT:
+        return {"message": f"the check is blind: with doubled scales logits differ by {doubled_error:.2f} only"}
+    return {"verdict": "passed"}
+
+
+def _rows_alike(ours: np.ndarray | None, theirs: np.ndarray | None) -> np.ndarray:
+    """Positions to compare: all of them, but with sparse experts those that each layer sends to the same experts."""
+    if ours is None or theirs is None:
+        return np.ones(len(PROMPTS) * (len(PROMPTS[0]) - 1), dtype=bool)
+    return (ours == theirs).all(axis=(1, 2))
+
+
+class VllmChild:
+    """One vLLM process for many checkpoints; a new one when it dies."""
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> VllmChild:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def answers(self, folder: Path, kv_cache_dtype: str) -> tuple[np.ndarray, np.ndarray | None] | str:
+        """(logits, chosen experts), or vLLM's words."""
+        output = self._work / "answers.npz"
+        request: dict[str, Any] = {"folder": str(folder), "kv_cache_dtype": kv_cache_dtype, "output": str(output)}
+        message = self._ask(request | {"prompts": PROMPTS, "vocabulary": models.VOCABULARY})
+        return message or load_answers(output)
+
+    def _ask(self, request: dict[str, Any]) -> str:
+        process = self._process or self._start()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if line:
+            return json.loads(line)["message"]
+        process.wait()
+        self._process = None
+        tail = (self._work / "vllm.log").read_text(errors="replace").strip().splitlines()[-1:]
+        return f"vLLM ended with status {process.returncode}: {' '.join(tail)}"
+
+    def _start(self) -> subprocess.Popen[str]:
+        with (self._work / "vllm.log").open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.architectures.serve"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=ROOT,
+            )
+        return self._process
+
+
+def _slug(model: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", model.lower())

@@ -1,0 +1,139 @@
+"""Tiny random checkpoints of real architectures, large enough that every scheme applies and every layer matters.
+
+Hidden size 256, heads of 32 (vLLM's FP8 KV cache on CPU wants a multiple), every height a multiple of 128 so that
+blocks fit. Weights are scaled to keep activations near one, norms and biases are not left at their defaults, routers
+are decisive.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fp8pipe.records import digest_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VOCABULARY = 128
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+LATENT = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 512,  # with the rotary part 576, the one size that vLLM's MLA on CPU knows
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama": ("LlamaConfig", {}),
+    "Llama, tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "Mistral": ("MistralConfig", {"head_dim": 32, "sliding_window": None}),
+    "Qwen2": ("Qwen2Config", {}),
+    "Qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "Qwen3-MoE": ("Qwen3MoeConfig", {"head_dim": 32, **EXPERTS}),
+    "Mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "Gemma 3 text": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 32}),
+    "Phi-3": ("Phi3Config", {"sliding_window": None}),
+    "OPT": ("OPTConfig", {"ffn_dim": 384, "word_embed_proj_dim": 256}),
+    "DeepSeek-V2": ("DeepseekV2Config", LATENT),
+    "Granite": ("GraniteConfig", {"residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "OLMo 2": ("Olmo2Config", {}),
+    "Qwen2-MoE": ("Qwen2MoeConfig", {"shared_expert_intermediate_size": 256, **EXPERTS}),
+    "GLM-4": ("Glm4Config", {"head_dim": 32}),
+    "StarCoder2": ("Starcoder2Config", {"sliding_window": None}),
+    "Cohere": ("CohereConfig", {}),
+    "GPT-NeoX": ("GPTNeoXConfig", {"tie_word_embeddings": False}),
+}
+"""Name in the table -> transformers' config class, and what is set beside SIZES. Those after DeepSeek-V2 are there to
+show that nothing was made for the others alone."""
+
+CALIBRATION_ROWS = 64
+SEED = 0
+
+
+def model_key(name: str) -> str:
+    """Digest of what decides the checkpoint, beside this file's code."""
+    return digest_of([name, MODELS[name], SIZES, SEED, Path(__file__).read_text()])
+
+
+def make(name: str, folder: Path) -> Path:
+    """Write the checkpoint `name` with a tokenizer, and calibration.txt beside the folder's other files."""
+    import torch
+    import transformers
+
+    class_name, own = MODELS[name]
+    config = getattr(transformers, class_name)(**(SIZES | own))
+    generator = torch.Generator().manual_seed(SEED)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            _fill(parameter_name, parameter, id(parameter) in embeddings, generator)
+    model = model.to(torch.bfloat16)
+    model.config.dtype = "bfloat16"
+    model.save_pretrained(folder, max_shard_size="1MB")
+    _write_tokenizer(folder)
+    return folder
+
+
+def _fill(name: str, parameter: Tensor, is_embedding: bool, generator: Any) -> None:  # Any: torch is imported late
+    import torch
+
+    noise = torch.randn(parameter.shape, generator=generator)
+    if parameter.dim() < 2:
+        parameter += 0.1 * noise
+    elif is_embedding:
+        parameter.copy_(0.75 * noise)
+    else:
+        decisive = 4.0 if name.endswith(("gate.weight", "router.weight")) else 1.0
+        parameter.copy_(decisive * noise / math.sqrt(parameter.shape[-1]))
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """One word per token id: `t5 t17`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"t{i}": i for i in range(4, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def sequences(count: int, length: int, seed: int) -> list[list[int]]:
+    """Random token ids without special ones."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, VOCABULARY, (count, length), generator=generator).tolist()
+
+
+def write_calibration(path: Path) -> Path:
+    """Text rows whose tokens are other than the prompts'."""
+    path.write_text("".join(" ".join(f"t{i}" for i in row) + "\n" for row in sequences(CALIBRATION_ROWS, 32, seed=1)))
+    return path

@@ -1,0 +1,82 @@
+"""Cells -> docs/architectures.md. Every cell says something: passed with its error, vLLM's words, or what failed."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+
+from benchmarks.architectures.cells import LIMIT, Cell
+from fp8pipe.evaluate.environment import library_versions
+
+HEAD = """# Architectures
+
+<!-- Written by `python -m benchmarks.architectures`; edits are lost. -->
+
+Tiny random checkpoints of real architectures, made with transformers, quantized with every shipped recipe, validated
+against their source, and loaded into vLLM on a CPU with fp8pipe's plugin. **passed (e)**: the relative L2 error e of
+vLLM's centred prompt logits against the source's, computed by transformers in float32, is at most {limit}, and the same
+check fails for a copy of the checkpoint in which the scales of one projection of the last layer are doubled. With
+sparse experts only tokens that are sent to the source's experts are compared, and their share is given. Static recipes
+were calibrated on random rows. A number in brackets refers to vLLM's own words below: the checkpoint is sound and
+agrees with vLLM's model, but vLLM has no kernel for it on this platform.
+
+{versions}.
+"""
+
+PARITY = """
+## Names, dtypes and shapes in vLLM's own model
+
+vLLM's model of every cell was built on the meta device from its config.json, and vLLM's own loader was followed while
+it took the checkpoint's tensors. Given are tensors on disk / parameters of vLLM: each tensor is read whole into a
+parameter of fitting dtype and shape, and each parameter is filled.
+"""
+
+DOUBLED = """
+## With doubled scales
+
+Error of the sabotaged copies; all must be above {limit}.
+"""
+
+
+def table(cells: Sequence[Cell], recipes: Sequence[str]) -> str:
+    """The page. Models come in the order of `cells`, recipes in that given; a cell that is not there says so."""
+    messages = sorted({cell.message for cell in cells if cell.verdict == "unserved"})
+    notes = {message: f"[{number}]" for number, message in enumerate(messages, 1)}
+    grid = {(cell.model, cell.recipe): cell for cell in cells}
+    models = list(dict.fromkeys(cell.model for cell in cells))
+
+    def rows(show: Callable[[Cell], str]) -> str:
+        lines = [["Architecture", *recipes], ["---"] * (len(recipes) + 1)]
+        for model in models:
+            found = [grid.get((model, recipe)) for recipe in recipes]
+            lines.append([model, *("(not made yet)" if cell is None else show(cell) for cell in found)])
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    versions = ", ".join(f"{name} {version}" for name, version in library_versions().items() if name != "lm_eval")
+    where = f"{versions}, Python {platform.python_version()}, {platform.machine()} CPU"
+    words = "".join(f"\n{number} `{message}`\n" for message, number in notes.items())
+    return (
+        HEAD.format(limit=LIMIT, versions=where)
+        + f"\n{rows(lambda cell: _result(cell, notes))}{words}"
+        + f"{PARITY}\n{rows(_parity)}"
+        + f"{DOUBLED.format(limit=LIMIT)}\n{rows(_doubled)}"
+    )
+
+
+def _result(cell: Cell, notes: dict[str, str]) -> str:
+    if cell.verdict == "unserved":
+        return notes[cell.message]
+    if cell.verdict == "failed":
+        return f"FAILED: {cell.message}".replace("|", "\\|")
+    share = "" if cell.tokens == cell.of_tokens else f", {cell.tokens} of {cell.of_tokens} tokens"
+    return f"passed ({cell.error:.2f}{share})"
+
+
+def _parity(cell: Cell) -> str:
+    if not cell.parameters:
+        return "not asked"
+    return f"{cell.tensors}/{cell.parameters}"
+
+
+def _doubled(cell: Cell) -> str:
+    return "not served" if cell.doubled_error is None else f"{cell.doubled_error:.2f}"
