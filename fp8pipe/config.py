@@ -7,8 +7,7 @@ or suffix is looked up in `configs/`; anything else is a path. No heavy import h
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -137,8 +136,8 @@ class Recipe(Config):
     fp8_source: Literal["refuse", "requantize"] = "refuse"
     """A source that is already FP8: refuse it, or dequantize and quantize anew."""
     calibration: CalibrationSpec = CalibrationSpec()
-    fallback: tuple[str, ...] = ()
-    """Recipes to try, in order, when the gate rejects this one."""
+    fallback: tuple[str | dict[str, Any], ...] = ()
+    """What to try, in order, when the gate rejects this one: names of recipes, or fields to change in this one."""
     repo_suffix: str = ""
     """Ending of the published repository's name, as the field has it: -FP8, -FP8-dynamic, -FP8-KV, -FP8-block."""
 
@@ -159,7 +158,7 @@ class Recipe(Config):
             raise ValueError("activations per group of 128 go with block weights")
         return self
 
-    @cached_property
+    @property
     def needs_calibration(self) -> bool:
         """Whether data must be run through the model."""
         return self.kv_cache is not None or self.keep_bf16 is not None or self.static_activations
@@ -305,6 +304,11 @@ class GatePolicy(Config):
     """Where a verdict counts."""
 
     @property
+    def schedule(self) -> tuple[int, ...]:
+        """The numbers of the looks."""
+        return tuple(range(1, len(self.looks) + 1))
+
+    @property
     def gated(self) -> dict[str, TaskPolicy | PerplexityPolicy]:
         """Every task that must show something, by name."""
         return {**self.tasks, **self.perplexity}
@@ -344,6 +348,7 @@ class ReleaseSpec(Config):
         """Read the files that the spec names; ConfigError before anything is started, also when they do not fit."""
         resolved = ResolvedRelease(self, load_recipe(self.recipe), load_suite(self.suite), load_policy(self.policy))
         check_fit(resolved.policy, resolved.suite)
+        resolved.ladder()  # a fallback that is no recipe is an error now, not after hours
         return resolved
 
 
@@ -359,12 +364,42 @@ def check_fit(policy: GatePolicy, suite: EvalSuite) -> None:
 
 @dataclass(frozen=True)
 class ResolvedRelease:
-    """A ReleaseSpec with the files it names read and checked against each other."""
+    """A ReleaseSpec with the files it names read and checked against each other: one attempt of a release."""
 
     spec: ReleaseSpec
     recipe: Recipe
     suite: EvalSuite
     policy: GatePolicy
+    attempt: int = 1
+    attempts: int = 1
+    """How many recipes the ladder holds; the policy's alpha is divided over them."""
+
+    def ladder(self) -> tuple[ResolvedRelease, ...]:
+        """The release itself and what its recipe falls back to, as many as the policy lets try.
+
+        A fallback is published under its own ending where the repository's name has that of the first recipe.
+        """
+        recipes = (self.recipe, *(_fallback(self.recipe, index) for index in range(len(self.recipe.fallback))))
+        recipes = recipes[: self.policy.max_attempts]
+        return tuple(
+            replace(self, spec=self._named_for(recipe), recipe=recipe, attempt=index + 1, attempts=len(recipes))
+            for index, recipe in enumerate(recipes)
+        )
+
+    def _named_for(self, recipe: Recipe) -> ReleaseSpec:
+        suffix, repo_id = self.recipe.repo_suffix, self.spec.repo_id
+        if recipe.repo_suffix and suffix and repo_id.endswith(suffix):
+            repo_id = repo_id.removesuffix(suffix) + recipe.repo_suffix
+        return self.spec.model_copy(update={"repo_id": repo_id})
+
+
+def _fallback(recipe: Recipe, index: int) -> Recipe:
+    """What stands at this place of the recipe's fallback list, without a fallback of its own."""
+    entry = recipe.fallback[index]
+    if isinstance(entry, str):
+        return load_recipe(entry).model_copy(update={"fallback": ()})
+    content = recipe.model_dump(mode="json") | {"name": f"{recipe.name}-fallback-{index + 1}", "fallback": ()} | entry
+    return validated(Recipe, content, f"recipe {recipe.name}, fallback {index + 1}")
 
 
 class ModelEntry(Config):

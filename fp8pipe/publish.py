@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from fp8pipe import hub
+from fp8pipe.approval import objection
 from fp8pipe.errors import EnvironmentFault, InputError, Refused
 from fp8pipe.identity import folder_identity
 from fp8pipe.progress import Progress, ProgressEvent, quiet
 from fp8pipe.records import (
     RECORD_DIR,
-    Approval,
     Checkpoint,
     EvalReport,
     FileHash,
@@ -68,7 +68,6 @@ class Evidence:
     validation: ValidationReport
     candidate: EvalReport
     decision: GateDecision
-    approval: Approval | None
 
 
 def load_evidence(folder: Path) -> Evidence:
@@ -81,9 +80,8 @@ def load_evidence(folder: Path) -> Evidence:
         validation=_required(ValidationReport, folder, "validation.json", "validate"),
         candidate=_required(EvalReport, folder, "candidate.json", "gate --checkpoint"),
         decision=_required(GateDecision, folder, "gate.json", "gate --checkpoint"),
-        approval=Approval.load_if_present(folder / RECORD_DIR / "approval.json"),
     )
-    objections = [*_objections(evidence), *_folder_objections(evidence, folder_identity(folder))]
+    objections = [*_objections(folder, evidence), *_folder_objections(evidence, folder_identity(folder))]
     if objections:
         raise Refused(f"{folder} is not published:\n" + "\n".join(f"  {line}" for line in objections))
     return evidence
@@ -96,9 +94,9 @@ def _required(kind: type[R], folder: Path, name: str, stage: str) -> R:
         raise Refused(f"{folder} is not published: {error}; run `fp8pipe {stage}` first") from error
 
 
-def _objections(evidence: Evidence) -> Iterator[str]:
+def _objections(folder: Path, evidence: Evidence) -> Iterator[str]:
     """What the verdict forbids."""
-    decision, approval = evidence.decision, evidence.approval
+    decision = evidence.decision
     if decision.candidate_fingerprint != evidence.checkpoint.fingerprint:
         yield (
             f"the gate decided on checkpoint {decision.candidate_fingerprint[:12]}, "
@@ -106,9 +104,8 @@ def _objections(evidence: Evidence) -> Iterator[str]:
         )
     if decision.verdict == "rejected" or decision.vetoed:
         yield f"the gate rejected it: {decision.reason}"
-    if decision.verdict == "inconclusive" and (approval is None or approval.decision != decision.digest()):
-        missing = "there is no approval" if approval is None else "the approval is of another decision"
-        yield f"the gate was inconclusive and {missing}: {decision.reason}; measure more samples, or have it approved"
+    if decision.verdict == "inconclusive" and (unapproved := objection(folder, decision)):
+        yield unapproved
     if decision.unchecked:
         yield f"the gate left rules unchecked: {', '.join(decision.unchecked)}; give it the evidence they need"
 

@@ -434,6 +434,14 @@ class TaskDecision(Record):
     """candidate / baseline; reported, decides nothing."""
 
 
+class EarlierAttempt(Record):
+    """A recipe of the ladder that the gate rejected before this one was tried."""
+
+    recipe: str
+    fingerprint: str
+    reason: str
+
+
 class GateDecision(Record):
     """The verdict with every number it compared. `DIR/fp8pipe/gate.json`."""
 
@@ -452,6 +460,8 @@ class GateDecision(Record):
     max_attempts: int
     look: int
     looks: int
+    earlier: tuple[EarlierAttempt, ...] = ()
+    """The way down the ladder to this attempt."""
     baseline_fingerprint: str
     candidate_fingerprint: str
     baseline_report: str
@@ -460,6 +470,11 @@ class GateDecision(Record):
     device_class: str
     reason: str
     """The verdict in one sentence."""
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing more is to be measured: settled, or after the last look."""
+        return self.verdict != "inconclusive" or self.look == self.looks
 
 
 # ---------------------------------------------------------------------------------------------- publish
@@ -515,6 +530,16 @@ class Outcome(Record):
     decision: GateDecision | None
     release: Release | None
     """None unless it was published."""
+
+    @property
+    def exit_code(self) -> int:
+        """How it ends a command: released by decision is done, too."""
+        return 0 if self.release is not None else VERDICT_EXIT_CODES[self.verdict]
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether the numbers rejected it, so that the next recipe may be tried. A veto never starts the ladder."""
+        return self.verdict == "rejected" and self.decision is not None and not self.decision.vetoed
 
 
 VERDICT_EXIT_CODES = {"accepted": 0, "rejected": 1, "unsound": 1, "inconclusive": 3}

@@ -7,16 +7,18 @@ tasks are both thin wrappers of these functions, so that a release made by hand 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fp8pipe.config import EvalSuite, GatePolicy, Recipe, ResolvedRelease
 from fp8pipe.errors import InputError
 from fp8pipe.progress import Overlap, Progress, quiet
 from fp8pipe.records import (
     RECORD_DIR,
+    Approval,
     Checkpoint,
+    EarlierAttempt,
     EvalReport,
     GateDecision,
     Outcome,
@@ -142,6 +144,18 @@ def quantize_model(
     return quantize_snapshot(snapshot, plan, folder, calibration=calibration, progress=progress)[0]
 
 
+def show_sensitivity(folder: Path) -> tuple[Calibration, Path | None]:
+    """What FP8 costs each Linear of a calibrated checkpoint, and its plot (PNG, with the SVG beside it), drawn anew."""
+    from fp8pipe.calibrate import Calibration
+    from fp8pipe.plots import write_sensitivity_plot
+
+    path = evidence(folder, "calibration")
+    if not path.is_file():
+        raise InputError(f"{path}: no such record; the recipe needed no calibration, or {folder} is no checkpoint")
+    calibration = Calibration.load(path)
+    return calibration, write_sensitivity_plot(calibration, folder / RECORD_DIR / "plots")
+
+
 # ------------------------------------------------------------------------------------------ validate
 
 
@@ -203,12 +217,18 @@ def plan_eval(policy: GatePolicy, suite: EvalSuite, folder: Path, *, attempts: i
 
 
 def evaluate_baseline(
-    snapshot: Snapshot, suite: EvalSuite, workspace: Workspace, *, progress: Progress = quiet
+    snapshot: Snapshot,
+    suite: EvalSuite,
+    workspace: Workspace,
+    *,
+    looks: tuple[float, ...] = (1.0,),
+    look: int = 1,
+    progress: Progress = quiet,
 ) -> EvalReport:
-    """The source model's own measurement, made once for all recipes."""
+    """The source model's own measurement up to this look, made once for all recipes."""
     from fp8pipe.evaluate import baseline_key, evaluate
 
-    folder = workspace.baseline(baseline_key(snapshot.commit, suite))
+    folder = workspace.baseline(baseline_key(snapshot.commit, suite, looks=looks))
     return evaluate(
         snapshot.path,
         suite,
@@ -216,14 +236,15 @@ def evaluate_baseline(
         role="baseline",
         model_id=snapshot.model_id,
         fingerprint=snapshot.commit,
+        share=looks[look - 1],
         progress=progress,
     )
 
 
 def evaluate_candidate(
-    checkpoint_folder: Path, suite: EvalSuite, folder: Path, *, progress: Progress = quiet
+    checkpoint_folder: Path, suite: EvalSuite, folder: Path, *, share: float = 1.0, progress: Progress = quiet
 ) -> EvalReport:
-    """The checkpoint's measurement, served as its recipe means it to be."""
+    """The checkpoint's measurement on a share of the samples, served as its recipe means it to be."""
     from fp8pipe.evaluate import evaluate
     from fp8pipe.plan import Plan
 
@@ -237,6 +258,7 @@ def evaluate_candidate(
         model_id=checkpoint.model_id,
         fingerprint=checkpoint.fingerprint,
         kv_cache_dtype="fp8" if recipe.kv_cache is not None else "auto",
+        share=share,
         progress=progress,
     )
 
@@ -286,45 +308,53 @@ def decide_release(
     checkpoint_folder: Path | None,
     attempt: int = 1,
     attempts: int = 1,
+    look: int = 1,
+    earlier: Sequence[EarlierAttempt] = (),
 ) -> GateDecision:
-    """The verdict; with a checkpoint folder also its evidence, gate.json last."""
+    """The verdict; with a checkpoint folder also its evidence, gate.json last, once nothing more is to be measured."""
     from fp8pipe.gate import decide
     from fp8pipe.plan import Plan
 
+    asked: dict[str, Any] = {"suite": suite, "attempt": attempt, "attempts": attempts, "look": look, "earlier": earlier}
     if checkpoint_folder is None:
-        return decide(baseline, candidate, policy, suite=suite, attempt=attempt, attempts=attempts)
-    decision = decide(
-        baseline,
-        candidate,
-        policy,
-        suite=suite,
-        checkpoint=Checkpoint.load(evidence(checkpoint_folder, "checkpoint")),
-        recipe=Plan.load(evidence(checkpoint_folder, "plan")).settings,
-        attempt=attempt,
-        attempts=attempts,
-    )
-    if GateDecision.load_if_present(evidence(checkpoint_folder, "gate")) == decision:
-        return decision
-    _write_evidence(checkpoint_folder, baseline, candidate, policy, decision)
+        return decide(baseline, candidate, policy, **asked)
+    asked["checkpoint"] = Checkpoint.load(evidence(checkpoint_folder, "checkpoint"))
+    asked["recipe"] = Plan.load(evidence(checkpoint_folder, "plan")).settings
+    decision = decide(baseline, candidate, policy, **asked)
+    if decision.final and GateDecision.load_if_present(evidence(checkpoint_folder, "gate")) != decision:
+        _write_evidence(checkpoint_folder, baseline, candidate, policy, decision)
     return decision
 
 
 def gate_reports(
     baseline: Path, candidate: Path, policy: GatePolicy, *, checkpoint: Path | None = None
 ) -> GateDecision:
-    """Decide by hand between two folders that `evaluate` wrote."""
+    """Decide by hand between two folders, each written by `evaluate` or by lm-eval with `--log_samples`."""
     from fp8pipe.evaluate.request import EvalRequest
+    from fp8pipe.gate.foreign import read_report
 
-    reports = [EvalReport.load(folder / "report.json") for folder in (baseline, candidate)]
+    ours, theirs = read_report(baseline, role="baseline"), read_report(candidate, role="candidate")
     asked = EvalRequest.load_if_present(baseline / "request.json")
-    suite = asked.suite if asked is not None else None
-    return decide_release(reports[0], reports[1], policy, suite=suite, checkpoint_folder=checkpoint)
+    share = asked.share if asked is not None else 1.0
+    if share not in policy.looks:
+        raise InputError(
+            f"{baseline}: measured on {share:g} of the samples, policy {policy.name} looks at {policy.looks}"
+        )
+    return decide_release(
+        ours,
+        theirs,
+        policy,
+        suite=asked.suite if asked is not None else None,
+        checkpoint_folder=checkpoint,
+        look=policy.looks.index(share) + 1,
+    )
 
 
 def _write_evidence(
     folder: Path, baseline: EvalReport, candidate: EvalReport, policy: GatePolicy, decision: GateDecision
 ) -> None:
-    from fp8pipe.plots import write_plots
+    from fp8pipe.calibrate import Calibration
+    from fp8pipe.plots import write_plots, write_sensitivity_plot
 
     baseline.save(evidence(folder, "baseline"))
     candidate.save(evidence(folder, "candidate"))
@@ -332,7 +362,26 @@ def _write_evidence(
     plots = folder / RECORD_DIR / "plots"
     shutil.rmtree(plots, ignore_errors=True)
     write_plots(decision, baseline, candidate, plots)
+    calibration = Calibration.load_if_present(evidence(folder, "calibration"))
+    if calibration is not None:
+        write_sensitivity_plot(calibration, plots)
     decision.save(evidence(folder, "gate"))
+
+
+def may_publish(folder: Path, decision: GateDecision) -> bool:
+    """Accepted, or approved by a person where the policy lets people decide. `publish` itself checks everything."""
+    from fp8pipe.approval import objection
+
+    return decision.verdict == "accepted" or (
+        decision.verdict == "inconclusive" and objection(folder, decision) is None
+    )
+
+
+def approve_folder(folder: Path, *, who: str, reason: str) -> Approval:
+    """A person's decision to release what the gate left inconclusive."""
+    from fp8pipe.approval import approve
+
+    return approve(folder, who=who, reason=reason)
 
 
 def publish_folder(folder: Path, *, repo_id: str, collection: str | None, progress: Progress = quiet) -> Release:
@@ -347,6 +396,22 @@ def publish_folder(folder: Path, *, repo_id: str, collection: str | None, progre
 
 
 # ------------------------------------------------------------------------------------------ outcomes
+
+
+def earlier_attempts(path: Sequence[Outcome]) -> tuple[EarlierAttempt, ...]:
+    """The rungs of a ladder that were tried, as the next decision tells them."""
+    return tuple(EarlierAttempt(recipe=one.recipe, fingerprint=one.fingerprint, reason=one.reason) for one in path)
+
+
+def released_by_decision(folder: Path, release: Release) -> Outcome | None:
+    """The outcome beside a checkpoint folder, now with the release that a person decided on; None without one."""
+    path = folder.parent / "release.json"
+    outcome = Outcome.load_if_present(path)
+    if outcome is None:
+        return None
+    outcome = outcome.model_copy(update={"release": release})
+    outcome.save(path)
+    return outcome
 
 
 def unsound(job: ResolvedRelease, snapshot: Snapshot, checkpoint: Checkpoint, report: ValidationReport) -> Outcome:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fp8pipe.config import EvalSuite, GatePolicy, PerplexityPolicy, Recipe, TaskPolicy
 from fp8pipe.gate.evidence import Evidence, comparable, mean_of
 from fp8pipe.gate.vetoes import apply_rules
-from fp8pipe.records import Checkpoint, EvalReport, GateDecision, MetricSamples, TaskDecision, Verdict
+from fp8pipe.records import Checkpoint, EarlierAttempt, EvalReport, GateDecision, MetricSamples, TaskDecision, Verdict
 
 if TYPE_CHECKING:
     from fp8pipe.gate.statistics import PairedTest
@@ -26,13 +26,15 @@ def decide(
     attempt: int = 1,
     attempts: int = 1,
     look: int = 1,
+    earlier: Sequence[EarlierAttempt] = (),
 ) -> GateDecision:
     """Whether `candidate` is non-inferior to `baseline` under `policy`.
 
     `checkpoint`, `suite` and `recipe` are evidence for some of the rules; without them those rules are `unchecked`.
     `attempt` of `attempts` counts the recipes of a fallback ladder, `look` the looks of the policy, both from 1; alpha
     is divided evenly over all of them (Bonferroni), so that the chance of accepting a drop of the margin stays below
-    alpha over the whole ladder. A verdict with `unchecked` rules is a verdict on the numbers alone.
+    alpha over the whole ladder; `earlier` are the recipes that the gate rejected before. A verdict with `unchecked`
+    rules is a verdict on the numbers alone.
     """
     assert 1 <= attempt <= attempts <= policy.max_attempts, f"attempt {attempt} of {attempts}"
     assert 1 <= look <= len(policy.looks), f"look {look} of {len(policy.looks)}"
@@ -57,6 +59,7 @@ def decide(
         max_attempts=attempts,
         look=look,
         looks=len(policy.looks),
+        earlier=tuple(earlier),
         baseline_fingerprint=baseline.fingerprint,
         candidate_fingerprint=candidate.fingerprint,
         baseline_report=_digest(baseline),
