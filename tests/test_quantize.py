@@ -30,8 +30,7 @@ from fp8pipe.errors import EnvironmentFault, InputError, NonFiniteWeight, Source
 from fp8pipe.numerics import SHRINKS
 from fp8pipe.plan import Plan
 from fp8pipe.progress import ProgressEvent
-from fp8pipe.quantize import engine as engine_module
-from fp8pipe.quantize import fingerprint, quantize
+from fp8pipe.quantize import engine, fingerprint, quantize, views
 from fp8pipe.records import Checkpoint
 from fp8pipe.source import resolve
 
@@ -168,7 +167,8 @@ def test_threads_and_stripes_change_no_byte(
 ) -> None:
     source = model_folder("llama", head_dim=64, intermediate_size=384, hidden_size=200)
     make(source, recipe(**SCHEMES[scheme]), tmp_path / "one", threads=1)
-    monkeypatch.setattr(engine_module, "STRIPE_BYTES", stripe)
+    monkeypatch.setattr(views, "STRIPE_BYTES", stripe)
+    monkeypatch.setattr(engine, "STRIPE_BYTES", stripe)
     make(source, recipe(**SCHEMES[scheme]), tmp_path / "many", threads=3)
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "many")
 
@@ -194,8 +194,8 @@ def test_experts_in_one_tensor_are_split_row_for_row(
     from fp8pipe.checkpoint import SourceFiles, TensorInfo, parse_header
     from fp8pipe.plan import Slice
 
-    monkeypatch.setattr(engine_module, "STRIPE_BYTES", 70)
-    monkeypatch.setattr(engine_module, "TRANSPOSED_STRIPE_BYTES", 70)
+    monkeypatch.setattr(views, "STRIPE_BYTES", 70)
+    monkeypatch.setattr(views, "TRANSPOSED_STRIPE_BYTES", 70)
     experts, width, hidden = 3, 10, 12
     gate, up = (torch.randn(experts, width, hidden).bfloat16() for _ in range(2))
     fused = torch.stack([gate, up], 2).flatten(1, 2) if interleaved else torch.cat([gate, up], 1)
@@ -211,8 +211,8 @@ def test_experts_in_one_tensor_are_split_row_for_row(
             for expert in range(experts):
                 start, step = (index, 2) if interleaved else (index * width, 1)
                 part = Slice(expert=expert, start=start, step=step, transposed=transposed)
-                view = engine_module.WeightView(info, part, width, hidden)
-                bench = engine_module.Workbench()
+                view = views.WeightView(info, part, width, hidden)
+                bench = views.Workbench()
                 found = torch.cat([view.read(files, *rows, bench).clone() for rows in view.stripes(1)])
                 assert len(view.stripes(1)) > 1
                 assert torch.equal(found, expected[expert])

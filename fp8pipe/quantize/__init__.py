@@ -1,6 +1,11 @@
 """Snapshot + Plan (+ ranges) -> the publishable folder, at disk speed, in memory bounded by tiles.
 
-    engine     tiles of weights through numerics into preallocated shards, on all cores
+    engine     stripes of weights through numerics into preallocated shards, on all cores
+    views      how a Linear weight lies in the source, and how a stripe of it is read
+    units      what shares a range: a fused group, or one weight
+    meter      progress in bytes and tensors
+    pool       threads that run small tasks, newest first
+    run        one run over one folder: lock, journal, shards, companions, config.json, record
     scales     ranges of a calibration -> input_scale, k_scale, v_scale
     journal    what is finished, so that a killed run goes on where it was
     package    the files beside the weights: tokenizer, licence, index, and config.json last

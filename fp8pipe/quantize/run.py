@@ -21,8 +21,9 @@ from fp8pipe.errors import EnvironmentFault, InputError
 from fp8pipe.plan import OutputTensor, Plan, check_disk
 from fp8pipe.progress import Progress
 from fp8pipe.quantize import ENGINE_VERSION, JOURNAL_NAME, LOCK_NAME, fingerprint
-from fp8pipe.quantize.engine import WORK, Engine
+from fp8pipe.quantize.engine import Engine
 from fp8pipe.quantize.journal import FolderLock, Journal, open_journal
+from fp8pipe.quantize.meter import WORK
 from fp8pipe.quantize.package import companions, write_companions, write_config
 from fp8pipe.quantize.pool import Pool
 from fp8pipe.quantize.scales import calibrated_scales
