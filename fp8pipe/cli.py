@@ -228,6 +228,23 @@ def convert(
 
 @app.command()
 @guarded
+def sensitivity(folder: Folder, as_json: AsJson = False) -> None:
+    """Show what FP8 costs each Linear of a calibrated checkpoint: the ten worst, and a plot of all."""
+    from fp8pipe.show import sensitivity_sheet, terminal
+    from fp8pipe.stages import show_sensitivity
+
+    calibration, plot = show_sensitivity(folder)
+    if as_json:
+        fields = {"model_id", "sensitivity", "layers", "expert_tokens", "kept", "kv_absent"}
+        emit_json(calibration.model_dump(mode="json", include=fields))
+        return
+    out.print(terminal(sensitivity_sheet(calibration)))
+    if plot is not None:
+        out.print(f"plot: {plot} and {plot.with_suffix('.svg').name}", soft_wrap=True)
+
+
+@app.command()
+@guarded
 def evaluate(
     model: Model,
     output: Output,

@@ -1,8 +1,9 @@
-"""Three pictures of one decision, as PNG for the card and SVG for everything else. The same records, the same bytes.
+"""Pictures of records, as PNG for the card and SVG for everything else. The same records, the same bytes.
 
-    accuracy   both sides per task, with 95 % intervals
-    drop       each drop with its bounds, against its margin
-    flips      every sample whose result changed, where it lies in the order of the suite
+    accuracy      both sides per task, with 95 % intervals
+    drop          each drop with its bounds, against its margin
+    flips         every sample whose result changed, where it lies in the order of the suite
+    sensitivity   what FP8 costs each Linear, layer by layer (of a calibration, not of a decision)
 
 Tasks share an axis, in percent or points; a metric that is no share is drawn in its own unit on the same axis, so its
 label carries the value.
@@ -20,6 +21,8 @@ from fp8pipe.records import EvalReport, GateDecision, TaskDecision
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from fp8pipe.calibrate import Calibration
 
 _INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _ON_WHITE = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}
@@ -211,3 +214,64 @@ def changed_samples(task: TaskDecision, baseline: EvalReport, candidate: EvalRep
 
 def _legend(figure: Figure, handles: list[Any], labels: list[str]) -> None:  # Any: matplotlib's handles
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=9, handlelength=1.6)
+
+
+# ---------------------------------------------------------------------------------------------- sensitivity
+
+_SERIES = ("#2f6fde", "#c8372d", "#2d8a5f", "#c27c0e", "#7a4fbf", "#17818c", "#b5508e", "#5d6b1e")
+"""Colours of kinds of Linears; with more kinds they come again with another marker."""
+_MARKERS = ("o", "s", "^", "D")
+
+
+def write_sensitivity_plot(calibration: Calibration, folder: Path) -> Path | None:
+    """Draw `folder`/sensitivity.png and .svg; the PNG, None when no Linear was measured."""
+    if not calibration.layers:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return _save(lambda: _sensitivity(calibration), folder / "sensitivity")
+
+
+def _sensitivity(calibration: Calibration) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.4))
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
+    outputs, weights = figure.subplots(2, 1, sharex=True)
+    handles = _decibels(outputs, calibration, "output_sqnr_db")
+    outputs.set_title("Outputs: weight and input in FP8")
+    _decibels(weights, calibration, "weight_sqnr_db")
+    weights.set_title("Weights")
+    weights.set_xlabel("decoder layer")
+    figure.supylabel("signal to quantization noise, dB (higher is better)", fontsize=10)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9, handlelength=1.2)
+    return figure
+
+
+def _decibels(axes: Axes, calibration: Calibration, field: str) -> dict[str, Any]:  # Any: matplotlib's handles
+    """One mark per Linear in its layer, a line for whole layers; label -> handle."""
+    layers = list(calibration.layers)
+    whole = [getattr(layer, field) for layer in calibration.layers.values()]
+    known = [(x, db) for x, db in enumerate(whole) if db is not None]
+    (line,) = axes.plot(*zip(*known, strict=True), color=_INK, linewidth=1.2) if known else (None,)
+    handles: dict[str, Any] = {"whole layer": line} if line is not None else {}
+    for index, (kind, points) in enumerate(_by_kind(calibration, field, layers).items()):
+        colour, marker = _SERIES[index % len(_SERIES)], _MARKERS[index // len(_SERIES) % len(_MARKERS)]
+        style = {"linestyle": "none", "marker": marker, "markersize": 4.5, "markeredgewidth": 0, "alpha": 0.85}
+        (handles[kind],) = axes.plot(*zip(*points, strict=True), color=colour, **style)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, (low + high) / 2 - 1.5), max(high, (low + high) / 2 + 1.5))  # tenths of a dB are no news
+    axes.grid(axis="y")
+    axes.set_xlim(-0.6, len(layers) - 0.4)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]  # matplotlib's default locator
+    return handles
+
+
+def _by_kind(calibration: Calibration, field: str, layers: list[str]) -> dict[str, list[tuple[int, float]]]:
+    """Last name of a Linear (q_proj, w1, ...) -> (layer, dB) of all that bear it."""
+    place = {layer: index for index, layer in enumerate(layers)}
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for name, one in calibration.sensitivity.items():
+        db = getattr(one, field)
+        if db is not None:
+            kinds.setdefault(name.rpartition(".")[2], []).append((place[one.layer], db))
+    return kinds

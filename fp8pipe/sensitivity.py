@@ -7,7 +7,7 @@ group (q, k and v; gate and up; all experts of a layer), because it must have on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from fp8pipe.config import KeepRule
@@ -29,17 +29,16 @@ def kept_by(
 ) -> dict[str, str]:
     """Source tensors that `rule` keeps -> why.
 
-    Groups are taken worst first until they hold the rule's share of the Linears, rounded up.
+    Groups are taken worst first until they hold the rule's share of the Linears, rounded up. A group is as bad as its
+    worst projection.
     """
     from fp8pipe.calibrate.targets import units_of
 
     if rule is None:
         return {}
     units = units_of(plan, architecture)
-    sqnr = {
-        unit: _sqnr_of(found[output.module] for output in outputs if output.module in found)
-        for unit, outputs in units.items()
-    }
+    modules = {unit: [output.module for output in outputs] for unit, outputs in units.items()}
+    sqnr = {unit: _sqnr_of({name: found[name] for name in names if name in found}) for unit, names in modules.items()}
     ranked = sorted((db, unit) for unit, db in sqnr.items() if db is not None)
     budget = math.ceil(round(rule.worst * sum(map(len, units.values())), 6))
     kept: dict[str, str] = {}
@@ -53,8 +52,12 @@ def kept_by(
     return kept
 
 
-def _sqnr_of(members: Iterable[Sensitivity]) -> float | None:
-    """Output SQNR of what is fused: the outputs side by side."""
+def _sqnr_of(members: Mapping[str, Sensitivity]) -> float | None:
+    """Output SQNR of the worst projection of a group; one projection of all experts counts as one."""
     from fp8pipe.calibrate.noise import together
 
-    return together((one.output_energy, one.output_sqnr_db) for one in members)
+    projections: dict[str, list[Sensitivity]] = {}
+    for name, one in members.items():
+        projections.setdefault(name.rpartition(".")[2], []).append(one)
+    found = [together((one.output_energy, one.output_sqnr_db) for one in same) for same in projections.values()]
+    return min((db for db in found if db is not None), default=None)

@@ -23,6 +23,7 @@ from fp8pipe.records import (
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from fp8pipe.calibrate import Calibration
     from fp8pipe.convert import Conversion
     from fp8pipe.doctor import Check
     from fp8pipe.gate.power import EvalPlan
@@ -253,6 +254,36 @@ def conversion_sheet(conversion: Conversion, folder: Path) -> Sheet:
         *conversion.notes,
     )
     return Sheet(f"Converted {conversion.model_id}", ("change", "tensors"), rows, notes, right=frozenset({1}))
+
+
+def sensitivity_sheet(calibration: Calibration, count: int = 10) -> Sheet:
+    """The Linears that FP8 costs most, and what was left out of FP8 for it."""
+    from fp8pipe.sensitivity import worst_modules
+
+    rows = tuple(
+        (
+            name,
+            _decibels(one.output_sqnr_db),
+            _decibels(one.weight_sqnr_db),
+            f"{one.input_amax:.4g}",
+            f"{one.input_kurtosis:.3g}",
+            f"{one.input_saturation:.2%}",
+        )
+        for name, one in worst_modules(calibration, count)
+    )
+    layers = [(one.output_sqnr_db, name) for name, one in calibration.layers.items() if one.output_sqnr_db is not None]
+    notes = [f"{len(calibration.sensitivity)} Linears in {len(calibration.layers)} layers"]
+    if layers:
+        notes.append(f"worst layer: {min(layers)[1]}, {_decibels(min(layers)[0])} dB over all its outputs")
+    notes += [f"{name}: {reason}" for name, reason in calibration.kept.items()]
+    notes.append("SQNR of output and weight in dB; amax, kurtosis and clipped are of the input")
+    columns = ("Linear", "out dB", "w dB", "amax", "kurtosis", "clipped")
+    title = f"Sensitivity of {calibration.model_id}: the {len(rows)} worst by output SQNR"
+    return Sheet(title, columns, rows, tuple(notes), right=frozenset(range(1, 6)))
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def plan_sheet(plan: Plan) -> Sheet:

@@ -1,0 +1,130 @@
+"""Tiny float32 models with a byte tokenizer, a dataset of five texts, and their calibration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from fp8pipe.architecture import Architecture, probe
+from fp8pipe.calibrate import Calibration, calibrate
+from fp8pipe.checkpoint import read_headers
+from fp8pipe.config import ActivationScheme, CalibrationSpec, KVCacheScheme, Recipe
+from fp8pipe.plan import Plan, make_plan
+from fp8pipe.progress import quiet
+from fp8pipe.records import Snapshot
+from fp8pipe.source import resolve
+
+TEXTS = [
+    "the quick brown fox",
+    "jumps",
+    "over the lazy dog and runs far away",
+    "0123456789" * 4,
+    "a b c d e f g h i j k",
+]
+
+DENSE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+MOE = DENSE | {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2, "head_dim": 16}
+MLA = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+    "num_key_value_heads": 4,
+}
+MLA_V2 = MLA | {"n_shared_experts": 1, "num_experts_per_tok": 2}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", DENSE),
+    "llama_tied": ("LlamaForCausalLM", DENSE | {"tie_word_embeddings": True}),
+    "mistral": ("MistralForCausalLM", DENSE | {"head_dim": 16, "sliding_window": None}),
+    "qwen2": ("Qwen2ForCausalLM", DENSE),
+    "qwen3": ("Qwen3ForCausalLM", DENSE | {"head_dim": 16}),
+    "phi3": ("Phi3ForCausalLM", DENSE | {"pad_token_id": 0}),
+    "opt": ("OPTForCausalLM", DENSE | {"ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 1}),
+    "gemma3": ("Gemma3ForCausalLM", DENSE | SLIDING),
+    "mixtral": ("MixtralForCausalLM", MOE),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", MOE | {"head_dim": 16}),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", MOE | MLA_V2),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", MOE | MLA),
+}
+
+MOE_NAMES = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+
+STATIC_KV = Recipe(
+    name="static-kv",
+    activations=ActivationScheme(mode="static", strategy="tensor"),
+    kv_cache=KVCacheScheme(strategy="head"),
+    calibration=CalibrationSpec(dataset="unset.jsonl", num_samples=5, max_seq_len=32),
+)
+
+
+# ---------------------------------------------------------------------------------------------- models and data
+
+
+def make_model(folder: Path, name: str) -> Any:  # transformers' classes share no typed base
+    """A tiny float32 model of architecture `name` with a byte tokenizer, saved in several shards."""
+    class_name, settings = ARCHITECTURES[name]
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**settings)).to(torch.float32).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder, max_shard_size="100KB")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    fast.save_pretrained(folder)
+    return model
+
+
+def write_dataset(path: Path, rows: Sequence[dict[str, Any]] = tuple({"text": text} for text in TEXTS)) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def with_data(recipe: Recipe, dataset: Path | str, **changes: Any) -> Recipe:
+    spec = recipe.calibration.model_copy(update={"dataset": str(dataset), **changes})
+    return recipe.model_copy(update={"calibration": spec})
+
+
+def planned(model: Path, recipe: Recipe) -> tuple[Snapshot, Plan, Architecture]:
+    """The plan, with an architecture that was examined in this process, which is faster than a child."""
+    snapshot = resolve(str(model))
+    headers = read_headers(snapshot)
+    shapes = {name: list(info.shape) for name, info in headers.tensors.items()}
+    architecture = Architecture.model_validate(probe.examine(model, shapes, trust_remote_code=False))
+    return snapshot, make_plan(snapshot, headers, recipe, architecture), architecture
+
+
+def run_calibration(model: Path, recipe: Recipe, output: Path, progress: Any = quiet) -> Calibration:
+    """Plan and calibrate."""
+    snapshot, plan, architecture = planned(model, recipe)
+    return calibrate(snapshot, plan, recipe, output, architecture=architecture, progress=progress)
+
+
+def calibrated(root: Path, recipe: Recipe) -> Calibration:
+    """Calibrate the model in `root`/model on the five texts, written to `root`/data.jsonl."""
+    return run_calibration(root / "model", with_data(recipe, write_dataset(root / "data.jsonl")), root / "calibration")
