@@ -118,6 +118,40 @@ def test_an_entry_that_matches_nothing_is_an_error_with_near_misses(
         assert re.search(r"near: .*mlp\.down_proj[,;]", str(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("model", "entry", "reason"),
+    [
+        ("llama", "model.embed_tokens", "embedding"),
+        ("llama", "model.layers.0.input_layernorm", "fewer than two dimensions"),
+        ("llama", "lm_head", "lm_head"),
+        ("llama", "re:.*norm", "fewer than two dimensions"),
+        ("qwen3-moe", "model.layers.0.mlp.gate", "router"),
+        ("gpt-oss", "model.layers.0.mlp.experts", "experts with biases"),
+    ],
+)
+def test_a_target_that_cannot_be_quantized_is_an_error_that_says_why(
+    model_folder: Models, model: str, entry: str, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{re.escape(repr(entry))} names .* cannot be quantized .*{reason}"):
+        plan_of(model_folder(model), recipe(targets=["Linear", entry]))
+
+
+def test_a_target_that_vllm_cannot_cut_into_blocks_is_an_error_that_says_why(model_folder: Models) -> None:
+    with pytest.raises(ConfigError, match="do not begin at blocks of 128"):
+        plan_of(model_folder("llama"), recipe("fp8-block", targets=["re:.*(q|k|v)_proj"]))
+
+
+def test_a_pattern_may_catch_more_than_can_be_quantized(model_folder: Models) -> None:
+    plan = plan_of(model_folder("qwen3-moe"), recipe(targets=["re:.*mlp"]))
+    assert kept(plan)["model.layers.0.mlp.gate.weight"].startswith("router")
+    assert any(tensor.action == "quantize" for tensor in plan.tensors)
+
+
+def test_lm_head_is_no_target_of_a_tied_model(model_folder: Models) -> None:
+    with pytest.raises(UnmatchedEntry, match="lm_head"):
+        plan_of(model_folder("llama-tied"), recipe(targets=["Linear", "lm_head"]))
+
+
 def test_lm_head_always_counts_as_matched(model_folder: Models) -> None:
     plan_of(model_folder("llama-tied"), recipe(ignore=["lm_head"]))
     plan_of(model_folder("llama-tied"), recipe(ignore=["re:.*lm_head"]))

@@ -45,13 +45,14 @@ def choose(
     targets = _Entries(recipe.targets, "targets", headers, architecture)
     ignore = _Entries(recipe.ignore, "ignore", headers, architecture)
     misfits = _misfits(headers, recipe, architecture)
+    cannot = {name: why for name in headers.tensors if (why := _why_not(name, headers, architecture, scales, misfits))}
+    targets.require_quantizable(cannot)
     choices: dict[str, Choice] = {}
-    for name, info in headers.tensors.items():
-        role = architecture.tensors[name]
+    for name in headers.tensors:
         scale = scales.get(name, "")
         if scales and name.rpartition(".")[2] in SPENT_NAMES:
             choices[name] = Choice("drop", "scale of the FP8 source")
-        elif kept := _why_kept(info, role, scale, ignore, targets) or misfits.get(name) or keep.get(name):
+        elif kept := _why_kept(name, cannot, ignore, targets) or keep.get(name):
             choices[name] = Choice("keep", kept, scale)
         else:
             choices[name] = Choice("quantize", _how(recipe), scale)
@@ -69,14 +70,24 @@ def _how(recipe: Recipe) -> str:
     return f"Linear weight, E4M3 with one scale per {units[recipe.weights.strategy]}"
 
 
-def _why_kept(info: TensorInfo, role: TensorRole, scale: str, ignore: _Entries, targets: _Entries) -> str:
+def _why_not(
+    name: str, headers: Headers, architecture: Architecture, scales: Mapping[str, str], misfits: Mapping[str, str]
+) -> str:
+    """Why no recipe entry could have this tensor quantized; empty when one could."""
+    role, dtype = architecture.tensors[name], headers.tensors[name].dtype
     if role.kind not in QUANTIZABLE:
         return role.reason
-    if info.dtype not in FLOATS and not scale:
-        return f"its dtype is {info.dtype}"
-    if ignore.match(info.name):
+    if dtype not in FLOATS and name not in scales:
+        return f"its dtype is {dtype}"
+    return misfits.get(name, "")
+
+
+def _why_kept(name: str, cannot: Mapping[str, str], ignore: _Entries, targets: _Entries) -> str:
+    if name in cannot:
+        return cannot[name]
+    if ignore.match(name):
         return "the recipe ignores it"
-    return "" if targets.match(info.name) else "no target of the recipe"
+    return "" if targets.match(name) else "no target of the recipe"
 
 
 def experts_holder(name: str, role: TensorRole) -> str:
@@ -96,16 +107,29 @@ class _Entries:
         self._roles = architecture.tensors
         self._all = "Linear" in entries
         modules = _module_names(headers, architecture)
-        tests = [(entry, _test(entry, field)) for entry in entries if entry != "Linear"]
-        for entry, test in tests:
-            if entry not in {"lm_head", "re:.*lm_head"} and not any(map(test, modules)):
+        self._tests = {entry: _test(entry, field) for entry in entries if entry != "Linear"}
+        for entry, test in self._tests.items():
+            is_head = field == "ignore" and entry in {"lm_head", "re:.*lm_head"}
+            if not is_head and not any(map(test, modules)):
                 raise UnmatchedEntry(_unmatched(entry, field, modules))
-        self._tests = [test for _, test in tests]
 
     def match(self, tensor: str) -> bool:
-        """Whether an entry names the module of `tensor`, by its name on disk or in transformers."""
-        names = (tensor.removesuffix(".weight"), self._roles[tensor].module)
-        return self._all or any(test(name) for test in self._tests for name in names if name)
+        """Whether an entry names the module of `tensor`."""
+        return self._all or any(self._names(test, tensor) for test in self._tests.values())
+
+    def _names(self, test: Callable[[str], bool], tensor: str) -> bool:
+        """By its name on disk or in transformers."""
+        return any(test(name) for name in (tensor.removesuffix(".weight"), self._roles[tensor].module) if name)
+
+    def require_quantizable(self, cannot: Mapping[str, str]) -> None:
+        """ConfigError for an entry that names nothing but tensors that cannot be quantized."""
+        for entry, test in self._tests.items():
+            named = [tensor for tensor in self._roles if self._names(test, tensor)]
+            if all(tensor in cannot for tensor in named):
+                first = min(named, key=lambda tensor: tensor.endswith(".bias"))
+                raise ConfigError(
+                    f"targets: {entry!r} names {first}, which cannot be quantized ({cannot[first]}); remove the entry"
+                )
 
 
 def _test(entry: str, field: str) -> Callable[[str], bool]:
