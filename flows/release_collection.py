@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
@@ -11,7 +13,9 @@ from flows.release_model import release_model
 from fp8pipe import show
 from fp8pipe.config import CollectionSpec, ReleaseSpec, load_collection
 from fp8pipe.errors import Fp8PipeError
-from fp8pipe.records import VERDICT_EXIT_CODES, BatchEntry, BatchResult, Outcome
+from fp8pipe.records import BatchEntry, BatchResult, Outcome
+from fp8pipe.workspace import Workspace
+from tasks.gate import plan_evaluation
 from tasks.progress import artifact_key
 
 
@@ -21,7 +25,7 @@ def release_collection(collection: CollectionSpec | str) -> State[BatchResult]:
     spec = load_collection(collection) if isinstance(collection, str) else collection
     releases = spec.releases()
     for one in releases:
-        one.resolve()
+        plan_evaluation(one.resolve(), Workspace(Path(one.work_dir).resolve()))
     result = BatchResult(collection=spec.collection.title, entries=tuple(_release(one) for one in releases))
     key = artifact_key("collection", spec.collection.namespace, spec.collection.title)
     create_markdown_artifact(
@@ -36,7 +40,7 @@ def release_collection(collection: CollectionSpec | str) -> State[BatchResult]:
 def _release(spec: ReleaseSpec) -> BatchEntry:
     ended = release_model(spec, return_state=True).result(raise_on_failure=False)
     if isinstance(ended, Outcome):
-        code, outcome, error = VERDICT_EXIT_CODES[ended.verdict], ended, None
+        code, outcome, error = ended.exit_code, ended, None
     else:
         code = ended.exit_code if isinstance(ended, Fp8PipeError) else 5
         outcome, error = None, f"{type(ended).__name__}: {ended}"

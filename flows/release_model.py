@@ -9,28 +9,50 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from fp8pipe import stages
-from fp8pipe.config import ReleaseSpec
+from fp8pipe.config import ReleaseSpec, ResolvedRelease
 from fp8pipe.quantize import fingerprint
-from fp8pipe.records import Outcome
-from fp8pipe.workspace import Workspace
+from fp8pipe.records import GateDecision, Outcome, Snapshot
+from fp8pipe.workspace import ReleaseFolder, Workspace
 from tasks.evaluate import evaluate_baseline, evaluate_candidate
-from tasks.gate import gate
+from tasks.gate import ask, gate, plan_evaluation
 from tasks.publish import publish
 from tasks.quantize import calibrate, quantize
 from tasks.source import download, pin, plan
 from tasks.validate import validate
 
-STATE_NAMES = {"accepted": "Released", "rejected": "Rejected", "inconclusive": "Inconclusive", "unsound": "Unsound"}
+STATE_NAMES = {
+    "released": "Released",
+    "accepted": "Accepted",
+    "rejected": "Rejected",
+    "inconclusive": "Inconclusive",
+    "unsound": "Unsound",
+}
 """A verdict against the model is a completed run with a name of its own: nothing crashed."""
 
 
 @flow(name="release-model", flow_run_name="{spec.model} {spec.recipe}")
 def release_model(spec: ReleaseSpec) -> State[Outcome]:
-    """Quantize `spec.model`, prove it, measure it against its own baseline, gate it, publish it if accepted."""
-    job = spec.resolve()
-    recipe, workspace = job.recipe, Workspace(Path(spec.work_dir).resolve())
+    """Quantize `spec.model`, prove it, measure it against its own baseline, gate it, publish it if accepted.
 
+    What the gate's numbers reject is tried again with the recipe's next fallback.
+    """
+    job = spec.resolve()
+    workspace = Workspace(Path(spec.work_dir).resolve())
+    plan_evaluation(job, workspace)
     snapshot = pin(spec.model)
+
+    path: list[Outcome] = []
+    for rung in job.ladder():
+        path.append(_attempt(rung, snapshot, workspace, path))
+        if not path[-1].falls_back:
+            break
+    outcome = path[-1]
+    return Completed(name=STATE_NAMES[outcome.ending], message=outcome.reason, data=outcome)
+
+
+def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, path: list[Outcome]) -> Outcome:
+    """One recipe, all the way."""
+    spec, recipe = job.spec, job.recipe
     layout = plan(snapshot, recipe, spec.trust_remote_code)
     ranges = None
     if recipe.needs_calibration:
@@ -42,18 +64,25 @@ def release_model(spec: ReleaseSpec) -> State[Outcome]:
 
     report = validate(folder.checkpoint, snapshot, recipe.name)
     if not report.sound:
-        return _end(stages.unsound(job, snapshot, checkpoint, report), folder.outcome)
+        return stages.unsound(job, snapshot, checkpoint, report).kept(folder.outcome)
 
-    baseline = evaluate_baseline(snapshot, job.suite, workspace)
-    candidate = evaluate_candidate(folder.checkpoint, job.suite, folder.evaluation, baseline, recipe.name)
-    decision = gate(baseline, candidate, job, folder.checkpoint)
-    if decision.verdict != "accepted":
-        return _end(stages.decided(job, snapshot, checkpoint, decision, None), folder.outcome)
+    decision = _decide(job, snapshot, folder, workspace, path)
+    release = None
+    if stages.may_publish(folder.checkpoint, decision):
+        release = publish(folder.checkpoint, spec.repo_id, spec.collection)
+    elif stages.is_question(decision, job.policy):
+        ask(job, folder.checkpoint, decision)
+    return stages.decided(job, snapshot, checkpoint, decision, release).kept(folder.outcome)
 
-    release = publish(folder.checkpoint, spec.repo_id, spec.collection)
-    return _end(stages.decided(job, snapshot, checkpoint, decision, release), folder.outcome)
 
-
-def _end(outcome: Outcome, path: Path) -> State[Outcome]:
-    outcome.save(path)
-    return Completed(name=STATE_NAMES[outcome.verdict], message=outcome.reason, data=outcome)
+def _decide(
+    job: ResolvedRelease, snapshot: Snapshot, folder: ReleaseFolder, workspace: Workspace, path: list[Outcome]
+) -> GateDecision:
+    """Look after look, until the samples settle it or there are no more."""
+    for look in job.policy.schedule:
+        baseline = evaluate_baseline(snapshot, job.suite, workspace, job.policy.looks, look)
+        candidate = evaluate_candidate(folder.checkpoint, job, folder.evaluation, baseline, look)
+        decision = gate(baseline, candidate, job, folder.checkpoint, look, path)
+        if decision.final:
+            return decision
+    raise AssertionError("the last look is final")

@@ -331,6 +331,8 @@ def _verdict_lines(facts: CardFacts) -> Iterator[str]:
     yield "; ".join(task_sentence(task) for task in decision.tasks) + "."
     engine = facts.candidate.engine
     yield f"Measured with vLLM {facts.candidate.versions.get('vllm', '?')} on {engine.device_class}."
+    for tried in decision.earlier:
+        yield f"Before it, the gate rejected recipe {tried.recipe}: {tried.reason}"
     if decision.verdict == "inconclusive" and approval is not None:
         yield f"The samples do not settle it; released by {approval.who} on {approval.when}: {approval.reason}"
 

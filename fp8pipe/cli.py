@@ -316,6 +316,20 @@ def gate(
 
 @app.command()
 @guarded
+def approve(
+    folder: Folder,
+    by: Annotated[str, typer.Option("--by", help="Who decides; published in the card", show_default=False)],
+    reason: Annotated[str, typer.Option(help="Why; published in the card", show_default=False)],
+) -> None:
+    """Release what the gate left inconclusive, under a policy with on_inconclusive: ask. Then `publish`."""
+    from fp8pipe.stages import approve_folder
+
+    approval = approve_folder(folder, who=by, reason=reason)
+    out.print(f"{folder}: released by decision of {approval.who}, {approval.when}", markup=False)
+
+
+@app.command()
+@guarded
 def publish(folder: Folder, repo_id: RepoId, collection: Collection = None) -> None:
     """Publish an accepted checkpoint with its card and evidence, and verify it from the Hub's side."""
     from fp8pipe.show import release_sheet, terminal
@@ -362,7 +376,7 @@ def release(
     with _flow_session(Path(spec.work_dir), "release") as session:
         outcome = session.release(spec)
     out.print(terminal(outcome_sheet(outcome)))
-    return VERDICT_EXIT_CODES[outcome.verdict]
+    return outcome.exit_code
 
 
 @app.command()
@@ -463,7 +477,7 @@ def demo(
 
     outcome = rehearse(workdir, sabotage=sabotage, session=_flow_session)
     out.print(terminal(outcome_sheet(outcome)))
-    return VERDICT_EXIT_CODES[outcome.verdict]
+    return outcome.exit_code
 
 
 @app.command()

@@ -532,6 +532,16 @@ class Outcome(Record):
     """None unless it was published."""
 
     @property
+    def ending(self) -> str:
+        """released, whoever decided it; else the verdict."""
+        return "released" if self.release is not None else self.verdict
+
+    def kept(self, path: Path) -> Self:
+        """Itself, once it is saved."""
+        self.save(path)
+        return self
+
+    @property
     def exit_code(self) -> int:
         """How it ends a command: released by decision is done, too."""
         return 0 if self.release is not None else VERDICT_EXIT_CODES[self.verdict]

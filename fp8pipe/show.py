@@ -147,6 +147,7 @@ def decision_sheet(decision: GateDecision) -> Sheet:
     )
     notes = (
         f"{decision.verdict.upper()}: {decision.reason}",
+        *(f"before it, recipe {tried.recipe} was rejected: {tried.reason}" for tried in decision.earlier),
         *(f"{rule.rule}: {rule.outcome}, {rule.reason}" for rule in decision.rules),
     )
     columns = ("task", "n", "baseline", "candidate", "drop, points", "interval", "margin", "verdict")

@@ -242,9 +242,15 @@ def evaluate_baseline(
 
 
 def evaluate_candidate(
-    checkpoint_folder: Path, suite: EvalSuite, folder: Path, *, share: float = 1.0, progress: Progress = quiet
+    checkpoint_folder: Path,
+    suite: EvalSuite,
+    folder: Path,
+    *,
+    looks: tuple[float, ...] = (1.0,),
+    look: int = 1,
+    progress: Progress = quiet,
 ) -> EvalReport:
-    """The checkpoint's measurement on a share of the samples, served as its recipe means it to be."""
+    """The checkpoint's measurement up to this look, served as its recipe means it to be."""
     from fp8pipe.evaluate import evaluate
     from fp8pipe.plan import Plan
 
@@ -258,7 +264,7 @@ def evaluate_candidate(
         model_id=checkpoint.model_id,
         fingerprint=checkpoint.fingerprint,
         kv_cache_dtype="fp8" if recipe.kv_cache is not None else "auto",
-        share=share,
+        share=looks[look - 1],
         progress=progress,
     )
 
@@ -375,6 +381,11 @@ def may_publish(folder: Path, decision: GateDecision) -> bool:
     return decision.verdict == "accepted" or (
         decision.verdict == "inconclusive" and objection(folder, decision) is None
     )
+
+
+def is_question(decision: GateDecision, policy: GatePolicy) -> bool:
+    """Whether a person is to be asked: inconclusive, nothing left unchecked, and a policy that lets people decide."""
+    return decision.verdict == "inconclusive" and not decision.unchecked and policy.on_inconclusive == "ask"
 
 
 def approve_folder(folder: Path, *, who: str, reason: str) -> Approval:

@@ -46,7 +46,7 @@ def _status(folder: ReleaseFolder) -> ReleaseStatus:
         return ReleaseStatus(
             model=outcome.model_id,
             recipe=outcome.recipe,
-            state=_DONE[outcome.verdict],
+            state="released" if outcome.release else _DONE[outcome.verdict],
             fingerprint=outcome.fingerprint,
             detail=where,
         )

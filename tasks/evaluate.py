@@ -9,7 +9,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from fp8pipe import show, stages
-from fp8pipe.config import EvalSuite
+from fp8pipe.config import EvalSuite, ResolvedRelease
 from fp8pipe.records import EvalReport, Snapshot
 from fp8pipe.workspace import Workspace
 from tasks.policy import engine_slot
@@ -17,21 +17,25 @@ from tasks.progress import artifact_key, reporter
 
 
 @task(name="evaluate baseline", task_run_name="evaluate {snapshot.model_id}", cache_policy=NO_CACHE)
-def evaluate_baseline(snapshot: Snapshot, suite: EvalSuite, workspace: Workspace) -> EvalReport:
-    """The BF16 source, measured once for all recipes."""
+def evaluate_baseline(
+    snapshot: Snapshot, suite: EvalSuite, workspace: Workspace, looks: tuple[float, ...], look: int
+) -> EvalReport:
+    """The BF16 source up to this look, measured once for all recipes."""
     progress = reporter("evaluate baseline", suite.name)
     with engine_slot():
-        return stages.evaluate_baseline(snapshot, suite, workspace, progress=progress)
+        return stages.evaluate_baseline(snapshot, suite, workspace, looks=looks, look=look, progress=progress)
 
 
-@task(name="evaluate candidate", task_run_name="evaluate {recipe}", cache_policy=NO_CACHE)
+@task(name="evaluate candidate", task_run_name="evaluate {job.recipe.name}", cache_policy=NO_CACHE)
 def evaluate_candidate(
-    checkpoint_folder: Path, suite: EvalSuite, folder: Path, baseline: EvalReport, recipe: str
+    checkpoint_folder: Path, job: ResolvedRelease, folder: Path, baseline: EvalReport, look: int
 ) -> EvalReport:
-    """The checkpoint, served as its recipe means it to be; with the table of both sides."""
-    progress = reporter("evaluate candidate", suite.name)
+    """The checkpoint up to this look, served as its recipe means it to be; with the table of both sides."""
+    progress, recipe = reporter("evaluate candidate", job.suite.name), job.recipe.name
     with engine_slot():
-        report = stages.evaluate_candidate(checkpoint_folder, suite, folder, progress=progress)
+        report = stages.evaluate_candidate(
+            checkpoint_folder, job.suite, folder, looks=job.policy.looks, look=look, progress=progress
+        )
     key = artifact_key("evaluation", report.model_id, recipe)
     table = show.markdown(show.evaluation_sheet(baseline, report))
     create_markdown_artifact(table, key=key, description=f"Evaluation: {report.model_id}, {recipe}")

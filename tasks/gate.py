@@ -1,31 +1,78 @@
-"""Deciding, with every number it compared where a person can read it."""
+"""Deciding, with every number it compared where a person can read it; planning before, asking a person after."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
 from prefect.events import emit_event
+from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_UI_URL
 
 from fp8pipe import show, stages
 from fp8pipe.config import ResolvedRelease
-from fp8pipe.records import EvalReport, GateDecision
+from fp8pipe.gate.power import EvalPlan
+from fp8pipe.records import Approval, EvalReport, GateDecision, Outcome
+from fp8pipe.workspace import Workspace
+from tasks.policy import HUB_RETRIES, HUB_RETRY_DELAYS, is_transient
 from tasks.progress import artifact_key, reporter
 
+APPROVAL_DEPLOYMENT = "approve-release/approve-release"
+"""Flow and deployment that ask a person. It needs no GPU."""
 
-@task(name="gate", task_run_name="gate {job.recipe.name} by {job.policy.name}", cache_policy=NO_CACHE)
+
+@task(
+    name="plan evaluation",
+    task_run_name="plan evaluation {job.suite.name} for {job.policy.name}",
+    cache_policy=NO_CACHE,
+    retries=HUB_RETRIES,
+    retry_delay_seconds=HUB_RETRY_DELAYS,
+    retry_condition_fn=is_transient,
+)
+def plan_evaluation(job: ResolvedRelease, workspace: Workspace) -> EvalPlan:
+    """Whether the suite can settle what the policy asks: an error now, not after hours of GPU time."""
+    reporter("plan evaluation", job.suite.name)
+    folder = workspace.suite(job.suite.digest())
+    made = stages.plan_eval(job.policy, job.suite, folder, attempts=len(job.ladder()))
+    key = artifact_key("plan-eval", job.policy.name, job.suite.name)
+    table = show.markdown(show.eval_plan_sheet(made))
+    create_markdown_artifact(table, key=key, description=f"Policy {job.policy.name} on suite {job.suite.name}")
+    made.require()
+    return made
+
+
+@task(
+    name="gate",
+    task_run_name="gate {job.recipe.name} by {job.policy.name}, look {look}",
+    cache_policy=NO_CACHE,
+)
 def gate(
     baseline: EvalReport,
     candidate: EvalReport,
     job: ResolvedRelease,
     checkpoint_folder: Path,
+    look: int,
+    path: Sequence[Outcome],
 ) -> GateDecision:
-    """The verdict. A rejection is a result, not a failure."""
+    """The verdict at this look, after the rungs in `path`. A rejection is a result, not a failure."""
     reporter("gate", job.policy.name)
     decision = stages.decide_release(
-        baseline, candidate, job.policy, suite=job.suite, checkpoint_folder=checkpoint_folder
+        baseline,
+        candidate,
+        job.policy,
+        suite=job.suite,
+        checkpoint_folder=checkpoint_folder,
+        attempt=job.attempt,
+        attempts=job.attempts,
+        look=look,
+        earlier=stages.earlier_attempts(path),
     )
     recipe = job.recipe.name
     key = artifact_key("gate", candidate.model_id, recipe)
@@ -37,3 +84,48 @@ def gate(
         payload={"reason": decision.reason, "fingerprint": decision.candidate_fingerprint},
     )
     return decision
+
+
+@task(name="ask", task_run_name="ask a person about {job.spec.repo_id}", cache_policy=NO_CACHE)
+def ask(job: ResolvedRelease, checkpoint_folder: Path, decision: GateDecision) -> None:
+    """Start the flow that waits for a person's decision; without its deployment, say how to decide by hand."""
+    by_hand = (
+        f"fp8pipe approve {checkpoint_folder} --by NAME --reason WHY, then "
+        f"fp8pipe publish {checkpoint_folder} --repo-id {job.spec.repo_id}"
+    )
+    parameters = {
+        "folder": str(checkpoint_folder),
+        "repo_id": job.spec.repo_id,
+        "collection": job.spec.collection,
+    }
+    try:
+        # The key makes one question of one decision, however often the release is run again.
+        asked = cast(  # of Prefect's two forms, the synchronous one
+            FlowRun,
+            run_deployment(
+                APPROVAL_DEPLOYMENT,
+                parameters=parameters,
+                timeout=0,
+                as_subflow=False,
+                idempotency_key=decision.digest(),
+            ),
+        )
+    except ObjectNotFound:
+        get_run_logger().warning("no deployment %s to ask a person; by hand: %s", APPROVAL_DEPLOYMENT, by_hand)
+        return
+    link = f"{PREFECT_UI_URL.value()}/runs/flow-run/{asked.id}"
+    key = artifact_key("approval", job.spec.repo_id)
+    create_link_artifact(link, link_text="Decide here", key=key, description=f"Or by hand: {by_hand}")
+
+
+@task(name="question", cache_policy=NO_CACHE)
+def question(checkpoint_folder: Path) -> str:
+    """What a person is asked to decide on, as Markdown."""
+    decision = GateDecision.load(stages.evidence(checkpoint_folder, "gate"))
+    return show.markdown(show.decision_sheet(decision))
+
+
+@task(name="approve", task_run_name="approved by {who}", cache_policy=NO_CACHE)
+def approve(checkpoint_folder: Path, who: str, reason: str) -> Approval:
+    """Record who decided, when and why."""
+    return stages.approve_folder(checkpoint_folder, who=who, reason=reason)
