@@ -94,3 +94,21 @@ def test_kept_experts_are_named_so_that_each_reader_leaves_them_alone(model_fold
     assert not any(re.match(pattern, "model.layers.10.mlp.experts.0.gate_proj") for pattern in patterns)
     layers = config_of(folder, "autofp8-dynamic", ignore=["re:.*experts"])["ignored_layers"]
     assert {f"model.layers.{layer}.mlp.experts" for layer in (0, 1)} <= set(layers)
+
+
+def test_dynamic_activations_per_tensor_parse_in_compressed_tensors(model_folder: Models) -> None:
+    from compressed_tensors.quantization import QuantizationConfig
+
+    dynamic = {"mode": "dynamic", "strategy": "tensor"}
+    config = config_of(model_folder("llama"), "fp8-static", activations=dynamic)
+    groups: Any = QuantizationConfig.model_validate(config).config_groups
+    inputs = groups["group_0"].input_activations
+    assert inputs.strategy == "tensor" and inputs.dynamic is True
+    assert shapes(model_folder("llama"), "fp8-static", "input_scale", activations=dynamic) == set()
+
+
+def test_the_guide_holds_the_tables_that_the_code_gives() -> None:
+    from benchmarks.formats import PAGE, filled
+
+    assert PAGE.read_text() == filled(PAGE.read_text()), "run python -m benchmarks.formats"
+    assert PAGE.read_text().count("| yes |") >= 5
