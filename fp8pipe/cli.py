@@ -257,6 +257,7 @@ def evaluate(
 ) -> None:
     """Measure a model or checkpoint with lm-eval in vLLM; writes report.json."""
     from fp8pipe.config import load_suite
+    from fp8pipe.show import measurement_notes
     from fp8pipe.stages import evaluate_model
 
     chosen = load_suite(suite)
@@ -265,6 +266,8 @@ def evaluate(
             model, chosen, output, kv_cache_dtype=kv_cache_dtype, online=online, limit=limit, progress=display
         )
     out.print(report.table, markup=False)
+    for note in measurement_notes(report):
+        out.print(note, markup=False, highlight=False)
     out.print(f"{output / 'report.json'}: {report.engine.device_class}, KV cache {report.engine.kv_cache_dtype}")
 
 

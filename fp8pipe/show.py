@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,9 +125,46 @@ def evaluation_sheet(baseline: EvalReport, candidate: EvalReport) -> Sheet:
         f"device {engine.device_class} ({engine.device_name}), vLLM {candidate.versions.get('vllm', '?')}",
         f"candidate served by {', '.join(engine.linear_kernels) or 'unquantized kernels'}",
         f"candidate's KV cache {engine.kv_cache_dtype}",
+        *(note for report in (baseline, candidate) for note in measurement_notes(report)),
     )
     columns = ("task", "metric", "n", "baseline", "candidate")
     return Sheet("Evaluation", columns, tuple(rows), notes, right=frozenset({2, 3, 4}))
+
+
+def measurement_notes(report: EvalReport) -> list[str]:
+    """What a report says beside its tasks: odd samples, the engine's own noise, speed and memory, retries."""
+    who = report.role
+    notes = [
+        f"{who} {'says nothing' if sample.finding == 'empty' else 'repeats itself'} after {sample.prompt!r}"
+        for sample in report.samples
+        if sample.finding
+    ]
+    notes += [
+        f"{flip.task} {flip.metric},{flip.filter}: {flip.flipped} of {flip.n} answers differ when the {who} runs twice"
+        for flip in report.flips
+    ]
+    if report.serving is not None:
+        notes.append(f"{who} served: {serving_line(report)}")
+    notes += [f"{who} ran out of memory, measured with {_arguments(retry.changed)}" for retry in report.retries]
+    return notes
+
+
+def serving_line(report: EvalReport) -> str:
+    """Speed and memory of one engine."""
+    assert report.serving is not None
+    figures, memory = report.serving, report.engine.model_bytes
+    parts = [
+        f"{figures.request_throughput:.2f} requests/s",
+        f"{figures.output_throughput:.0f} tokens/s",
+        f"first token {figures.median_ttft_ms:.0f} ms",
+        f"between tokens {figures.median_itl_ms:.1f} ms",
+        *([f"weights {human_bytes(memory)}"] if memory else []),
+    ]
+    return ", ".join(parts) + ("" if figures.comparable else " (on a CPU: not comparable)")
+
+
+def _arguments(changed: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in changed.items())
 
 
 def decision_sheet(decision: GateDecision) -> Sheet:

@@ -279,7 +279,7 @@ def evaluate_model(
     limit: int | None,
     progress: Progress = quiet,
 ) -> EvalReport:
-    """Measure a model by hand: our checkpoints and online FP8 are candidates, else a baseline."""
+    """Measure a model by hand: our checkpoints, online FP8 and an FP8 KV cache are candidates, else a baseline."""
     from fp8pipe.evaluate import evaluate
 
     checkpoint = Checkpoint.load_if_present(evidence(Path(model), "checkpoint")) if Path(model).is_dir() else None
@@ -292,10 +292,11 @@ def evaluate_model(
         path,
         suite,
         folder,
-        role="baseline" if checkpoint is None and online is None else "candidate",
+        role="candidate" if changed else "baseline",
         model_id=model_id,
         fingerprint=fingerprint,
         kv_cache_dtype=kv_cache_dtype,
+    changed = checkpoint is not None or online is not None or kv_cache_dtype != "auto"
         online=online,
         limit=limit,
         progress=progress,

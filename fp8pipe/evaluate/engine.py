@@ -186,7 +186,9 @@ def look_at(model: torch.nn.Module) -> dict[str, list[str]]:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Runs in each worker: bytes of its parameters and buffers, shared ones once."""
+    """Runs in each worker: bytes of its parameters and buffers, shared ones once; on a CPU as they were loaded."""
+    if isinstance(loaded := getattr(model, "loaded_bytes", None), int):
+        return loaded
     tensors = {t.untyped_storage().data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 

@@ -80,6 +80,7 @@ def use_cpu_engine() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
+        _weigh_what_is_loaded()
         vllm_causallms.LLM = _cpu_engine  # pyright: ignore[reportAttributeAccessIssue]  a class becomes a function
 
 
@@ -88,6 +89,28 @@ def _cpu_engine(model: str, **given: Any) -> LLM:  # Any: vLLM's engine argument
 
     import_architecture(model, given.get("trust_remote_code", False))
     return LLM(model, **(CPU_ENGINE_ARGUMENTS | given))
+
+
+_PREPARE = "process_weights_after_loading"
+"""What vLLM's loaders call, by the name under which they imported it, once a model's weights are there."""
+
+
+def _weigh_what_is_loaded() -> None:
+    """Note the bytes of a model's weights before the CPU's kernels pack them into memory of their own.
+
+    What they have packed is no tensor any more, and would not be counted. The engine runs in this process here.
+    """
+    from vllm.model_executor.model_loader import base_loader
+
+    from fp8pipe.evaluate.engine import weight_bytes
+
+    prepare = getattr(base_loader, _PREPARE)
+
+    def weigh_and_prepare(model: Any, *arguments: Any) -> None:  # Any: a module that gets a number; passed through
+        model.loaded_bytes = weight_bytes(model)
+        prepare(model, *arguments)
+
+    setattr(base_loader, _PREPARE, weigh_and_prepare)
 
 
 def import_architecture(model: str, trust_remote_code: bool) -> None:
