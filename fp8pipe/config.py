@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fp8pipe import llmcompressor
 from fp8pipe.errors import ConfigError
 from fp8pipe.records import digest_of
 
@@ -130,6 +131,8 @@ class Recipe(Config):
     """`Linear` (every weight the architecture allows), exact module names, or `re:` patterns."""
     ignore: tuple[str, ...] = ()
     """Exact module names or `re:` patterns (match from the start) that stay in the source's dtype."""
+    unmatched_ignore: Literal["error", "note"] = "error"
+    """An entry of ignore that matches nothing is an error, or a note of the plan."""
     keep_bf16: KeepRule | None = None
     """The most sensitive Linears stay in the source's dtype: {worst: 2%}. Needs calibration data."""
     checkpoint_format: Literal["compressed-tensors", "fp8"] = "compressed-tensors"
@@ -170,7 +173,9 @@ class Recipe(Config):
 
     def identity(self) -> dict[str, Any]:
         """What decides the bytes: everything but names, descriptions, fallbacks and unused calibration settings."""
-        fields = self.model_dump(mode="json", exclude={"name", "description", "fallback", "repo_suffix"})
+        fields = self.model_dump(
+            mode="json", exclude={"name", "description", "unmatched_ignore", "fallback", "repo_suffix"}
+        )
         unused = {"calibration": not self.needs_calibration, "keep_bf16": self.keep_bf16 is None}
         return {name: value for name, value in fields.items() if not unused.get(name)}
 
@@ -467,8 +472,12 @@ C = TypeVar("C", bound=Config)
 
 
 def load_recipe(name: str) -> Recipe:
-    """A shipped recipe by name, or a recipe file by path."""
-    return load(Recipe, "recipes", name)
+    """A shipped recipe by name, or a recipe file by path, ours or one of llm-compressor's."""
+    path = find("recipes", name)
+    content = _read(path)
+    if llmcompressor.is_recipe(content):
+        content = llmcompressor.recipe_fields(content, path)
+    return validated(Recipe, content, str(path))
 
 
 def load_suite(name: str) -> EvalSuite:
@@ -493,13 +502,17 @@ def load_collection(name: str) -> CollectionSpec:
 def load(kind_class: type[C], kind: Kind, name: str) -> C:
     """Read one YAML file into its class; every failure is a ConfigError that names file and key."""
     path = find(kind, name)
+    return validated(kind_class, _read(path), str(path))
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {type(content).__name__}")
-    return validated(kind_class, content, str(path))
+    return content
 
 
 def validated(kind_class: type[C], content: dict[str, Any], where: str) -> C:

@@ -331,7 +331,7 @@ def plan_sheet(plan: Plan) -> Sheet:
         for row in plan.summary()
     )
     share = plan.output_bytes / plan.source_bytes
-    notes = (f"{human_bytes(plan.source_bytes)} -> {human_bytes(plan.output_bytes)} ({share:.0%})",)
+    notes = (f"{human_bytes(plan.source_bytes)} -> {human_bytes(plan.output_bytes)} ({share:.0%})", *plan.notes)
     columns = ("action", "reason", "tensors", "source", "output")
     return Sheet(f"Plan {plan.model_id}, {plan.recipe}", columns, rows, notes, right=frozenset({2, 3, 4}))
 

@@ -15,7 +15,7 @@ from fp8pipe.architecture import Architecture
 from fp8pipe.checkpoint import Headers, TensorInfo, require_disk
 from fp8pipe.config import Recipe
 from fp8pipe.errors import UnsupportedArchitecture
-from fp8pipe.plan.choose import Choice, choose
+from fp8pipe.plan.choose import Choice, choose, unmatched_ignore
 from fp8pipe.plan.layout import file_sizes, output_tensors, quantization_config
 from fp8pipe.plan.record import FP8, OutputTensor, Plan, PlannedTensor, Role, Slice, SummaryRow
 from fp8pipe.records import Snapshot
@@ -66,7 +66,7 @@ def make_plan(
         source_bytes=headers.nbytes,
         output_bytes=sum(file_sizes(outputs).values()),
         trust_remote_code=architecture.trust_remote_code,
-        notes=_notes(recipe, architecture, choices, settled=keep is not None),
+        notes=(*unmatched_ignore(headers, recipe, architecture), *_notes(recipe, architecture, choices, keep)),
     )
 
 
@@ -84,9 +84,11 @@ def _planned(info: TensorInfo, choice: Choice) -> PlannedTensor:
     )
 
 
-def _notes(recipe: Recipe, architecture: Architecture, choices: dict[str, Choice], *, settled: bool) -> tuple[str, ...]:
+def _notes(
+    recipe: Recipe, architecture: Architecture, choices: dict[str, Choice], keep: Mapping[str, str] | None
+) -> tuple[str, ...]:
     notes = []
-    if recipe.keep_bf16 is not None and not settled:
+    if recipe.keep_bf16 is not None and keep is None:
         notes.append(f"keep_bf16: calibration will keep the worst {100 * recipe.keep_bf16.worst:g} % of these Linears")
     if recipe.kv_cache is not None and any(layer.mla for layer in architecture.attention):
         notes.append("latent attention (MLA) gets no KV scales: vLLM would drop them")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +44,8 @@ def choose(
     scales = _source_scales(headers, recipe, architecture)
     targets = _Entries(recipe.targets, "targets", headers, architecture)
     ignore = _Entries(recipe.ignore, "ignore", headers, architecture)
+    if targets.unmatched or (ignore.unmatched and recipe.unmatched_ignore == "error"):
+        raise UnmatchedEntry(next(iter((*targets.unmatched, *ignore.unmatched))))
     misfits = _misfits(headers, recipe, architecture)
     cannot = {name: why for name in headers.tensors if (why := _why_not(name, headers, architecture, scales, misfits))}
     targets.require_quantizable(cannot)
@@ -90,6 +92,11 @@ def _why_kept(name: str, cannot: Mapping[str, str], ignore: _Entries, targets: _
     return "" if targets.match(name) else "no target of the recipe"
 
 
+def unmatched_ignore(headers: Headers, recipe: Recipe, architecture: Architecture) -> tuple[str, ...]:
+    """A line for every entry of the recipe's ignore that names no module."""
+    return _Entries(recipe.ignore, "ignore", headers, architecture).unmatched
+
+
 def experts_holder(name: str, role: TensorRole) -> str:
     """`model.layers.0.mlp.experts` of `model.layers.0.mlp.experts.3.up_proj.weight` or `...experts.gate_up_proj`."""
     if role.expert is not None:
@@ -101,17 +108,20 @@ def experts_holder(name: str, role: TensorRole) -> str:
 
 
 class _Entries:
-    """Entries of targets or ignore, each proven to match a module."""
+    """Entries of targets or ignore."""
 
     def __init__(self, entries: Iterable[str], field: str, headers: Headers, architecture: Architecture) -> None:
         self._roles = architecture.tensors
         self._all = "Linear" in entries
-        modules = _module_names(headers, architecture)
         self._tests = {entry: _test(entry, field) for entry in entries if entry != "Linear"}
+        self.unmatched = tuple(self._unmatched(field, _module_names(headers, architecture)))
+        """What to say of every entry that names no module; lm_head may always be ignored."""
+
+    def _unmatched(self, field: str, modules: list[str]) -> Iterator[str]:
         for entry, test in self._tests.items():
             is_head = field == "ignore" and entry in {"lm_head", "re:.*lm_head"}
             if not is_head and not any(map(test, modules)):
-                raise UnmatchedEntry(_unmatched(entry, field, modules))
+                yield _unmatched(entry, field, modules)
 
     def match(self, tensor: str) -> bool:
         """Whether an entry names the module of `tensor`."""
