@@ -7,7 +7,7 @@ tasks are both thin wrappers of these functions, so that a release made by hand 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,17 +72,23 @@ def fetch(snapshot: Snapshot, *, trust_remote_code: bool = False, progress: Prog
 
 
 def plan_snapshot(
-    snapshot: Snapshot, recipe: Recipe, *, trust_remote_code: bool = False, keep: Mapping[str, str] | None = None
+    snapshot: Snapshot,
+    recipe: Recipe,
+    *,
+    trust_remote_code: bool = False,
+    keep: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Plan:
     """What would become of every tensor, from headers alone (HTTP ranges when the snapshot is on the Hub).
 
-    keep: tensors that a calibration keeps unquantized -> why."""
+    keep: tensors that a calibration keeps unquantized -> why. meanwhile: run beside the search for an architecture
+    that is not on record."""
     from fp8pipe.architecture import inspect
     from fp8pipe.checkpoint import read_headers
     from fp8pipe.plan import make_plan
 
     headers = read_headers(snapshot)
-    architecture = inspect(snapshot, headers=headers, trust_remote_code=trust_remote_code)
+    architecture = inspect(snapshot, headers=headers, trust_remote_code=trust_remote_code, meanwhile=meanwhile)
     return make_plan(snapshot, headers, recipe, architecture, keep=keep)
 
 
@@ -134,8 +140,10 @@ def quantize_model(
     model: str, recipe: Recipe, folder: Path, *, device: str = "auto", progress: Progress = quiet
 ) -> Checkpoint:
     """Everything from a model's name to a checkpoint folder."""
+    from fp8pipe.quantize import preload
+
     snapshot = pin(model)
-    plan = plan_snapshot(snapshot, recipe)
+    plan = plan_snapshot(snapshot, recipe, meanwhile=preload)
     calibration = None
     if recipe.needs_calibration:
         snapshot = fetch(snapshot, progress=progress)
@@ -288,6 +296,7 @@ def evaluate_model(
     else:
         snapshot = fetch(pin(model), progress=progress)
         path, model_id, fingerprint = snapshot.path, snapshot.model_id, snapshot.commit
+    changed = checkpoint is not None or online is not None or kv_cache_dtype != "auto"
     return evaluate(
         path,
         suite,
@@ -296,7 +305,6 @@ def evaluate_model(
         model_id=model_id,
         fingerprint=fingerprint,
         kv_cache_dtype=kv_cache_dtype,
-    changed = checkpoint is not None or online is not None or kv_cache_dtype != "auto"
         online=online,
         limit=limit,
         progress=progress,

@@ -13,6 +13,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -124,10 +126,17 @@ class Architecture(Record):
         }
 
 
-def inspect(snapshot: Snapshot, *, headers: Headers | None = None, trust_remote_code: bool = False) -> Architecture:
+def inspect(
+    snapshot: Snapshot,
+    *,
+    headers: Headers | None = None,
+    trust_remote_code: bool = False,
+    meanwhile: Callable[[], None] | None = None,
+) -> Architecture:
     """The architecture of `snapshot`, from the cache or from a child process.
 
-    `headers` are read from the snapshot when they are not given. Raises UnsupportedArchitecture with transformers'
+    `headers` are read from the snapshot when they are not given. `meanwhile` is run in a thread while the child
+    works, and not at all when the answer is cached. Raises UnsupportedArchitecture with transformers'
     reason when it cannot build the model."""
     headers = headers or read_headers(snapshot)
     config = source.read_file(snapshot, "config.json")
@@ -135,7 +144,11 @@ def inspect(snapshot: Snapshot, *, headers: Headers | None = None, trust_remote_
     known = Architecture.load_if_present(path)
     if known is not None:
         return known
-    architecture = _probe(snapshot, config, headers, trust_remote_code)
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(meanwhile) if meanwhile is not None else None
+        architecture = _probe(snapshot, config, headers, trust_remote_code)
+        if future is not None:
+            future.result()
     architecture.save(path)
     return architecture
 

@@ -13,16 +13,21 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.pytorch_utils import Conv1D
+from fp8pipe.architecture.lean import without
+
+# transformers imports these where they are installed, which takes seconds; no model is built with them.
+with without("sklearn", "scipy") if __name__ == "__main__" else nullcontext():
+    import torch
+    import transformers
+    from torch import nn
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.pytorch_utils import Conv1D
 
 from fp8pipe.architecture import AttentionLayer, ExpertLayout, TensorRole, rules
 

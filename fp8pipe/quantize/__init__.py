@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fp8pipe.calibrate import Calibration
     from fp8pipe.plan import Plan
 
-__all__ = ["ENGINE_VERSION", "fingerprint", "quantize"]
+__all__ = ["ENGINE_VERSION", "fingerprint", "preload", "quantize"]
 
 ENGINE_VERSION = 1
 """Raised whenever the same input would give other bytes."""
@@ -47,6 +47,11 @@ def fingerprint(snapshot: Snapshot, recipe: Recipe, calibration_digest: str | No
             "calibration": calibration_digest,
         }
     )
+
+
+def preload() -> None:
+    """Import what a run needs. It takes seconds, which a caller that waits for something else can spend on it."""
+    import fp8pipe.quantize.run  # noqa: F401
 
 
 def quantize(
