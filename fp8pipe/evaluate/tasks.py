@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import math
 import random
 import socket
@@ -90,13 +91,21 @@ def _task_manager(suite: EvalSuite) -> TaskManager:
         own = TaskManager(include_path=suite.task_dir, include_defaults=False)
         if all(_is_complete(own, name) for name in suite.tasks):
             return own
-    manager = TaskManager(include_path=suite.task_dir)
+    manager = _all_tasks(suite.task_dir)
     for name in suite.tasks:
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ConfigError(f"suite {suite.name}: lm-eval knows no task {name!r}{hint}")
     return manager
+
+
+@functools.cache
+def _all_tasks(task_dir: str | None) -> TaskManager:
+    """lm-eval's index of its own tasks and those of a folder."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=task_dir)
 
 
 def _is_complete(manager: TaskManager, name: str) -> bool:

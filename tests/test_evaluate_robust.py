@@ -1,0 +1,271 @@
+"""What happens to an evaluation that is interrupted, runs out of memory, or is repeated: parts, retries, findings."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluate_fixtures import make_suite, make_tasks, make_tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp8pipe.config import ServingWorkload, TaskSpec
+from fp8pipe.errors import EngineFailed, InputError
+from fp8pipe.evaluate import evaluate
+from fp8pipe.evaluate.flips import flip_rates
+from fp8pipe.evaluate.memory import shortage, smaller
+from fp8pipe.evaluate.parts import Part, Parts, joined, table_rows
+from fp8pipe.evaluate.sample_texts import finding
+from fp8pipe.evaluate.serving import check_fits
+from fp8pipe.progress import ProgressEvent
+from fp8pipe.records import EvalReport, MetricSamples, TaskResult
+
+# ---------------------------------------------------------------------------------------------- parts
+
+
+def result(values: list[float], first: int = 0, metric: str = "acc", weights: tuple[float, ...] = ()) -> TaskResult:
+    ids = tuple(range(first, first + len(values)))
+    samples = MetricSamples(
+        metric=metric,
+        filter="none",
+        higher_is_better=True,
+        mean=math.fsum(values) / len(values),
+        stderr=None,
+        values=tuple(values),
+        weights=weights,
+    )
+    hashes = tuple(f"h{i}" for i in ids)
+    return TaskResult(
+        task="t",
+        version="1",
+        num_fewshot=0,
+        doc_ids=ids,
+        doc_hashes=hashes,
+        prompt_hashes=hashes,
+        target_hashes=hashes,
+        metrics=(samples,),
+    )
+
+
+def part(values: list[float], start: int, identity: str = "me", **options: Any) -> Part:
+    task = result(values, start, **options)
+    return Part(identity=identity, start=start, stop=start + len(values), result=task, rows={"results": {"t": {}}})
+
+
+def test_parts_are_found_as_a_chain_from_the_first_document(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, "me")
+    for one in (part([1.0, 0.0], 0), part([1.0], 2), part([0.0], 4)):
+        parts.save("a/t", one)
+    assert [(p.start, p.stop) for p in parts.find("a/t", 10)] == [(0, 2), (2, 3)]
+    assert [(p.start, p.stop) for p in parts.find("a/t", 2)] == [(0, 2)]
+    assert parts.find("a/t", 1) == []
+
+
+def test_parts_of_another_measurement_or_task_are_not_used(tmp_path: Path) -> None:
+    Parts(tmp_path, "other").save("t", part([1.0], 0, identity="other"))
+    Parts(tmp_path, "me").save("t-2", part([1.0], 0))
+    (tmp_path / "t-0-9.json").write_text("{half")
+    assert Parts(tmp_path, "me").find("t", 10) == []
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=5), min_size=1, max_size=4))
+def test_joined_parts_equal_one_measurement_of_all(pieces: list[list[float]]) -> None:
+    starts = [sum(map(len, pieces[:i])) for i in range(len(pieces))]
+    together = joined([part(values, start) for values, start in zip(pieces, starts, strict=True)])
+    whole = [value for values in pieces for value in values]
+    expected = result(whole)
+    assert together.doc_hashes == expected.doc_hashes
+    assert together.metrics[0].values == tuple(whole)
+    assert together.metrics[0].mean == pytest.approx(sum(whole) / len(whole))
+
+
+def test_joined_perplexity_weighs_documents_by_their_words() -> None:
+    # 10 words at -1 nat each, 30 words at -2 nats each: exp(70 / 40)
+    pieces = [
+        part([-1.0], 0, metric="word_perplexity", weights=(10.0,)),
+        part([-2.0], 1, metric="word_perplexity", weights=(30.0,)),
+    ]
+    assert joined(pieces).metrics[0].mean == pytest.approx(math.exp(70 / 40))
+
+
+def test_joined_standard_error_is_lm_evals() -> None:
+    from lm_eval.api.metrics import mean_stderr
+
+    values = [1.0, 0.0, 0.0, 1.0, 1.0]
+    together = joined([part(values[:2], 0), part(values[2:], 2)])
+    assert together.metrics[0].stderr == pytest.approx(mean_stderr(values))
+    row = table_rows("t", [part(values[:2], 0), part(values[2:], 2)])["results"]["t"]
+    assert (row["acc,none"], row["acc_stderr,none"]) == (together.metrics[0].mean, together.metrics[0].stderr)
+
+
+def test_flip_rate_counts_samples_that_changed_and_refuses_other_samples() -> None:
+    [rate] = flip_rates(result([1.0, 0.0, 1.0, 1.0]), result([1.0, 1.0, 0.0, 1.0]))
+    assert (rate.n, rate.flipped, rate.rate) == (4, 2, 0.5)
+    with pytest.raises(EngineFailed, match="other samples"):
+        flip_rates(result([1.0]), result([1.0], first=1))
+
+
+# ---------------------------------------------------------------------------------------------- sample generation
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "expected"),
+    [
+        ("Paris, which lies on the Seine.", list(range(40)), None),
+        ("", [], "empty"),
+        (" \n\t", [5, 6, 7], "empty"),
+        ("the the the", [9] * 64, "repeating"),
+        ("...", [1, 2, 3] + [9] * 15, None),
+        ("...", [1, 2, 3] + [9] * 16, "repeating"),
+        ("a b c d", [4, 5, 6, 7, 8] * 4, "repeating"),
+        ("a b c d", [*([4, 5, 6, 7, 8] * 4), 3], None),
+        ("a b c d", [4, 5, 6, 7, 8] * 3, None),
+        ("long", [*range(100, 116)] * 4, "repeating"),
+    ],
+)
+def test_empty_and_endlessly_repeating_text_is_a_finding(text: str, tokens: list[int], expected: str | None) -> None:
+    assert finding(text, tokens) == expected
+
+
+def test_workload_longer_than_the_context_is_refused() -> None:
+    check_fits(ServingWorkload(input_len=100, output_len=28), 128)
+    with pytest.raises(InputError, match="129 tokens, the engine's context is 128"):
+        check_fits(ServingWorkload(input_len=100, output_len=29), 128)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+MESSAGES = (
+    "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB",
+    "ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`",
+    "ValueError: To serve at least one request with the models's max seq len (32768), (4.00 GiB KV cache is needed, "
+    "which is larger than the available KV cache memory (1.00 GiB).",
+    "ValueError: Free memory on device (10.0/79.0 GiB) on startup is less than desired GPU memory utilization (0.9)",
+    "RuntimeError: [enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory",
+)
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_shortage_is_told_by_the_engines_words(message: str) -> None:
+    assert shortage(f"INFO loading\n{message}\nINFO leaving", 1) == message
+
+
+def test_other_failures_are_no_shortage_and_a_kill_is() -> None:
+    assert shortage("RuntimeError: size mismatch for lm_head.weight", 1) is None
+    assert "killed" in (shortage("loading", 137) or "")
+
+
+def test_retries_ask_for_smaller_batches_first_and_for_half_the_context_then(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 8192}))
+    first = smaller({"gpu_memory_utilization": 0.9}, MESSAGES[0], 1, tmp_path)
+    assert first == {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "gpu_memory_utilization": 0.8}
+    second = smaller(first, MESSAGES[0], 2, tmp_path)
+    assert second == {
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 1024,
+        "gpu_memory_utilization": 0.6,
+        "max_model_len": 4096,
+    }
+
+
+def test_a_cache_that_holds_no_whole_context_asks_for_half_of_it_at_once(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert smaller({"max_model_len": 32768}, MESSAGES[2], 1, tmp_path)["max_model_len"] == 16384
+
+
+# ---------------------------------------------------------------------------------------------- real vLLM
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def comparable(report: EvalReport) -> dict[str, Any]:
+    """A report without what differs from run to run: times."""
+    return report.model_dump(mode="json", exclude={"seconds", "serving"})
+
+
+@pytest.mark.vllm
+def test_interrupted_evaluation_goes_on_where_it_was_and_gives_the_same_report(llama: Path, tmp_path: Path) -> None:
+    tasks = make_tasks(tmp_path / "tasks")
+    spec = {"tiny_generate": TaskSpec(num_fewshot=2, samples=10, repeat=True), "tiny_choose": TaskSpec(num_fewshot=2)}
+    suite = make_suite(tasks, **spec).model_copy(
+        update={"serving": ServingWorkload(num_prompts=4, input_len=32, output_len=8, max_concurrency=2)}
+    )
+
+    def measure(folder: Path, progress: Any) -> EvalReport:
+        return evaluate(llama, suite, folder, role="baseline", model_id="m", fingerprint="f", progress=progress)
+
+    def interrupt(event: ProgressEvent) -> None:
+        if event.note.startswith("tiny_choose"):
+            raise KeyboardInterrupt
+
+    notes: list[str] = []
+    undisturbed = measure(tmp_path / "undisturbed", lambda event: notes.append(event.note))
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path / "resumed", interrupt)
+    assert not (tmp_path / "resumed" / "report.json").exists()
+    again: list[str] = []
+    resumed = measure(tmp_path / "resumed", lambda event: again.append(event.note))
+    assert comparable(resumed) == comparable(undisturbed)
+    assert "tiny_generate (1 of 2)" in notes
+    assert "tiny_generate (1 of 2)" not in again
+    assert "tiny_choose (2 of 2)" in again
+    check_serving_and_flips(undisturbed)
+
+
+def check_serving_and_flips(report: EvalReport) -> None:
+    assert {(flip.task, flip.n) for flip in report.flips} == {("tiny_generate", 10)}
+    served = report.serving
+    assert served is not None and not served.comparable
+    assert served.workload["input_len"] == 32
+    # 32 + 8 tokens a request: the throughputs are of one duration
+    assert served.total_token_throughput == pytest.approx(40 * served.request_throughput)
+    assert served.output_throughput == pytest.approx(8 * served.request_throughput)
+    assert 0 < served.median_ttft_ms <= served.p99_ttft_ms
+    # 258 x 128 embeddings and output, per layer q, k, v, o and three of the MLP, norms; two bytes each
+    weights = 2 * 258 * 128 + 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 256 + 2 * 128) + 128
+    assert report.engine.model_bytes is not None
+    assert report.engine.model_bytes >= 2 * weights
+    assert len(report.samples) == 6
+
+
+@pytest.mark.vllm
+def test_context_that_does_not_fit_is_halved_and_the_report_says_so(llama: Path, tmp_path: Path) -> None:
+    # The cache is 1 GiB; a token takes 4 KiB (2 layers, K and V, 4 heads of 128, two bytes): 262,144 tokens.
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    wide = tmp_path / "wide"
+    make_tiny_llama(wide)
+    config = LlamaConfig.from_pretrained(wide)
+    for name, value in {"head_dim": 128, "num_key_value_heads": 4, "max_position_embeddings": 400_000}.items():
+        setattr(config, name, value)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(wide)
+    suite = make_suite(make_tasks(tmp_path / "tasks"), tiny_choose=TaskSpec(samples=2))
+    suite = suite.model_copy(update={"engine": {"max_model_len": 400_000}})
+    report = evaluate(wide, suite, tmp_path / "evaluation", role="baseline", model_id="m", fingerprint="f")
+    [retry] = report.retries
+    assert "KV cache" in retry.cause
+    assert retry.changed["max_model_len"] == report.engine.max_model_len == 200_000
+    assert report.engine.arguments["max_model_len"] == 200_000
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("kv_cache_dtype", "online"), [("fp8_e5m2", None), ("fp8_e4m3", "fp8")])
+def test_online_and_cache_variants_are_candidates_that_say_what_they_are(
+    llama: Path, tmp_path: Path, kv_cache_dtype: str, online: str | None
+) -> None:
+    from fp8pipe.stages import evaluate_model
+
+    suite = make_suite(make_tasks(tmp_path / "tasks"), tiny_choose=TaskSpec(samples=4))
+    report = evaluate_model(
+        str(llama), suite, tmp_path / "evaluation", kv_cache_dtype=kv_cache_dtype, online=online, limit=None
+    )
+    assert report.role == "candidate"
+    assert report.engine.kv_cache_dtype == kv_cache_dtype
+    assert (report.engine.quantization is not None) == (online is not None)
+    assert (report.engine.linear_kernels != ()) == (online is not None)
