@@ -17,7 +17,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-Base = Literal["static", "channel", "block", "fp8", "fp8-block", "head"]
+Base = Literal[
+    "static", "channel", "block", "fp8", "fp8-block", "head", "modelopt", "modelopt-nvfp4", "nvfp4", "nvfp4a16",
+    "mxfp4", "mxfp8",
+]  # fmt: skip
 Model = Literal["dense", "tied", "moe"]
 ALL: tuple[Model, ...] = ("dense", "tied", "moe")
 
@@ -28,8 +31,21 @@ BASES: dict[Base, dict[str, Any]] = {
     "fp8": {"method": "fp8", "kv": None},
     "fp8-block": {"method": "fp8", "strategy": "block", "static": False},
     "head": {"strategy": "channel", "static": False, "kv": "attn_head"},
+    "modelopt": {"method": "modelopt", "kv": "tensor"},
+    "modelopt-nvfp4": {"format": "nvfp4", "method": "modelopt", "static": True},
+    "nvfp4": {"format": "nvfp4", "static": True},
+    "nvfp4a16": {"format": "nvfp4"},
+    "mxfp4": {"format": "mxfp4"},
+    "mxfp8": {"format": "mxfp8"},
 }
 """Arguments of the reference writer."""
+
+
+def quantize(source: Path, folder: Path, base: Base) -> Path:
+    """The correct checkpoint that a case spoils."""
+    arguments = BASES[base]
+    return (reference.quantize_groups if "format" in arguments else reference.quantize)(source, folder, **arguments)
+
 
 O_PROJ = "model.layers.1.self_attn.o_proj"
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -440,6 +456,113 @@ def q_proj_too_long(folder: Path) -> None:
 @case("43", "static", "S2")
 def k_proj_transposed(folder: Path) -> None:
     alter(folder, f"{K_PROJ}.weight", lambda codes: codes.T)
+
+
+# ---------------------------------------------------------------------------------------------- four bits, exponents
+
+
+def _as_e8m0(scale: torch.Tensor) -> torch.Tensor:
+    return scale.view(torch.float8_e8m0fnu)
+
+
+@case("34", "mxfp4", "S7")
+def mxfp4_scale_as_e8m0(folder: Path) -> None:
+    alter(folder, f"{O_PROJ}.weight_scale", _as_e8m0)
+
+
+@case("34a", "mxfp8", "S7")
+def mxfp8_scale_as_e8m0(folder: Path) -> None:
+    alter(folder, f"{O_PROJ}.weight_scale", _as_e8m0)
+
+
+@case("34b", "mxfp8", "V2", "D1", "D2")
+def mxfp8_scale_of_nan(folder: Path) -> None:
+    def change(scale: torch.Tensor) -> torch.Tensor:
+        scale[4, 1] = 255
+        return scale
+
+    alter(folder, f"{O_PROJ}.weight_scale", change)
+
+
+@case("35", "nvfp4", "S7")
+def nvfp4_scale_as_bytes(folder: Path) -> None:
+    alter(folder, f"{O_PROJ}.weight_scale", lambda scale: scale.view(torch.uint8))
+
+
+@case("35a", "nvfp4", "V2", "D1", "D2")
+def nvfp4_scale_negative(folder: Path) -> None:
+    def change(scale: torch.Tensor) -> torch.Tensor:
+        scale.view(torch.uint8)[4, 1] |= 0x80
+        return scale
+
+    alter(folder, f"{O_PROJ}.weight_scale", change)
+
+
+@case("36", "nvfp4", "K2", models=("dense", "tied"))
+def nvfp4_without_input_global_scale(folder: Path) -> None:
+    drop(folder, f"{O_PROJ}.input_global_scale")
+
+
+@case("36a", "nvfp4", "K2")
+def nvfp4_without_global_scale(folder: Path) -> None:
+    drop(folder, f"{O_PROJ}.weight_global_scale")
+
+
+@case("36b", "modelopt-nvfp4", "K3")
+def modelopt_global_scale_under_the_other_name(folder: Path) -> None:
+    rename(folder, f"{O_PROJ}.weight_scale_2", f"{O_PROJ}.weight_global_scale")
+
+
+@case("37", "nvfp4a16", "K3")
+def input_global_scale_under_weight_only(folder: Path) -> None:
+    add(folder, f"{O_PROJ}.input_global_scale", torch.tensor([463.0]))
+
+
+@case("38", "nvfp4", "V9")
+def global_scales_of_qkv_differ(folder: Path) -> None:
+    """q is right in itself, with a global scale of its own."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        weight = load_source(folder)[f"{Q_PROJ}.weight"].float()
+        found = float(tensors[f"{Q_PROJ}.weight_global_scale"])
+        tensors |= {f"{Q_PROJ}.{leaf}": tensor for leaf, tensor in reference.nvfp4(weight, found * 0.75).items()}
+
+    edit_tensors(folder, change)
+
+
+@case("38a", "nvfp4", "V8", "D1", "D2", "D3", "D6")
+def global_scale_inverted(folder: Path) -> None:
+    alter(folder, f"{O_PROJ}.weight_global_scale", lambda scale: 1 / scale)
+
+
+@case("38b", "modelopt-nvfp4", "V8", "D1", "D2", "D3", "D6")
+def modelopt_global_scale_inverted(folder: Path) -> None:
+    alter(folder, f"{O_PROJ}.weight_scale_2", lambda scale: 1 / scale)
+
+
+@case("38c", "nvfp4", "D1", "D2", "D3")
+def halves_of_the_bytes_swapped(folder: Path) -> None:
+    alter(folder, f"{O_PROJ}.weight_packed", lambda codes: codes >> 4 | codes << 4)
+
+
+@case("38d", "nvfp4", "S6", models=("dense",))
+def columns_are_no_whole_groups(folder: Path) -> None:
+    """The model itself, 168 wide, is what does not fit groups of 16."""
+    source = reference.llama(folder.parent / "odd", intermediate=168)
+    (folder.parent / "source").write_text(str(source))
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        wanted = reference.read(source)[0]
+        tensors |= {name: tensor for name, tensor in wanted.items() if name in tensors}
+        for module in [name.removesuffix(".weight_packed") for name in tensors if name.endswith("weight_packed")]:
+            weight = wanted[f"{module}.weight"].float()
+            padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % 16))
+            made = reference.nvfp4(padded, float(tensors[f"{module}.weight_global_scale"]))
+            made["weight_packed"] = made["weight_packed"][:, : weight.shape[1] // 2]
+            tensors |= {f"{module}.{leaf}": tensor for leaf, tensor in made.items()}
+
+    edit_tensors(folder, change)
+    edit_config(folder, lambda config: config.update(intermediate_size=168))
 
 
 # ---------------------------------------------------------------------------------------------- files

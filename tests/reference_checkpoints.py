@@ -97,7 +97,7 @@ def quantize(
     strategy: Strategy = "tensor",
     static: bool = True,
     kv: Literal["tensor", "attn_head"] | None = None,
-    method: Literal["compressed-tensors", "fp8"] = "compressed-tensors",
+    method: Literal["compressed-tensors", "fp8", "modelopt"] = "compressed-tensors",
     scale_dtype: torch.dtype = torch.float32,
     shards: int = 2,
 ) -> Path:
@@ -123,10 +123,111 @@ def quantize(
         out[f"model.layers.{layer}.self_attn.k_scale"] = torch.full(shape, 0.031)
         out[f"model.layers.{layer}.self_attn.v_scale"] = torch.full(shape, 0.017)
     routers = sorted(n.removesuffix(".weight") for n in tensors if n.endswith("mlp.gate.weight"))
-    quant = (_fp8 if method == "fp8" else _compressed)(strategy, static, kv, routers)
-    extra = {p.name: p.read_text() for p in source.iterdir() if p.suffix != ".safetensors" and "index" not in p.name}
-    extra.pop("config.json")
-    return write(folder, out, config | {"quantization_config": quant}, shards, extra)
+    quant = {"fp8": _fp8, "compressed-tensors": _compressed, "modelopt": _modelopt}[method](
+        strategy, static, kv, routers
+    )
+    return write(folder, out, config | {"quantization_config": quant}, shards, _companions(source))
+
+
+def _companions(source: Path) -> dict[str, str]:
+    """What goes with the weights unchanged."""
+    files = (path for path in source.iterdir() if path.suffix != ".safetensors" and "index" not in path.name)
+    return {path.name: path.read_text() for path in files if path.name != "config.json"}
+
+
+def quantize_groups(
+    source: Path,
+    folder: Path,
+    *,
+    format: Literal["nvfp4", "mxfp4", "mxfp8"],
+    method: Literal["compressed-tensors", "modelopt"] = "compressed-tensors",
+    static: bool = False,
+    shards: int = 2,
+) -> Path:
+    """`source` in a format with a scale for each 16 or 32 weights of a row. `static`: NVFP4 with input scales."""
+    tensors, config = read(source)
+    modules = [n.removesuffix(".weight") for n in tensors if n.split(".")[-2] in PROJECTIONS]
+    out = dict(tensors)
+    for module in modules:
+        weight = out.pop(f"{module}.weight").float()
+        joint = max(float(tensors[f"{m}.weight"].float().abs().max()) for m in _siblings(module, modules))
+        stored = {"nvfp4": nvfp4, "mxfp4": mxfp4, "mxfp8": mxfp8}[format](weight, 2688 / joint)
+        if method == "modelopt" and format == "nvfp4":
+            stored = {"weight": stored["weight_packed"], "weight_scale": stored["weight_scale"]}
+            stored["weight_scale_2"] = torch.tensor(joint / 2688)
+        elif static:
+            stored["input_global_scale"] = torch.tensor([2688 / (9.4 if module.endswith("down_proj") else 5.8)])
+        if method == "modelopt" and static:
+            stored["input_scale"] = torch.tensor((9.4 if module.endswith("down_proj") else 5.8) / 2688)
+        out |= {f"{module}.{leaf}": tensor for leaf, tensor in stored.items()}
+    routers = sorted(n.removesuffix(".weight") for n in tensors if n.endswith("mlp.gate.weight"))
+    if method == "modelopt":
+        algorithm = {"nvfp4": "NVFP4" if static else "W4A16_NVFP4", "mxfp8": "MXFP8"}[format]
+        quant = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head", *routers]}
+    else:
+        quant = _groups_config(format, static, routers)
+    return write(folder, out, config | {"quantization_config": quant}, shards, _companions(source))
+
+
+def nvfp4(weight: torch.Tensor, global_scale: float) -> Tensors:
+    """Codes of E2M1, E4M3 scales of 16, one divisor."""
+    grouped = weight.unflatten(1, (-1, 16))
+    scale = (grouped.abs().amax(2) / 6 * global_scale).to(torch.float8_e4m3fn).float()
+    scale = torch.where(scale == 0, 0.125, scale).to(torch.float8_e4m3fn)
+    divided = grouped / (scale.float() / global_scale)[:, :, None]
+    return {
+        "weight_packed": _packed(divided.flatten(1)),
+        "weight_scale": scale,
+        "weight_global_scale": torch.tensor([global_scale]),
+    }
+
+
+def mxfp4(weight: torch.Tensor, _: float = 0.0) -> Tensors:
+    """Codes of E2M1, exponents of 32."""
+    grouped = weight.unflatten(1, (-1, 32))
+    exponent = _exponents(grouped, 2)
+    codes = _packed((grouped / torch.exp2(exponent)[:, :, None]).flatten(1))
+    return {"weight_packed": codes, "weight_scale": (exponent + 127).to(torch.uint8)}
+
+
+def mxfp8(weight: torch.Tensor, _: float = 0.0) -> Tensors:
+    """Codes of E4M3, exponents of 32."""
+    grouped = weight.unflatten(1, (-1, 32))
+    exponent = _exponents(grouped, 8)
+    codes = (grouped / torch.exp2(exponent)[:, :, None]).clamp(-448, 448).to(torch.float8_e4m3fn).flatten(1)
+    return {"weight": codes, "weight_scale": (exponent + 127).to(torch.uint8)}
+
+
+def _exponents(grouped: torch.Tensor, largest: int) -> torch.Tensor:
+    """Power of two for each group [rows, groups]: that of its largest weight, less that of the largest code."""
+    return torch.floor(torch.log2(grouped.abs().amax(2).clamp(min=1e-30))) - largest
+
+
+def _packed(scaled: torch.Tensor) -> torch.Tensor:
+    """Nearest E2M1 codes, two to a byte, by trying all."""
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    codes = (scaled.abs()[..., None] - values).abs().argmin(-1).to(torch.uint8) | (scaled < 0).to(torch.uint8) << 3
+    return codes[:, 0::2] | codes[:, 1::2] << 4
+
+
+def _groups_config(format: str, static: bool, routers: list[str]) -> dict[str, Any]:
+    base = {"type": "float", "symmetric": True, "dynamic": False, "observer": "memoryless_minmax"}
+    if format == "nvfp4":
+        kind = {"scale_dtype": "torch.float8_e4m3fn", "zp_dtype": "torch.float8_e4m3fn"}
+        args = base | {"num_bits": 4, "strategy": "tensor_group", "group_size": 16} | kind
+    else:
+        kind = {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+        args = base | {"num_bits": int(format[-1]), "strategy": "group", "group_size": 32} | kind
+    name = "mxfp8-quantized" if format == "mxfp8" else f"{format}-pack-quantized"
+    inputs = args | {"dynamic": "local"} if static else args | {"dynamic": True} if format == "mxfp8" else None
+    return {
+        "quant_method": "compressed-tensors",
+        "format": name,
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", *(["re:.*mlp\\.gate$"] if routers else [])],
+        "kv_cache_scheme": None,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": args, "input_activations": inputs}},
+    }
 
 
 def _siblings(module: str, modules: list[str]) -> list[str]:
@@ -158,6 +259,11 @@ def _fp8(strategy: Strategy, static: bool, kv: str | None, routers: list[str]) -
     if strategy == "block":
         quant["weight_block_size"] = list(BLOCK)
     return quant | {"ignored_layers": ["lm_head", *routers]}
+
+
+def _modelopt(strategy: Strategy, static: bool, kv: str | None, routers: list[str]) -> dict[str, Any]:
+    quant = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head", *routers]}
+    return quant | ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "dynamic": False}} if kv else {})
 
 
 def _compressed(strategy: Strategy, static: bool, kv: str | None, routers: list[str]) -> dict[str, Any]:

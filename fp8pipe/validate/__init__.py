@@ -1,12 +1,17 @@
 """Nothing broken reaches a GPU or a user: every invariant of an FP8 checkpoint, checked, all findings in one run.
 
-In: a checkpoint folder; with it, when at hand, the source it was made from and the architecture record. Out: a
-ValidationReport. Bad content is never an exception: it is a finding that says file, tensor, expected, found, what vLLM
-would do, and the remedy.
+In: a checkpoint, in a folder or on the Hub; with it, when at hand, the source it was made from and the architecture
+record. Out: a ValidationReport. Bad content is never an exception: it is a finding that says file, tensor, expected,
+found, what vLLM would do, and the remedy.
 
-    headers   files, index, config, coverage, shapes: reads headers and small files
+    headers   files, index, config, coverage, shapes: reads headers and small files, from the Hub by HTTP ranges
     values    + every byte once: NaN, unusable scales, unused range
     fidelity  + the source once: every code against source / scale, every other tensor byte for byte
+
+    place, untrusted, shelf     what can be read of it
+    scheme, patterns, layout    what config and architecture say it should be
+    measure, units, compare     the pass over the bytes
+    files, config, coverage, kv, shapes, values, fidelity, package, evidence    the checks, one table (`findings`)
 """
 
 from __future__ import annotations
@@ -16,13 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.errors import InputError, ModelNotFound
-from fp8pipe.identity import folder_identity
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.records import Snapshot, ValidationReport
 from fp8pipe.validate import config as config_room
-from fp8pipe.validate import coverage, files, package, shapes
+from fp8pipe.validate import coverage, evidence, files, kv, package, shapes
 from fp8pipe.validate.findings import CHECKS, DEPTHS, Check, Depth
 from fp8pipe.validate.layout import Layout, layout_from_architecture, layout_from_names
+from fp8pipe.validate.place import FolderPlace, Place, place_of
+from fp8pipe.validate.scheme import quantization_config, read_scheme
+from fp8pipe.validate.shelf import Shelf, open_shelf
 from fp8pipe.validate.subject import Subject
 
 if TYPE_CHECKING:
@@ -34,34 +41,33 @@ __all__ = ["CHECKS", "Check", "Depth", "all_checks", "validate"]
 
 
 def validate(
-    folder: Path,
+    checkpoint: Path | Snapshot,
     *,
     source: Snapshot | None = None,
     architecture: Architecture | None = None,
     depth: Depth | None = None,
     progress: Progress = quiet,
 ) -> ValidationReport:
-    """All findings on the checkpoint in `folder`.
+    """All findings on `checkpoint`: a folder, or a snapshot that may still be on the Hub.
 
-    `source`: the downloaded model it was made from. `architecture`: the source's record, looked up when there is a
-    source; without it, names and shapes decide what is a Linear. `depth`: as deep as what is at hand allows, unless
-    given. Raises InputError when `folder` is no folder or fidelity is asked for without a source; never on what lies in
-    the folder.
+    `source`: the model it was made from, on disk unless depth is headers. `architecture`: the source's record, looked
+    up when there is a source; without it, names and shapes decide what is a Linear. `depth`: as deep as what is at hand
+    allows, unless given. Raises InputError when the folder is none, or the depth needs what is not there; never on what
+    lies in the checkpoint.
     """
-    if not folder.is_dir():
-        raise ModelNotFound(f"{folder}: no such folder; give the folder that holds config.json and the weights")
-    if depth == "fidelity" and source is None:
-        raise InputError("depth fidelity compares with the source: name it (--source)")
-    depth = depth or ("fidelity" if source else "values")
-    subject = _read(folder, source, architecture)
+    if isinstance(checkpoint, Path) and not checkpoint.is_dir():
+        raise ModelNotFound(f"{checkpoint}: no such folder; give the folder that holds config.json and the weights")
+    place = place_of(checkpoint)
+    depth = _depth(place, source, depth)
+    subject = _read(place, source, architecture)
     checks = _runnable(subject, depth)
     if depth != "headers":
-        from fp8pipe.validate.values import measure
+        from fp8pipe.validate.measure import measure
 
         subject.measured = measure(subject, with_source=depth == "fidelity", progress=progress)
     findings = tuple(finding for check in checks for finding in check.findings(subject))
     return ValidationReport(
-        folder_identity=folder_identity(folder),
+        folder_identity=place.identity(),
         depth=depth,
         known_from="architecture" if subject.layout and subject.layout.from_record else "names",
         checks=tuple(check.id for check in checks),
@@ -75,26 +81,44 @@ def all_checks() -> tuple[Check, ...]:
     """The whole table, in the order in which checks run: what the documentation is made from."""
     from fp8pipe.validate import fidelity, values
 
-    rooms = (files, config_room, coverage, shapes, values, fidelity, package)
+    rooms = (files, config_room, coverage, kv, shapes, values, fidelity, package, evidence)
     order = {room.__name__: place for place, room in enumerate(rooms)}
     return tuple(sorted(CHECKS.values(), key=lambda check: order[check.run.__module__]))
 
 
-def _read(folder: Path, source: Snapshot | None, architecture: Architecture | None) -> Subject:
+def _depth(place: Place, source: Snapshot | None, wanted: Depth | None) -> Depth:
+    """How deep to go: `wanted`, if what is at hand allows it."""
+    is_here = isinstance(place, FolderPlace)
+    source_is_here = source is not None and source.root is not None
+    if wanted == "fidelity" and source is None:
+        raise InputError("depth fidelity compares with the source: name it (--source)")
+    if (wanted in ("values", "fidelity") and not is_here) or (wanted == "fidelity" and not source_is_here):
+        raise InputError(f"depth {wanted} reads every byte: download checkpoint and source first")
+    if wanted is not None:
+        return wanted
+    return "headers" if not is_here else "fidelity" if source_is_here else "values"
+
+
+def _read(place: Place, source: Snapshot | None, architecture: Architecture | None) -> Subject:
     """Headers and configs of both sides."""
-    shelf = files.open_shelf(folder)
-    theirs = files.open_shelf(source.path) if source else None
+    shelf = open_shelf(place)
+    theirs = open_shelf(place_of(source)) if source else None
     architecture = architecture or (_inspect(source) if source else None)
-    config, problem = _read_config(folder)
-    source_config = _read_config(source.path)[0] if source else None
+    config, problem = _read_object(shelf, config_room.CONFIG)
+    source_config = _read_object(theirs, config_room.CONFIG)[0] if theirs else None
+    quantization, file = _quantization(shelf, config)
     return Subject(
         shelf=shelf,
         config=config,
         config_problem=problem,
-        scheme=config_room.read_scheme(config) if config is not None else None,
+        quantization=quantization,
+        quantization_file=file,
+        scheme=read_scheme(quantization),
         layout=_layout(theirs or shelf, source_config or config, architecture),
         source=theirs,
         source_config=source_config,
+        source_commit=source.commit if source else None,
+        evidence=evidence.read_evidence(place),
     )
 
 
@@ -109,16 +133,27 @@ def _inspect(source: Snapshot) -> Architecture | None:
         return None
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
-    if not (folder / config_room.CONFIG).is_file():
-        return None, "no config.json"
-    content, problem = files.read_json(folder / config_room.CONFIG)
+def _read_object(shelf: Shelf, name: str) -> tuple[dict[str, Any] | None, str | None]:
+    """A JSON object, or why it is none."""
+    if name not in shelf.sizes:
+        return None, f"no {name}"
+    content, problem = shelf.json(name)
     if content is not None and not isinstance(content, dict):
         return None, f"a {type(content).__name__}"
     return content, problem
 
 
-def _layout(shelf: files.Shelf, config: dict[str, Any] | None, architecture: Architecture | None) -> Layout | None:
+def _quantization(shelf: Shelf, config: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
+    """The quantization_config, and the file it stands in: config.json, else what ModelOpt writes beside it."""
+    known = quantization_config(config) if config is not None else None
+    if known is None and config is not None and "quantization_config" not in config:
+        legacy, _ = _read_object(shelf, config_room.HF_QUANT_CONFIG)
+        if legacy is not None:
+            return {"quant_method": "modelopt"} | legacy, config_room.HF_QUANT_CONFIG
+    return known, config_room.CONFIG
+
+
+def _layout(shelf: Shelf, config: dict[str, Any] | None, architecture: Architecture | None) -> Layout | None:
     if config is None:
         return None
     if architecture is not None:

@@ -1,272 +1,46 @@
-"""config.json: does it parse, what does its quantization_config mean, does vLLM support it (checks C1 to C9).
+"""config.json: does it parse, does vLLM support what it says, do its lists mean what they seem to (checks C1 to C9).
 
-In: the parsed JSON. Out: a `Scheme` that answers, for any module, how its weight must be stored; and the C checks.
-Values are looked up in tuples, not in sets: what should be a string may be a list, which has no hash.
+In: a Subject. What the config means is read in `scheme.py`.
 """
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from fp8pipe.validate.findings import Fault, check, clip
 from fp8pipe.validate.layout import expert_of
+from fp8pipe.validate.scheme import (
+    FORMAT_NAMES,
+    KNOWN_ELSEWHERE,
+    METHODS,
+    MIXED,
+    MODELOPT_ALGORITHMS,
+    Spec,
+    format_of,
+    ignored_layers,
+    is_attention_group,
+    is_block,
+    is_names,
+    method_of,
+    modelopt_algorithm,
+    modelopt_excluded,
+    modelopt_settings,
+    text_config,
+    unsupported,
+)
 
 if TYPE_CHECKING:
     from fp8pipe.validate.subject import Subject
 
 CONFIG = "config.json"
-METHODS = ("compressed-tensors", "fp8")
-KNOWN_ELSEWHERE = (
-    "awq", "gptq", "bitsandbytes", "modelopt", "modelopt_fp4", "mxfp4", "mxfp8", "fp_quant", "fbgemm_fp8", "quark",
-)  # fmt: skip
-"""Methods that vLLM loads and this validator does not know yet; said, never passed."""
-FLOAT_FORMATS = ("float-quantized", "naive-quantized", "mixed-precision")
-
-_TENSOR, _CHANNEL, _BLOCK = "tensor", "channel", "block"
-
-
-# ---------------------------------------------------------------------------------------------- the scheme
-
-
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """How one group of modules is stored."""
-
-    strategy: Literal["tensor", "channel", "block"]
-    block: tuple[int, int] | None
-    """Rows and columns that share a scale, for the block strategy."""
-    inputs: Literal["static", "dynamic"] | None
-    """None: weight-only."""
-    scale: str
-    """Leaf name of the scale: weight_scale, or weight_scale_inv in the block form of quant_method fp8."""
-    minmax: bool
-    """The config names an observer that scales by the absolute maximum (or names none)."""
-
-    def scale_shapes(self, weight: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """Shapes that vLLM accepts for the scale of a weight [out, in]."""
-        rows, columns = weight[0], weight[1]
-        if self.strategy == _TENSOR:
-            return ((1,), ())
-        if self.strategy == _CHANNEL:
-            return ((rows, 1),)
-        assert self.block is not None
-        return ((-(-rows // self.block[0]), -(-columns // self.block[1])),)
-
-
-@dataclass(frozen=True)
-class Group:
-    """One config group: which modules, and how."""
-
-    targets: tuple[str, ...]
-    spec: Spec
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """A quantization_config that is understood."""
-
-    method: Literal["compressed-tensors", "fp8"]
-    groups: tuple[Group, ...]
-    ignore: tuple[str, ...]
-    kv: Literal["tensor", "attn_head"] | None
-
-    def spec_of(self, module: str) -> Spec | None:
-        """How the weight of a Linear (or expert) `module` is stored; None when it stays as it was."""
-        if self.ignores(module):
-            return None
-        for group in self.groups:
-            if any(target == "Linear" or _matches(target, module) for target in group.targets):
-                return group.spec
-        return None
-
-    def ignores(self, module: str) -> bool:
-        """Whether `module` is in the ignore list, as the method reads it: `re:` only in compressed-tensors."""
-        if self.method == "fp8":
-            place = expert_of(module)
-            return module in self._exact_names or (place is not None and place[0] in self._experts)
-        return module in self._exact_names or any(p.match(module) for p in self._patterns)
-
-    def names_head(self, module: str) -> bool:
-        """Whether a target other than a class names `module`: the only way that lm_head is quantized."""
-        targets = (target for group in self.groups for target in group.targets)
-        return any(target != "Linear" and _matches(target, module) for target in targets)
-
-    @cached_property
-    def _exact_names(self) -> frozenset[str]:
-        return frozenset(self.ignore)
-
-    @cached_property
-    def _experts(self) -> frozenset[str]:
-        """Experts that quant_method fp8 leaves unquantized: any name in them keeps the whole layer's."""
-        found = (re.match(r"(.*\.experts)(\.|$)", name) for name in self.ignore)
-        return frozenset(match[1] for match in found if match)
-
-    @cached_property
-    def _patterns(self) -> tuple[re.Pattern[str], ...]:
-        return tuple(p for entry in self.ignore if entry.startswith("re:") if (p := _compiled(entry)))
-
-
-def _compiled(entry: str) -> re.Pattern[str] | None:
-    """The pattern of an `re:` entry, None when it does not compile (C5 says so)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return re.compile(entry.removeprefix("re:"))
-        except (re.error, RecursionError, OverflowError):
-            return None
-
-
-def _matches(entry: str, module: str) -> bool:
-    if not entry.startswith("re:"):
-        return entry == module
-    pattern = _compiled(entry)
-    return pattern is not None and pattern.match(module) is not None
-
-
-def quantization_config(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The one that vLLM reads: at the top, else in text_config, else compression_config."""
-    places = [config.get("quantization_config"), _text(config).get("quantization_config")]
-    found = [place for place in [*places, config.get("compression_config")] if place is not None]
-    return found[0] if found and isinstance(found[0], dict) else None
-
-
-def _text(config: dict[str, Any]) -> dict[str, Any]:
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else {}
-
-
-def method_of(quant: dict[str, Any]) -> str:
-    """quant_method as vLLM normalises it."""
-    return str(quant.get("quant_method", "")).lower().replace("compressed_tensors", "compressed-tensors")
-
-
-def read_scheme(config: dict[str, Any]) -> Scheme | None:
-    """What quantization_config means, None when it is absent, broken or not understood."""
-    quant = quantization_config(config)
-    if quant is None:
-        return None
-    return {"fp8": _read_fp8, "compressed-tensors": _read_compressed}.get(method_of(quant), lambda _: None)(quant)
-
-
-def _read_fp8(quant: dict[str, Any]) -> Scheme | None:
-    block, ignored = quant.get("weight_block_size"), _ignored_layers(quant)
-    if quant.get("activation_scheme") not in ("static", "dynamic") or ignored is None or not _block_or_none(block):
-        return None
-    if block and quant["activation_scheme"] == "static":
-        return None
-    spec = Spec(
-        strategy=_BLOCK if block else _TENSOR,
-        block=(block[0], block[1]) if block else None,
-        inputs=quant["activation_scheme"],
-        scale="weight_scale_inv" if block else "weight_scale",
-        minmax=True,
-    )
-    return Scheme("fp8", (Group(("Linear",), spec),), ignored, None)
-
-
-def _ignored_layers(quant: dict[str, Any]) -> tuple[str, ...] | None:
-    ignored = quant.get("ignored_layers") or quant.get("modules_to_not_convert") or []
-    return tuple(ignored) if _is_names(ignored) else None
-
-
-def _block_or_none(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
-    )
-
-
-def _is_names(value: Any) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
-
-
-def _read_compressed(quant: dict[str, Any]) -> Scheme | None:
-    groups, ignore, kv = quant.get("config_groups"), quant.get("ignore", []), quant.get("kv_cache_scheme")
-    if not isinstance(groups, dict) or not _is_names(ignore) or not isinstance(kv, dict | None):
-        return None
-    read = [_read_group(group) for group in groups.values() if not _is_attention_group(group)]
-    if not read or None in read:
-        return None
-    kv_strategy = None if kv is None else kv.get("strategy") or "tensor"
-    if kv_strategy not in (None, "tensor", "attn_head"):
-        return None
-    return Scheme("compressed-tensors", tuple(g for g in read if g), tuple(ignore), kv_strategy)
-
-
-def _is_attention_group(group: Any) -> bool:
-    """A group that quantizes attention alone; vLLM skips it, its scales are the KV cache's."""
-    targets = group.get("targets") if isinstance(group, dict) else None
-    return _is_names(targets) and len(targets) == 1 and targets[0].endswith("Attention")
-
-
-def _read_group(group: Any) -> Group | None:
-    targets = group.get("targets") if isinstance(group, dict) else None
-    if not _is_names(targets) or any(_unsupported(group)):
-        return None
-    weights, inputs = group["weights"], group.get("input_activations")
-    strategy = weights.get("strategy") or _TENSOR
-    block = weights.get("block_structure")
-    spec = Spec(
-        strategy=strategy,
-        block=(block[0], block[1]) if strategy == _BLOCK else None,
-        inputs=None if inputs is None else "dynamic" if inputs.get("dynamic") else "static",
-        scale="weight_scale",
-        minmax=weights.get("observer") in (None, "minmax", "memoryless_minmax"),
-    )
-    return Group(tuple(targets), spec)
-
-
-def _unsupported(group: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(expected, found) for everything in a group that vLLM's FP8 schemes do not serve."""
-    weights, inputs = group.get("weights"), group.get("input_activations")
-    if not isinstance(weights, dict) or not isinstance(inputs, dict | None):
-        yield "weights (and input_activations) as mappings", f"{clip(repr(weights))}"
-        return
-    kind = (weights.get("type", "int"), weights.get("num_bits", 8))
-    if kind != ("float", 8):
-        yield "weights of type float with num_bits 8", f"{clip(kind[0])}, {clip(kind[1])}"
-    if weights.get("symmetric", True) is not True:
-        yield "symmetric weights", "symmetric: false"
-    if weights.get("dynamic", False) is not False:
-        yield "static weights", f"dynamic: {clip(weights['dynamic'])}"
-    strategy = weights.get("strategy") or _TENSOR
-    if strategy not in (_TENSOR, _CHANNEL, _BLOCK) or weights.get("group_size") is not None:
-        yield (
-            "weight strategy tensor, channel or block",
-            f"{clip(strategy)}, group_size {clip(weights.get('group_size'))}",
-        )
-    if strategy == _BLOCK and (
-        weights.get("block_structure") is None or not _block_or_none(weights["block_structure"])
-    ):
-        yield "block_structure [rows, columns]", clip(repr(weights.get("block_structure")))
-    if inputs is not None:
-        yield from _unsupported_inputs(inputs, strategy)
-
-
-def _unsupported_inputs(inputs: dict[str, Any], weight_strategy: Any) -> Iterator[tuple[str, str]]:
-    kind = (inputs.get("type", "int"), inputs.get("num_bits", 8))
-    if kind != ("float", 8):
-        yield "input activations of type float with num_bits 8", f"{clip(kind[0])}, {clip(kind[1])}"
-    if inputs.get("dynamic", False):
-        return
-    if inputs.get("symmetric", True) is not True:
-        yield "symmetric static inputs", "symmetric: false"
-    if (inputs.get("strategy") or _TENSOR) != _TENSOR:
-        yield "static inputs per tensor", clip(inputs.get("strategy"))
-    if weight_strategy == _BLOCK:
-        yield "dynamic inputs with block weights", "static inputs"
-
-
-# ---------------------------------------------------------------------------------------------- checks
+HF_QUANT_CONFIG = "hf_quant_config.json"
+FORMATS = tuple(name for names in FORMAT_NAMES.values() for name in names)
 
 
 def _quant(subject: Subject) -> dict[str, Any]:
-    assert subject.config is not None
-    return quantization_config(subject.config) or {}
+    return subject.quantization or {}
 
 
 @check(
@@ -283,10 +57,12 @@ def config_is_one_quantization(subject: Subject) -> Iterator[Fault]:
     config = subject.config
     places = {
         "quantization_config": config.get("quantization_config"),
-        "text_config.quantization_config": _text(config).get("quantization_config"),
+        "text_config.quantization_config": text_config(config).get("quantization_config"),
         "compression_config": config.get("compression_config"),
     }
     given = [name for name, value in places.items() if value is not None]
+    if not given and subject.quantization is not None:
+        given, places = [HF_QUANT_CONFIG], {HF_QUANT_CONFIG: subject.quantization}
     if len(given) != 1:
         yield Fault("one quantization_config", " and ".join(given) or "none", file=CONFIG)
     elif not isinstance(places[given[0]], dict):
@@ -316,23 +92,35 @@ def _unknown_method(name: Any) -> Fault:
 )
 def config_fits_vllm(subject: Subject) -> Iterable[Fault]:
     quant = _quant(subject)
-    problems = {"fp8": _fp8_problems, "compressed-tensors": _compressed_problems}.get(method_of(quant))
+    problems = {
+        "fp8": _fp8_problems,
+        "compressed-tensors": _compressed_problems,
+        "modelopt": _modelopt_problems,
+    }.get(method_of(quant))
     if problems is None:
         return []
-    return [Fault(expected, clip(found), file=CONFIG) for expected, found in problems(quant)]
+    return [Fault(expected, clip(found), file=subject.quantization_file) for expected, found in problems(quant)]
 
 
 def _fp8_problems(quant: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     if quant.get("activation_scheme") not in ("static", "dynamic"):
         yield "activation_scheme static or dynamic", repr(quant.get("activation_scheme"))
-    if _ignored_layers(quant) is None:
+    if ignored_layers(quant) is None:
         yield "ignored_layers as a list of names", repr(quant.get("ignored_layers"))
-    if not _block_or_none(quant.get("weight_block_size")):
-        yield "weight_block_size [rows, columns]", repr(quant.get("weight_block_size"))
+    block = quant.get("weight_block_size")
+    if block is not None and not is_block(block):
+        yield "weight_block_size [rows, columns]", repr(block)
+
+
+def _modelopt_problems(quant: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    if modelopt_excluded(quant) is None:
+        yield "ignore (exclude_modules) as a list of names", repr(modelopt_settings(quant).get("exclude_modules"))
+    if not modelopt_algorithm(quant):
+        yield "a quant_algo", "none"
 
 
 def _compressed_problems(quant: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    if not _is_names(quant.get("ignore", [])):
+    if not is_names(quant.get("ignore", [])):
         yield "ignore as a list of names (absent is fine, null is not)", repr(quant["ignore"])
     groups = quant.get("config_groups")
     if isinstance(groups, dict) and not groups:
@@ -340,10 +128,10 @@ def _compressed_problems(quant: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, group in groups.items() if isinstance(groups, dict) else ():
         if not isinstance(group, dict):
             yield f"config group {clip(name)} as a mapping", repr(group)
-        elif quant.get("format") == "mixed-precision" and group.get("format") not in FLOAT_FORMATS[:2]:
-            yield f"a float format in config group {clip(name)}", repr(group.get("format"))
+        elif quant.get("format") == MIXED and group.get("format") not in FORMATS:
+            yield f"a format of floats in config group {clip(name)}", repr(group.get("format"))
     if isinstance(quant.get("format"), str | None) and quant.get("format") in (None, "dense"):
-        yield "format float-quantized", repr(quant.get("format"))
+        yield f"format {', '.join(FORMATS)}", repr(quant.get("format"))
     if isinstance(transforms := quant.get("transform_config"), dict) and transforms:
         yield (
             "an empty transform_config: vLLM runs transforms without checking that their tensors are there",
@@ -369,7 +157,7 @@ def config_fits_compressed_tensors(subject: Subject) -> Iterator[Fault]:
     from pydantic import ValidationError
 
     known = {key: value for key, value in quant.items() if key not in {"sparsity_config", "transform_config"}}
-    known["ignore"] = known["ignore"] if _is_names(known.get("ignore")) else []  # C2 speaks of it
+    known["ignore"] = known["ignore"] if is_names(known.get("ignore")) else []  # C2 speaks of it
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -388,22 +176,48 @@ def config_fits_compressed_tensors(subject: Subject) -> Iterator[Fault]:
     "The scheme is one that vLLM serves and this validator knows.",
     needs=("config",),
     consequence="vLLM stops: no compressed-tensors compatible scheme was found",
-    remedy="quantize to FP8 per tensor, channel or block",
+    remedy="quantize to FP8 (tensor, channel, block), NVFP4, MXFP4 or MXFP8",
 )
 def scheme_is_supported(subject: Subject) -> Iterator[Fault]:
-    quant = _quant(subject)
-    if method_of(quant) == "fp8" and quant.get("weight_block_size") and quant.get("activation_scheme") == "static":
-        yield Fault("dynamic activations with weight_block_size", "static", file=CONFIG)
-    if method_of(quant) != "compressed-tensors":
-        return
-    if (name := quant.get("format")) not in (*FLOAT_FORMATS, None, "dense"):
-        yield Fault(f"format {', '.join(FLOAT_FORMATS)}", clip(repr(name)), file=CONFIG)
+    quant, file = _quant(subject), subject.quantization_file
+    problems = {"fp8": _unserved_fp8, "compressed-tensors": _unserved_compressed, "modelopt": _unserved_modelopt}
+    serve = problems.get(method_of(quant))
+    if serve is not None:
+        yield from (Fault(expected, found, file=file) for expected, found in serve(quant))
+
+
+def _unserved_fp8(quant: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if quant.get("weight_block_size") and quant.get("activation_scheme") == "static":
+        yield "dynamic activations with weight_block_size", "static"
+
+
+def _unserved_modelopt(quant: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    algorithm = modelopt_algorithm(quant)
+    if algorithm and algorithm not in MODELOPT_ALGORITHMS:
+        yield f"quant_algo {', '.join(MODELOPT_ALGORITHMS)}", clip(algorithm)
+    if "NVFP4" in algorithm and modelopt_settings(quant).get("group_size") not in (None, 16):
+        yield "group_size 16", clip(modelopt_settings(quant).get("group_size"))
+
+
+def _unserved_compressed(quant: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if (name := quant.get("format")) not in (*FORMATS, MIXED, None, "dense"):
+        yield f"format {', '.join(FORMATS)} or {MIXED}", clip(repr(name))
     groups = quant.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
-        if isinstance(group, dict) and not _is_attention_group(group) and _is_names(group.get("targets")):
-            yield from (Fault(expected, found, file=CONFIG) for expected, found in _unsupported(group))
+        if isinstance(group, dict) and not is_attention_group(group) and is_names(group.get("targets")):
+            yield from unsupported(group)
+            yield from _other_format(group, quant.get("format"))
     if isinstance(kv := quant.get("kv_cache_scheme"), dict):
-        yield from (Fault(expected, found, file=CONFIG) for expected, found in _unsupported_kv(kv))
+        yield from _unsupported_kv(kv)
+
+
+def _other_format(group: dict[str, Any], default: Any) -> Iterator[tuple[str, str]]:
+    """The name of a format that is not the one its own arguments describe."""
+    weights = group.get("weights")
+    known = format_of(weights) if isinstance(weights, dict) else None
+    name = group.get("format") or default
+    if known is not None and name in FORMATS and name not in FORMAT_NAMES[known.name]:
+        yield f"format {' or '.join(FORMAT_NAMES[known.name])} for {known.name} weights", clip(repr(name))
 
 
 def _unsupported_kv(kv: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -426,28 +240,50 @@ def _unsupported_kv(kv: dict[str, Any]) -> Iterator[tuple[str, str]]:
     remedy="write full module names for quant_method fp8, end-anchored patterns (re:.*mlp\\.gate$) otherwise",
 )
 def ignore_entries_work(subject: Subject) -> Iterator[Fault]:
-    assert subject.scheme is not None and subject.layout is not None
-    modules = subject.layout.modules
+    assert subject.scheme is not None
+    file = subject.quantization_file
+    if subject.scheme.method == "modelopt":
+        return  # wildcards of names that the exporter knew; those that match nothing are usual
     for entry in subject.scheme.ignore:
-        pattern = _compiled(entry)
-        if subject.scheme.method == "fp8" and entry.startswith("re:"):
-            yield Fault("a full module name: quant_method fp8 knows no patterns", clip(entry), file=CONFIG)
-        elif entry.startswith("re:") and pattern is None:
-            yield Fault("a regular expression", clip(entry), file=CONFIG, consequence="vLLM stops on it")
-        elif not entry.endswith("lm_head") and not any(_matches(entry, module) for module in modules):
-            yield Fault("an entry that matches a module", clip(entry), file=CONFIG, severity="warning")
-        elif pattern is not None and entry.startswith("re:"):
-            yield from _caught_by_prefix(entry, pattern, subject)
+        is_pattern = entry.startswith("re:")
+        if is_pattern and subject.scheme.method == "fp8":
+            yield Fault("a full module name: quant_method fp8 knows no patterns", clip(entry), file=file)
+        elif reason := subject.scheme.patterns.refused.get(entry):
+            yield Fault(
+                "a regular expression", clip(f"{entry}: {reason}"), file=file, consequence="vLLM stops or hangs"
+            )
+    yield from _unmatched(subject)
+    if subject.scheme.method == "compressed-tensors":
+        yield from _caught_by_prefix(subject)
 
 
-def _caught_by_prefix(entry: str, pattern: re.Pattern[str], subject: Subject) -> Iterator[Fault]:
+def _unmatched(subject: Subject) -> Iterator[Fault]:
+    """Entries that match no module; lm_head always counts as matched."""
+    assert subject.scheme is not None and subject.layout is not None
+    modules, patterns = subject.layout.modules, subject.scheme.patterns
+    matched = {entry for module in modules for entry in patterns.matching(module)} | patterns.refused.keys()
+    for entry in subject.scheme.ignore:
+        is_readable = not entry.startswith("re:") or subject.scheme.method != "fp8"
+        if is_readable and entry not in modules and entry not in matched and not entry.endswith("lm_head"):
+            found = clip(entry)
+            yield Fault("an entry that matches a module", found, file=subject.quantization_file, severity="warning")
+
+
+def _caught_by_prefix(subject: Subject) -> Iterator[Fault]:
     """`re:.*mlp.gate` also ignores mlp.gate_proj, since patterns are anchored at the start alone."""
-    assert subject.layout is not None
-    linears = [name for name in subject.layout.quantizable if pattern.match(name) and not pattern.fullmatch(name)]
-    stops_inside_a_word = [name for name in linears if (m := pattern.match(name)) and name[m.end()] not in "."]
-    if stops_inside_a_word and any(pattern.fullmatch(name) for name in subject.layout.modules):
-        found = f"{clip(entry)} also catches {stops_inside_a_word[0]}"
-        yield Fault("a pattern anchored at its end", found, file=CONFIG, severity="warning")
+    assert subject.scheme is not None and subject.layout is not None
+    whole: set[str] = set()
+    inside: dict[str, str] = {}
+    for module in subject.layout.modules:
+        for entry, end in subject.scheme.patterns.matching(module).items():
+            if end == len(module):
+                whole.add(entry)
+            elif module in subject.layout.is_quantizable and module[end] != ".":
+                inside[entry] = min(module, inside.get(entry, module))
+    for entry in subject.scheme.ignore:
+        if entry in whole and entry in inside:
+            found, file = f"{clip(entry)} also catches {inside[entry]}", subject.quantization_file
+            yield Fault("a pattern anchored at its end", found, file=file, severity="warning")
 
 
 @check(
@@ -460,7 +296,7 @@ def _caught_by_prefix(entry: str, pattern: re.Pattern[str], subject: Subject) ->
 def fused_groups_are_uniform(subject: Subject) -> Iterator[Fault]:
     assert subject.scheme is not None and subject.layout is not None
     for group in subject.layout.fused:
-        specs = {member: subject.scheme.spec_of(member) for member in group}
+        specs = {member: subject.specs.get(member) for member in group}
         if len(set(specs.values())) > 1:
             kept = [member for member, spec in specs.items() if spec is None]
             found = f"{', '.join(kept)} ignored" if kept else "different schemes"
@@ -475,7 +311,7 @@ def _mixed_experts(subject: Subject) -> Iterator[Fault]:
     for module in subject.layout.quantizable:
         if (place := expert_of(module)) is None:
             continue
-        spec = subject.scheme.spec_of(module)
+        spec = subject.specs.get(module)
         other, known = first.setdefault(place[0], (module, spec))
         if spec != known:
             found = f"{other} and {module} differ"
@@ -533,7 +369,9 @@ def _comparable(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def dtype_is_half(subject: Subject) -> Iterator[Fault]:
     assert subject.config is not None
     config = subject.config
-    given = [c[key] for c in (config, _text(config)) for key in ("dtype", "torch_dtype") if c.get(key) is not None]
+    given = [
+        c[key] for c in (config, text_config(config)) for key in ("dtype", "torch_dtype") if c.get(key) is not None
+    ]
     if not given or given[0] in ("bfloat16", "float16"):
         return
     if given[0] == "float32":
@@ -554,5 +392,7 @@ def dtype_is_half(subject: Subject) -> Iterator[Fault]:
 )
 def transformers_can_load_it(subject: Subject) -> Iterator[Fault]:
     assert subject.scheme is not None
-    if subject.scheme.method == "fp8" and subject.scheme.groups[0].spec.strategy == _TENSOR:
+    if subject.scheme.method == "modelopt":
+        yield Fault("a layout that transformers reads", "quant_method modelopt", file=subject.quantization_file)
+    elif subject.scheme.method == "fp8" and subject.scheme.groups[0].spec.strategy == "tensor":
         yield Fault("a layout that transformers reads", "quant_method fp8 with per-tensor scales", file=CONFIG)

@@ -1,4 +1,4 @@
-"""Is everything there, and nothing else: names against config, architecture and source (checks K1 to K10).
+"""Is everything there, and nothing else: names against config, architecture and source (checks K1 to K10, but K7).
 
 In: a Subject, headers only. Out: faults that name the module. vLLM checks none of this for a quantized model: a scale
 or an expert that is missing stays at its initial value, and the model answers in fluent nonsense.
@@ -12,9 +12,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from fp8pipe.validate.config import Scheme, Spec
+from fp8pipe.checkpoint import TensorInfo
 from fp8pipe.validate.findings import Fault, check
-from fp8pipe.validate.layout import Layout, expert_of, layer_of
+from fp8pipe.validate.layout import KV_SCALES, SCALES, UNWANTED, WEIGHTS, Layout, expert_of, layer_of, split_name
+from fp8pipe.validate.scheme import Scheme
 
 if TYPE_CHECKING:
     from fp8pipe.validate.subject import Subject
@@ -23,23 +24,12 @@ FLOATS = {"BF16", "F16", "F32", "F64"}
 ALIASES = {
     "weight_scale": ("weight_scale_inv",),
     "weight_scale_inv": ("weight_scale",),
-    "input_scale": ("act_scale", "activation_scale"),
+    "input_scale": ("act_scale", "activation_scale", "input_global_scale"),
+    "input_global_scale": ("input_scale",),
+    "weight_global_scale": ("weight_scale_2",),
+    "weight_scale_2": ("weight_global_scale",),
 }
 """Other spellings of a companion, of older tools or the other method."""
-COMPANIONS = {"weight_scale", "weight_scale_inv", "input_scale", "act_scale", "activation_scale"}
-UNWANTED = {"weight_zero_point", "input_zero_point", "weight_g_idx", "g_idx", "weight_shape", "weight_packed"}
-KV_LEAVES = {"k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale"}
-_KV_PLACE = re.compile(r"\.(self_attn|attn|attention|self_attention|mixer)(\.attn|\.[qkv]_proj|\.qkv_proj)?$")
-
-
-def companions_of(spec: Spec) -> tuple[str, ...]:
-    """Leaf names that must stand beside a weight of this scheme."""
-    return (spec.scale, "input_scale") if spec.inputs == "static" else (spec.scale,)
-
-
-def _split(name: str) -> tuple[str, str]:
-    module, _, leaf = name.rpartition(".")
-    return module, leaf
 
 
 def _parts(subject: Subject) -> Layout:
@@ -60,7 +50,7 @@ def nothing_is_missing(subject: Subject) -> Iterator[Fault]:
     if subject.layout is None:
         return
     for name in sorted(_required(subject)):
-        if not subject.shelf.has(name) and not _is_expert_hole(subject, name):
+        if not _is_stored(subject, name) and not subject.is_counted_expert(split_name(name)[0]):
             yield Fault("the tensor", "missing", tensor=name)
 
 
@@ -68,24 +58,24 @@ def _required(subject: Subject) -> Iterable[str]:
     layout = _parts(subject)
     if subject.source is not None:
         dropped = {"lm_head.weight"} if layout.tied else set()
-        return (name for name in subject.source.tensors if name not in dropped and not _is_scale(name))
-    if layout.expected is not None:
-        return (name for name in layout.expected if not (layout.tied and name == "lm_head.weight"))
-    return () if any(n.endswith("embed_tokens.weight") for n in layout.names) or subject.shelf.blind else _embedding()
+        split = {piece.tensor for piece in layout.pieces.values()}
+        whole = (name for name in subject.source.tensors if name not in split or name in subject.shelf.tensors)
+        return (name for name in whole if name not in dropped and not is_scale(name))
+    if subject.shelf.blind or any(name.endswith("embed_tokens.weight") for name in layout.names):
+        return ()
+    return ("model.embed_tokens.weight",)  # known of every decoder, whatever else is not
 
 
-def _embedding() -> Iterable[str]:
-    """Known of every decoder, whatever else is not."""
-    return ("model.embed_tokens.weight",)
+def is_scale(name: str) -> bool:
+    """Whether a tensor is by its name a scale of something else."""
+    return split_name(name)[1] in (*SCALES, *KV_SCALES)
 
 
-def _is_scale(name: str) -> bool:
-    return _split(name)[1] in COMPANIONS | KV_LEAVES
-
-
-def _is_expert_hole(subject: Subject, name: str) -> bool:
-    """Missing tensors of experts are K6's."""
-    return expert_of(_split(name)[0]) is not None and _parts(subject).num_experts is not None
+def _is_stored(subject: Subject, name: str) -> bool:
+    """Under its own name, or under the one that its scheme gives a quantized weight."""
+    module, leaf = split_name(name)
+    spec = subject.specs.get(module)
+    return subject.shelf.has(name) or (leaf == "weight" and spec is not None and subject.weight(module) is not None)
 
 
 @check(
@@ -98,27 +88,27 @@ def _is_expert_hole(subject: Subject, name: str) -> bool:
 )
 def quantized_modules_are_complete(subject: Subject) -> Iterator[Fault]:
     assert subject.scheme is not None
-    for module in sorted(subject.quantized):
-        spec = subject.scheme.spec_of(module)
-        weight = subject.shelf.tensors.get(f"{module}.weight")
-        if spec is None or weight is None or (weight.dtype in FLOATS and not _has_any_companion(subject, module)):
-            continue  # a missing weight is K1's, an unquantized one K5's
-        for leaf in companions_of(spec):
-            if not _present_or_misnamed(subject, module, leaf) and not _is_expert_scale(subject, module):
+    for module, spec in sorted(subject.specs.items()):
+        weight = subject.weight(module)
+        if weight is None or subject.is_counted_expert(module) or _is_unquantized(subject, module):
+            continue  # a missing weight is K1's, an unquantized one K5's, an expert's are K6's
+        for leaf in spec.companions:
+            if not _present_or_misnamed(subject, module, leaf):
                 yield Fault("the scale", "missing", file=weight.shard, tensor=f"{module}.{leaf}")
     yield from _unprotected(subject)
 
 
-def _has_any_companion(subject: Subject, module: str) -> bool:
-    return any(f"{module}.{leaf}" in subject.shelf.tensors for leaf in COMPANIONS)
+def _is_unquantized(subject: Subject, module: str) -> bool:
+    """Floats without any scale: the source's weight."""
+    weight = subject.weight(module)
+    if weight is None or weight.dtype not in FLOATS:
+        return False
+    return not any(f"{module}.{leaf}" in subject.shelf.tensors for leaf in SCALES)
 
 
 def _present_or_misnamed(subject: Subject, module: str, leaf: str) -> bool:
-    return any(subject.shelf.has(f"{module}.{name}") for name in (leaf, *ALIASES.get(leaf, ())))
-
-
-def _is_expert_scale(subject: Subject, module: str) -> bool:
-    return expert_of(module) is not None and _parts(subject).num_experts is not None
+    names = (leaf, *(name for name in ALIASES.get(leaf, ()) if name not in subject.specs[module].companions))
+    return any(subject.shelf.has(f"{module}.{name}") for name in names)
 
 
 def _unprotected(subject: Subject) -> Iterator[Fault]:
@@ -135,7 +125,16 @@ def _unprotected(subject: Subject) -> Iterator[Fault]:
                 remedy="add re:.*mlp\\.gate$ (quant_method fp8: each full name) to ignore",
             )
     head = subject.shelf.tensors.get("lm_head.weight")
-    if head is not None and head.dtype in FLOATS and _transformers_quantizes_head(subject.scheme):
+    if head is None or head.dtype not in FLOATS:
+        return
+    if subject.scheme.method == "modelopt" and subject.scheme.quantizes_head("lm_head"):
+        yield Fault(
+            "lm_head in the ignore list",
+            "not matched by any entry",
+            tensor="lm_head",
+            consequence="vLLM builds lm_head as an FP8 layer: it reads this one as FP8 without a scale",
+        )
+    if _transformers_quantizes_head(subject.scheme):
         yield Fault(
             "lm_head in the ignore list",
             "not matched by any entry",
@@ -164,21 +163,21 @@ def _transformers_quantizes_head(scheme: Scheme) -> bool:
 def scales_have_their_weight(subject: Subject) -> Iterator[Fault]:
     assert subject.scheme is not None
     for name, entry in subject.shelf.tensors.items():
-        module, leaf = _split(name)
-        if leaf not in COMPANIONS | UNWANTED or not _parts_of_model(subject, name):
+        module, leaf = split_name(name)
+        if leaf not in (*SCALES, *UNWANTED) or is_of_source(subject, name):
             continue
-        if module == "lm_head" and _parts(subject).tied:
-            continue  # K9's
-        spec = subject.scheme.spec_of(module) if module in _parts(subject).is_quantizable else None
-        expected = companions_of(spec) if spec else ()
+        if module.endswith("lm_head") and (_parts(subject).tied or subject.scheme.quantizes_head(module)):
+            continue  # K9's, or right
+        spec = subject.specs.get(module)
+        expected = (*spec.companions, *spec.spare) if spec else ()
         if leaf in expected or (spec is None and _is_quantized_on_disk(subject, module)):
             continue  # the second is K4's or K5's: FP8 where there should be none
         yield Fault(_instead_of(leaf, expected), leaf, file=entry.shard, tensor=name)
 
 
-def _parts_of_model(subject: Subject, name: str) -> bool:
+def is_of_source(subject: Subject, name: str) -> bool:
     """An unquantized model may have parameters of such names itself; then they are in the source."""
-    return subject.source is None or name not in subject.source.tensors
+    return subject.source is not None and name in subject.source.tensors
 
 
 def _instead_of(leaf: str, expected: tuple[str, ...]) -> str:
@@ -189,7 +188,7 @@ def _instead_of(leaf: str, expected: tuple[str, ...]) -> str:
 
 
 def _is_quantized_on_disk(subject: Subject, module: str) -> bool:
-    weight = subject.shelf.tensors.get(f"{module}.weight")
+    weight = subject.weight(module)
     return weight is not None and weight.dtype not in FLOATS
 
 
@@ -204,29 +203,29 @@ def only_linears_are_quantized(subject: Subject) -> Iterator[Fault]:
     assert subject.scheme is not None
     layout = _parts(subject)
     for name, entry in subject.shelf.tensors.items():
-        module, leaf = _split(name)
-        if leaf != "weight" or module in layout.is_quantizable or not entry.dtype.startswith("F8_E"):
+        module, leaf = split_name(name)
+        if leaf not in WEIGHTS or module in layout.is_quantizable or not _holds_codes(entry):
             continue
-        if _same_in_source(subject, name) or (module.endswith("lm_head") and subject.scheme.names_head(module)):
+        if _same_in_source(subject, name) or subject.scheme.quantizes_head(module):
             continue
         if _is_surplus_expert(subject, name):
             continue
         yield Fault("the source's dtype", entry.dtype, file=entry.shard, tensor=name)
-    for group in subject.scheme.groups:
-        caught = [m for m in layout.modules if re.search(r"(^|\.)embed_tokens$", m) and _names(subject, m)]
-        if caught and group is subject.scheme.groups[0]:
-            yield Fault("targets that match Linears alone", f"a target matches {caught[0]}", file="config.json")
+    embedded = (module for module in layout.modules if re.search(r"(^|\.)embed_tokens$", module))
+    if caught := [m for m in embedded if subject.scheme.names_head(m) and not subject.scheme.ignores(m)]:
+        file = subject.quantization_file
+        yield Fault("targets that match Linears alone", f"a target matches {caught[0]}", file=file)
+
+
+def _holds_codes(entry: TensorInfo) -> bool:
+    """FP8, or packed FP4."""
+    return entry.dtype.startswith("F8_E") or entry.name.endswith(".weight_packed")
 
 
 def _is_surplus_expert(subject: Subject, name: str) -> bool:
     """An expert beyond the last; K6 speaks of it."""
-    place, count = expert_of(_split(name)[0]), _parts(subject).num_experts
+    place, count = expert_of(split_name(name)[0]), _parts(subject).num_experts
     return place is not None and count is not None and place[1] >= count
-
-
-def _names(subject: Subject, module: str) -> bool:
-    assert subject.scheme is not None
-    return subject.scheme.names_head(module) and not subject.scheme.ignores(module)
 
 
 def _same_in_source(subject: Subject, name: str) -> bool:
@@ -246,16 +245,15 @@ def _same_in_source(subject: Subject, name: str) -> bool:
 def dtypes_follow_the_config(subject: Subject) -> Iterator[Fault]:
     assert subject.scheme is not None
     for module in _parts(subject).quantizable:
-        entry = subject.shelf.tensors.get(f"{module}.weight")
+        entry, spec = subject.weight(module), subject.specs.get(module)
         if entry is None:
             continue
-        if module in subject.quantized and entry.dtype in FLOATS:
-            yield Fault("F8_E4M3, as config.json says", entry.dtype, entry.shard, entry.name)
-        elif (
-            module not in subject.quantized
-            and entry.dtype.startswith("F8_E")
-            and not _same_in_source(subject, entry.name)
-        ):
+        if spec is not None and entry.dtype in FLOATS:
+            expected = f"{spec.format.codes.dtype}, as {subject.quantization_file} says"
+            yield Fault(expected, entry.dtype, entry.shard, entry.name)
+        elif spec is not None and not entry.name.endswith(f".{spec.weight}"):
+            yield Fault(f"the name {spec.weight}", split_name(entry.name)[1], entry.shard, entry.name)
+        elif spec is None and _holds_codes(entry) and not _same_in_source(subject, entry.name):
             yield Fault("the source's dtype in an ignored module", entry.dtype, entry.shard, entry.name)
 
 
@@ -298,7 +296,7 @@ def _expert_gaps(subject: Subject) -> Iterator[Fault]:
         return
     blocks: dict[str, set[str]] = defaultdict(set)
     for name in layout.names | subject.shelf.tensors.keys():
-        if place := expert_of(_split(name)[0]):
+        if place := expert_of(split_name(name)[0]):
             blocks[place[0]].add(place[2])
     for experts, projections in sorted(blocks.items()):
         for index in range(layout.num_experts):
@@ -308,105 +306,21 @@ def _expert_gaps(subject: Subject) -> Iterator[Fault]:
 
 
 def _missing_of_expert(subject: Subject, module: str) -> Iterator[Fault]:
-    assert subject.scheme is not None
-    spec = subject.scheme.spec_of(module)
-    weight = subject.shelf.tensors.get(f"{module}.weight")
-    if not subject.shelf.has(f"{module}.weight"):
+    spec, weight = subject.specs.get(module), subject.weight(module)
+    if weight is None and not subject.shelf.has(f"{module}.weight"):
         yield Fault("the expert's weight", "missing", tensor=f"{module}.weight")
-    elif spec and weight and (weight.dtype not in FLOATS or _has_any_companion(subject, module)):
-        for leaf in companions_of(spec):
+    elif spec and weight and not _is_unquantized(subject, module):
+        for leaf in spec.companions:
             if not _present_or_misnamed(subject, module, leaf):
                 yield Fault("the expert's scale", "missing", file=weight.shard, tensor=f"{module}.{leaf}")
 
 
 def _surplus_experts(subject: Subject, experts: str, count: int) -> Iterator[Fault]:
     found = {
-        place[1] for name in subject.shelf.tensors if (place := expert_of(_split(name)[0])) and place[0] == experts
+        place[1] for name in subject.shelf.tensors if (place := expert_of(split_name(name)[0])) and place[0] == experts
     }
     for index in sorted(i for i in found if i >= count):
         yield Fault(f"experts 0 to {count - 1}", f"expert {index}", tensor=experts)
-
-
-@check(
-    "K7",
-    "Every attention layer has its KV scales if the scheme says so, and none otherwise.",
-    needs=("scheme",),
-    consequence="vLLM uses 1.0 for a missing KV scale and ignores one that is not announced, without a word",
-    remedy="calibrate the KV cache again, or set kv_cache_scheme",
-)
-def kv_scales_are_complete(subject: Subject) -> Iterator[Fault]:
-    assert subject.scheme is not None
-    present = _kv_scales(subject)
-    if subject.scheme.kv is not None:
-        yield from _missing_kv(subject, present)
-    yield from _misplaced_kv(subject, present)
-
-
-def _kv_scales(subject: Subject) -> dict[str, str]:
-    """KV scale tensors by name, with the attention module they belong to as vLLM maps them."""
-    found = {}
-    for name in subject.shelf.tensors:
-        module, leaf = _split(name)
-        if leaf in KV_LEAVES and _parts_of_model(subject, name):
-            found[name] = re.sub(r"\.(attn|[qkv]_proj|qkv_proj)$", "", module) if _KV_PLACE.search(module) else module
-    return found
-
-
-def _missing_kv(subject: Subject, present: dict[str, str]) -> Iterator[Fault]:
-    have = {(module, _split(name)[1]) for name, module in present.items()}
-    for module in _parts(subject).attention:
-        for leaf in ("k_scale", "v_scale"):
-            if (
-                (module, leaf) not in have
-                and not subject.shelf.has(f"{module}.{leaf}")
-                and (module, "kv_scale") not in have
-            ):
-                yield Fault("the KV scale", "missing", tensor=f"{module}.{leaf}")
-
-
-def _misplaced_kv(subject: Subject, present: dict[str, str]) -> Iterator[Fault]:
-    assert subject.scheme is not None
-    attention = set(_parts(subject).attention)
-    for name, module in present.items():
-        file = subject.shelf.tensors[name].shard
-        if module not in attention:
-            yield Fault("a KV scale of an attention layer", "no such layer", file, name, consequence="vLLM stops")
-        elif _split(name)[1] == "kv_scale":
-            yield _legacy_kv(subject, file, name)
-    silent = subject.scheme.kv is None and any(module in attention for module in present.values())
-    if silent:
-        first = next(iter(sorted(present)))
-        yield _unannounced_kv(subject, subject.shelf.tensors[first].shard, f"{len(present)} KV scales, first {first}")
-
-
-def _legacy_kv(subject: Subject, file: str, name: str) -> Fault:
-    """One scale for both, of early AutoFP8: fine in quant_method fp8, half lost in compressed-tensors."""
-    assert subject.scheme is not None
-    is_fp8 = subject.scheme.method == "fp8"
-    return Fault(
-        "k_scale and v_scale",
-        "the deprecated kv_scale",
-        file,
-        name,
-        severity="warning" if is_fp8 else "error",
-        consequence="vLLM uses it for both, with a warning" if is_fp8 else "vLLM keeps 1.0 for v, without a word",
-        remedy="write it as k_scale and v_scale",
-    )
-
-
-def _unannounced_kv(subject: Subject, file: str, found: str) -> Fault:
-    """The fp8 method has no key to announce them: they need --kv-cache-dtype fp8."""
-    assert subject.scheme is not None
-    if subject.scheme.method == "fp8":
-        return Fault(
-            "a config that announces the KV scales",
-            found,
-            file,
-            severity="warning",
-            consequence="vLLM uses them only with --kv-cache-dtype fp8, and 1.0 otherwise",
-            remedy="serve with --kv-cache-dtype fp8, or write compressed-tensors with kv_cache_scheme",
-        )
-    return Fault("kv_cache_scheme in config.json", found, file, severity="warning")
 
 
 # ---------------------------------------------------------------------------------------------- names nobody knows
@@ -422,11 +336,12 @@ def _unannounced_kv(subject: Subject, file: str, found: str) -> Fault:
 def no_unknown_tensors(subject: Subject) -> Iterator[Fault]:
     assert subject.source is not None
     for name, entry in subject.shelf.tensors.items():
-        leaf = _split(name)[1]
-        if name in subject.source.tensors or leaf in COMPANIONS | KV_LEAVES | UNWANTED:
+        module, leaf = split_name(name)
+        if name in subject.source.tensors or leaf in (*SCALES, *KV_SCALES, *UNWANTED):
             continue
-        if name.removesuffix(".weight") in _parts(subject).is_quantizable or _is_surplus_expert(subject, name):
-            continue  # split from a fused tensor, or K6's
+        is_weight = leaf in WEIGHTS and module in _parts(subject).is_quantizable
+        if is_weight or _is_surplus_expert(subject, name):
+            continue  # split from a fused tensor, packed, or K6's
         if leaf == "inv_freq":
             yield Fault("a tensor of the source", "a buffer", entry.shard, name, "warning", "vLLM skips it")
         else:
@@ -457,10 +372,8 @@ def head_follows_tying(subject: Subject) -> Iterator[Fault]:
 
 
 def _head_expected(subject: Subject) -> bool:
-    layout = _parts(subject)
     architectures = (subject.config or {}).get("architectures")
-    generates = isinstance(architectures, list) and any("ForCausalLM" in str(name) for name in architectures)
-    return generates if layout.expected is None else "lm_head.weight" in layout.expected
+    return isinstance(architectures, list) and any("ForCausalLM" in str(name) for name in architectures)
 
 
 @check(
@@ -472,8 +385,9 @@ def _head_expected(subject: Subject) -> bool:
     remedy="shorten the ignore list, if this was not meant",
 )
 def most_is_quantized(subject: Subject) -> Iterator[Fault]:
-    shapes = subject.shelf.tensors
-    sizes = {m: math.prod(shapes[f"{m}.weight"].shape) for m in _parts(subject).quantizable if f"{m}.weight" in shapes}
-    total, done = sum(sizes.values()), sum(size for module, size in sizes.items() if module in subject.quantized)
+    weights = {m: entry for m in _parts(subject).quantizable if (entry := subject.weight(m)) is not None}
+    packing = {module: spec.format.codes.per_byte for module, spec in subject.specs.items()}
+    sizes = {module: math.prod(entry.shape) * packing.get(module, 1) for module, entry in weights.items()}
+    total, done = sum(sizes.values()), sum(size for module, size in sizes.items() if module in subject.specs)
     if total and done < 0.9 * total:
         yield Fault("at least 90 % of Linear parameters quantized", f"{100 * done / total:.1f} %")

@@ -1,6 +1,6 @@
 """The table of checks, and what a check hands back.
 
-In: nothing. Out: `CHECKS`, one row per id (F1 ... P6) with what it demands, how deep it must read, what it needs at
+In: nothing. Out: `CHECKS`, one row per id (F1 ... R1) with what it demands, how deep it must read, what it needs at
 hand, what vLLM does when the demand is broken, and the remedy. Documentation is generated from this table.
 
 A check is a small function from a Subject to Faults. It states the facts; severity, consequence and remedy come from
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 Depth = Literal["headers", "values", "fidelity"]
 DEPTHS: tuple[Depth, ...] = ("headers", "values", "fidelity")
 
-Need = Literal["config", "scheme", "source"]
-"""What a check cannot run without: a parsed config.json, an understood quantization_config, ..."""
+Need = Literal["config", "scheme", "source", "records", "calibration", "manifest", "vllm"]
+"""What a check cannot run without: a parsed config.json, an understood quantization_config, the engine's plan, ..."""
 
 MAX_FINDINGS_PER_CHECK = 1000
 """So that a hostile checkpoint cannot fill memory with its own faults; the rest is counted in one last finding."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fp8pipe.checkpoint import TensorInfo
 
 if TYPE_CHECKING:
-    from fp8pipe.architecture import Architecture
+    from fp8pipe.architecture import Architecture, ExpertLayout
 
 FUSED_BY_VLLM = (
     ("q_proj", "k_proj", "v_proj"),
@@ -31,8 +31,17 @@ FUSED_BY_VLLM = (
 MAX_COUNT = 4096
 """More layers or experts than any model has: a number beyond it is not believed."""
 
-COMPANIONS = ("weight_scale", "weight_scale_inv", "input_scale")
-KV_LEAVES = ("k_scale", "v_scale", "q_scale", "kv_scale")
+SCALES = (
+    *("weight_scale", "weight_scale_inv", "input_scale"),
+    *("weight_global_scale", "input_global_scale", "weight_scale_2"),
+    *("act_scale", "activation_scale"),
+)
+"""Leaf names of what stands beside a quantized weight, right or wrong."""
+UNWANTED = ("weight_zero_point", "input_zero_point", "weight_g_idx", "g_idx", "weight_shape")
+"""The same, of schemes that vLLM's FP8 layers have no place for."""
+KV_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
+WEIGHTS = ("weight", "weight_packed")
+"""Leaf names of the weight itself."""
 
 _STAYS = re.compile(
     r"(^|\.)(embed\w*|wte|wpe|shared|lm_head|score|classifier|\w*norm\w*|\w*router\w*|gate|shared_expert_gate|conv\w*|"
@@ -43,6 +52,22 @@ _ROUTER = re.compile(r"\.(gate|\w*router\w*|shared_expert_gate)$")
 _LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)$")
 _ATTENTION = re.compile(r"^(.*\.(?:self_attn|attn|attention|self_attention))\.[kv]_proj$")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One expert's Linear weight [rows, columns] inside a tensor [experts, ...] of the source."""
+
+    tensor: str
+    expert: int
+    start: int
+    """Row of the expert's matrix [out, in] where it begins."""
+    step: int
+    """Rows from one of its rows to the next: 2 where gate and up alternate."""
+    rows: int
+    columns: int
+    transposed: bool
+    """The expert's matrix is [in, out]."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +90,8 @@ class Layout:
     num_experts: int | None
     from_record: bool
     """From the architecture record, not from names and shapes."""
-    expected: Mapping[str, tuple[int, ...]] | None
-    """Name and shape of every tensor the architecture must have; None while that is not known."""
+    pieces: Mapping[str, Piece]
+    """Modules whose weight is a part of a larger tensor of the source: experts in three dimensions."""
 
     @cached_property
     def modules(self) -> frozenset[str]:
@@ -93,20 +118,21 @@ class Layout:
 def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any]) -> Layout:
     """What names and shapes tell, from the source's headers or, without them, the checkpoint's own."""
     names = frozenset(name for name in tensors if not _is_companion(name))
-    linears = tuple(sorted(m for m in map(_module_of_weight, names) if m and _looks_linear(m, tensors[f"{m}.weight"])))
+    modules = {module for module in map(_module_of_weight, names) if module}
+    linears = tuple(sorted(module for module in modules if _looks_linear(module, tensors)))
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     assert isinstance(text, dict)
     return Layout(
         names=names,
         quantizable=linears,
         fused=tuple(_fused_groups(linears)),
-        routers=frozenset(m for m in map(_module_of_weight, names) if m and _ROUTER.search(m)),
+        routers=frozenset(module for module in modules if _ROUTER.search(module)),
         attention=tuple(sorted({match[1] for match in map(_ATTENTION.match, linears) if match})),
         tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings")),
         num_layers=_count(text, "num_hidden_layers", "n_layer"),
         num_experts=_count(text, "num_experts", "num_local_experts", "n_routed_experts"),
         from_record=False,
-        expected=None,
+        pieces={},
     )
 
 
@@ -115,14 +141,16 @@ def layout_from_architecture(
 ) -> Layout:
     """What the architecture record knows, `tensors` being the source's."""
     linears, routers = [], []
+    pieces: dict[str, Piece] = {}
     for name, role in architecture.tensors.items():
         module = _module_of_weight(name)
         if role.kind in {"linear", "expert"} and module:
             linears.append(module)
         elif role.kind in {"router", "gate"} and module:
             routers.append(module)
-        elif role.kind == "fused_experts" and role.layout and name in tensors:
-            linears.extend(_split_experts(name, tensors[name].shape[0], role.layout.projections))
+        elif role.kind == "fused_experts" and role.layout and name in tensors and len(tensors[name].shape) == 3:
+            pieces |= _pieces(tensors[name], role.layout)
+    linears.extend(pieces)
     by_names = layout_from_names(tensors, config)
     return Layout(
         names=frozenset(architecture.tensors),
@@ -134,14 +162,24 @@ def layout_from_architecture(
         num_layers=architecture.num_layers,
         num_experts=by_names.num_experts,
         from_record=True,
-        expected=None,
+        pieces=pieces,
     )
 
 
-def _split_experts(name: str, count: int, projections: Iterable[str]) -> Iterable[str]:
-    """Per-expert modules of a 3-D tensor, as they are written to disk."""
-    parent = name.removesuffix(".weight").rpartition(".")[0]
-    return (f"{parent}.{index}.{projection}" for index in range(count) for projection in projections)
+def _pieces(tensor: TensorInfo, layout: ExpertLayout) -> dict[str, Piece]:
+    """Per-expert modules of a 3-D tensor, as vLLM's loaders name them on disk."""
+    parent = tensor.name.removesuffix(".weight").rpartition(".")[0]
+    count, rows, columns = tensor.shape
+    if layout.transposed:
+        rows, columns = columns, rows
+    parts = len(layout.projections)
+    found = {}
+    for expert in range(count):
+        for number, projection in enumerate(layout.projections):
+            start, step = (number, parts) if layout.interleaved else (number * (rows // parts), 1)
+            piece = Piece(tensor.name, expert, start, step, rows // parts, columns, layout.transposed)
+            found[f"{parent}.{expert}.{projection}"] = piece
+    return found
 
 
 def expert_of(module: str) -> tuple[str, int, str] | None:
@@ -157,14 +195,22 @@ def layer_of(name: str) -> int | None:
 
 
 def _is_companion(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] in {*COMPANIONS, *KV_LEAVES, "act_scale", "weight_zero_point", "weight_g_idx"}
+    return split_name(name)[1] in {*SCALES, *KV_SCALES, *UNWANTED}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Module and leaf of a tensor's name."""
+    module, _, leaf = name.rpartition(".")
+    return module, leaf
 
 
 def _module_of_weight(name: str) -> str | None:
-    return name.removesuffix(".weight") if name.endswith(".weight") else None
+    module, leaf = split_name(name)
+    return module if module and leaf in WEIGHTS else None
 
 
-def _looks_linear(module: str, weight: TensorInfo) -> bool:
+def _looks_linear(module: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    weight = next(found for leaf in WEIGHTS if (found := tensors.get(f"{module}.{leaf}")))
     return len(weight.shape) == 2 and layer_of(module + ".") is not None and not _STAYS.search(module)
 
 

@@ -6,13 +6,12 @@ can tell.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8pipe.validate.findings import Fault, check, clip
+from fp8pipe.validate.place import same_content
 
 if TYPE_CHECKING:
     from fp8pipe.validate.subject import Subject
@@ -26,20 +25,11 @@ PROCESSOR = re.compile(r"^((video_)?(pre)?processor_config\.json|processor_confi
 LICENCE = re.compile(r"^(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*$", re.IGNORECASE)
 TEXT = re.compile(r"\.(json|jinja|md|py|ya?ml|txt)$")
 MAX_TEXT_BYTES = 32_000_000
+MAX_FETCHED_BYTES = 1_000_000
+"""The same where each byte comes over the network."""
 
 SECRET = re.compile(rb"\b(hf_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{36,}|sk-[A-Za-z0-9_-]{40,})\b")
 PRIVATE_PATH = re.compile(rb"\"(?:file://)?((?:/home|/root|/Users|/tmp|/mnt|/work|/workspace|/scratch)/[^\"]*)\"")
-
-
-def _same_content(ours: Path, theirs: Path) -> bool:
-    if ours.stat().st_size != theirs.stat().st_size:
-        return False
-    return _hash(ours) == _hash(theirs)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _against_source(subject: Subject, pattern: re.Pattern[str], *, extra: bool) -> Iterator[Fault]:
@@ -49,7 +39,7 @@ def _against_source(subject: Subject, pattern: re.Pattern[str], *, extra: bool) 
     for name in sorted(name for name in theirs.sizes if pattern.match(name)):
         if name not in ours.sizes:
             yield Fault("the source's file", "missing", file=name)
-        elif not _same_content(ours.path(name), theirs.path(name)):
+        elif not same_content(ours.place, theirs.place, name):
             yield Fault("the source's bytes", "other bytes", file=name)
     for name in sorted(name for name in ours.sizes.keys() - theirs.sizes.keys() if pattern.match(name) and extra):
         yield Fault("only files of the source", "a file that it does not have", file=name)
@@ -121,10 +111,12 @@ def licence_travels_along(subject: Subject) -> Iterator[Fault]:
     remedy="remove it, and revoke the token",
 )
 def nothing_private_is_told(subject: Subject) -> Iterator[Fault]:
-    for name, size in subject.shelf.sizes.items():
-        if not TEXT.search(name) or not 0 < size <= MAX_TEXT_BYTES or _copied(subject, name):
+    place = subject.shelf.place
+    limit = MAX_TEXT_BYTES if place.free_reads else MAX_FETCHED_BYTES
+    for name, size in place.sizes.items():
+        if not TEXT.search(name) or not 0 < size <= limit or _is_copied(subject, name):
             continue
-        content = subject.shelf.path(name).read_bytes()
+        content = place.read(name, 0, size)
         if SECRET.search(content):
             yield Fault("no access token", "something of its form", file=name)
         if path := PRIVATE_PATH.search(content):
@@ -132,7 +124,7 @@ def nothing_private_is_told(subject: Subject) -> Iterator[Fault]:
             yield Fault("no local path", found, file=name, severity="warning", remedy="remove it")
 
 
-def _copied(subject: Subject, name: str) -> bool:
+def _is_copied(subject: Subject, name: str) -> bool:
     """What the source says itself is not this checkpoint's secret."""
     source = subject.source
-    return source is not None and name in source.sizes and _same_content(subject.shelf.path(name), source.path(name))
+    return source is not None and name in source.sizes and same_content(subject.shelf.place, source.place, name)

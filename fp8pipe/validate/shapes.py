@@ -1,4 +1,4 @@
-"""Types and shapes: does every tensor have the form that vLLM's parameter has (checks S1 to S5).
+"""Types and shapes: does every tensor have the form that vLLM's parameter has (checks S1 to S7).
 
 In: a Subject, headers only. vLLM casts any dtype into any other and cuts off what is too long in fused layers, so that
 most of this is invisible there.
@@ -10,80 +10,78 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fp8pipe.checkpoint import TensorInfo
-from fp8pipe.validate.config import Spec
-from fp8pipe.validate.coverage import FLOATS, companions_of
+from fp8pipe.validate.coverage import FLOATS
 from fp8pipe.validate.findings import Fault, check
+from fp8pipe.validate.kv import kv_scales
+from fp8pipe.validate.layout import split_name
 
 if TYPE_CHECKING:
     from fp8pipe.validate.subject import Subject
 
-KV_SHAPES = "[1] per layer, or [num_key_value_heads, 1, 1] per head"
-
-
-def _quantized_weights(subject: Subject) -> Iterator[tuple[str, TensorInfo, Spec]]:
-    """Modules that are quantized by config and present."""
-    assert subject.scheme is not None
-    for module in sorted(subject.quantized):
-        entry, spec = subject.shelf.tensors.get(f"{module}.weight"), subject.scheme.spec_of(module)
-        if entry is not None and spec is not None:
-            yield module, entry, spec
+FLOAT_SCALES = ("F32", "BF16", "F16")
 
 
 @check(
     "S1",
-    "Quantized weights are F8_E4M3.",
+    "Quantized weights have the dtype of their format: F8_E4M3, or U8 with two FP4 codes to a byte.",
     needs=("scheme",),
     consequence="vLLM casts the bytes' values into FP8 without a word",
     remedy="quantize again",
 )
-def codes_are_e4m3(subject: Subject) -> Iterator[Fault]:
-    for _, entry, _ in _quantized_weights(subject):
-        if entry.dtype != "F8_E4M3" and entry.dtype not in FLOATS:  # floats are K5's
-            yield Fault("F8_E4M3", entry.dtype, entry.shard, entry.name)
+def codes_have_their_dtype(subject: Subject) -> Iterator[Fault]:
+    for _, entry, spec in subject.quantized_weights():
+        if entry.dtype != spec.format.codes.dtype and entry.dtype not in FLOATS:  # floats are K5's
+            yield Fault(spec.format.codes.dtype, entry.dtype, entry.shard, entry.name)
 
 
 @check(
     "S2",
-    "Every tensor has the shape of the source (without one: of the architecture).",
+    "Every tensor has the shape of the source; quantized weights are matrices.",
     consequence="vLLM stops when it is too small, and cuts off what is too long in fused layers, without a word",
     remedy="quantize again",
 )
 def shapes_equal_source(subject: Subject) -> Iterator[Fault]:
-    if subject.scheme is not None:
-        for _, entry, _ in _quantized_weights(subject):
-            if len(entry.shape) != 2 or 0 in entry.shape:
-                yield Fault("a matrix [out, in]", f"shape {list(entry.shape)}", entry.shard, entry.name)
-    for name, shape in _known_shapes(subject):
+    for module, entry, spec in subject.quantized_weights():
+        if len(entry.shape) != 2 or 0 in entry.shape:
+            yield Fault("a matrix [out, in]", f"shape {list(entry.shape)}", entry.shard, entry.name)
+        elif (shape := subject.source_shape(module)) is not None:
+            is_packed = entry.dtype == spec.format.codes.dtype
+            yield from _other_shape(entry, spec.stored(shape) if is_packed else shape)
+    for name, twin in subject.source.tensors.items() if subject.source else ():
         entry = subject.shelf.tensors.get(name)
-        if entry is not None and entry.shape != shape:
-            yield Fault(f"shape {list(shape)}", f"{list(entry.shape)}", entry.shard, name)
+        if entry is not None and subject.spec_of_weight(entry) is None:
+            yield from _other_shape(entry, twin.shape)
 
 
-def _known_shapes(subject: Subject) -> Iterator[tuple[str, tuple[int, ...]]]:
-    if subject.source is not None:
-        yield from ((name, entry.shape) for name, entry in subject.source.tensors.items())
-    elif subject.layout is not None and subject.layout.expected is not None:
-        yield from subject.layout.expected.items()
+def _other_shape(entry: TensorInfo, shape: tuple[int, ...]) -> Iterator[Fault]:
+    if entry.shape != shape:
+        yield Fault(f"shape {list(shape)}", f"{list(entry.shape)}", entry.shard, entry.name)
 
 
 @check(
     "S3",
-    "Scales have the dtype and shape that their strategy asks for.",
+    "Scales have the shape that their strategy asks for, and FP8 ones are floats.",
     needs=("scheme",),
     consequence="vLLM stops with a bare AssertionError, or reads bytes as numbers",
     remedy="write the scale again: [1] per tensor, [out, 1] per channel, [out/rows, in/columns] per block",
 )
 def scales_fit_their_strategy(subject: Subject) -> Iterator[Fault]:
-    for module, weight, spec in _quantized_weights(subject):
-        for leaf in companions_of(spec):
-            if len(weight.shape) == 2 and (scale := subject.shelf.tensors.get(f"{module}.{leaf}")):
-                yield from _scale_form(scale, ((1,), ()) if leaf == "input_scale" else spec.scale_shapes(weight.shape))
+    for module, weight, spec in subject.quantized_weights():
+        if len(weight.shape) != 2:
+            continue
+        for leaf in spec.companions:
+            if (scale := subject.shelf.tensors.get(f"{module}.{leaf}")) is None:
+                continue
+            shapes = spec.scale_shapes(spec.unpacked(weight.shape)) if leaf == spec.scale else ((1,), ())
+            is_float = leaf != spec.scale or spec.format.scale_dtypes == FLOAT_SCALES
+            yield from _scale_form(scale, shapes, FLOAT_SCALES if is_float else ())
     yield from _kv_form(subject)
 
 
-def _scale_form(scale: TensorInfo, shapes: tuple[tuple[int, ...], ...]) -> Iterator[Fault]:
-    if scale.dtype not in {"F32", "BF16", "F16"}:
-        yield Fault("F32, BF16 or F16", scale.dtype, scale.shard, scale.name)
+def _scale_form(scale: TensorInfo, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]) -> Iterator[Fault]:
+    """`dtypes`: those that are right; empty when S7 speaks of them."""
+    if dtypes and scale.dtype not in dtypes:
+        yield Fault(" or ".join(dtypes), scale.dtype, scale.shard, scale.name)
     if scale.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
         yield Fault(f"shape {expected}", str(list(scale.shape)), scale.shard, scale.name)
@@ -93,10 +91,9 @@ def _kv_form(subject: Subject) -> Iterator[Fault]:
     assert subject.scheme is not None and subject.layout is not None
     heads = (subject.config or {}).get("num_key_value_heads") or (subject.config or {}).get("num_attention_heads")
     per_head = ((heads, 1, 1), (heads,)) if subject.scheme.kv == "attn_head" and type(heads) is int else None
-    for module in subject.layout.attention:
-        for leaf in ("k_scale", "v_scale", "kv_scale"):
-            if scale := subject.shelf.tensors.get(f"{module}.{leaf}"):
-                yield from _scale_form(scale, per_head or ((1,), ()))
+    for name, module in kv_scales(subject).items():
+        if module in subject.layout.attention and split_name(name)[1] in ("k_scale", "v_scale", "kv_scale"):
+            yield from _scale_form(subject.shelf.tensors[name], per_head or ((1,), ()), FLOAT_SCALES)
 
 
 @check(
@@ -108,7 +105,7 @@ def _kv_form(subject: Subject) -> Iterator[Fault]:
 )
 def kept_tensors_keep_their_dtype(subject: Subject) -> Iterator[Fault]:
     assert subject.source is not None
-    weights = {f"{module}.weight" for module in subject.quantized}
+    weights = {f"{module}.weight" for module in subject.specs}
     for name, theirs in subject.source.tensors.items():
         ours = subject.shelf.tensors.get(name)
         if ours is None or name in weights or ours.dtype == theirs.dtype or ours.dtype.startswith("F8_E"):
@@ -125,13 +122,42 @@ def kept_tensors_keep_their_dtype(subject: Subject) -> Iterator[Fault]:
     remedy="ignore the group, or use per-channel scales",
 )
 def fused_blocks_are_aligned(subject: Subject) -> Iterator[Fault]:
-    assert subject.scheme is not None and subject.layout is not None
+    assert subject.layout is not None
     for group in subject.layout.fused:
-        spec = subject.scheme.spec_of(group[0])
+        spec = subject.specs.get(group[0])
         if spec is None or spec.block is None:
             continue
         for module in group[:-1]:
-            entry = subject.shelf.tensors.get(f"{module}.weight")
+            entry = subject.weight(module)
             if entry is not None and len(entry.shape) == 2 and entry.shape[0] % spec.block[0]:
                 found = f"{entry.shape[0]} rows"
                 yield Fault(f"a multiple of {spec.block[0]} rows", found, entry.shard, entry.name)
+
+
+@check(
+    "S6",
+    "Group scales: the columns are whole groups.",
+    needs=("scheme",),
+    consequence="vLLM stops: the input size is no multiple of the group",
+    remedy="ignore the module, or use per-channel FP8",
+)
+def columns_are_whole_groups(subject: Subject) -> Iterator[Fault]:
+    for _, entry, spec in subject.quantized_weights():
+        if spec.strategy == "group" and spec.block is not None and len(entry.shape) == 2:
+            columns = spec.unpacked(entry.shape)[1]
+            if columns % spec.block[1]:
+                yield Fault(f"a multiple of {spec.block[1]} columns", f"{columns}", entry.shard, entry.name)
+
+
+@check(
+    "S7",
+    "Scales of MX formats are U8 exponents, those of NVFP4 are F8_E4M3.",
+    needs=("scheme",),
+    consequence="vLLM casts them: F8_E8M0 exponents all become zero, U8 is read as its byte's number, without a word",
+    remedy="write the same bytes under the dtype that the format asks for",
+)
+def group_scales_have_their_dtype(subject: Subject) -> Iterator[Fault]:
+    for module, _, spec in subject.quantized_weights():
+        scale = subject.shelf.tensors.get(f"{module}.{spec.scale}")
+        if spec.strategy == "group" and scale is not None and scale.dtype not in spec.format.scale_dtypes:
+            yield Fault(" or ".join(spec.format.scale_dtypes), scale.dtype, scale.shard, scale.name)

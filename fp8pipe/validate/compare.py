@@ -1,0 +1,288 @@
+"""One quantized weight beside its source, tile by tile: how far each code, row and scale is from what it should be.
+
+In: codes, source values and scales of the same rows, handed over by `measure.py`. Out: a `Comparison` of counts and
+first places; `fidelity.py` judges it.
+
+Nearly every code is the one that rounding to nearest gives, which one vectorised cast tells. Only the others are held
+against the exact rule of D1, in float64. The cast here is torch's own and not the engine's, so that a mistake of the
+engine is not repeated by its judge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fp8pipe.checkpoint import TensorInfo
+from fp8pipe.validate.scheme import Spec
+from fp8pipe.validate.units import (
+    Array,
+    amax_of,
+    is_coarse,
+    magnitudes,
+    nearest,
+    ordinal,
+    spread,
+    step,
+    unit_counts,
+    unit_rows,
+    unit_tops,
+    values,
+)
+
+KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+KEPT_UNITS = 1
+"""Ranges are kept where a weight has one, since fused siblings may share it."""
+
+
+@dataclass(slots=True)
+class Share:
+    """How many units of a weight something holds for."""
+
+    count: int = 0
+    first: int = -1
+    """Number of the first unit."""
+    value: float = 0.0
+    wanted: float = 0.0
+
+    def note(self, flags: torch.Tensor, begin: int, value: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Count the units that are flagged; `begin` is the number of the first of them all."""
+        found = int(flags.sum())
+        if found and self.count == 0:
+            at = int(torch.nonzero(flags.reshape(-1))[0])
+            self.first, self.value, self.wanted = begin + at, float(value.flatten()[at]), float(wanted.flatten()[at])
+        self.count += found
+
+
+class Comparison:
+    """One quantized weight beside its source, filled tile by tile."""
+
+    def __init__(self, entry: TensorInfo, source_dtype: str, spec: Spec, shape: tuple[int, int]) -> None:
+        self.entry = entry
+        self.spec = spec
+        self.shape = shape
+        """[out, in]"""
+        self._dtype = source_dtype
+        grid = spec.units(shape)
+        self.units = math.prod(grid)
+        keeps = spec.strategy != "group"
+        self._tops = torch.zeros(grid, dtype=magnitudes(np.zeros(8, np.uint8), source_dtype).dtype) if keeps else None
+        """Largest source magnitude per unit, as integer; of groups none is kept."""
+        self._clipped: torch.Tensor | None = None
+        self.amax = 0.0
+        """Of the whole weight."""
+        self.most_clipped = 0
+        """Source weights beyond scale * maximum, in the unit with the most of them."""
+        self.worst_unit = 0
+        self.unequal = 0
+        """Codes that are not, bit for bit, what rounding gives."""
+        self.off = 0
+        """Codes that break D1."""
+        self.first_off: tuple[list[int], float, float] | None = None
+        """Index, source / scale, and the code's value, of the first of them."""
+        self.not_nearest = 0
+        self.far = 0
+        """Codes more than one step from the nearest."""
+        self.zero_codes = 0
+        self.zero_source = 0
+        self.error_sq = 0.0
+        self.source_sq = 0.0
+        self.worst_cosine = 1.0
+        self.worst_row = 0
+        self.bad_ratio = Share()
+        """Units whose scale * maximum is too far from their largest weight."""
+        self.inexact: dict[Arithmetic, Share] = {}
+        """By arithmetic: units whose scale is not exactly absmax / 448 in it."""
+        self.foreign_scales = 0
+        """Units whose scale this engine would not have chosen, whatever its observer."""
+
+    @property
+    def count(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def rel_l2(self) -> float:
+        """Norm of the quantization error over the norm of the source."""
+        return math.sqrt(self.error_sq / self.source_sq) if self.source_sq else 0.0
+
+    @property
+    def unit_size(self) -> int:
+        """Weights that share a scale (at the edges of a block grid: at most)."""
+        rows, columns = self.shape
+        if self.spec.block is not None:
+            return min(rows, self.spec.block[0]) * min(columns, self.spec.block[1])
+        return columns if self.spec.strategy == "channel" else rows * columns
+
+    # ------------------------------------------------------------------------------------------ filling
+
+    def add(self, row: int, codes: torch.Tensor, source: Array, scale: torch.Tensor) -> None:
+        """Whole rows from `row` on: codes uint8 [rows, columns], the source's bytes, float32 scales of their units."""
+        rows, columns = codes.shape
+        kind = self.spec.format.codes
+        bits = magnitudes(source, self._dtype).view(rows, columns)
+        weight = torch.from_numpy(source).view(KINDS[self._dtype]).view(rows, columns).float()
+        multiplier = spread(scale, self.spec, rows, columns)
+        scaled = weight / multiplier
+        wanted = nearest(scaled, kind)
+        value = values(codes, kind)
+        differs = np.flatnonzero(wanted.numpy() != codes.numpy())
+        if differs.size:
+            at = torch.from_numpy(differs)
+            value.view(-1)[at] = self._judge(
+                row, at, scaled.view(-1)[at], codes.reshape(-1)[at], wanted.view(-1)[at]
+            ).float()
+        self._note_units(row, rows, bits, scaled, scale)
+        sign = 8 if kind.per_byte == 2 else 0x80
+        self.zero_codes += codes.numel() - int(np.count_nonzero(codes.numpy() & (sign - 1)))
+        self.zero_source += bits.numel() - int(np.count_nonzero(bits.numpy()))
+        self._measure_error(row, weight, scaled, value, multiplier)
+
+    def _note_units(self, row: int, rows: int, bits: torch.Tensor, scaled: torch.Tensor, scale: torch.Tensor) -> None:
+        tops = unit_tops(bits, self.spec)
+        part = unit_rows(self.spec, row, rows)
+        amax = amax_of(tops, self._dtype)
+        self.amax = max(self.amax, float(amax.max()))
+        if self._tops is None:
+            self._hold_to_amax(row * scale.shape[1], scale, amax)
+            return
+        self._tops[part] = torch.maximum(self._tops[part], tops)
+        if bool((amax > scale * self.spec.format.codes.maximum).any()):
+            self._clipped = torch.zeros(self._tops.shape, dtype=torch.int64) if self._clipped is None else self._clipped
+            self._clipped[part] += unit_counts(scaled.abs() > self.spec.format.codes.maximum, self.spec)
+
+    def finish(self, scale: torch.Tensor | None) -> Comparison:
+        """Reduce what was kept per unit. `scale`: float32, of all units; not looked at for groups."""
+        if self._tops is not None and scale is not None:
+            if self._clipped is not None:
+                self.worst_unit = int(self._clipped.argmax())
+                self.most_clipped = int(self._clipped.max())
+            if self.units > KEPT_UNITS:
+                amax = amax_of(self._tops, self._dtype)
+                self._hold_to_amax(0, scale, amax)
+                self.foreign_scales = _foreign_scales(scale, amax, self.spec)
+        self._tops = self._clipped = None
+        return self
+
+    def _hold_to_amax(self, begin: int, scale: torch.Tensor, amax: torch.Tensor) -> None:
+        hold_to_amax(self.bad_ratio, self.inexact, self.spec, scale, amax, begin=begin)
+
+    def _judge(
+        self, row: int, at: torch.Tensor, scaled: torch.Tensor, codes: torch.Tensor, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        """Codes that are not the nearest: within half a step and a bf16 rounding (D1), and how far by steps (D2).
+
+        Returns their values, NaN for codes that are."""
+        kind = self.spec.format.codes
+        target, value = scaled.double(), values(codes, kind).double()
+        value[(codes & 0x7F) == 0x7F] = math.nan  # of FP4 no code looks so
+        distance = step(target, kind)
+        clipped = (target.abs() >= kind.maximum) & (value == target.sign() * kind.maximum)
+        off = ~(((target - value).abs() <= distance / 2 + target.abs() / 256) | clipped)
+        self.unequal += len(at)
+        surplus = (target - value).abs() - (target - values(wanted, kind)).abs()
+        self.not_nearest += int((surplus > distance / 1e4).sum())  # of a tie both sides are nearest
+        self.far += int(((ordinal(codes, kind) - ordinal(wanted, kind)).abs() > 1).sum())
+        self.off += int(off.sum())
+        if self.first_off is None and off.any():
+            first = int(torch.nonzero(off)[0])
+            flat = int(at[first])
+            columns = self.shape[1]
+            self.first_off = ([row + flat // columns, flat % columns], float(target[first]), float(value[first]))
+        return value
+
+    def _measure_error(
+        self, row: int, weight: torch.Tensor, scaled: torch.Tensor, value: torch.Tensor, multiplier: torch.Tensor
+    ) -> None:
+        """Sums for rel-L2 and the rows' cosines, in a unit in which no square underflows: that of the scale where a row
+        has one, else the tile's largest weight."""
+        if self.spec.block is None:
+            weight, restored, unit = scaled, value, multiplier.double().reshape(-1)
+        else:
+            top = float(weight.abs().max())
+            if not 0 < top < math.inf:
+                return
+            weight, restored, unit = weight / top, value * (multiplier / top), torch.tensor([top], dtype=torch.float64)
+        norm = torch.linalg.vector_norm(weight, dim=1).double()
+        length = torch.linalg.vector_norm(restored, dim=1).double()
+        error = torch.linalg.vector_norm(restored.sub_(weight), dim=1).double()
+        self.error_sq += float(((error * unit) ** 2).nan_to_num().sum())
+        self.source_sq += float(((norm * unit) ** 2).nan_to_num().sum())
+        # law of cosines, from norms that are there already
+        cosine = (norm**2 + length**2 - error**2) / (2 * norm * length).clamp(min=1e-300)
+        cosine = torch.where((norm > 0) & (length > 0), cosine, torch.where(norm == length, 1.0, 0.0))
+        cosine = cosine.nan_to_num(1.0)  # V1 speaks of those
+        worst = int(cosine.argmin())
+        if float(cosine[worst]) < self.worst_cosine:
+            self.worst_cosine, self.worst_row = float(cosine[worst]), row + worst
+
+
+# ---------------------------------------------------------------------------------------------- scales and ranges
+
+Arithmetic = Callable[[torch.Tensor], torch.Tensor]
+"""Unit absmax to scale, float32 to float32."""
+
+
+def hold_to_amax(
+    bad: Share,
+    inexact: dict[Arithmetic, Share],
+    spec: Spec,
+    scale: torch.Tensor,
+    amax: torch.Tensor,
+    *,
+    begin: int = 0,
+) -> None:
+    """Count units whose scale does not fit their range; for FP8 also whether it is absmax / 448 to the last bit."""
+    low, high = spec.format.amax_ratio
+    ratio = scale * spec.format.codes.maximum / amax
+    wrong = (amax > 0) & torch.isfinite(amax) & torch.isfinite(scale) & ~((ratio >= low) & (ratio <= high))
+    if spec.format.name == "NVFP4":
+        wrong &= ~is_coarse(scale)
+    bad.note(wrong, begin, ratio, amax)
+    if spec.format.name == "FP8":
+        for exact in ARITHMETICS:
+            expected = exact(amax)
+            inexact.setdefault(exact, Share()).note(scale != expected, begin, scale, expected)
+
+
+def _divided(amax: torch.Tensor) -> torch.Tensor:
+    return amax.clamp(min=1e-12) / 448
+
+
+def _times_inverse(amax: torch.Tensor) -> torch.Tensor:
+    return amax * np.float32(1 / 448).item()
+
+
+def _inverted_twice(amax: torch.Tensor) -> torch.Tensor:
+    return 1 / (448 / amax)
+
+
+def _in_bfloat16(amax: torch.Tensor) -> torch.Tensor:
+    return _divided(amax).bfloat16().float()
+
+
+def _in_float16(amax: torch.Tensor) -> torch.Tensor:
+    return _divided(amax).half().float()
+
+
+ARITHMETICS: tuple[Arithmetic, ...] = (_divided, _times_inverse, _inverted_twice, _in_bfloat16, _in_float16)
+"""The engine's and llm-compressor's, torchao's, AutoFP8's; scales stored in bf16 or fp16."""
+
+SHRINKS = tuple(step / 100 for step in range(100, 79, -1))
+"""Shares of absmax that the engine's mse observer chooses from."""
+
+
+def engine_scales(amax: np.float32, spec: Spec) -> list[np.float32]:
+    """Every scale that this engine may give a unit of this range: one under absmax, one per shrink under mse."""
+    shrinks = SHRINKS[:1] if spec.minmax else SHRINKS
+    return [np.float32(max(amax * np.float32(shrink), np.float32(1e-12)) / np.float32(448)) for shrink in shrinks]
+
+
+def _foreign_scales(scale: torch.Tensor, amax: torch.Tensor, spec: Spec) -> int:
+    known = torch.zeros(scale.shape, dtype=torch.bool)
+    for shrink in SHRINKS[:1] if spec.minmax else SHRINKS:
+        known |= scale == _divided(amax * shrink)
+    return int((~known).sum())

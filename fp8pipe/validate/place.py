@@ -1,0 +1,136 @@
+"""Where a checkpoint lies: a folder, or a repository of the Hub that is read by HTTP ranges.
+
+In: a path or a Snapshot. Out: a `Place` with names, sizes and bytes; the rest of the validator does not know which it
+is. Equality of files is asked of content hashes, which the Hub knows without a download.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Protocol
+
+from fp8pipe import source
+from fp8pipe.identity import folder_identity
+from fp8pipe.records import Snapshot
+
+_LFS = b"version https://git-lfs"
+_CHUNK = 1 << 20
+
+
+class Place(Protocol):
+    """Files by relative name."""
+
+    sizes: dict[str, int]
+    """Files at the top and below, outside hidden folders."""
+    free_reads: bool
+    """Reading costs no network."""
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        """Bytes [begin, end), fewer when the file is shorter."""
+        ...
+
+    def trouble(self, name: str) -> str | None:
+        """Why a weight file is none, as far as its entry tells: a link out of the folder, an LFS pointer, empty."""
+        ...
+
+    def identity(self) -> str:
+        """What makes the place the place it was."""
+        ...
+
+
+def same_content(ours: Place, theirs: Place, name: str) -> bool:
+    """Whether both hold the same bytes under `name`. Files of the Hub are not fetched when their hash is known."""
+    if ours.sizes[name] != theirs.sizes[name]:
+        return False
+    known = [oid for place in (ours, theirs) if isinstance(place, HubPlace) and (oid := place.oids.get(name))]
+    kind = "sha256" if known and len(known[0]) == 64 else "git"
+    return _hash(ours, name, kind) == _hash(theirs, name, kind)
+
+
+def _hash(place: Place, name: str, kind: str) -> str:
+    """sha256, or the sha1 of git's blob."""
+    known = place.oids.get(name) if isinstance(place, HubPlace) else None
+    if known is not None and len(known) == (64 if kind == "sha256" else 40):
+        return known
+    size = place.sizes[name]
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    for begin in range(0, size, _CHUNK):
+        digest.update(place.read(name, begin, min(size, begin + _CHUNK)))
+    return digest.hexdigest()
+
+
+class FolderPlace:
+    """A folder on this machine."""
+
+    free_reads = True
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.sizes = _list_files(root)
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        with (self.root / name).open("rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
+
+    def trouble(self, name: str) -> str | None:
+        path = self.root / name
+        if path.is_symlink() and not self._stays_inside(path):
+            return f"a link to {path.readlink()}, outside the folder"
+        if self.sizes[name] == 0:
+            return "an empty file" if path.exists() else "a link to nothing"
+        return "a Git LFS pointer" if self.read(name, 0, len(_LFS)) == _LFS else None
+
+    def _stays_inside(self, link: Path) -> bool:
+        """Inside the folder, or in the blobs beside it when the folder is a snapshot of the Hub cache."""
+        target, home = link.resolve(), self.root.resolve()
+        cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+        return target.is_relative_to(home) or target.is_relative_to(cache)
+
+    def identity(self) -> str:
+        return folder_identity(self.root)
+
+
+def _list_files(root: Path) -> dict[str, int]:
+    found = {}
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(folder) / name
+            found[path.relative_to(root).as_posix()] = path.stat().st_size if path.exists() else 0
+    return found
+
+
+class HubPlace:
+    """A repository at one commit. Raises HubUnreachable and AccessDenied while it is read."""
+
+    free_reads = False
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.sizes = {
+            file.name: file.size
+            for file in snapshot.files
+            if not any(part.startswith(".") for part in file.name.split("/"))
+        }
+        self.oids = {file.name: file.oid for file in snapshot.files}
+
+    def read(self, name: str, begin: int, end: int) -> bytes:
+        return source.read_range(self.snapshot, name, begin, min(end, self.sizes[name]))
+
+    def trouble(self, name: str) -> str | None:
+        if self.sizes[name] == 0:
+            return "an empty file"
+        return "a Git LFS pointer" if self.sizes[name] < 200 and self.read(name, 0, len(_LFS)) == _LFS else None
+
+    def identity(self) -> str:
+        return self.snapshot.commit
+
+
+def place_of(model: Path | Snapshot) -> Place:
+    """The place of a folder, or of a snapshot wherever it is."""
+    if isinstance(model, Path):
+        return FolderPlace(model)
+    return FolderPlace(model.path) if model.root is not None else HubPlace(model)
