@@ -1,0 +1,136 @@
+"""What an evaluation through fp8pipe costs beyond lm-eval called directly, on the same questions, as a ratio.
+
+    python -m benchmarks.evaluate [--rounds 3] [--documents 2000] [--page docs/benchmarks.md]
+
+Both sides score the same documents of a random two-layer Llama with the same engine arguments, each in a process of its
+own, alternating. Ours is `fp8pipe.evaluate.evaluate` as a release uses it, without what lm-eval does not do (sample
+generation, second run, serving figures); theirs is lm-eval's command line, in the set-up that makes it run on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks import page
+from fp8pipe.config import EvalSuite, TaskSpec
+from fp8pipe.evaluate import evaluate
+
+TARGET = 1.05
+"""The overhead that is allowed."""
+
+TASK = """
+task: counting
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["</s>"], max_gen_toks: 16, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+num_fewshot: 0
+metadata: {{version: 1.0}}
+"""
+
+
+def make_model(folder: Path) -> Path:
+    """Two layers of a Llama, random, whose tokens are bytes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), max_position_embeddings=512, bos_token_id=0, eos_token_id=1, **sizes
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def make_task(folder: Path, documents: int) -> None:
+    """A task of short generations on rows made here."""
+    folder.mkdir()
+    data = folder / "rows.jsonl"
+    rows = ({"question": f"{i} and {i % 7} are", "answer": str(i + i % 7)} for i in range(documents))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "counting.yaml").write_text(TASK.format(data=data))
+
+
+def ours(model: Path, tasks: Path, output: Path) -> float:
+    """Seconds of one evaluation."""
+    suite = EvalSuite(
+        name="counting",
+        tasks={"counting": TaskSpec()},
+        task_dir=str(tasks),
+        engine={"max_model_len": 256},
+        sample_prompts=(),
+    )
+    started = time.monotonic()
+    evaluate(model, suite, output, role="baseline", model_id="tiny", fingerprint="tiny")
+    return time.monotonic() - started
+
+
+def theirs(model: Path, tasks: Path, output: Path) -> float:
+    """Seconds of lm-eval's command line."""
+    output.mkdir()
+    command = [sys.executable, "-m", "fp8pipe.evaluate.lm_eval", "run", "--model", "vllm"]
+    command += ["--model_args", f"pretrained={model},max_model_len=256,add_bos_token=True", "--batch_size", "auto"]
+    command += ["--tasks", "counting", "--include_path", str(tasks), "--log_samples", "--output_path", str(output)]
+    started = time.monotonic()
+    with (output / "log").open("w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    return time.monotonic() - started
+
+
+def measured(rounds: int, documents: int, folder: Path) -> list[tuple[float, float]]:
+    """(ours, theirs) of each round; one unmeasured run of each first, so that files are cached for both."""
+    model = make_model(folder / "model")
+    make_task(folder / "tasks", documents)
+    pairs: list[tuple[float, float]] = []
+    for i in range(rounds + 1):
+        mine = ours(model, folder / "tasks", folder / f"ours-{i}")
+        pairs.append((mine, theirs(model, folder / "tasks", folder / f"theirs-{i}")))
+        print(f"round {i}: ours {pairs[-1][0]:.1f} s, lm-eval {pairs[-1][1]:.1f} s", flush=True)
+    return pairs[1:]
+
+
+def table(pairs: list[tuple[float, float]], documents: int) -> str:
+    """Markdown: medians, and the median of the rounds' ratios."""
+    mine, direct = (statistics.median(side) for side in zip(*pairs, strict=True))
+    ratio = statistics.median(one / other for one, other in pairs)
+    rows = [("lm-eval's command line", f"{direct:.1f}", "1"), ("`fp8pipe evaluate`", f"{mine:.1f}", f"{ratio:.2f}")]
+    said = (
+        f"{documents:,} short generations of a random two-layer Llama in vLLM on a CPU ({page.machine()}), whole "
+        f"processes, medians of {len(pairs)} alternating rounds. At most {TARGET:.2f} is asked for."
+    )
+    return f"{said}\n\n{page.table(('', 'seconds', 'ratio'), rows)}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--documents", type=int, default=2000)
+    parser.add_argument("--page", type=Path, help="Markdown page whose table `evaluate` is replaced")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-bench-") as folder:
+        text = table(measured(options.rounds, options.documents, Path(folder)), options.documents)
+    print(text)
+    if options.page is not None:
+        page.put(options.page, "Evaluation beside lm-eval", text)
+
+
+if __name__ == "__main__":
+    main()
