@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
+from report_fixtures import policy
 from sample_folders import FINGERPRINT, accepted, measured, safetensors, validation, write_checkpoint
 
 from fp8pipe.errors import HubUnreachable, InputError, Refused
@@ -238,12 +239,31 @@ def approve(folder: Path, decision: GateDecision) -> None:
 def test_inconclusive_checkpoint_is_published_with_an_approval_of_that_decision_only(
     hub: LocalHub, repo_id: str, folder: Path
 ) -> None:
-    approve(folder, replaced(folder, verdict="inconclusive", reason="too few samples"))
+    asking = policy(on_inconclusive="ask")
+    (folder / "fp8pipe" / "policy.json").write_text(asking.model_dump_json())
+    known = {"verdict": "inconclusive", "policy_digest": asking.digest()}
+    approve(folder, replaced(folder, **known, reason="too few samples"))
     made = release(folder, repo_id)
     assert made.verdict == "inconclusive" and "fp8pipe/approval.json" in {file.name for file in made.files}
-    replaced(folder, verdict="inconclusive", reason="still too few")
+    replaced(folder, **known, reason="still too few")
     with pytest.raises(Refused, match="approval is of another decision"):
         release(folder, repo_id)
+
+
+def test_an_approval_counts_only_under_the_policy_that_lets_people_decide(
+    hub: LocalHub, repo_id: str, folder: Path
+) -> None:
+    stopping, asking = policy(), policy(on_inconclusive="ask")
+    path = folder / "fp8pipe" / "policy.json"
+    approve(folder, replaced(folder, verdict="inconclusive", policy_digest=stopping.digest()))
+    for written, objection in (
+        (stopping.model_dump_json(), "stops where the gate is inconclusive"),
+        (asking.model_dump_json(), "not the policy that the gate decided by"),
+        ("{", "missing or no policy"),
+    ):
+        path.write_text(written)
+        with pytest.raises(Refused, match=objection):
+            release(folder, repo_id)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", SHARD])
