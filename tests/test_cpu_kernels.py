@@ -6,13 +6,20 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from tiny_models import calibration_for, make_model, plan_of, recipe
 
+from fp8pipe.config import Recipe
 from fp8pipe.evaluate.cpu.quantize import dequantize, quantize_groups, scaled_fp8_quant
+from fp8pipe.quantize import quantize
+from fp8pipe.source import resolve
 
 # ---------------------------------------------------------------------------------------------- the plugin's arithmetic
 
@@ -27,15 +34,20 @@ def e4m3_table() -> list[float]:
     return values
 
 
-def nearest_code(x: float) -> int:
-    """The code whose value is nearest to x, ties to the even code: an independent rounding, one value at a time."""
-    finite = [(abs(value - x), code & 1, code) for code, value in enumerate(e4m3_table()[:0x7F])]
-    magnitude = min((abs(v - abs(x)), odd, c) for (_, odd, c), v in zip(finite, e4m3_table(), strict=False))[2]
-    return magnitude | (0x80 if math.copysign(1.0, x) < 0 else 0)
+VALUES = np.array(e4m3_table())
+MIDDLES = (VALUES[:0x7E] + VALUES[1:0x7F]) / 2
+"""Between each positive code's value and the next."""
+
+
+def nearest_codes(x: np.ndarray) -> np.ndarray:
+    """The codes whose values are nearest to x, ties to the even code, saturating: an independent rounding."""
+    below = np.searchsorted(MIDDLES, np.abs(x))
+    tied = MIDDLES[np.minimum(below, len(MIDDLES) - 1)] == np.abs(x)
+    return below + (tied & (below % 2 == 1)) + 0x80 * np.signbit(x)
 
 
 def codes_of(quotients: Any) -> list[list[int]]:
-    return [[nearest_code(max(-448.0, min(448.0, float(q)))) for q in row] for row in quotients]
+    return nearest_codes(torch.as_tensor(quotients).double().numpy()).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +118,24 @@ def test_padding_adds_zero_rows_and_output_is_filled(activations: Any) -> None:
     assert torch.equal(output.view(torch.uint8), plain.view(torch.uint8))
 
 
+def test_groups_have_scales_of_their_own_down_to_tiny_values(activations: Any) -> None:
+    """Groups of 3 in rows of 8: the last one is short. vLLM's GPU kernels bound the amax by 1e-10, not the scale."""
+    x = activations * 1e-7
+    codes, scale = quantize_groups(x, 3)
+    groups = [x[:, i : i + 3].double().abs().amax(dim=1).clamp(min=1e-10) / 448 for i in (0, 3, 6)]
+    torch.testing.assert_close(scale, torch.stack(groups, dim=1).float(), rtol=1e-6, atol=0)
+    spread = scale.repeat_interleave(3, dim=1)[:, :8]
+    assert codes.view(torch.uint8).tolist() == codes_of(x.float() / spread)
+    torch.testing.assert_close(dequantize(codes, scale, (1, 3)), codes.float() * spread, rtol=0, atol=0)
+
+
+def test_blocks_of_a_weight_spread_over_their_own_codes_and_short_ones_at_the_ends() -> None:
+    codes = torch.ones(5, 7).to(torch.float8_e4m3fn)
+    scale = torch.arange(6.0).reshape(2, 3)
+    expected = [[scale[i // 3, j // 3].item() for j in range(7)] for i in range(5)]
+    assert dequantize(codes, scale, (3, 3)).tolist() == expected
+
+
 def test_plugin_touches_nothing_on_another_platform(tmp_path: Path) -> None:
     """A vllm that has nothing but a CUDA platform: importing or replacing anything else would fail."""
     (tmp_path / "vllm").mkdir()
@@ -115,3 +145,207 @@ def test_plugin_touches_nothing_on_another_platform(tmp_path: Path) -> None:
         "import sys; from fp8pipe.evaluate import cpu_platform; cpu_platform.register(); exit('torch' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True)
+
+
+# ---------------------------------------------------------------------------------------------- in vLLM's modules
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 320,  # two blocks and a half
+    "intermediate_size": 384,
+    "head_dim": 32,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 1,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen2": {name: value for name, value in WIDE.items() if name != "head_dim"} | {"hidden_size": 256},
+    "qwen3-moe": WIDE | {"moe_intermediate_size": 128},
+    "mixtral": WIDE,
+    "deepseek-v2": {
+        "hidden_size": 320,
+        "intermediate_size": 384,
+        "moe_intermediate_size": 128,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "head_dim": 64,
+    },
+}
+LINEAR_IN_BLOCKS = "ReferenceFp8BlockScaledMMLinearKernel"
+LINEAR_PER_CHANNEL = "ChannelWiseTorchFP8ScaledMMLinearKernel"
+LINEAR_PER_TENSOR = "PerTensorTorchFP8ScaledMMLinearKernel"
+CASES: dict[str, tuple[str, Recipe, str]] = {
+    "channel": ("qwen3-moe", recipe("fp8-dynamic"), LINEAR_PER_CHANNEL),
+    "static": ("mixtral", recipe("fp8-static"), LINEAR_PER_TENSOR),
+    "static, MLA": ("deepseek-v2", recipe("fp8-static"), LINEAR_PER_TENSOR),
+    "tensor": ("qwen3-moe", recipe("autofp8-dynamic"), LINEAR_PER_TENSOR),
+    "block": ("qwen3-moe", recipe("fp8-block"), LINEAR_IN_BLOCKS),
+    "block, MLA, fp8": ("deepseek-v2", recipe("fp8-block", checkpoint_format="fp8"), LINEAR_IN_BLOCKS),
+    "block, bias": ("qwen2", recipe("fp8-block"), LINEAR_IN_BLOCKS),
+    "weight only": ("qwen2", recipe("fp8-dynamic", activations=None), "ReferenceFp8W8A16LinearKernel"),
+    "weight only, tensor": ("qwen2", recipe("fp8-static", activations=None), "ReferenceFp8W8A16LinearKernel"),
+}
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+CLOSE = 6e-3
+"""Relative L2 distance of a row. The answer is rounded to bf16: 2e-3 at most; accumulation moves a value across a
+rounding boundary now and then. Leaving activations in 16 bits makes it 2e-2 and more, which each test makes sure of."""
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each case's checkpoint, with the answers of vLLM's modules beside it; one vLLM process for all."""
+    root, folders = tmp_path_factory.mktemp("served"), {}
+    for case, (name, wanted, _) in CASES.items():
+        source = root / name
+        if not source.exists():
+            make_model(source, name, **MODELS[name])
+        plan = plan_of(source, wanted)
+        folders[case] = root / f"checkpoint {len(folders)}"
+        # No round numbers: bf16 values divided by them would lie on ties, which float32 and float64 break differently.
+        ranges = {name: 1 + math.sqrt(2 + index) for index, name in enumerate(plan.calibrated_modules())}
+        calibration = calibration_for(plan, inputs=ranges)
+        quantize(resolve(str(source)), plan, folders[case], calibration=calibration)
+    script = Path(__file__).with_name("vllm_modules.py")
+    subprocess.run([sys.executable, str(script), *map(str, folders.values())], check=True)
+    return folders
+
+
+class Checkpoint:
+    """What a checkpoint's tensors mean, in float64."""
+
+    def __init__(self, folder: Path, wanted: Recipe) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        for path in folder.glob("*.safetensors"):
+            self.tensors |= load_file(path)
+        self.recipe = wanted
+
+    def weight(self, module: str) -> np.ndarray:
+        """[out, in]"""
+        codes = self.tensors[f"{module}.weight"].view(torch.uint8).numpy()
+        name = f"{module}.weight_scale" if f"{module}.weight_scale" in self.tensors else f"{module}.weight_scale_inv"
+        scale = self.tensors[name].double().numpy()
+        if self.recipe.weights.strategy == "block":
+            scale = scale.repeat(128, axis=0).repeat(128, axis=1)[: codes.shape[0], : codes.shape[1]]
+        return VALUES[codes] * scale
+
+    def bias(self, modules: Iterable[str]) -> np.ndarray | float:
+        biases = [self.tensors[f"{m}.bias"].double().numpy() for m in modules if f"{m}.bias" in self.tensors]
+        return np.concatenate(biases) if biases else 0.0
+
+    def rounded(self, x: np.ndarray, modules: Iterable[str]) -> np.ndarray:
+        """`x` as the recipe's quantization of activations leaves it, before these modules."""
+        if self.recipe.activations is None:
+            return x
+        scale = self.activation_scale(x, [self.tensors.get(f"{module}.input_scale") for module in modules])
+        return VALUES[nearest_codes(x / scale)] * scale
+
+    def activation_scale(self, x: np.ndarray, given: list[torch.Tensor | None]) -> Any:
+        assert self.recipe.activations is not None
+        if self.recipe.activations.mode == "static":
+            return max(float(scale) for scale in given if scale is not None)
+        if self.recipe.activations.strategy == "group":
+            padded = np.pad(np.abs(x), ((0, 0), (0, -x.shape[1] % 128)))
+            amax = padded.reshape(len(x), -1, 128).max(axis=2)
+            return (np.maximum(amax, 1e-10) / 448).repeat(128, axis=1)[:, : x.shape[1]]
+        amax = np.abs(x).max(axis=1, keepdims=True) if self.recipe.activations.strategy == "token" else np.abs(x).max()
+        return np.maximum(amax / 448, 1 / (448 * 512))
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(x).bfloat16().double().numpy()
+
+
+def distance(answer: np.ndarray, expected: np.ndarray) -> float:
+    """Largest relative L2 distance of a row; rows that must be zero have to be."""
+    norm = np.linalg.norm(expected, axis=1)
+    assert np.all(answer[norm == 0] == 0)
+    return float((np.linalg.norm(answer - expected, axis=1)[norm > 0] / norm[norm > 0]).max())
+
+
+def parts_of(name: str) -> list[str]:
+    """The checkpoint's modules that vLLM's module holds."""
+    parent, _, leaf = name.rpartition(".")
+    return [f"{parent}.{part}" for part in FUSED.get(leaf, (leaf,))]
+
+
+def linear(checkpoint: Checkpoint, modules: list[str], x: np.ndarray, *, quantized: bool = True) -> np.ndarray:
+    weight = np.concatenate([checkpoint.weight(module) for module in modules])
+    entering = checkpoint.rounded(x, modules) if quantized else x
+    return entering @ weight.T + checkpoint.bias(modules)
+
+
+def experts(
+    checkpoint: Checkpoint,
+    prefix: str,
+    x: np.ndarray,
+    weights: np.ndarray,
+    ids: np.ndarray,
+    biases: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
+    """Sum over a token's experts; the values between the two products are in bf16, as in the model's own layers."""
+    mixtral = f"{prefix}.0.w1.weight" in checkpoint.tensors
+    leaves = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    modules = [[f"{prefix}.{expert}.{leaf}" for leaf in leaves] for expert in range(4)]
+    token, slot = np.indices(ids.shape).reshape(2, -1)
+    chosen = ids[token, slot]
+    entering = checkpoint.rounded(x[token], [name for gate, up, _ in modules for name in (gate, up)])
+    inner = np.zeros((len(chosen), checkpoint.weight(modules[0][0]).shape[0]))
+    for row, expert in enumerate(chosen):
+        gate, up = (checkpoint.weight(module) @ entering[row] for module in modules[expert][:2])
+        if biases is not None:
+            gate, up = gate + biases[0][expert, : len(gate)], up + biases[0][expert, len(gate) :]
+        gate, up = bf16(gate), bf16(up)
+        inner[row] = bf16(gate / (1 + np.exp(-gate)) * up)
+    entering = checkpoint.rounded(inner, [down for _, _, down in modules])
+    answer = np.zeros((len(x), checkpoint.weight(modules[0][2]).shape[0]))
+    for row, expert in enumerate(chosen):
+        down = checkpoint.weight(modules[expert][2]) @ entering[row]
+        answer[token[row]] += weights[token[row], slot[row]] * (down + (0 if biases is None else biases[1][expert]))
+    return answer
+
+
+def answers_of(served: dict[str, Path], case: str, kind: str) -> tuple[Checkpoint, dict[str, dict[str, Any]]]:
+    """The checkpoint, and vLLM's answers of its Linears or its experts, tensors as float64 arrays."""
+    found = torch.load(served[case] / "answers.pt")
+    wanted = {name: told for name, told in found.items() if ("weights" in told) == (kind == "experts")}
+    plain = {
+        name: {key: v.double().numpy() if isinstance(v, torch.Tensor) else v for key, v in told.items()}
+        for name, told in wanted.items()
+    }
+    return Checkpoint(served[case], CASES[case][1]), plain
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("case", CASES)
+def test_vllms_linears_answer_as_the_checkpoint_means_them(served: dict[str, Path], case: str) -> None:
+    checkpoint, found = answers_of(served, case, "linear")
+    assert {told["kernel"] for told in found.values()} == {CASES[case][2]}
+    parts = {name: parts_of(name) for name in found}
+    for name, told in found.items():
+        x, y = told["x"], told["y"]
+        assert distance(y, linear(checkpoint, parts[name], x)) < CLOSE, name
+        if checkpoint.recipe.activations is not None:
+            assert distance(y, linear(checkpoint, parts[name], x, quantized=False)) > 2 * CLOSE, name
+    fp8 = {name.removesuffix(".weight") for name, t in checkpoint.tensors.items() if t.dtype == torch.float8_e4m3fn}
+    assert {m for modules in parts.values() for m in modules} == {name for name in fp8 if ".experts." not in name}
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("case", [case for case, (name, _, _) in CASES.items() if name != "qwen2"])
+def test_vllms_experts_answer_as_the_checkpoint_means_them(served: dict[str, Path], case: str) -> None:
+    checkpoint, found = answers_of(served, case, "experts")
+    assert {told["kernel"] for told in found.values()} == {"ReferenceFp8Experts(fp8_w8a8)"}
+    for name, told in found.items():
+        prefix = name[: name.index(".experts") + len(".experts")]
+        x, weights, ids = told["x"], told["weights"], told["ids"].astype(int)
+        assert distance(told["y"], experts(checkpoint, prefix, x, weights, ids)) < CLOSE
+        biases = (told["bias1"], told["bias2"])
+        assert distance(told["biased"], experts(checkpoint, prefix, x, weights, ids, biases)) < CLOSE
+        weighted = bf16(x * bf16(weights[:, :1]))
+        assert distance(told["first"], experts(checkpoint, prefix, weighted, np.ones((len(x), 1)), ids[:, :1])) < CLOSE

@@ -8,6 +8,7 @@ from torch import Tensor
 from vllm.model_executor.kernels.linear import FP8ScaledMMLinearKernel, FP8ScaledMMLinearLayerConfig
 from vllm.model_executor.kernels.linear.scaled_mm import Fp8BlockScaledMMLinearKernel
 from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
+from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
 from vllm.platforms import current_platform
 
 from fp8pipe.evaluate.cpu.quantize import dequantize, quantize_groups
@@ -51,19 +52,19 @@ class ReferenceFp8W8A16LinearKernel(FP8ScaledMMLinearKernel):
 
     @classmethod
     def can_implement(cls, c: FP8ScaledMMLinearLayerConfig) -> Verdict:
+        if c.weight_quant_key.scale.group_shape == GroupShape(128, 128):
+            return False, "vLLM's scheme has no block weights without quantized activations"
         return True, None
 
     def apply_weights(
-        self, layer: Any, x: Tensor | QuantizedActivation, bias: Tensor | None = None
-    ) -> Tensor:  # Any: nn.Module
-        """vLLM holds block weights as [N, K] with `weight_scale_inv`, others as [K, N] with one scale per column."""
+        self,
+        layer: Any,  # Any: a module's parameters have no types of their own
+        x: Tensor | QuantizedActivation,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """x [..., K]; vLLM holds the codes as [K, N], with one scale for each output [N, 1]."""
         assert isinstance(x, Tensor), "no layer before a weight-only one quantizes for it"
-        block = self.config.weight_quant_key.scale.group_shape
-        if block.row > 1 and block.col > 1:
-            weight = dequantize(layer.weight, layer.weight_scale_inv, (block.row, block.col))
-        else:
-            weight = dequantize(layer.weight.t(), layer.weight_scale)
-        output = x.float() @ weight.T
+        output = x.float() @ dequantize(layer.weight.t(), layer.weight_scale).T
         return (output if bias is None else output + bias).to(self.config.out_dtype)
 
     def apply_scaled_mm(self, **operands: Any) -> Tensor:  # Any: vLLM's abstract method takes quantized operands
