@@ -27,7 +27,7 @@ from fp8pipe.validate import config as config_room
 from fp8pipe.validate import coverage, evidence, files, kv, package, shapes
 from fp8pipe.validate.findings import CHECKS, DEPTHS, Check, Depth
 from fp8pipe.validate.layout import Layout, layout_from_architecture, layout_from_names
-from fp8pipe.validate.place import FolderPlace, Place, place_of
+from fp8pipe.validate.place import Place, place_of
 from fp8pipe.validate.scheme import quantization_config, read_scheme
 from fp8pipe.validate.shelf import Shelf, open_shelf
 from fp8pipe.validate.subject import Subject
@@ -88,7 +88,7 @@ def all_checks() -> tuple[Check, ...]:
 
 def _depth(place: Place, source: Snapshot | None, wanted: Depth | None) -> Depth:
     """How deep to go: `wanted`, if what is at hand allows it."""
-    is_here = isinstance(place, FolderPlace)
+    is_here = place.root is not None
     source_is_here = source is not None and source.root is not None
     if wanted == "fidelity" and source is None:
         raise InputError("depth fidelity compares with the source: name it (--source)")

@@ -25,7 +25,6 @@ from fp8pipe.checkpoint import ITEM_BYTES, SourceFiles, TensorInfo
 from fp8pipe.progress import Progress, ProgressEvent
 from fp8pipe.validate.compare import Comparison
 from fp8pipe.validate.layout import KV_SCALES, Piece, split_name
-from fp8pipe.validate.place import FolderPlace
 from fp8pipe.validate.scheme import Spec
 from fp8pipe.validate.shapes import FLOAT_SCALES
 from fp8pipe.validate.shelf import Shelf
@@ -178,7 +177,7 @@ def _open(shelf: Shelf, stack: ExitStack) -> SourceFiles:
 
 
 def _root(shelf: Shelf) -> Path:
-    assert isinstance(shelf.place, FolderPlace), "values are read from a folder"
+    assert shelf.place.root is not None, "values are read from a folder"
     return shelf.place.root
 
 

@@ -112,7 +112,7 @@ def licence_travels_along(subject: Subject) -> Iterator[Fault]:
 )
 def nothing_private_is_told(subject: Subject) -> Iterator[Fault]:
     place = subject.shelf.place
-    limit = MAX_TEXT_BYTES if place.free_reads else MAX_FETCHED_BYTES
+    limit = MAX_TEXT_BYTES if place.root is not None else MAX_FETCHED_BYTES
     for name, size in place.sizes.items():
         if not TEXT.search(name) or not 0 < size <= limit or _is_copied(subject, name):
             continue

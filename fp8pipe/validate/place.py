@@ -24,8 +24,8 @@ class Place(Protocol):
 
     sizes: dict[str, int]
     """Files at the top and below, outside hidden folders."""
-    free_reads: bool
-    """Reading costs no network."""
+    root: Path | None
+    """Folder that holds the weights; None while they are only on the Hub."""
 
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Bytes [begin, end), fewer when the file is shorter."""
@@ -64,19 +64,16 @@ def _hash(place: Place, name: str, kind: str) -> str:
 class FolderPlace:
     """A folder on this machine."""
 
-    free_reads = True
-
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root: Path | None = root
+        self._root = root
         self.sizes = _list_files(root)
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        with (self.root / name).open("rb") as file:
-            file.seek(begin)
-            return file.read(end - begin)
+        return _read(self._root / name, begin, end)
 
     def trouble(self, name: str) -> str | None:
-        path = self.root / name
+        path = self._root / name
         if path.is_symlink() and not self._stays_inside(path):
             return f"a link to {path.readlink()}, outside the folder"
         if self.sizes[name] == 0:
@@ -85,12 +82,18 @@ class FolderPlace:
 
     def _stays_inside(self, link: Path) -> bool:
         """Inside the folder, or in the blobs beside it when the folder is a snapshot of the Hub cache."""
-        target, home = link.resolve(), self.root.resolve()
+        target, home = link.resolve(), self._root.resolve()
         cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
         return target.is_relative_to(home) or target.is_relative_to(cache)
 
     def identity(self) -> str:
-        return folder_identity(self.root)
+        return folder_identity(self._root)
+
+
+def _read(path: Path, begin: int, end: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(begin)
+        return file.read(end - begin)
 
 
 def _list_files(root: Path) -> dict[str, int]:
@@ -104,12 +107,12 @@ def _list_files(root: Path) -> dict[str, int]:
 
 
 class HubPlace:
-    """A repository at one commit. Raises HubUnreachable and AccessDenied while it is read."""
-
-    free_reads = False
+    """A repository at one commit, part of which may be in the cache. Raises HubUnreachable and AccessDenied while it is
+    read."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
+        self.root = Path(snapshot.root) if snapshot.root is not None else None
         self.sizes = {
             file.name: file.size
             for file in snapshot.files
@@ -118,7 +121,10 @@ class HubPlace:
         self.oids = {file.name: file.oid for file in snapshot.files}
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        return source.read_range(self.snapshot, name, begin, min(end, self.sizes[name]))
+        if self.root is not None and (self.root / name).is_file():
+            return _read(self.root / name, begin, end)
+        remote = self.snapshot.model_copy(update={"root": None})
+        return source.read_range(remote, name, begin, min(end, self.sizes[name]))
 
     def trouble(self, name: str) -> str | None:
         if self.sizes[name] == 0:
@@ -133,4 +139,4 @@ def place_of(model: Path | Snapshot) -> Place:
     """The place of a folder, or of a snapshot wherever it is."""
     if isinstance(model, Path):
         return FolderPlace(model)
-    return FolderPlace(model.path) if model.root is not None else HubPlace(model)
+    return FolderPlace(model.path) if model.is_local else HubPlace(model)

@@ -199,8 +199,8 @@ class Scheme:
         if self.method == "compressed-tensors":
             return self.patterns.matches(module)
         if self.method == "fp8":
-            place = expert_of(module)  # any ignored expert keeps the whole layer's experts
-            return place is not None and any(place[0] in entry for entry in self.ignore)
+            place = expert_of(module)
+            return place is not None and place[0] in self._experts
         return any(entry in module or fnmatchcase(module, entry) for entry in self.ignore)
 
     def names_head(self, module: str) -> bool:
@@ -216,6 +216,11 @@ class Scheme:
     def patterns(self) -> Patterns:
         """Ignore entries that are patterns; quant_method fp8 knows none."""
         return Patterns(entry for entry in self.ignore if entry.startswith("re:"))
+
+    @cached_property
+    def _experts(self) -> frozenset[str]:
+        """Experts that quant_method fp8 leaves unquantized: any name in them keeps the whole layer's."""
+        return frozenset(entry[: entry.rindex(".experts") + 8] for entry in self.ignore if ".experts" in entry)
 
     @cached_property
     def _exact(self) -> frozenset[str]:

@@ -189,7 +189,7 @@ def _compare_index_with_headers(shelf: Shelf) -> None:
 
 def _heads(place: Place, names: list[str]) -> Iterator[tuple[str, bytes]]:
     """(file, its first bytes through the header), in order; many requests at once when they go to the Hub."""
-    if place.free_reads:
+    if place.root is not None:
         yield from ((name, _head(place, name)) for name in names)
         return
     with ThreadPoolExecutor(HEADERS_AT_ONCE, "headers") as pool:
