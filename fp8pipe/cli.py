@@ -183,16 +183,22 @@ def quantize(
 @app.command()
 @guarded
 def validate(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="Checkpoint folder")],
+    model: Model,
     source: Annotated[str | None, typer.Option(help="Source model, for fidelity checks")] = None,
+    depth: Annotated[
+        Literal["headers", "values", "fidelity"] | None,
+        typer.Option(help="How much to read; on the Hub headers, and more is downloaded", show_default="all there is"),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Check a checkpoint's structure and values, and against its source when given."""
+    """Check a checkpoint's structure and values, and against its source when given. Any FP8 checkpoint of the Hub."""
     from fp8pipe.show import findings_sheet, terminal
-    from fp8pipe.stages import validate_folder
+    from fp8pipe.stages import validate_model
 
     with _stage_display("validate") as display:
-        report = validate_folder(Path(folder), source=source, progress=display)
+        report = validate_model(model, source=source, depth=depth, progress=display)
+    if depth is not None and report.depth != depth:
+        err.print(f"depth {report.depth}: the files are not a whole checkpoint, so nothing more was downloaded")
     if as_json:
         emit_json(report.model_dump(mode="json"))
     else:

@@ -87,21 +87,28 @@ def plots_markdown(checkpoint_folder: Path) -> str:
 
 # ------------------------------------------------------------------------------------------ one sheet a record
 
+MAX_FINDINGS = 100
+"""Rows of a table for people; --json has them all."""
+
 
 def findings_sheet(report: ValidationReport) -> Sheet:
-    """Every finding, errors first."""
+    """Every finding, errors first; below them what vLLM would do and the remedy, once for all that share it."""
     ordered = (*report.errors, *report.warnings)
     rows = tuple(
-        (f.check, f.severity, ":".join(p for p in (f.file, f.tensor) if p), f.expected, f.found, f.remedy)
-        for f in ordered
+        (f.check, f.severity, ":".join(p for p in (f.file, f.tensor) if p), f.expected, f.found)
+        for f in ordered[:MAX_FINDINGS]
     )
+    told = dict.fromkeys((f.check, f.consequence, f.remedy) for f in ordered)
+    more = (f"{len(ordered) - MAX_FINDINGS} more findings: see --json",) if len(ordered) > MAX_FINDINGS else ()
     verdict = "sound" if report.sound else "NOT sound"
     notes = (
+        *more,
+        *(f"{check}: {consequence}. Remedy: {remedy}" for check, consequence, remedy in told),
         f"{verdict}: {len(report.errors)} errors, {len(report.warnings)} warnings",
         f"{report.tensors} tensors, {len(report.checks)} checks",
         f"depth {report.depth}, {human_bytes(report.bytes_read)} read",
     )
-    return Sheet("Validation", ("check", "severity", "where", "expected", "found", "remedy"), rows, notes)
+    return Sheet("Validation", ("check", "severity", "where", "expected", "found"), rows, notes)
 
 
 def evaluation_sheet(baseline: EvalReport, candidate: EvalReport) -> Sheet:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fp8pipe.convert import Conversion, Method
     from fp8pipe.gate.power import EvalPlan
     from fp8pipe.plan import Plan
+    from fp8pipe.validate.findings import Depth
 
 EVIDENCE = {
     "source": "source.json",
@@ -52,6 +53,10 @@ EVIDENCE = {
 def evidence(folder: Path, name: str) -> Path:
     """Where a checkpoint folder keeps the record called `name`."""
     return folder / RECORD_DIR / EVIDENCE[name]
+
+
+UNREADABLE = ("F1", "F2", "F9")
+"""Checks of the validator whose errors mean that there is no whole set of weight files."""
 
 
 # ------------------------------------------------------------------------------------------ source, plan
@@ -183,12 +188,32 @@ def validate_checkpoint(folder: Path, *, source: Snapshot | None, progress: Prog
     return report
 
 
-def validate_folder(folder: Path, *, source: str | None, progress: Progress = quiet) -> ValidationReport:
-    """Validate a folder by hand, against a source given by name or not at all."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give the folder that holds config.json and the safetensors files")
-    snapshot = fetch(pin(source), progress=progress) if source else None
-    return validate_checkpoint(folder, source=snapshot, progress=progress)
+def validate_model(
+    model: str, *, source: str | None = None, depth: Depth | None = None, progress: Progress = quiet
+) -> ValidationReport:
+    """Validate by hand: a folder, or any repository of the Hub, from its headers alone unless `depth` asks for more.
+
+    What is deeper needs a download, which a repository whose files are already known to be broken is spared: then the
+    report's own depth stays headers.
+    """
+    from fp8pipe.validate import validate
+
+    theirs = pin(source) if source else None
+    folder = Path(model).expanduser()
+    if folder.is_dir() or model.startswith(("/", ".", "~")):
+        if theirs is not None and depth in (None, "fidelity"):
+            theirs = fetch(theirs, progress=progress)
+        report = validate(folder, source=theirs, depth=depth, progress=progress)
+        if Checkpoint.load_if_present(evidence(folder, "checkpoint")) is not None:
+            report.save(evidence(folder, "validation"))
+        return report
+    ours = pin(model)
+    report = validate(ours, source=theirs, depth="headers", progress=progress)
+    if depth in (None, "headers") or any(finding.check in UNREADABLE for finding in report.errors):
+        return report
+    ours = ours.model_copy(update={"root": fetch(ours, progress=progress).root})
+    theirs = fetch(theirs, progress=progress) if theirs is not None and depth == "fidelity" else theirs
+    return validate(ours, source=theirs, depth=depth, progress=progress)
 
 
 # ------------------------------------------------------------------------------------------ convert
