@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from fp8pipe import formats
 from fp8pipe.checkpoint import ITEM_BYTES, TensorInfo
 from fp8pipe.config import Recipe
 from fp8pipe.convert.draft import Draft, unchanged
+from fp8pipe.convert.record import METHODS
 from fp8pipe.convert.respell import respell
 from fp8pipe.errors import InputError
 from fp8pipe.plan.record import FP8
-from fp8pipe.validate.config import read_scheme
+from fp8pipe.validate.scheme import read_scheme
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
 
-METHODS = ("compressed-tensors", "fp8")
 SHAPE, HEADS = (11008, 4096), 8
 """The weight [out, in] of the tables, and the KV heads."""
 
@@ -106,7 +107,7 @@ def outcome(scheme: str, method: str, to: Any, module: str) -> str:
         for name, dtype, shape in tensors(recipe, module)
     ]
     config = formats.format_of(recipe).quantization_config(recipe, ["lm_head"], [], with_kv=recipe.kv_cache is not None)
-    meaning = read_scheme({"quantization_config": config})
+    meaning = read_scheme(config)
     assert meaning is not None, scheme
     draft = Draft(method=recipe.checkpoint_format, tensors=unchanged(infos), quantization=config)
     try:
@@ -129,4 +130,7 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text()))
+    made = filled(PAGE.read_text())
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(None if PAGE.read_text() == made else f"{PAGE.name} is stale; run python -m benchmarks.formats")
+    PAGE.write_text(made)

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from fp8pipe.convert.draft import Draft, Tensor, expert_holder, renamed
+from fp8pipe.validate.patterns import Patterns
 
 _IN_PROJECTION = re.compile(r"\.(?:[kv]_proj|qk(?:qk)?v_proj|attn)\.([qkv])_scale$")
 _OUTPUT = re.compile(r"\.([qkv])_proj\.output_scale$")
@@ -67,6 +68,9 @@ def _exact(entries: list[Any], draft: Draft) -> list[str]:
             kept[tensor.module] = holder
     names: dict[str, None] = {}
     for entry in map(str, entries):
-        found = [name for module, name in kept.items() if re.match(entry[3:], module)]
-        names |= dict.fromkeys(found if entry.startswith("re:") else [entry])
+        if entry.startswith("re:"):
+            pattern = Patterns([entry])
+            names |= dict.fromkeys(name for module, name in kept.items() if pattern.matches(module))
+        else:
+            names[entry] = None
     return list(names)

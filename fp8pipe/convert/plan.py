@@ -14,13 +14,13 @@ from fp8pipe import source
 from fp8pipe.checkpoint import SINGLE_NAME, Headers, TensorInfo, lay_out
 from fp8pipe.convert.draft import Draft, Tensor, changes, unchanged
 from fp8pipe.convert.legacy import mend
-from fp8pipe.convert.record import Conversion, Method
+from fp8pipe.convert.record import METHODS, Conversion, Method
 from fp8pipe.convert.respell import respell
 from fp8pipe.errors import InputError
 from fp8pipe.plan import OutputTensor, Plan
 from fp8pipe.records import RECORD_DIR, Checkpoint, Snapshot, digest_of
 from fp8pipe.validate import validate
-from fp8pipe.validate.config import METHODS, Scheme, method_of, quantization_config, read_scheme
+from fp8pipe.validate.scheme import Scheme, method_of, quantization_config, read_scheme
 
 CONVERSION_VERSION = 1
 """Raised whenever the same input would give other bytes."""
@@ -117,7 +117,7 @@ def _method(snapshot: Snapshot, quantization: dict[str, Any] | None) -> Method:
 
 def _scheme(snapshot: Snapshot, quantization: dict[str, Any]) -> Scheme:
     """What quantization_config means; InputError with the validator's findings when vLLM serves no such thing."""
-    scheme = read_scheme({"quantization_config": quantization})
+    scheme = read_scheme(quantization)
     if scheme is None:
         findings = validate(snapshot.path, depth="headers").errors
         reasons = [f"expected {f.expected}, found {f.found}" for f in findings if f.file == "config.json"]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from fp8pipe.records import Record
 
 Method = Literal["compressed-tensors", "fp8"]
+METHODS: tuple[Method, ...] = ("compressed-tensors", "fp8")
 """The spellings, by their quant_method."""
 
 

@@ -17,14 +17,14 @@ from fp8pipe.config import Recipe, validated
 from fp8pipe.convert.draft import Draft, Tensor, expert_holder, renamed
 from fp8pipe.convert.record import Method
 from fp8pipe.errors import InputError
-from fp8pipe.validate.config import Scheme, Spec
+from fp8pipe.validate.scheme import Scheme, Spec
 
 _FLOATS = ("F32", "BF16", "F16")
 """Scale dtypes that become float32 without loss."""
 
 _NOT_LINEAR = re.compile(r"(^|\.)(lm_head|\w*embed\w*|wte|wpe)$")
 
-_BY_UNIT = {"tensor": "per tensor", "channel": "per output channel", "block": "per block"}
+_BY_UNIT = {"tensor": "per tensor", "channel": "per output channel", "block": "per block", "group": "per group"}
 _REQUANTIZE = "quantize the unquantized source with checkpoint_format: {to}"
 
 
@@ -77,7 +77,10 @@ def _one_spec(draft: Draft, scheme: Scheme) -> Spec:
         raise InputError(
             f"several schemes in one model ({found}); quant_method fp8 has one for all: keep this spelling"
         )
-    return next(iter(specs))
+    spec = next(iter(specs))
+    if spec.format.name != "FP8":
+        raise InputError(f"weights are {spec.format.name}, which quant_method fp8 does not know: keep this spelling")
+    return spec
 
 
 def _in_words(spec: Spec) -> str:
