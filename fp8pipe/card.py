@@ -190,6 +190,9 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "fp8_cache": fp8_cache,
         "tested": _tested(candidate),
         "accuracy_table": markdown_table(summary_rows(decision, facts.baseline, candidate)),
+        "noise": list(_noise(facts.baseline)),
+        "serving_table": markdown_table(_serving_rows(facts)),
+        "serving_note": _serving_note(facts),
         "samples": f"{sum(task.n for task in decision.tasks):,}",
         "alpha": f"{decision.alpha_spent:.3g}",
         "alpha_note": _alpha_note(decision),
@@ -474,6 +477,49 @@ def _tested(report: EvalReport) -> list[tuple[str, str]]:
     ]
     rows += [(name, report.versions[name]) for name in ("lm_eval", "transformers", "torch") if name in report.versions]
     return rows
+
+
+def _noise(baseline: EvalReport) -> Iterator[str]:
+    """The engine's own flip rate, metric by metric."""
+    for flip in baseline.flips:
+        share = f"{flip.flipped:,} of {flip.n:,} ({100 * flip.rate:.2f} %)"
+        yield f"{flip.task}, {flip.metric} ({flip.filter}): {share}"
+
+
+def _serving_rows(facts: CardFacts) -> list[dict[str, str]]:
+    """Speed and memory of both sides; empty unless both were timed on the same workload."""
+    sides = (facts.baseline, facts.candidate)
+    one, other = (side.serving for side in sides)
+    if one is None or other is None or one.workload != other.workload:
+        return []
+    rows = [
+        ("requests per second", one.request_throughput, other.request_throughput),
+        ("generated tokens per second", one.output_throughput, other.output_throughput),
+        ("prompt and generated tokens per second", one.total_token_throughput, other.total_token_throughput),
+        ("time to first token, median, ms", one.median_ttft_ms, other.median_ttft_ms),
+        ("time to first token, 99 %, ms", one.p99_ttft_ms, other.p99_ttft_ms),
+        ("between tokens, median, ms", one.median_itl_ms, other.median_itl_ms),
+        ("between tokens, 99 %, ms", one.p99_itl_ms, other.p99_itl_ms),
+    ]
+    memory = [side.engine.model_bytes for side in sides]
+    if memory[0] and memory[1]:
+        rows.append(("weights in memory, MB", memory[0] / 1e6, memory[1] / 1e6))
+    return [
+        {"": name, "BF16": f"{before:,.1f}", "FP8": f"{after:,.1f}", "ratio": f"{after / before:.2f}"}
+        for name, before, after in rows
+    ]
+
+
+def _serving_note(facts: CardFacts) -> str:
+    figures = facts.candidate.serving
+    if figures is None:
+        return ""
+    asked = figures.workload
+    said = (
+        f"vLLM's benchmark: {asked['num_prompts']} random prompts of {asked['input_len']} tokens, "
+        f"{asked['output_len']} tokens generated for each, {asked['max_concurrency']} at a time."
+    )
+    return said if figures.comparable else f"{said} Taken on a CPU: not comparable with any GPU, nor BF16 with FP8."
 
 
 def _validation_line(validation: ValidationReport) -> str:
