@@ -16,6 +16,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationConfig
 
 CHUNK = 4 << 20
 """Bytes per read of the floor: the engine's own stripe."""
@@ -48,13 +52,22 @@ def ours(recipe: str, source: Path, output: Path) -> float:
 
 def peer(scheme: str, source: Path, output: Path) -> float:
     """llm-compressor on all cores, told to keep what fp8pipe keeps. It does not fsync."""
+    from llmcompressor import model_free_ptq  # pyright: ignore[reportMissingImports]  the peer's environment
+
+    config = peer_config(scheme)
+    began = time.perf_counter()
+    model_free_ptq(source, output, config=config, max_workers=len(os.sched_getaffinity(0)))
+    return time.perf_counter() - began
+
+
+def peer_config(scheme: str) -> QuantizationConfig:
+    """A preset of llm-compressor by name, or `per-tensor`: the same per tensor, activations dynamic."""
     from compressed_tensors.quantization import (
         QuantizationArgs,
         QuantizationConfig,
         QuantizationScheme,
         preset_name_to_scheme,
     )
-    from llmcompressor import model_free_ptq  # pyright: ignore[reportMissingImports]  the peer's environment
 
     if scheme == "per-tensor":
         args = QuantizationArgs.model_validate({"num_bits": 8, "type": "float", "strategy": "tensor"})
@@ -62,10 +75,7 @@ def peer(scheme: str, source: Path, output: Path) -> float:
         chosen = QuantizationScheme(targets=["Linear"], weights=args, input_activations=dynamic)
     else:
         chosen = preset_name_to_scheme(scheme, ["Linear"])
-    config = QuantizationConfig(config_groups={"group_0": chosen}, ignore=["re:.*embed_tokens", "lm_head"])
-    began = time.perf_counter()
-    model_free_ptq(source, output, config=config, max_workers=len(os.sched_getaffinity(0)))
-    return time.perf_counter() - began
+    return QuantizationConfig(config_groups={"group_0": chosen}, ignore=["re:.*embed_tokens", "lm_head"])
 
 
 def floor(sizes: str, source: Path, output: Path) -> float:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fp8pipe import numerics
@@ -188,29 +191,46 @@ def test_mse_errors_of_a_row_do_not_depend_on_its_neighbours() -> None:
 
 # ---------------------------------------------------------------------------------------------- the peer's rounding
 
-
-def divided_in_bf16(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What llm-compressor does: amax / 448 and the division itself in the weight's bf16."""
-    scale = weight.abs().amax(1, keepdim=True) / 448
-    return (weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+PEER = load_file(Path(__file__).parent / "data" / "llmcompressor.safetensors")
+"""Made by llm-compressor itself; see tests/data/make_llmcompressor.py."""
 
 
-def test_where_the_scale_is_a_power_of_two_bf16_division_gives_our_bytes() -> None:
-    weight = random_weight((64, 256))
-    weight = weight / weight.abs().amax(1, keepdim=True).float() * 0.4
-    weight = weight.to(torch.bfloat16)
-    weight[:, 7] = 448 * 2.0**-10
-    assert torch.equal(weight.abs().amax(1), weight[:, 7])
-    theirs, scale = divided_in_bf16(weight)
-    ours = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
-    numerics.encode(weight, numerics.weight_scale(numerics.channel_amax(weight)), ours)
-    assert torch.equal(scale.float(), numerics.weight_scale(numerics.channel_amax(weight)))
-    assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+def peers(scheme: str) -> tuple[Tensor, Tensor, Tensor, tuple[int, int] | None]:
+    """Source, codes as bytes, scales and block shape of llm-compressor's weight under `scheme`."""
+    source, codes, scale = (PEER[f"{scheme}.{leaf}"] for leaf in ("source", "weight", "weight_scale"))
+    return source, codes.view(torch.uint8), scale, (128, 128) if scheme == "FP8_BLOCK" else None
 
 
-def test_bf16_division_moves_some_codes_of_other_rows() -> None:
-    weight = random_weight((256, 512))
-    theirs, scale = divided_in_bf16(weight)
-    ours = reference_codes(weight, scale.float())
-    moved = (ours.view(torch.uint8) != theirs.view(torch.uint8)).float().mean().item()
-    assert 0.005 < moved < 0.1
+STRATEGIES = {"FP8_DYNAMIC": "channel", "FP8_BLOCK": "block", "per-tensor": "tensor"}
+
+
+@pytest.mark.parametrize("scheme", STRATEGIES)
+def test_llm_compressors_bytes_are_those_of_a_division_in_bf16(scheme: str) -> None:
+    source, codes, scale, block = peers(scheme)
+    assert scale.dtype == torch.bfloat16
+    amax = reference_amax(source, STRATEGIES[scheme])
+    assert torch.equal(scale.flatten(), (amax.bfloat16() / 448).flatten())
+    full = scale if block is None else numerics.expand_scale(scale, block, (source.shape[0], source.shape[1]))
+    divided = (source / full).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(divided.view(torch.uint8), codes)
+
+
+@pytest.mark.parametrize("scheme", STRATEGIES)
+def test_ours_are_those_of_a_division_in_float32(scheme: str) -> None:
+    source, codes, _, block = peers(scheme)
+    scale = numerics.weight_scale(measured(source, STRATEGIES[scheme]))
+    ours = torch.empty(source.shape, dtype=torch.float8_e4m3fn)
+    numerics.encode(source, scale, ours, block=block)
+    assert torch.equal(ours.view(torch.uint8), reference_codes(source, scale, block).view(torch.uint8))
+    assert 0 < (ours.view(torch.uint8) != codes).float().mean().item() < 0.2
+
+
+def test_where_amax_is_448_times_a_power_of_two_both_agree() -> None:
+    source, codes, scale, _ = peers("FP8_DYNAMIC")
+    ours = torch.empty(source.shape, dtype=torch.float8_e4m3fn)
+    own_scale = numerics.weight_scale(numerics.channel_amax(source))
+    numerics.encode(source, own_scale, ours)
+    even = torch.frexp(own_scale[:, 0]).mantissa == 0.5
+    assert int(even.sum()) >= 8
+    assert torch.equal(own_scale[even], scale[even].float())
+    assert torch.equal(ours.view(torch.uint8)[even], codes[even])
