@@ -48,7 +48,16 @@ from fp8pipe.errors import InputError, Refused
 from fp8pipe.gate import decide
 from fp8pipe.plan import SummaryRow
 from fp8pipe.plots import changed_samples, write_plots
-from fp8pipe.records import Approval, EvalReport, Finding, GateDecision, Snapshot, ValidationReport
+from fp8pipe.records import (
+    Approval,
+    EvalReport,
+    Finding,
+    FlipRate,
+    GateDecision,
+    ServingFigures,
+    Snapshot,
+    ValidationReport,
+)
 
 SOURCE_CARD_TEXT = """---
 license: other
@@ -535,3 +544,24 @@ def test_a_decision_read_back_from_its_file_gives_the_same_card(tmp_path: Path) 
 
 def test_flipped_is_what_it_says() -> None:
     assert flipped((1.0, 1.0, 0.0), lost=1, won=1) == (0.0, 1.0, 1.0)
+
+
+def test_card_tells_the_engines_noise_and_both_sides_speed() -> None:
+    workload = {"num_prompts": 8, "input_len": 64, "output_len": 16, "max_concurrency": 4, "seed": 1}
+    times = {f"{kind}_{name}_ms": 10.0 for kind in ("mean", "median", "p99") for name in ("ttft", "itl")}
+    tokens = {"output_throughput": 32.0, "total_token_throughput": 160.0}
+    slow = ServingFigures(workload=workload, request_throughput=2.0, comparable=False, **tokens, **times)
+    fast = slow.model_copy(update={"request_throughput": 3.0})
+    baseline, candidate = pair(lost=34, won=26)
+    name = baseline.tasks[0].task
+    flips = (FlipRate(task=name, metric="exact_match", filter="none", n=1000, flipped=13),)
+    timed = (
+        baseline.model_copy(update={"serving": slow, "flips": flips}),
+        candidate.model_copy(update={"serving": fast}),
+    )
+    card = render_card(facts_of(timed))
+    assert "13 of 1,000 (1.30 %)" in card
+    assert re.search(r"\| requests per second \| 2\.0 \| 3\.0 \| 1\.50 \|", card)
+    assert "Taken on a CPU: not comparable" in card
+    untimed = render_card(facts_of((timed[0], candidate)))
+    assert "Speed and memory" not in untimed
