@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from fp8pipe.errors import EngineFailed
-from fp8pipe.records import MetricSamples, Record, TaskResult
+from fp8pipe.records import MetricSamples, Record, ServingFigures, TaskResult
 
 ROWS = ("results", "groups", "versions", "n-shot", "higher_is_better", "group_subtasks")
 """What lm-eval's table is drawn from."""
@@ -32,6 +32,13 @@ class Part(Record):
     stop: int
     result: TaskResult
     rows: dict[str, Any]  # Any: lm-eval's results, by ROWS
+
+
+class Timing(Record):
+    """The serving figures of one measurement."""
+
+    identity: str
+    figures: ServingFigures
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,19 @@ class Parts:
     def save(self, task: str, part: Part) -> None:
         """Put a finished part where `find` sees it."""
         part.save(self.folder / f"{_file_name(task)}-{part.start}-{part.stop}.json")
+
+    def again(self) -> Parts:
+        """The parts of the second run of a baseline."""
+        return Parts(self.folder / "again", self.identity)
+
+    def find_timing(self) -> ServingFigures | None:
+        """The serving figures of this measurement, if it got so far."""
+        found = Timing.load_if_present(self.folder / "serving" / "figures.json")
+        return found.figures if found is not None and found.identity == self.identity else None
+
+    def save_timing(self, figures: ServingFigures) -> None:
+        """Keep the serving figures."""
+        Timing(identity=self.identity, figures=figures).save(self.folder / "serving" / "figures.json")
 
     def _paths(self, task: str) -> list[Path]:
         pattern = re.compile(re.escape(_file_name(task)) + r"-\d+-\d+\.json")

@@ -70,14 +70,14 @@ def _start_engine(request: EvalRequest, tell: Tell) -> MeteredVLLM:
     from fp8pipe.evaluate.engine import MeteredVLLM
 
     arguments = {"pretrained": request.model, "add_bos_token": request.suite.add_bos_token, "batch_size": "auto"}
-    return MeteredVLLM(tell=tell, **arguments, **request.engine, **request.reduced)
+    return MeteredVLLM(tell=tell, **arguments, **(request.engine | request.reduced))
 
 
 def measure_with(lm: MeteredVLLM, request: EvalRequest, subjects: list[Subject], parts: Parts) -> EvalReport:
     """The report of a running engine: sample generation, tasks, the second run of a baseline, serving figures."""
     from fp8pipe.evaluate.engine import engine_facts
     from fp8pipe.evaluate.sample_texts import sample_texts
-    from fp8pipe.evaluate.serving import check_fits, serving_figures
+    from fp8pipe.evaluate.serving import check_fits
 
     suite, facts = request.suite, engine_facts(lm, request.engine | request.reduced)
     if suite.serving is not None:
@@ -85,9 +85,8 @@ def measure_with(lm: MeteredVLLM, request: EvalRequest, subjects: list[Subject],
     lm.doing = "sample generation"
     samples = sample_texts(lm, suite)
     chains = [_scored(request, subject, lm, parts) for subject in subjects]
-    flips = _flips(request, subjects, chains, lm) if request.role == "baseline" else ()
-    lm.doing = "serving figures"
-    served = suite.serving and serving_figures(lm, suite.serving, suite.seed, comparable=facts.device_class != "cpu")
+    flips = _flips(request, subjects, chains, lm, parts.again()) if request.role == "baseline" else ()
+    served = _served(request, lm, parts, comparable=facts.device_class != "cpu")
     return _report(request, lm, facts, chains, samples=samples, flips=flips, serving=served)
 
 
@@ -97,23 +96,25 @@ def _scored(request: EvalRequest, subject: Subject, lm: MeteredVLLM, parts: Part
     start = chain[-1].stop if chain else 0
     if start < len(subject.picks):
         lm.doing = f"{subject.name} ({list(request.suite.tasks).index(subject.name) + 1} of {len(request.suite.tasks)})"
-        part = _score(request, replace(subject, picks=subject.picks[start:]), lm, start, parts.identity)
-        parts.save(subject.name, part)
-        chain.append(part)
+        chain.append(_score(request, subject, lm, parts, start, len(subject.picks)))
     return chain
 
 
-def _score(request: EvalRequest, subject: Subject, lm: MeteredVLLM, start: int, identity: str) -> Part:
+def _score(request: EvalRequest, subject: Subject, lm: MeteredVLLM, parts: Parts, start: int, stop: int) -> Part:
+    """One stretch of a suite entry, kept as soon as it is finished."""
     from fp8pipe.evaluate.results import task_result
 
-    results = _run(request, subject, lm)
-    return Part(
-        identity=identity,
+    stretch = replace(subject, picks=subject.picks[start:stop])
+    results = _run(request, stretch, lm)
+    part = Part(
+        identity=parts.identity,
         start=start,
-        stop=start + len(subject.picks),
-        result=task_result(subject, results, lm.cut),
+        stop=stop,
+        result=task_result(stretch, results, lm.cut),
         rows={name: _plain(results[name]) for name in ROWS if name in results},
     )
+    parts.save(subject.name, part)
+    return part
 
 
 def _plain(value: Any) -> Any:  # Any: lm-eval's results, in which numpy's scalars may stand for numbers
@@ -123,7 +124,7 @@ def _plain(value: Any) -> Any:  # Any: lm-eval's results, in which numpy's scala
 
 
 def _flips(
-    request: EvalRequest, subjects: list[Subject], chains: list[list[Part]], lm: MeteredVLLM
+    request: EvalRequest, subjects: list[Subject], chains: list[list[Part]], lm: MeteredVLLM, again: Parts
 ) -> tuple[FlipRate, ...]:
     """Score tasks marked `repeat` again, stretch by stretch, with the prompts in another order: other batches."""
     from fp8pipe.evaluate.flips import flip_rates
@@ -132,14 +133,31 @@ def _flips(
     for subject, chain in zip(subjects, chains, strict=True):
         if not request.suite.tasks[subject.name].repeat:
             continue
+        known = {(part.start, part.stop): part for part in again.find(subject.name, len(subject.picks))}
+        second: list[Part] = []
         lm.doing = f"{subject.name} again, in other batches"
-        lm.model.reset_prefix_cache()
         lm.shuffle = random.Random(request.suite.seed)
-        stretches = [replace(subject, picks=subject.picks[part.start : part.stop]) for part in chain]
-        again = [_score(request, one, lm, part.start, "") for one, part in zip(stretches, chain, strict=True)]
+        for start, stop in ((part.start, part.stop) for part in chain):
+            lm.model.reset_prefix_cache()
+            second.append(known.get((start, stop)) or _score(request, subject, lm, again, start, stop))
         lm.shuffle = None
-        found += flip_rates(joined(chain), joined(again))
+        found += flip_rates(joined(chain), joined(second))
     return tuple(found)
+
+
+def _served(request: EvalRequest, lm: MeteredVLLM, parts: Parts, *, comparable: bool) -> ServingFigures | None:
+    """The suite's workload, timed once for all looks."""
+    from fp8pipe.evaluate.serving import serving_figures
+
+    suite = request.suite
+    if suite.serving is None:
+        return None
+    known = parts.find_timing()
+    if known is None:
+        lm.doing = "serving figures"
+        known = serving_figures(lm, suite.serving, suite.seed, comparable=comparable)
+        parts.save_timing(known)
+    return known
 
 
 def _run(request: EvalRequest, subject: Subject, lm: MeteredVLLM) -> dict[str, Any]:  # Any: lm-eval's results
