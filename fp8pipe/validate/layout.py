@@ -90,13 +90,15 @@ class Layout:
     num_experts: int | None
     from_record: bool
     """From the architecture record, not from names and shapes."""
+    other_names: frozenset[str]
+    """Transformers' names of modules, where they differ from those on disk: an ignore list may hold both."""
     pieces: Mapping[str, Piece]
     """Modules whose weight is a part of a larger tensor of the source: experts in three dimensions."""
 
     @cached_property
     def modules(self) -> frozenset[str]:
         """Every module name, with all its parents: what an ignore entry may match."""
-        found: set[str] = set()
+        found = set(self.other_names)
         for name in self.names:
             while "." in name:
                 name = name.rsplit(".", 1)[0]
@@ -132,6 +134,7 @@ def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any])
         num_layers=_count(text, "num_hidden_layers", "n_layer"),
         num_experts=_count(text, "num_experts", "num_local_experts", "n_routed_experts"),
         from_record=False,
+        other_names=frozenset(),
         pieces={},
     )
 
@@ -162,6 +165,7 @@ def layout_from_architecture(
         num_layers=architecture.num_layers,
         num_experts=by_names.num_experts,
         from_record=True,
+        other_names=frozenset(role.module for role in architecture.tensors.values() if role.module),
         pieces=pieces,
     )
 
