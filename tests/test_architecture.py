@@ -109,6 +109,25 @@ def test_fused_projections_on_disk_know_where_vllm_cuts_them(model_folder: Model
     assert tensors["model.layers.0.mlp.down_proj.weight"].parts == ()
 
 
+def test_vision_tower_projector_and_convolutions_are_kept(tmp_path: Path) -> None:
+    from tiny_models import SIZES
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = LlavaConfig(text_config=LlamaConfig(**SIZES), vision_config=vision, image_token_index=90)
+    LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    found = architecture_of(tmp_path)
+    outside = {name for name in found.tensors if "vision_tower" in name or "multi_modal_projector" in name}
+    assert sum(name.endswith(".weight") and "proj" in name for name in outside) > 4
+    assert not any(found.tensors[name].kind in QUANTIZABLE for name in outside)
+    assert {found.tensors[name].kind for name in outside if name.endswith("patch_embedding.weight")} == {"conv"}
+    linears = {name for name, role in found.tensors.items() if role.kind == "linear"}
+    assert len(linears) == 2 * 7 and all("layers." in name and "vision" not in name for name in linears)
+    assert [role.kind for name, role in found.tensors.items() if name.endswith("lm_head.weight")] == ["lm_head"]
+
+
 def test_experts_with_biases_are_kept(model_folder: Models) -> None:
     table = kinds(architecture_of(model_folder("gpt-oss")))
     assert table["kept_experts"] == {f"model.layers.N.mlp.experts.{leaf}" for leaf in ("gate_up_proj", "down_proj")}

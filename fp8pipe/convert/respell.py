@@ -234,7 +234,10 @@ def _forget_observers(config: dict[str, Any]) -> None:
 def _notes(draft: Draft, scheme: Scheme, spec: Spec, to: Method, with_kv: bool) -> Iterator[str]:
     """What readers do otherwise with the result than with the source."""
     rules: tuple[tuple[bool, str], ...] = (
-        (to == "fp8" and with_kv, "serve it with --kv-cache-dtype fp8: quant_method fp8 cannot ask for that itself"),
+        (
+            to == "fp8" and with_kv,
+            "serve it with --kv-cache-dtype fp8, which it cannot ask for itself; vLLM rounds its KV scales to bf16",
+        ),
         (
             to == "compressed-tensors" and with_kv,
             "kv_cache_scheme makes vLLM keep the KV cache in FP8 without being asked",
