@@ -174,7 +174,7 @@ def test_threads_and_stripes_change_no_byte(
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen2", "qwen3-moe", "mixtral", "gemma3-text", "phi3", "opt", "deepseek-v2", "gpt-oss"]
+    "name", ["llama-tied", "qwen2", "qwen3-moe", "mixtral", "gemma3-text", "phi3", "opt", "deepseek-v2", "gpt-oss"]
 )
 def test_every_architecture_equals_the_reference(model_folder: Models, tmp_path: Path, name: str) -> None:
     plan, _ = make(model_folder(name), recipe(), tmp_path / "out")
@@ -635,6 +635,33 @@ def test_an_fp8_source_is_dequantized_and_quantized_anew(model_folder: Models, t
         if "down_proj" in name:
             assert torch.equal(made[name], weight.bfloat16())
             continue
+        scale = reference_amax(weight, "channel") / 448
+        assert torch.equal(made[f"{name}_scale"], scale)
+        assert torch.equal(made[name].view(torch.uint8), reference_codes(weight, scale).view(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_source_in_autofp8s_layout_is_requantized_too(
+    model_folder: Models, tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    source = tmp_path / "fp8"
+    shutil.copytree(model_folder("llama", shard_size="1GB"), source)
+    tensors = load_file(source / "model.safetensors")
+    exact: dict[str, Tensor] = {}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        scale = reference_amax(tensors[name], "tensor") / 448
+        codes = reference_codes(tensors[name], scale)
+        exact[name] = codes.float() * scale
+        module = name.removesuffix(".weight")
+        tensors |= {name: codes, f"{name}_scale": scale.reshape(shape), f"{module}.input_scale": torch.ones(shape)}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "static"}
+    (source / "config.json").write_text(json.dumps(config))
+    make(source, recipe(fp8_source="requantize"), tmp_path / "out")
+    made = tensors_of(tmp_path / "out")
+    assert not any(name.endswith("input_scale") for name in made)
+    for name, weight in exact.items():
         scale = reference_amax(weight, "channel") / 448
         assert torch.equal(made[f"{name}_scale"], scale)
         assert torch.equal(made[name].view(torch.uint8), reference_codes(weight, scale).view(torch.uint8))
