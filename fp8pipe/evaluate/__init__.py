@@ -176,7 +176,7 @@ def _explain(request: EvalRequest, ending: Ending) -> str:
         causes = _CAUSE.findall(tail)
         what = f"vLLM or lm-eval failed (exit {ending.returncode}): {causes[-1] if causes else 'see the log'}"
     if request.retries:
-        what += f"; {len(request.retries)} retries with less did not help, the last with {_listed(request.reduced)}"
+        what += f" (started anew for want of memory: {len(request.retries)}, the last with {_listed(request.reduced)})"
     return (
         f"evaluating {request.model} with suite {request.suite.name}: {what}\n{_indent(tail)}\n(full log: {ending.log})"
     )
