@@ -34,9 +34,8 @@ class Answer(RunInput):
 def approve_release(folder: Path, repo_id: str, collection: str | None = None) -> State[Release | None]:
     """Ask whether the checkpoint in `folder`, which the gate left inconclusive, is to be published; do as answered."""
     shown = question(folder)
-    answer = suspend_flow_run(
-        wait_for_input=Answer.with_initial_data(description=shown), timeout=WEEK_S, key=f"approve-{repo_id}"
-    )
+    form = Answer.with_initial_data(description=shown)
+    answer = suspend_flow_run(wait_for_input=form, timeout=WEEK_S, key="approval")
     said = f"{answer.who}: {answer.reason}"
     if not answer.publish:
         return Completed(name="Declined", message=f"declined by {said}", data=None)

@@ -142,6 +142,7 @@ def deployed(running_hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) ->
 async def answered(api_url: str, parameters: dict[str, Any], answer: dict[str, Any], waiting: Any) -> Any:
     """Start the flow, wait until it is suspended, look around, answer, and wait for its end: the final state."""
     from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.responses import SetStateStatus
 
     async with PrefectClient(api_url) as api:
         deployment = await api.read_deployment_by_name("approve-release/approve-release")
@@ -157,7 +158,11 @@ async def answered(api_url: str, parameters: dict[str, Any], answer: dict[str, A
 
         await until(lambda state: state is not None and state.is_paused())
         waiting()
-        await api.resume_flow_run(run.id, run_input=answer)
+        # Prefect sets the state before it stores the form: an answer that comes in between is refused.
+        deadline = time.monotonic() + 60
+        while (response := await api.resume_flow_run(run.id, run_input=answer)).status != SetStateStatus.ACCEPT:
+            assert time.monotonic() < deadline, response
+            await asyncio.sleep(0.3)
         return await until(lambda state: state is not None and state.is_final() and not state.is_failed())
 
 
