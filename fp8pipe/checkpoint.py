@@ -9,21 +9,20 @@ header count from the start of the data; `TensorInfo.begin` and `.end` count fro
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fp8pipe import source
 from fp8pipe.errors import DiskTooSmall, EnvironmentFault, MalformedCheckpoint, SourceChanged
-from fp8pipe.records import Snapshot
+from fp8pipe.records import Snapshot, disk_errors
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -365,16 +364,16 @@ class OutputShard:
         header = header_bytes(tensors, first) if tensors else header_bytes((), 0)
         self.size = max((info.end for info in tensors), default=len(header))
         assert len(header) == (first or len(header)), f"{path.name}: header and plan disagree"
-        self._handle = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        stack.callback(os.close, self._handle)
-        with _disk_errors(path):
+        with disk_errors(path):
+            self._handle = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            stack.callback(os.close, self._handle)
             os.posix_fallocate(self._handle, 0, self.size)
         self.write_at(0, memoryview(header))
 
-    def write_at(self, offset: int, data: memoryview) -> None:
-        """Write all of `data` at byte `offset`."""
+    def write_at(self, offset: int, data: memoryview, what: str = "") -> None:
+        """Write all of `data` at byte `offset`; `what` names the tensor in errors."""
         done = 0
-        with _disk_errors(self.path):
+        with disk_errors(self.path, what):
             while done < len(data):
                 done += os.pwrite(self._handle, data[done:], offset + done)
 
@@ -384,26 +383,14 @@ class OutputShard:
 
     def finish(self) -> None:
         """Bytes safely on disk, then the file's own name."""
-        with _disk_errors(self.path):
+        with disk_errors(self.path):
             os.fsync(self._handle)
-        self.partial.replace(self.path)
+            self.partial.replace(self.path)
 
 
 def partial_path(path: Path) -> Path:
     """Where the bytes of `path` lie until it is complete: hidden, and without a suffix that any loader looks for."""
     return path.with_name(f".{path.name}.partial")
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-            raise DiskTooSmall(
-                f"{path}: the disk is full; free some space and run again, finished tensors are kept"
-            ) from error
-        raise EnvironmentFault(f"{path}: cannot write: {error.strerror}") from error
 
 
 def require_disk(folder: Path, shards: Iterable[str], needed: int) -> None:

@@ -6,16 +6,19 @@ what was done, not what was asked. Plan and Calibration are drawn in their own r
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fp8pipe.errors import InputError
+from fp8pipe.errors import DiskTooSmall, EnvironmentFault, InputError
 
 RECORD_DIR = "fp8pipe"
 """Folder inside a checkpoint that holds its records."""
@@ -62,8 +65,29 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@contextmanager
+def disk_errors(path: Path, what: str = "") -> Iterator[None]:
+    """An OSError of writing `path` becomes DiskTooSmall or EnvironmentFault; `what` names the tensor, where it is
+    one."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{path}: {what}" if what else f"{path}"
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise DiskTooSmall(
+                f"{where}: the disk is full; free some space and run again, what is finished is kept"
+            ) from error
+        raise EnvironmentFault(f"{where}: cannot write: {error.strerror or error}") from error
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Temporary name in the same folder, fsync, rename, fsync of the folder."""
+    """Temporary name in the same folder, fsync, rename, fsync of the folder. DiskTooSmall or EnvironmentFault when the
+    disk does not let it."""
+    with disk_errors(path):
+        _write_atomically(path, data)
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

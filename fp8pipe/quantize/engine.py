@@ -76,7 +76,7 @@ class Engine:
     def _copy(self, info: TensorInfo, output: OutputTensor, begin: int, end: int) -> None:
         raw = self._bench.raw(end - begin)
         self._files.read_into(info.shard, info.begin + begin, raw, info.name)
-        self._shards[output.shard].write_at(output.begin + begin, raw)
+        self._shards[output.shard].write_at(output.begin + begin, raw, output.name)
         self._meter.add(end - begin)
 
     def _finish_copy(self, info: TensorInfo, output: OutputTensor) -> None:
@@ -90,7 +90,8 @@ class Engine:
     def _dequantize(self, view: WeightView, output: OutputTensor, start: int, end: int) -> None:
         stripe = view.read(self._files, start, end, self._bench).to(DTYPES[output.dtype])
         raw = stripe.view(torch.uint8).numpy().reshape(-1).data
-        self._shards[output.shard].write_at(output.begin + start * view.columns * ITEM_BYTES[output.dtype], raw)
+        place = output.begin + start * view.columns * ITEM_BYTES[output.dtype]
+        self._shards[output.shard].write_at(place, raw, output.name)
         self._meter.add((end - start) * view.row_bytes)
 
     # ------------------------------------------------------------------------------------------ weights
@@ -163,10 +164,11 @@ class Engine:
         shard, width = self._shards[weight.output.shard], weight.view.columns
         place = weight.output.begin + start * width + view.left
         if view.columns == width:
-            shard.write_at(place, raw)
+            shard.write_at(place, raw, weight.output.name)
             return
         for row in range(len(codes)):
-            shard.write_at(place + row * width, raw[row * view.columns : (row + 1) * view.columns])
+            piece = raw[row * view.columns : (row + 1) * view.columns]
+            shard.write_at(place + row * width, piece, weight.output.name)
 
     def _stripe_scale(self, weight: Weight, view: WeightView, stripe: Tensor, start: int) -> Tensor:
         """The scales of the stripe, measured now unless one scale serves the whole tensor."""
@@ -209,7 +211,8 @@ class Engine:
     def _finish_weight(self, weight: Weight) -> None:
         self._files.check_unchanged(weight.view.info.shard)
         shard = self._shards[weight.output.shard]
-        shard.write_at(weight.scale_output.begin, memoryview(weight.scale.numpy().tobytes()))
+        scale = memoryview(weight.scale.numpy().tobytes())
+        shard.write_at(weight.scale_output.begin, scale, weight.scale_output.name)
         self._finish(weight.output, zero_units(weight))
 
     def _finish(self, output: OutputTensor, zeros: list[str]) -> None:

@@ -6,6 +6,7 @@ their fsync. A line cut off by the kill is not a line."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fp8pipe.errors import InputError
-from fp8pipe.records import write_atomically
+from fp8pipe.records import disk_errors, write_atomically
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -44,11 +45,15 @@ class Journal:
         self._append({"unit": unit, "amax": amax.hex()})
 
     def _append(self, entry: dict[str, Any]) -> None:
-        os.write(self._handle, json.dumps(entry).encode() + b"\n")  # one write: lines of threads do not mix
+        line = json.dumps(entry).encode() + b"\n"
+        with disk_errors(self.path):
+            if os.write(self._handle, line) < len(line):  # one write: lines of threads do not mix
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
         """All lines so far are on disk when this returns."""
-        os.fsync(self._handle)
+        with disk_errors(self.path):
+            os.fsync(self._handle)
 
     def close(self) -> None:
         os.close(self._handle)

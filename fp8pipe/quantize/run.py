@@ -152,7 +152,7 @@ def _open_shards(plan: Plan, folder: Path, scales: dict[str, bytes], stack: Exit
         shards[name] = OutputShard(folder / name, [output.info for output in outputs], stack)
         for output in outputs:
             if output.name in scales:
-                shards[name].write_at(output.begin, memoryview(scales[output.name]))
+                shards[name].write_at(output.begin, memoryview(scales[output.name]), output.name)
     return shards
 
 
