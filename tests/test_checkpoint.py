@@ -144,29 +144,51 @@ def test_shards_and_index_that_agree_are_read(tmp_path: Path) -> None:
     assert headers.nbytes == len(A) + len(B)
 
 
-@pytest.mark.parametrize(
-    ("files", "weight_map"),
-    [
-        ({"1.safetensors": A, "2.safetensors": A}, {"a": "1.safetensors"} | {"b": "2.safetensors"}),
-        ({"1.safetensors": A, "2.safetensors": B}, {"a": "2.safetensors", "b": "1.safetensors"}),
-        ({"1.safetensors": A, "2.safetensors": B}, {"a": "1.safetensors", "b": "2.safetensors", "c": "1.safetensors"}),
-        ({"1.safetensors": A + b"", "2.safetensors": blob({"b": entry(), "c": entry(offsets=[8, 16])}, bytes(16))},
-         {"a": "1.safetensors", "b": "2.safetensors"}),
-        ({"1.safetensors": A}, {"a": "../1.safetensors"}),
-        ({"1.safetensors": A}, {"a": "/etc/1.safetensors"}),
-        ({"1.safetensors": A}, {"a": "..\\1.safetensors"}),
-        ({"1.safetensors": A}, {"a": "gone.safetensors"}),
-        ({"1.safetensors": A}, {"a": "config.json"}),
-        ({"1.safetensors": A}, {"a": 1}),
-        ({"1.safetensors": A}, []),
-    ],
-    ids=["duplicate tensor", "swapped", "listed but absent", "present but unlisted", "leaves the folder", "absolute",
-         "backslashes", "missing file", "not safetensors", "not a name", "not a mapping"],
-)  # fmt: skip
-def test_shards_and_index_that_disagree_are_refused(tmp_path: Path, files: dict[str, bytes], weight_map: Any) -> None:
+TWO = {"1.safetensors": A, "2.safetensors": B}
+MORE = blob({"b": entry(), "c": entry(offsets=[8, 16])}, bytes(16))
+
+DISAGREE: dict[str, tuple[dict[str, bytes], Any, str]] = {
+    "duplicate tensor": (
+        {"1.safetensors": A, "2.safetensors": A},
+        {"a": "1.safetensors", "b": "2.safetensors"},
+        "a is in 1.safetensors and",
+    ),
+    "swapped": (TWO, {"a": "2.safetensors", "b": "1.safetensors"}, "a should be in 2.safetensors, it is in 1"),
+    "listed but absent": (TWO, {"a": "1.safetensors", "b": "2.safetensors", "c": "1.safetensors"}, "no file holds it"),
+    "present but unlisted": (TWO | {"2.safetensors": MORE}, {"a": "1.safetensors", "b": "2.safetensors"}, "not in the"),
+    "leaves the folder": ({"1.safetensors": A}, {"a": "../1.safetensors"}, "an index may not lead elsewhere"),
+    "leaves it deeper down": ({"1.safetensors": A}, {"a": "x/../../1.safetensors"}, "an index may not lead elsewhere"),
+    "absolute": ({"1.safetensors": A}, {"a": "/etc/1.safetensors"}, "an index may not lead elsewhere"),
+    "backslashes": ({"1.safetensors": A}, {"a": "..\\1.safetensors"}, "an index may not lead elsewhere"),
+    "null byte": ({"1.safetensors": A}, {"a": "1\0.safetensors"}, "an index may not lead elsewhere"),
+    "missing file": ({"1.safetensors": A}, {"a": "gone.safetensors"}, "gone.safetensors"),
+    "not safetensors": ({"1.safetensors": A}, {"a": "config.json"}, "is no file of this folder"),
+    "not a name": ({"1.safetensors": A}, {"a": 1}, "1 is no file"),
+    "not a mapping": ({"1.safetensors": A}, [], "expected a JSON object with weight_map"),
+    "one shard cut off": (TWO | {"2.safetensors": B[:-1]}, {"a": "1.safetensors", "b": "2.safetensors"}, "is cut off"),
+    "one header too long": (
+        TWO | {"2.safetensors": blob({"b": entry()}, bytes(8), length=1 << 40)},
+        {"a": "1.safetensors", "b": "2.safetensors"},
+        "2.safetensors: its header claims",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DISAGREE)
+def test_shards_and_index_that_disagree_are_refused(tmp_path: Path, case: str) -> None:
+    files, weight_map, message = DISAGREE[case]
     (tmp_path / "1.safetensors").write_bytes(A)
     folder = folder_with(tmp_path / "m", files, {"weight_map": weight_map})
-    with pytest.raises(MalformedCheckpoint):
+    with pytest.raises(MalformedCheckpoint) as caught:
+        headers_of(folder)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("index", [b"", b"[", b"[]", b'{"weight_map": {"a": "1.safetensors", "a": "1.safetensors"}}'])
+def test_an_index_that_is_no_index_is_refused(tmp_path: Path, index: bytes) -> None:
+    folder = folder_with(tmp_path / "m", {"1.safetensors": A})
+    (folder / "model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(MalformedCheckpoint, match=r"index\.json"):
         headers_of(folder)
 
 

@@ -656,7 +656,7 @@ def test_killed_at_random_moments_the_folder_ends_byte_equal(many_shards: Path, 
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("scheme", ["channel", "tensor mse", "static"])
+@pytest.mark.parametrize("scheme", ["channel", "tensor", "block", "channel mse", "tensor mse", "block mse", "static"])
 def test_killed_thirty_times_the_folder_ends_byte_equal(many_shards: Path, tmp_path: Path, scheme: str) -> None:
     wanted = recipe("fp8-static-kv") if scheme == "static" else recipe(**SCHEMES[scheme])
     kill_at_random(tmp_path, many_shards, wanted, kills=30, seed=2)
