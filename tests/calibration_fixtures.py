@@ -69,6 +69,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("DeepseekV3ForCausalLM", MOE | MLA),
 }
 
+LINEAR_ATTENTION = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "shared_expert_intermediate_size": 32,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {"qwen3_next": ("Qwen3NextForCausalLM", MOE | LINEAR_ATTENTION)}
+"""Not in the table of references."""
+
 MOE_NAMES = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 
 STATIC_KV = Recipe(
@@ -82,12 +94,12 @@ STATIC_KV = Recipe(
 # ---------------------------------------------------------------------------------------------- models and data
 
 
-def make_model(folder: Path, name: str) -> Any:  # transformers' classes share no typed base
+def make_model(folder: Path, name: str, **changes: Any) -> Any:  # transformers' classes share no typed base
     """A tiny float32 model of architecture `name` with a byte tokenizer, saved in several shards."""
-    class_name, settings = ARCHITECTURES[name]
+    class_name, settings = (ARCHITECTURES | OTHERS)[name]
     model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
-    model = model_class(model_class.config_class(**settings)).to(torch.float32).eval()
+    model = model_class(model_class.config_class(**(settings | changes))).to(torch.float32).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder, max_shard_size="100KB")
@@ -110,12 +122,12 @@ def with_data(recipe: Recipe, dataset: Path | str, **changes: Any) -> Recipe:
     return recipe.model_copy(update={"calibration": spec})
 
 
-def planned(model: Path, recipe: Recipe) -> tuple[Snapshot, Plan, Architecture]:
+def planned(model: Path, recipe: Recipe, *, trust_remote_code: bool = False) -> tuple[Snapshot, Plan, Architecture]:
     """The plan, with an architecture that was examined in this process, which is faster than a child."""
     snapshot = resolve(str(model))
     headers = read_headers(snapshot)
     shapes = {name: list(info.shape) for name, info in headers.tensors.items()}
-    architecture = Architecture.model_validate(probe.examine(model, shapes, trust_remote_code=False))
+    architecture = Architecture.model_validate(probe.examine(model, shapes, trust_remote_code))
     return snapshot, make_plan(snapshot, headers, recipe, architecture), architecture
 
 

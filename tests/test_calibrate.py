@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,18 +26,23 @@ from calibration_fixtures import (
     write_dataset,
 )
 from huggingface_hub import CommitOperationAdd
+from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import DynamicCache
 
 from fp8pipe import hub as hub_client
 from fp8pipe.calibrate import Calibration, calibrate, calibration_key
+from fp8pipe.calibrate.batches import micro_batches, smaller
 from fp8pipe.calibrate.lockstep import Lockstep
 from fp8pipe.calibrate.ranges import observer_for
 from fp8pipe.calibrate.resume import Bookmark
+from fp8pipe.config import ActivationScheme, Recipe, WeightScheme
 from fp8pipe.errors import CalibrationDataError, NonFiniteActivation, UnsupportedArchitecture
 from fp8pipe.localhub import LocalHub
+from fp8pipe.numerics import dequantize
 from fp8pipe.progress import ProgressEvent
+from fp8pipe.quantize import quantize
 from fp8pipe.source import resolve
 
 pytest_plugins = ["hub_fixtures"]
@@ -533,3 +539,220 @@ def test_scaled_multiplies_every_range(llama: Path, tmp_path: Path) -> None:
     assert tenth.inputs == pytest.approx({name: amax / 10 for name, amax in found.inputs.items()})
     assert all(tenth.kv[name].k_amax == pytest.approx([k / 10 for k in kv.k_amax]) for name, kv in found.kv.items())
     assert tenth.digest() != found.digest()
+
+
+# ---------------------------------------------------------------------------------------------- through FP8 weights
+
+
+def dequantized_twin(model: Path, recipe: Recipe, root: Path) -> Path:
+    """The model with every weight that `recipe` quantizes replaced by what the engine's codes and scales stand for."""
+    per_tensor = recipe.weights.strategy == "tensor"
+    changes = {
+        "kv_cache": None,
+        "activations": ActivationScheme(strategy="tensor" if per_tensor else "token"),
+        "checkpoint_format": "fp8" if per_tensor else "compressed-tensors",
+    }
+    snapshot, plan, _ = planned(model, recipe.model_copy(update=changes))
+    quantize(snapshot, plan, root / "fp8")
+    tensors: dict[str, torch.Tensor] = {}
+    for path in (root / "fp8").glob("*.safetensors"):
+        tensors |= load_file(path)
+    twin = Path(shutil.copytree(model, root / "twin"))
+    for path in twin.glob("*.safetensors"):
+        content = {}
+        for name, weight in load_file(path).items():
+            scale = tensors.get(f"{name}_scale")
+            block = recipe.weights.block_shape if recipe.weights.strategy == "block" else None
+            content[name] = weight if scale is None else dequantize(tensors[name], scale, block=block)
+        save_file(content, path, metadata={"format": "pt"})
+    return twin
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("llama", WeightScheme(strategy="tensor")),
+        ("llama", WeightScheme(strategy="tensor", observer="mse")),
+        ("qwen2", WeightScheme(strategy="channel", observer="mse")),
+        ("mixtral", WeightScheme(strategy="tensor")),
+    ],
+    ids=["tensor", "tensor-mse", "channel-mse", "experts"],
+)
+def test_ranges_through_fp8_weights_are_those_of_the_dequantized_checkpoint(
+    name: str, weights: WeightScheme, tmp_path: Path
+) -> None:
+    make_model(tmp_path / "model", name)
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl")).model_copy(update={"weights": weights})
+    plain = run_calibration(tmp_path / "model", recipe, tmp_path / "plain")
+    through = with_data(recipe, tmp_path / "data.jsonl", quantized_weights=True)
+    found = run_calibration(tmp_path / "model", through, tmp_path / "through")
+    twin = dequantized_twin(tmp_path / "model", recipe, tmp_path)
+    expected = run_calibration(twin, recipe, tmp_path / "expected")
+    assert found.inputs == pytest.approx(expected.inputs, rel=CLOSE)
+    assert {n: kv.k_amax for n, kv in found.kv.items()} == {
+        n: pytest.approx(kv.k_amax, rel=CLOSE) for n, kv in expected.kv.items()
+    }
+    assert found.inputs != pytest.approx(plain.inputs, rel=1e-3)
+    assert found.key != plain.key
+    figures = [plain.sensitivity, found.sensitivity]
+    weight_figures = [{n: one.weight_sqnr_db for n, one in of.items()} for of in figures]
+    assert weight_figures[1] == pytest.approx(weight_figures[0], abs=0.5)  # the noise is seen before it is added
+
+
+# ---------------------------------------------------------------------------------------------- FP8 sources
+
+
+@pytest.mark.parametrize("strategy", ["tensor", "block"])
+def test_an_fp8_source_is_dequantized_while_it_is_calibrated(strategy: str, tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "llama")
+    data = write_dataset(tmp_path / "data.jsonl")
+    shipped = Recipe.model_validate(
+        {
+            "name": "source",
+            "checkpoint_format": "fp8",
+            "weights": {"strategy": strategy, "block_shape": [32, 32]},
+            "activations": {"mode": "dynamic", "strategy": "group" if strategy == "block" else "tensor"},
+        }
+    )
+    snapshot, plan, _ = planned(tmp_path / "model", shipped)
+    quantize(snapshot, plan, tmp_path / "fp8-source")
+    names = {output.name: output for output in plan.outputs if output.role == "weight"}
+    content: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "fp8-source").glob("*.safetensors"):
+        content |= load_file(path)
+    reference = Path(shutil.copytree(tmp_path / "model", tmp_path / "bf16"))
+    for path in reference.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in tensors.keys() & names.keys():
+            block = (32, 32) if strategy == "block" else None
+            scale = content[f"{name}_scale_inv" if block else f"{name}_scale"]
+            tensors[name] = dequantize(content[name], scale, block=block)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    recipe = with_data(STATIC_KV, data).model_copy(update={"fp8_source": "requantize"})
+    found = run_calibration(tmp_path / "fp8-source", recipe, tmp_path / "out")
+    expected = run_calibration(reference, recipe, tmp_path / "expected")
+    assert found.inputs == pytest.approx(expected.inputs, rel=CLOSE)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+_LITTLE_MEMORY = """
+import logging, resource, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+import torch
+from calibration_fixtures import STATIC_KV, run_calibration, with_data
+torch.set_num_threads(1)
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+def progress(event):  # once all code is loaded and the first layer is done: what is there, and a little more
+    if event.note == "model.layers.0" and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[5]) * 2**20, resource.RLIM_INFINITY))
+recipe = with_data(STATIC_KV, Path(sys.argv[3]), num_samples=int(sys.argv[6]), max_seq_len=256)
+run_calibration(Path(sys.argv[2]), recipe, Path(sys.argv[4]), progress)
+"""
+
+
+def with_little_memory(
+    model: Path, data: Path, output: Path, megabytes: int, samples: int
+) -> subprocess.CompletedProcess[str]:
+    arguments = [Path(__file__).parent, model, data, output, megabytes, samples]
+    return subprocess.run(
+        [sys.executable, "-c", _LITTLE_MEMORY, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers whose activations are much larger than their weights: 256 kB per token."""
+    folder = tmp_path_factory.mktemp("wide")
+    make_model(folder, "llama", intermediate_size=1 << 16, num_hidden_layers=2)
+    return folder
+
+
+def test_less_is_run_at_once_when_memory_runs_out(wide: Path, tmp_path: Path) -> None:
+    data = write_dataset(
+        tmp_path / "data.jsonl", [{"text": f"sample {index:02} of equal length"} for index in range(40)]
+    )
+    recipe = with_data(STATIC_KV, data, num_samples=40, max_seq_len=256)
+    answer = with_little_memory(wide, data, tmp_path / "little", 600, 40)
+    assert answer.returncode == 0, answer.stderr
+    assert "ran out of memory with 40 samples in a pass" in answer.stderr
+    assert "trying again with at most" in answer.stderr
+    found = Calibration.load(tmp_path / "little" / "calibration.json")
+    assert found.inputs == pytest.approx(run_calibration(wide, recipe, tmp_path / "much").inputs, rel=CLOSE)
+
+
+def test_a_sample_that_does_not_fit_alone_is_said(wide: Path, tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "data.jsonl", [{"text": "x" * 256}] * 2)
+    answer = with_little_memory(wide, data, tmp_path / "little", 20, 2)
+    assert "EnvironmentFault: out of memory while one sample of 256 tokens ran alone" in answer.stderr
+
+
+def test_samples_of_equal_length_share_a_pass_and_nothing_is_padded() -> None:
+    ids = [(1,) * length for length in (5, 7, 5, 5, 300, 7, 5)]
+    batches = micro_batches(ids, 16)
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    assert all(len({len(ids[index]) for index in batch}) == 1 for batch in batches)
+    assert max(len(batch) * len(ids[batch[0]]) for batch in batches if len(batch) > 1) <= 16
+    assert batches == [(0, 2, 3), (1, 5), (4,), (6,)]
+    assert smaller(batches, ids) == 7
+    assert smaller([(0,), (1,)], ids) is None
+
+
+# ---------------------------------------------------------------------------------------------- other architectures
+
+
+def test_layers_without_keys_and_values_are_named_with_the_reason(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "qwen3_next")
+    weights = WeightScheme(strategy="tensor")
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl")).model_copy(update={"weights": weights})
+    found = run_calibration(tmp_path / "model", recipe, tmp_path / "out")
+    assert set(found.kv) == {"model.layers.3.self_attn"}
+    assert set(found.kv_absent) == {f"model.layers.{layer}" for layer in range(3)}
+    assert all("linear attention" in reason for reason in found.kv_absent.values())
+
+
+def test_attention_that_caches_nothing_is_an_error_that_names_it(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama import modeling_llama
+
+    attend = modeling_llama.LlamaAttention.forward
+    monkeypatch.setattr(
+        modeling_llama.LlamaAttention,
+        "forward",
+        lambda self, *args, past_key_values=None, **kwargs: attend(self, *args, past_key_values=None, **kwargs),
+    )
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"))
+    with pytest.raises(UnsupportedArchitecture, match=r"layers\.0\.self_attn: LlamaAttention cached no"):
+        run_calibration(llama, recipe, tmp_path / "out")
+
+
+CUSTOM = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own-model"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_calibrated_when_that_is_trusted(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    make_model(model, "llama")
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"))
+    expected = run_calibration(model, recipe, tmp_path / "expected")
+    (model / "own.py").write_text(CUSTOM)
+    config = json.loads((model / "config.json").read_text())
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config |= {"model_type": "own-model", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
+    (model / "config.json").write_text(json.dumps(config))
+    snapshot, plan, architecture = planned(model, recipe, trust_remote_code=True)
+    assert plan.trust_remote_code
+    found = calibrate(snapshot, plan, recipe, tmp_path / "out", architecture=architecture)
+    assert found.inputs == expected.inputs
+    untrusted = plan.model_copy(update={"trust_remote_code": False})
+    with pytest.raises((UnsupportedArchitecture, ValueError), match="trust"):
+        calibrate(snapshot, untrusted, recipe, tmp_path / "other", architecture=architecture)

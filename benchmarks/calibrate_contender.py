@@ -1,0 +1,131 @@
+"""One contender of the calibration benchmark in a process of its own, run by the interpreter of its environment.
+
+    python -m benchmarks.calibrate_contender ours     SOURCE DATA OUTPUT    calibrate, quantize and save
+    python -m benchmarks.calibrate_contender datafree SOURCE DATA OUTPUT    the same weights without calibration
+    python -m benchmarks.calibrate_contender floor    SOURCE DATA OUTPUT    the decoder's plain forward, and nothing else
+    python -m benchmarks.calibrate_contender peer     SOURCE DATA OUTPUT    llm-compressor's oneshot, FP8 static with FP8 KV
+
+DATA is a .jsonl of texts, every one a sample. `inside` is seconds without imports and without reading the data;
+`peak_mb` the process's largest resident set. Nothing is imported before its contender needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contender import peak_mb
+
+KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+def main() -> None:
+    what, *paths = sys.argv[1:]
+    contenders: dict[str, Callable[[Path, Path, Path], float]] = {
+        "ours": ours,
+        "datafree": datafree,
+        "floor": floor,
+        "peer": peer,
+    }
+    inside = contenders[what](*map(Path, paths))
+    print(json.dumps({"inside": inside, "peak_mb": peak_mb()}))
+
+
+def ours(source: Path, data: Path, output: Path) -> float:
+    """From the plan to the fsynced checkpoint."""
+    import transformers  # noqa: F401  imports count for the whole process, not the inside
+
+    from fp8pipe import stages
+    from fp8pipe.calibrate import calibrate, forward  # noqa: F401
+    from fp8pipe.config import load_recipe
+    from fp8pipe.quantize import quantize, run  # noqa: F401
+
+    recipe = load_recipe("fp8-static-kv")
+    changes = {"dataset": str(data), "num_samples": len(_texts(data)), "max_seq_len": 1 << 20}
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=changes)})
+    snapshot = stages.pin(str(source))
+    began = time.perf_counter()
+    plan = stages.plan_snapshot(snapshot, recipe)
+    ranges = calibrate(snapshot, plan, recipe, output.parent / "ranges")
+    quantize(snapshot, plan, output, calibration=ranges)
+    return time.perf_counter() - began
+
+
+def datafree(source: Path, data: Path, output: Path) -> float:
+    """The same weights, one scale per tensor, with dynamic activations."""
+    from fp8pipe import stages
+    from fp8pipe.config import load_recipe
+    from fp8pipe.quantize import quantize, run  # noqa: F401
+
+    snapshot, recipe = stages.pin(str(source)), load_recipe("autofp8-dynamic")
+    began = time.perf_counter()
+    quantize(snapshot, stages.plan_snapshot(snapshot, recipe), output)
+    return time.perf_counter() - began
+
+
+def floor(source: Path, data: Path, output: Path) -> float:
+    """Every sample through the decoder stack, one at a time, all weights in memory, no lm_head."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    samples = _token_ids(source, data)
+    began = time.perf_counter()
+    with torch.inference_mode():
+        for ids in samples:
+            model.model(input_ids=torch.tensor([ids]), use_cache=False)
+    return time.perf_counter() - began
+
+
+def peer(source: Path, data: Path, output: Path) -> float:
+    """oneshot and its save, loading included: it reads the weights as we do."""
+    oneshot_on(source, _token_ids(source, data), None)  # warm imports and registries on nothing
+    began = time.perf_counter()
+    oneshot_on(source, _token_ids(source, data), output)
+    return time.perf_counter() - began
+
+
+def oneshot_on(source: Path, token_ids: list[list[int]], output: Path | None, **changes: Any) -> None:
+    """llm-compressor's FP8 preset with an FP8 cache; without `output` only what it needs is imported."""
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]  the peer's environment
+    from llmcompressor.modifiers.quantization import QuantizationModifier  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if output is None:
+        return
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    observer = {"kv_cache_scheme": KV | {"observer": "static_minmax"}}
+    recipe = QuantizationModifier(targets="Linear", scheme="FP8", ignore=["lm_head"], **observer)
+    rows = {"input_ids": token_ids, "attention_mask": [[1] * len(ids) for ids in token_ids]}
+    with torch.no_grad():
+        oneshot(
+            model=model,
+            tokenizer=AutoTokenizer.from_pretrained(source),
+            dataset=Dataset.from_dict(rows),
+            recipe=recipe,
+            num_calibration_samples=len(token_ids),
+            shuffle_calibration_samples=False,
+            max_seq_length=max(map(len, token_ids)),
+            output_dir=str(output),
+            **changes,
+        )
+
+
+def _texts(data: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in data.read_text().splitlines()]
+
+
+def _token_ids(source: Path, data: Path) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    return [tokenizer(text)["input_ids"] for text in _texts(data)]
+
+
+if __name__ == "__main__":
+    main()
