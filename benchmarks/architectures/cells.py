@@ -49,9 +49,11 @@ class Cell(Record):
     key: str
     """Digest of what the result depends on; a cell with another one is made again."""
     verdict: Literal["passed", "failed", "unserved"]
-    """unserved: sound, but vLLM has no kernel for it on this machine."""
+    """unserved: sound, but vLLM cannot serve it, or its source, on this machine."""
     message: str = ""
     """Why it failed; vLLM's own words where it is unserved."""
+    source_error: float | None = None
+    """Of the unquantized source in vLLM: what vLLM's bfloat16 and other kernels make of it."""
     error: float | None = None
     doubled_error: float | None = None
     """Of the copy in which the scales of one projection of the last layer are doubled."""
@@ -70,6 +72,7 @@ class Candidate:
     """A cell on its way: a quantized checkpoint with its sabotaged copy."""
 
     cell: Cell
+    source_folder: Path
     folder: Path
     doubled: Path
     kv_cache_dtype: str
@@ -86,7 +89,8 @@ def cell_path(work: Path, model: str, recipe_name: str) -> Path:
 
 def cell_key(model: str, recipe: Recipe) -> str:
     """Digest of model, recipe, code versions and the CPU platform's kernels."""
-    plugin = sorted((ROOT / "fp8pipe" / "evaluate").glob("cpu_*.py"))
+    plugin = sorted((ROOT / "fp8pipe" / "evaluate").glob("**/cpu*.py"))
+    plugin += sorted((ROOT / "fp8pipe" / "evaluate" / "cpu").glob("*.py"))
     code = [*sorted(Path(__file__).parent.glob("*.py")), *plugin]
     parts = [models.model_key(model), recipe.identity(), ENGINE_VERSION, PROBE_VERSION]
     return digest_of([*parts, library_versions(), [path.read_text() for path in code if path.stem != "table"]])
@@ -129,13 +133,16 @@ def _make(model: str, recipe: Recipe, work: Path) -> Candidate | Cell:
         plan = _quantize(source, recipe, folder, work)
     except InputError as error:
         return cell.model_copy(update={"message": f"refused by fp8pipe: {error}"})
-    report = stages.validate_folder(folder, source=str(source))
+    report = stages.validate_model(str(folder), source=str(source))
     if report.errors:
         return cell.model_copy(update={"message": f"not sound: {report.errors[0].sentence()}"})
+    scales = [output.module for output in plan.outputs if output.role == "weight_scale"]
+    telling = next(pattern for pattern in told.telling if any(re.fullmatch(pattern, module) for module in scales))
     return Candidate(
         cell=cell,
+        source_folder=source,
         folder=folder,
-        doubled=_with_doubled_scales(folder, plan, told.telling),
+        doubled=_with_doubled_scales(folder, plan, telling),
         kv_cache_dtype="fp8" if any(output.role == "k_scale" for output in plan.outputs) else "auto",
         source=told,
     )
@@ -150,9 +157,9 @@ def source_model(model: str, work: Path) -> tuple[Path, Reference]:
         models.make(model, folder)
         made = reference(folder)
         save_answers(answers, made.logits, made.routing)
-        telling.write_text(made.telling)
+        telling.write_text("\n".join(made.telling))
     logits, experts = load_answers(answers)
-    return folder, Reference(logits, experts, telling.read_text())
+    return folder, Reference(logits, experts, tuple(telling.read_text().splitlines()))
 
 
 def _quantize(source: Path, recipe: Recipe, folder: Path, work: Path) -> Plan:
@@ -202,12 +209,28 @@ def _with_parity(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list
 
 
 def _served(candidates: Iterable[Candidate], work: Path) -> Iterator[Cell]:
+    controls: dict[str, float | str] = {}
     with VllmChild(work) as vllm:
         for candidate in candidates:
-            yield _compared(candidate, vllm)
+            model = candidate.cell.model
+            if model not in controls:
+                controls[model] = _control(candidate, vllm)
+            yield _compared(candidate, controls[model], vllm)
 
 
-def _compared(candidate: Candidate, vllm: VllmChild) -> Cell:
+def _control(candidate: Candidate, vllm: VllmChild) -> float | str:
+    """Error of the unquantized source, or why vLLM cannot serve that."""
+    plain = vllm.answers(candidate.source_folder, "auto")
+    if isinstance(plain, str):
+        return f"the unquantized source: {plain}"
+    rows = _rows_alike(plain[1], candidate.source.routing)
+    error = relative_error(plain[0][rows], candidate.source.logits[rows])
+    return error if error <= LIMIT else f"the unquantized source: vLLM and transformers disagree by {error:.2f}"
+
+
+def _compared(candidate: Candidate, control: float | str, vllm: VllmChild) -> Cell:
+    if isinstance(control, str):
+        return candidate.cell.model_copy(update={"verdict": "unserved", "message": control})
     ours = vllm.answers(candidate.folder, candidate.kv_cache_dtype)
     if isinstance(ours, str):
         return candidate.cell.model_copy(update={"verdict": "unserved", "message": ours})
@@ -217,8 +240,9 @@ def _compared(candidate: Candidate, vllm: VllmChild) -> Cell:
     rows = _rows_alike(ours[1], candidate.source.routing)
     error = relative_error(ours[0][rows], candidate.source.logits[rows])
     doubled_error = relative_error(doubled[0][rows], candidate.source.logits[rows])
-    found = {"error": error, "doubled_error": doubled_error, "tokens": int(rows.sum()), "of_tokens": len(rows)}
-    return candidate.cell.model_copy(update=found | _verdict(error, doubled_error, float(rows.mean())))
+    found = {"source_error": control, "error": error, "doubled_error": doubled_error}
+    counts = {"tokens": int(rows.sum()), "of_tokens": len(rows)}
+    return candidate.cell.model_copy(update=found | counts | _verdict(error, doubled_error, float(rows.mean())))
 
 
 def _verdict(error: float, doubled_error: float, agreeing: float) -> dict[str, str]:

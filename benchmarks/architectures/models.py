@@ -46,6 +46,16 @@ LATENT = {
     "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
+    "rope_parameters": {  # as released: vLLM's CPU kernel for the plain rotary embedding is wrong for MLA's 3-D queries
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
 }
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,7 +68,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "Gemma 3 text": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 32}),
     "Phi-3": ("Phi3Config", {"sliding_window": None}),
-    "OPT": ("OPTConfig", {"ffn_dim": 384, "word_embed_proj_dim": 256}),
+    "OPT": ("OPTConfig", {"ffn_dim": 384, "word_embed_proj_dim": 256, "num_key_value_heads": 8}),
     "DeepSeek-V2": ("DeepseekV2Config", LATENT),
     "Granite": ("GraniteConfig", {"residual_multiplier": 0.5, "logits_scaling": 2.0}),
     "OLMo 2": ("Olmo2Config", {}),
@@ -66,7 +76,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "GLM-4": ("Glm4Config", {"head_dim": 32}),
     "StarCoder2": ("Starcoder2Config", {"sliding_window": None}),
     "Cohere": ("CohereConfig", {}),
-    "GPT-NeoX": ("GPTNeoXConfig", {"tie_word_embeddings": False}),
+    "GPT-NeoX": ("GPTNeoXConfig", {"tie_word_embeddings": False, "num_key_value_heads": 8}),
 }
 """Name in the table -> transformers' config class, and what is set beside SIZES. Those after DeepSeek-V2 are there to
 show that nothing was made for the others alone."""
@@ -81,10 +91,11 @@ def model_key(name: str) -> str:
 
 
 def make(name: str, folder: Path) -> Path:
-    """Write the checkpoint `name` with a tokenizer, and calibration.txt beside the folder's other files."""
+    """Write the checkpoint `name` with a tokenizer into `folder`."""
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     class_name, own = MODELS[name]
     config = getattr(transformers, class_name)(**(SIZES | own))
     generator = torch.Generator().manual_seed(SEED)

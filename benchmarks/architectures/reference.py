@@ -33,15 +33,16 @@ class Reference:
     """[prompts x positions, vocabulary] float32."""
     routing: np.ndarray | None
     """[prompts x positions, layers, top_k], sorted expert numbers; None without sparse experts."""
-    telling: str
-    """Pattern of the modules whose doubled weights change the logits most: one kind of projection of the last layer."""
+    telling: tuple[str, ...]
+    """Patterns of modules, one for each kind of projection of the last layer, those first whose doubled weights change
+    the logits most."""
 
 
 def reference(folder: Path) -> Reference:
     """Run the source; the most telling projection is found by doubling each one of the last layer in turn."""
     logits, routing = answers(folder)
     effects = {leaf: relative_error(answers(folder, leaf)[0], logits) for leaf in _projections(folder)}
-    return Reference(logits, routing, max(effects, key=lambda leaf: effects[leaf]))
+    return Reference(logits, routing, tuple(sorted(effects, key=lambda leaf: -effects[leaf])))
 
 
 def relative_error(logits: np.ndarray, source: np.ndarray) -> float:
@@ -54,7 +55,9 @@ def answers(folder: Path, doubled: str | None = None) -> tuple[np.ndarray, np.nd
     """(logits, routing) of the model in `folder`, with the weights that match `doubled` multiplied by two."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         place = folder if doubled is None else _with_doubled(folder, Path(scratch), doubled)
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, attn_implementation="eager").eval()

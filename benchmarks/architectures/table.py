@@ -18,7 +18,8 @@ vLLM's centred prompt logits against the source's, computed by transformers in f
 check fails for a copy of the checkpoint in which the scales of one projection of the last layer are doubled. With
 sparse experts only tokens that are sent to the source's experts are compared, and their share is given. Static recipes
 were calibrated on random rows. A number in brackets refers to vLLM's own words below: the checkpoint is sound and
-agrees with vLLM's model, but vLLM has no kernel for it on this platform.
+agrees with vLLM's model, but vLLM cannot serve it on this platform. **unquantized** is the error of the source itself, in
+bfloat16 by vLLM's kernels.
 
 {versions}.
 """
@@ -45,11 +46,13 @@ def table(cells: Sequence[Cell], recipes: Sequence[str]) -> str:
     grid = {(cell.model, cell.recipe): cell for cell in cells}
     models = list(dict.fromkeys(cell.model for cell in cells))
 
-    def rows(show: Callable[[Cell], str]) -> str:
-        lines = [["Architecture", *recipes], ["---"] * (len(recipes) + 1)]
+    def rows(show: Callable[[Cell], str], first: Callable[[list[Cell]], str] | None = None) -> str:
+        heads = ["Architecture", *(["unquantized"] if first else []), *recipes]
+        lines = [heads, ["---"] * len(heads)]
         for model in models:
             found = [grid.get((model, recipe)) for recipe in recipes]
-            lines.append([model, *("(not made yet)" if cell is None else show(cell) for cell in found)])
+            shown = ["(not made yet)" if cell is None else show(cell) for cell in found]
+            lines.append([model, *([first([cell for cell in found if cell])] if first else []), *shown])
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     versions = ", ".join(f"{name} {version}" for name, version in library_versions().items() if name != "lm_eval")
@@ -57,7 +60,7 @@ def table(cells: Sequence[Cell], recipes: Sequence[str]) -> str:
     words = "".join(f"\n{number} `{message}`\n" for message, number in notes.items())
     return (
         HEAD.format(limit=LIMIT, versions=where)
-        + f"\n{rows(lambda cell: _result(cell, notes))}{words}"
+        + f"\n{rows(lambda cell: _result(cell, notes), _source)}{words}"
         + f"{PARITY}\n{rows(_parity)}"
         + f"{DOUBLED.format(limit=LIMIT)}\n{rows(_doubled)}"
     )
@@ -70,6 +73,11 @@ def _result(cell: Cell, notes: dict[str, str]) -> str:
         return f"FAILED: {cell.message}".replace("|", "\\|")
     share = "" if cell.tokens == cell.of_tokens else f", {cell.tokens} of {cell.of_tokens} tokens"
     return f"passed ({cell.error:.2f}{share})"
+
+
+def _source(cells: list[Cell]) -> str:
+    errors = [cell.source_error for cell in cells if cell.source_error is not None]
+    return f"{errors[0]:.3f}" if errors else "not served"
 
 
 def _parity(cell: Cell) -> str:
