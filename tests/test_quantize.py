@@ -174,6 +174,25 @@ def test_threads_and_stripes_change_no_byte(
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "many")
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_one_two_and_three_threads_write_the_same_bytes(model_folder: Models, tmp_path: Path, scheme: str) -> None:
+    source = model_folder("llama", head_dim=64, intermediate_size=384, hidden_size=200)
+    for threads in (1, 2, 3):
+        make(source, recipe(**SCHEMES[scheme]), tmp_path / str(threads), threads=threads)
+    assert bytes_of(tmp_path / "1") == bytes_of(tmp_path / "2") == bytes_of(tmp_path / "3")
+
+
+@pytest.mark.parametrize("scheme", ["block", "channel mse", "block mse"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
+def test_experts_equal_the_reference_under_every_scheme(
+    model_folder: Models, tmp_path: Path, name: str, scheme: str
+) -> None:
+    source = model_folder(name, hidden_size=256, moe_intermediate_size=128, intermediate_size=128)
+    plan, _ = make(source, recipe(**SCHEMES[scheme]), tmp_path / "out")
+    assert any(".experts." in output.name and output.role == "weight" for output in plan.outputs)
+    assert_equals_reference(tensors_of(source), tensors_of(tmp_path / "out"), plan)
+
+
 @pytest.mark.parametrize(
     "name", ["llama-tied", "qwen2", "qwen3-moe", "mixtral", "gemma3-text", "phi3", "opt", "deepseek-v2", "gpt-oss"]
 )
