@@ -349,3 +349,14 @@ def test_vllms_experts_answer_as_the_checkpoint_means_them(served: dict[str, Pat
         assert distance(told["biased"], experts(checkpoint, prefix, x, weights, ids, biases)) < CLOSE
         weighted = bf16(x * bf16(weights[:, :1]))
         assert distance(told["first"], experts(checkpoint, prefix, weighted, np.ones((len(x), 1)), ids[:, :1])) < CLOSE
+
+
+@pytest.mark.vllm
+def test_mla_rotates_every_head_by_its_tokens_position(served: dict[str, Path]) -> None:
+    """DeepSeek turns neighbours: each pair of features is a complex number, multiplied by exp(i position theta)."""
+    told = {name: t.double().numpy() for name, t in torch.load(served["static, MLA"] / "rotated.pt").items()}
+    features = told["x"].shape[2]
+    turns = np.exp(1j * np.outer(told["positions"], 10000.0 ** -(np.arange(0, features, 2) / features)))
+    expected = (told["x"][..., ::2] + 1j * told["x"][..., 1::2]) * turns[:, None]
+    answer = told["y"].reshape(told["x"].shape)
+    np.testing.assert_allclose(answer[..., ::2] + 1j * answer[..., 1::2], expected, atol=2e-2)

@@ -3,7 +3,7 @@
     python vllm_modules.py FOLDER...
 
 Loads each checkpoint, generates a token, then calls every quantized Linear and every layer of experts by itself; writes
-FOLDER/answers.pt: {module: {"kernel", "x", "y", ...}}.
+FOLDER/answers.pt: {module: {"kernel", "x", "y", ...}}, and FOLDER/rotated.pt: {"x", "y", "positions"}.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ def main() -> None:
         llm.generate(TokensPrompt(prompt_token_ids=[5, 6, 7]), SamplingParams(max_tokens=2, detokenize=False))
         [answers] = llm.apply_model(ask)
         torch.save(answers, Path(folder) / "answers.pt")
+        [rotated] = llm.apply_model(rotate)
+        torch.save(rotated, Path(folder) / "rotated.pt")
         llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
@@ -56,6 +58,17 @@ def ask(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
             y = module(x)
             answers[name] = {"kernel": kernel, "x": x, "y": y[0] if isinstance(y, tuple) else y}
     return answers
+
+
+def rotate(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The rotary embedding on heads cut out of a wider tensor, as MLA hands them over."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    module = next(module for module in model.modules() if isinstance(module, RotaryEmbedding))
+    x = torch.randn(5, 4, module.head_size + 32, generator=torch.Generator().manual_seed(1))
+    positions = torch.tensor([0, 1, 2, 9, 17])
+    y, _ = module(positions, x.clone()[..., 32:], x.clone()[:, :1, 32:])
+    return {"x": x[..., 32:].clone(), "y": y, "positions": positions}
 
 
 def ask_experts(module: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""vLLM plugin `fp8pipe_cpu`: FP8 on vLLM's CPU platform as its GPU kernels mean it.
+"""vLLM plugin `fp8pipe_cpu`: FP8 on vLLM's CPU platform as its GPU kernels mean it, and MLA's positions put right.
 
 vLLM's CPU build declares FP8 and serves part of it: the operation behind `vllm._custom_ops.scaled_fp8_quant` is a
 placeholder, a fused activation kernel is missing, and there are kernels for block weights and FP8 experts on CPUs with
@@ -9,6 +9,12 @@ speed. On any other platform `register` does nothing. vLLM calls it in every pro
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 NAME = "fp8pipe_cpu"
 """The entry point's name; `VLLM_PLUGINS` may leave it out."""
@@ -23,6 +29,7 @@ def register() -> None:
     _supply_operations()
     _supply_linear_kernels()
     _supply_experts()
+    _correct_rotary_embedding()
 
 
 def active() -> bool:
@@ -77,3 +84,21 @@ def _supply_experts() -> None:
     )
     fp8.backend_to_kernel_cls = lambda backend: [ReferenceFp8Experts] if backend is emulation else kernels_of(backend)
     fp8._get_priority_backends = lambda *scheme: [emulation, *priorities(*scheme)]
+
+
+def _correct_rotary_embedding() -> None:
+    """Queries as MLA gives them, [tokens, heads, features], go through vLLM's torch implementation.
+
+    The CPU operation takes their heads for tokens and rotates by wrong positions, in every dtype and without an error.
+    Models whose rotary embedding has a class of its own, as with DeepSeek's own YaRN, were never affected.
+    """
+    from vllm.model_executor.layers.rotary_embedding import base
+
+    operation = base.RotaryEmbedding.forward_cpu
+
+    def forward_cpu(
+        self: RotaryEmbedding, positions: Tensor, query: Tensor, key: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        return (operation if query.ndim == 2 else base.RotaryEmbedding.forward_native)(self, positions, query, key)
+
+    base.RotaryEmbedding.forward_cpu = forward_cpu
