@@ -6,11 +6,11 @@ In: a Subject. What the config means is read in `scheme.py`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.validate.findings import Fault, check, clip
-from fp8pipe.validate.layout import expert_of
+from fp8pipe.validate.layout import expert_of, layer_of, split_name
 from fp8pipe.validate.scheme import (
     FORMAT_NAMES,
     KNOWN_ELSEWHERE,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fp8pipe.validate.subject import Subject
 
 CONFIG = "config.json"
+SPELLINGS = (*METHODS, "modelopt_fp4", "modelopt_mxfp8", "compressed_tensors")
 HF_QUANT_CONFIG = "hf_quant_config.json"
 FORMATS = tuple(name for names in FORMAT_NAMES.values() for name in names)
 
@@ -69,6 +70,9 @@ def config_is_one_quantization(subject: Subject) -> Iterator[Fault]:
         yield Fault("quantization_config as a mapping", clip(repr(places[given[0]])), file=CONFIG)
     elif method_of(_quant(subject)) not in METHODS:
         yield _unknown_method(_quant(subject).get("quant_method"))
+    elif (name := _quant(subject).get("quant_method")) not in SPELLINGS:
+        told = "vLLM takes it for its lower case; transformers does not know it"
+        yield Fault(" or ".join(SPELLINGS), clip(repr(name)), file=CONFIG, consequence=told)
 
 
 def _unknown_method(name: Any) -> Fault:
@@ -90,16 +94,19 @@ def _unknown_method(name: Any) -> Fault:
     consequence="vLLM stops while it reads the config, with a bare KeyError, TypeError or NotImplementedError",
     remedy="correct the key",
 )
-def config_fits_vllm(subject: Subject) -> Iterable[Fault]:
+def config_fits_vllm(subject: Subject) -> Iterator[Fault]:
     quant = _quant(subject)
     problems = {
         "fp8": _fp8_problems,
         "compressed-tensors": _compressed_problems,
         "modelopt": _modelopt_problems,
     }.get(method_of(quant))
-    if problems is None:
-        return []
-    return [Fault(expected, clip(found), file=subject.quantization_file) for expected, found in problems(quant)]
+    file = subject.quantization_file
+    for expected, found in problems(quant) if problems is not None else ():
+        yield Fault(expected, clip(found), file=file)
+    for key in _unknown_keys(quant):
+        told = "none: no reader looks at it, so a misspelt key has no effect"
+        yield Fault("keys that readers know", clip(repr(key)), file=file, severity="warning", consequence=told)
 
 
 def _fp8_problems(quant: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -139,6 +146,24 @@ def _compressed_problems(quant: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         )
     if isinstance(sparsity := quant.get("sparsity_config"), dict) and sparsity.get("targets"):
         yield "no sparsity targets", repr(sparsity["targets"])
+
+
+KEYS = {
+    "compressed-tensors": (
+        "quant_method", "format", "quantization_status", "version", "global_compression_ratio", "config_groups",
+        "ignore", "kv_cache_scheme", "sparsity_config", "transform_config", "run_compressed",
+    ),
+    "fp8": (
+        "quant_method", "activation_scheme", "ignored_layers", "modules_to_not_convert", "weight_block_size", "fmt",
+        "scale_fmt", "store_dtype", "kv_cache_scheme", "weight_per_tensor", "act_per_tensor", "dequantize",
+    ),
+}  # fmt: skip
+"""Keys that some reader or writer knows."""
+
+
+def _unknown_keys(quant: dict[str, Any]) -> list[str]:
+    known = KEYS.get(method_of(quant))
+    return [] if known is None else sorted(key for key in quant if key not in known)
 
 
 @check(
@@ -262,8 +287,11 @@ def _unmatched(subject: Subject) -> Iterator[Fault]:
     assert subject.scheme is not None and subject.layout is not None
     modules, patterns = subject.layout.modules, subject.scheme.patterns
     matched = {entry for module in modules for entry in patterns.matching(module)} | patterns.refused.keys()
+    kin = set() if subject.layout.from_record else {(layer_of(f"{m}."), split_name(m)[1]) for m in modules}
     for entry in subject.scheme.ignore:
         is_readable = not entry.startswith("re:") or subject.scheme.method != "fp8"
+        if (layer_of(f"{entry}."), split_name(entry)[1]) in kin:
+            continue  # transformers' name of a module of that layer, perhaps
         if is_readable and entry not in modules and entry not in matched and not entry.endswith("lm_head"):
             found = clip(entry)
             yield Fault("an entry that matches a module", found, file=subject.quantization_file, severity="warning")

@@ -139,7 +139,6 @@ def _unprotected(subject: Subject) -> Iterator[Fault]:
             "lm_head in the ignore list",
             "not matched by any entry",
             tensor="lm_head",
-            severity="warning",
             consequence="none in vLLM; transformers takes lm_head for quantized and misses its scale",
             remedy="add lm_head to ignore",
         )
