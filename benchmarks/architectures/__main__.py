@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from benchmarks.architectures import models
-from benchmarks.architectures.cells import ROOT, Cell, cell_key, cell_path, make_cells
+from benchmarks.architectures.cells import ROOT, Cell, cell_key, cell_path, make_cells, shipped_recipes
 from benchmarks.architectures.table import table
-from fp8pipe.config import CalibrationSpec, Recipe, load_recipe
+from fp8pipe.config import Recipe
 
 
 def main() -> None:
@@ -44,18 +44,6 @@ def main() -> None:
     made = {(cell.model, cell.recipe): cell for cell in make_cells(wanted, options.work, _tell)}
     found = {place: made.get(place, known) for place, (_, known) in cells.items()}
     _finish([cell for cell in found.values() if cell is not None], len(found), recipes, options.output)
-
-
-def shipped_recipes(work: Path) -> list[Recipe]:
-    """Every recipe in configs/recipes, calibrated on rows made here; of those that then write the same, the first."""
-    rows = models.write_calibration(work / "calibration.txt")
-    data = CalibrationSpec(dataset=str(rows), split="train", num_samples=models.CALIBRATION_ROWS, max_seq_len=32)
-    recipes: dict[str, Recipe] = {}
-    names = sorted(path.stem for path in (ROOT / "configs" / "recipes").glob("*.yaml"))
-    for name in sorted(names, key=lambda name: name.startswith("demo")):
-        recipe = load_recipe(name).model_copy(update={"calibration": data})
-        recipes.setdefault(str(recipe.identity()), recipe)
-    return list(recipes.values())
 
 
 def _known(work: Path, model: str, recipe: Recipe) -> Cell | None:

@@ -24,7 +24,7 @@ from benchmarks.architectures.answers import load_answers, save_answers
 from benchmarks.architectures.reference import PROMPTS, Reference, reference, relative_error
 from fp8pipe import stages
 from fp8pipe.architecture import PROBE_VERSION
-from fp8pipe.config import Recipe
+from fp8pipe.config import CalibrationSpec, Recipe, load_recipe
 from fp8pipe.errors import InputError
 from fp8pipe.evaluate.environment import library_versions
 from fp8pipe.plan import Plan
@@ -34,6 +34,9 @@ from fp8pipe.workspace import Workspace
 
 LIMIT = 0.15
 """Largest relative L2 error of the centred logits that passes; a copy with doubled scales must exceed it."""
+
+CHECK_VERSION = 1
+"""Raised whenever the check itself changes: cells of another version are made again."""
 
 MIN_AGREEING = 0.5
 """Share of tokens that must be sent to the source's experts: below, there is nothing left to compare."""
@@ -88,12 +91,22 @@ def cell_path(work: Path, model: str, recipe_name: str) -> Path:
 
 
 def cell_key(model: str, recipe: Recipe) -> str:
-    """Digest of model, recipe, code versions and the CPU platform's kernels."""
-    plugin = sorted((ROOT / "fp8pipe" / "evaluate").glob("**/cpu*.py"))
-    plugin += sorted((ROOT / "fp8pipe" / "evaluate" / "cpu").glob("*.py"))
-    code = [*sorted(Path(__file__).parent.glob("*.py")), *plugin]
-    parts = [models.model_key(model), recipe.identity(), ENGINE_VERSION, PROBE_VERSION]
-    return digest_of([*parts, library_versions(), [path.read_text() for path in code if path.stem != "table"]])
+    """Digest of model, recipe, versions and the CPU platform's kernels."""
+    kernels = [path.read_text() for path in sorted((ROOT / "fp8pipe" / "evaluate" / "cpu").glob("*.py"))]
+    parts = [models.model_key(model), recipe.identity(), ENGINE_VERSION, PROBE_VERSION, CHECK_VERSION]
+    return digest_of([*parts, library_versions(), kernels])
+
+
+def shipped_recipes(work: Path) -> list[Recipe]:
+    """Every recipe in configs/recipes, calibrated on rows made here; of those that then write the same, the first."""
+    rows = models.write_calibration(work / "calibration.txt")
+    data = CalibrationSpec(dataset=str(rows), split="train", num_samples=models.CALIBRATION_ROWS, max_seq_len=32)
+    recipes: dict[str, Recipe] = {}
+    names = sorted(path.stem for path in (ROOT / "configs" / "recipes").glob("*.yaml"))
+    for name in sorted(names, key=lambda name: name.startswith("demo")):
+        recipe = load_recipe(name).model_copy(update={"calibration": data})
+        recipes.setdefault(str(recipe.identity()), recipe)
+    return list(recipes.values())
 
 
 def make_cells(wanted: Sequence[tuple[str, Recipe]], work: Path, tell: Tell) -> Iterator[Cell]:

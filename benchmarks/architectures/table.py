@@ -18,8 +18,8 @@ vLLM's centred prompt logits against the source's, computed by transformers in f
 check fails for a copy of the checkpoint in which the scales of one projection of the last layer are doubled. With
 sparse experts only tokens that are sent to the source's experts are compared, and their share is given. Static recipes
 were calibrated on random rows. A number in brackets refers to vLLM's own words below: the checkpoint is sound and
-agrees with vLLM's model, but vLLM cannot serve it on this platform. **unquantized** is the error of the source itself, in
-bfloat16 by vLLM's kernels.
+agrees with vLLM's model, but vLLM cannot serve it on this platform. **unquantized** is the error of the source itself,
+in bfloat16 by vLLM's kernels.
 
 {versions}.
 """
