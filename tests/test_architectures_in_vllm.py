@@ -1,0 +1,74 @@
+"""The four most different architectures, quantized, in real vLLM: the source's logits, but not with a doubled scale."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.architectures.cells import LIMIT, Cell, make_cells, shipped_recipes
+from benchmarks.architectures.models import MODELS
+from benchmarks.architectures.reference import relative_error
+from benchmarks.architectures.table import table
+
+SERVED = {
+    ("Llama, tied", "fp8-static-kv"): "dense, one embedding for both ends, FP8 KV cache",
+    ("Phi-3", "autofp8-dynamic"): "q, k and v, gate and up in one tensor on disk",
+    ("Mixtral", "fp8-dynamic"): "sparse experts",
+    ("Mixtral", "fp8-block"): "sparse experts in blocks",
+    ("DeepSeek-V2", "fp8-dynamic"): "latent attention, shared experts, a first dense layer",
+}
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Cell]:
+    """All of SERVED, through one vLLM process."""
+    work = tmp_path_factory.mktemp("architectures")
+    recipes = {recipe.name: recipe for recipe in shipped_recipes(work)}
+    wanted = [(model, recipes[name]) for model, name in SERVED]
+    return {(cell.model, cell.recipe): cell for cell in make_cells(wanted, work, print)}
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("place", SERVED, ids=" ".join)
+def test_logits_are_the_sources_and_the_check_sees_a_doubled_scale(
+    cells: dict[tuple[str, str], Cell], place: tuple[str, str]
+):
+    cell = cells[place]
+    assert (cell.verdict, cell.message) == ("passed", "")
+    assert cell.source_error is not None and cell.error is not None and cell.doubled_error is not None
+    assert cell.source_error < cell.error <= LIMIT < cell.doubled_error
+    assert cell.tokens >= 0.8 * cell.of_tokens
+
+
+@pytest.mark.vllm
+def test_every_tensor_on_disk_has_its_place_in_vllms_model(cells: dict[tuple[str, str], Cell]):
+    assert all(cell.tensors > cell.parameters * 0.9 and cell.parameters > 20 for cell in cells.values())
+    sparse = cells["Mixtral", "fp8-dynamic"]
+    assert sparse.tensors > 1.5 * sparse.parameters  # one tensor per expert on disk, one for all of them in vLLM
+
+
+def test_error_is_blind_to_what_softmax_does_not_see_and_to_nothing_else():
+    logits = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    assert relative_error(logits + 3, logits) < 1e-6
+    assert relative_error(logits * 1.1, logits) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_no_cell_of_the_table_is_blank():
+    passed = Cell(model="A", recipe="x", key="", verdict="passed", error=0.061, doubled_error=0.4, source_error=0.01)
+    unserved = Cell(model="A", recipe="y", key="", verdict="unserved", message="ValueError: no kernel")
+    failed = Cell(model="B", recipe="x", key="", verdict="failed", message="logits differ by 0.30")
+    text = table([passed, unserved, failed], ["x", "y"])
+    assert "| A | 0.010 | passed (0.06) | [1] |" in text
+    assert "[1] `ValueError: no kernel`" in text
+    assert "| B | not served | FAILED: logits differ by 0.30 | (not made yet) |" in text
+    assert not re.search(r"\|[ \t]*\|", text)
+
+
+def test_every_row_of_the_page_is_an_architecture_that_can_be_made_again():
+    page = (Path(__file__).parents[1] / "docs" / "architectures.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \|", page, flags=re.MULTILINE)
+    assert set(rows) - {"Architecture", "---"} == set(MODELS)
+    assert "FAILED" not in page
