@@ -182,6 +182,17 @@ def test_one_two_and_three_threads_write_the_same_bytes(model_folder: Models, tm
     assert bytes_of(tmp_path / "1") == bytes_of(tmp_path / "2") == bytes_of(tmp_path / "3")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_gpu_writes_the_bytes_of_the_cpu(model_folder: Models, tmp_path: Path, scheme: str, dtype: str) -> None:
+    source = model_folder("llama", dtype=dtype, head_dim=64, intermediate_size=384, hidden_size=200)
+    for device in ("cpu", "cuda"):
+        make(source, recipe(**SCHEMES[scheme]), tmp_path / device, device=device)
+    assert bytes_of(tmp_path / "cpu") == bytes_of(tmp_path / "cuda")
+
+
 @pytest.mark.parametrize("scheme", ["block", "channel mse", "block mse"])
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
 def test_experts_equal_the_reference_under_every_scheme(

@@ -115,6 +115,8 @@ def _segments_amax(tops: Tensor, columns: int) -> Tensor:
 
 
 def _row_tiles(weight: Tensor) -> tuple[Tensor, ...]:
+    if not weight.is_cpu:  # a GPU has no use for tiles, and each would cost launches
+        return (weight,)
     return weight.split(max(1, TILE_ELEMENTS // max(1, weight.shape[1])))
 
 

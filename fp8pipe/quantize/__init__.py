@@ -62,12 +62,14 @@ def quantize(
     calibration: Calibration | None = None,
     threads: int | None = None,
     arriving: Iterable[Path] | None = None,
+    device: str = "cpu",
     progress: Progress = quiet,
 ) -> Checkpoint:
     """Write the checkpoint of `plan` into `folder`, or go on with it, or return it when it is there.
 
     `arriving` yields files of the snapshot as they are downloaded; a shard's tensors are quantized once it is there.
-    `threads` defaults to the cores this process may use. config.json is written last, then
+    `threads` defaults to the cores this process may use. `device` "cuda" measures and encodes there, with the same
+    bytes as a result; it has tests, and has not been run on a GPU yet. config.json is written last, then
     DIR/fp8pipe/checkpoint.json.
 
     Raises NonFiniteWeight (tensor and index), SourceChanged, DiskTooSmall, InputError for a missing or non-finite
@@ -89,7 +91,16 @@ def quantize(
 
     from fp8pipe.quantize.run import run
 
-    return run(snapshot, plan, folder, calibration=calibration, threads=threads, arriving=arriving, progress=progress)
+    return run(
+        snapshot,
+        plan,
+        folder,
+        calibration=calibration,
+        threads=threads,
+        arriving=arriving,
+        device=device,
+        progress=progress,
+    )
 
 
 def _is_whole(folder: Path, plan: Plan) -> bool:

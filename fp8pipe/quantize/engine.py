@@ -36,6 +36,7 @@ class Engine:
         pool: Pool,
         on_finished: Callable[[OutputTensor], None],
         progress: Progress,
+        device: str = "cpu",
     ) -> None:
         self._scheme = plan.settings.weights
         self._files = files
@@ -43,7 +44,7 @@ class Engine:
         self._journal = journal
         self._pool = pool
         self._on_finished = on_finished
-        self._bench = Workbench()
+        self._bench = Workbench(device)
         self._meter = Meter(plan, journal.finished, progress)
         self._waiting: list[tuple[set[str], Task]] = []
         views = Views(plan)
@@ -109,7 +110,8 @@ class Engine:
 
     def _measure(self, unit: Unit, weight: Weight, start: int, end: int) -> None:
         stripe = weight.view.read(self._files, start, end, self._bench)
-        amax = numerics.tensor_amax(stripe)
+        with self._bench.stream():
+            amax = numerics.tensor_amax(self._bench.to_device(stripe)).cpu()
         self._refuse_nonfinite(weight.view, stripe, start, amax)
         unit.measured.append(float(amax))
 
@@ -152,10 +154,14 @@ class Engine:
             self._pool.add(tasks, then=partial(self._finish_weight, weight), urgent=True)
 
     def _encode(self, weight: Weight, view: WeightView, start: int, end: int) -> None:
-        stripe = view.read(self._files, start, end, self._bench)
-        codes = self._bench.codes(end - start, view.columns)
+        bench = self._bench
+        stripe = view.read(self._files, start, end, bench)
         block = self._scheme.block_shape if self._scheme.strategy == "block" else None
-        numerics.encode(stripe, self._stripe_scale(weight, view, stripe, start), codes, block=block)
+        with bench.stream():
+            on_device, codes = bench.to_device(stripe), bench.codes(end - start, view.columns)
+            scale = self._stripe_scale(weight, view, stripe, on_device, start)
+            numerics.encode(on_device, bench.to_device(scale), codes, block=block)
+            codes = bench.to_host(codes)
         self._write(weight, view, codes, start)
         self._meter.add((end - start) * view.row_bytes)
 
@@ -170,15 +176,16 @@ class Engine:
             piece = raw[row * view.columns : (row + 1) * view.columns]
             shard.write_at(place + row * width, piece, weight.output.name)
 
-    def _stripe_scale(self, weight: Weight, view: WeightView, stripe: Tensor, start: int) -> Tensor:
-        """The scales of the stripe, measured now unless one scale serves the whole tensor."""
+    def _stripe_scale(self, weight: Weight, view: WeightView, stripe: Tensor, on_device: Tensor, start: int) -> Tensor:
+        """The scales of the stripe, measured now unless one scale serves the whole tensor. On the CPU, where only the
+        amax comes from the device: divisions and sums there might round otherwise."""
         if self._scheme.strategy == "tensor":
             return weight.scale
         if self._scheme.strategy == "channel":
-            amax = numerics.channel_amax(stripe)
+            amax = numerics.channel_amax(on_device).cpu()
             top, left = start, 0
         else:
-            amax = numerics.block_amax(stripe, self._scheme.block_shape)
+            amax = numerics.block_amax(on_device, self._scheme.block_shape).cpu()
             top, left = start // self._scheme.block_shape[0], view.left // self._scheme.block_shape[1]
         self._refuse_nonfinite(view, stripe, start, amax)
         place = slice(top, top + amax.shape[0]), slice(left, left + amax.shape[1])

@@ -41,6 +41,7 @@ def run(
     calibration: Calibration | None,
     threads: int | None,
     arriving: Iterable[Path] | None,
+    device: str,
     progress: Progress,
 ) -> Checkpoint:
     """See `fp8pipe.quantize.quantize`."""
@@ -58,7 +59,7 @@ def run(
         plan.save(records / "plan.json")
         if calibration is not None:
             calibration.save(records / "calibration.json")
-        _write_shards(snapshot, plan, folder, scales, journal, threads, arriving, progress)
+        _write_shards(snapshot, plan, folder, scales, journal, threads, arriving, device, progress)
         write_companions(snapshot, plan, folder)
         write_config(snapshot, plan, folder)
         checkpoint = _record(snapshot, plan, identity, calibration, journal, time.monotonic() - started)
@@ -117,6 +118,7 @@ def _write_shards(
     journal: Journal,
     threads: int | None,
     arriving: Iterable[Path] | None,
+    device: str,
     progress: Progress,
 ) -> None:
     """All safetensors files, complete and on disk when this returns."""
@@ -128,7 +130,7 @@ def _write_shards(
         stack.callback(torch.set_num_threads, threads_before)
         stack.callback(pool.close)
         finisher = _Finisher(plan, shards, journal, stack)
-        engine = Engine(plan, files, shards, journal, pool, finisher.count_down, progress)
+        engine = Engine(plan, files, shards, journal, pool, finisher.count_down, progress, device)
         finisher.start()
         wanted = {tensor.shard for tensor in plan.tensors}
         for name in _arrivals(snapshot, wanted, arriving):

@@ -7,9 +7,9 @@ wide weights."""
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,24 +33,53 @@ DTYPES = {
 
 
 class Workbench(threading.local):
-    """One thread's buffers, grown to the largest stripe and reused."""
+    """One thread's buffers, grown to the largest stripe and reused.
 
-    def __init__(self) -> None:
-        self._raw = memoryview(bytearray())
-        self._codes = np.empty(0, np.uint8)
+    With a GPU they are pinned, and the thread has a stream of its own: while its stripe travels and is encoded, other
+    threads read and write theirs. The bytes are those of the CPU."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._on_gpu = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if self._on_gpu else None
+        self._raw = self._codes = self._room(0)
+
+    def _room(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._on_gpu)
 
     def raw(self, size: int) -> memoryview:
         """Room for `size` source bytes."""
         if len(self._raw) < size:
-            self._raw = memoryview(np.empty(size, np.uint8).data)
-        return self._raw[:size]
+            self._raw = self._room(size)
+        return self._raw.numpy().data[:size]
+
+    def stream(self) -> AbstractContextManager[object]:
+        """While this lasts, what is sent to the GPU goes through this thread's stream."""
+        return torch.cuda.stream(self._stream) if self._on_gpu else nullcontext()
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        """`tensor` where the arithmetic is done. A scalar goes there too: CUDA would multiply by its reciprocal."""
+        return tensor.to(self._device, non_blocking=True)
 
     def codes(self, rows: int, columns: int) -> Tensor:
-        """Room for codes, float8_e4m3fn [rows, columns]."""
-        if self._codes.size < rows * columns:
-            self._codes = np.empty(rows * columns, np.uint8)
-        flat = torch.from_numpy(self._codes[: rows * columns])
-        return flat.view(torch.float8_e4m3fn).view(rows, columns)
+        """Room for codes on the device, float8_e4m3fn [rows, columns]."""
+        if self._on_gpu:
+            return torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=self._device)
+        return self._host_codes(rows, columns)
+
+    def to_host(self, codes: Tensor) -> Tensor:
+        """The codes in this thread's own buffer, once the stream has made them."""
+        if self._stream is None:
+            return codes
+        host = self._host_codes(*codes.shape)
+        host.copy_(codes, non_blocking=True)
+        self._stream.synchronize()
+        return host
+
+    def _host_codes(self, rows: int, columns: int) -> Tensor:
+        if len(self._codes) < rows * columns:
+            self._codes = self._room(rows * columns)
+        return self._codes[: rows * columns].view(torch.float8_e4m3fn).view(rows, columns)
 
 
 @dataclass(slots=True)
