@@ -1,5 +1,6 @@
-"""`make bench`: every benchmark, one after the other, its tables put on docs/benchmarks.md."""
+"""`make bench`: every benchmark, one after the other, its tables put on docs/."""
 
-from benchmarks import quantize
+from benchmarks import gate, quantize
 
 quantize.main(["--page", str(quantize.PAGE)])
+gate.main([])
