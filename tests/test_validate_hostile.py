@@ -1,4 +1,4 @@
-"""The validator before garbage: flipped bits are told, arbitrary bytes neither crash it, nor hang it, nor fill memory."""
+"""The validator before garbage: flipped bits are told, arbitrary bytes neither crash it nor hang it nor fill memory."""
 
 from __future__ import annotations
 
@@ -322,17 +322,15 @@ def test_hostile_json_becomes_findings_that_can_be_saved(good: Path, tmp_path: P
 # ---------------------------------------------------------------------------------------------- time and memory
 
 
+REFUSED_PATTERNS = ["re:(?=(a+)+b)", r"re:(a+)\1+b+", "re:a{65000}{65000}", "re:" + "x" * 100_000]
 HOSTILE_PATTERNS = [
+    *REFUSED_PATTERNS,
     "re:(a+)+$",
     "re:(.*)*(.*)*x",
     "re:" + ".*" * 40 + "x",
     "re:(a|a)*b",
     "re:(model|m.*|mo.*l|.*)*Q",
-    "re:(?=(a+)+b)",
-    r"re:(a+)\1+b+",
     "re:" + "(" * 400 + "Q" + ")" * 400,
-    "re:a{65000}{65000}",
-    "re:" + "x" * 100_000,
     "re:(?P<n>a)(?(n)b|c)",
 ]
 
@@ -344,12 +342,13 @@ def test_patterns_that_would_backtrack_for_ever_are_matched_or_refused_at_once(g
     assert "C5" in ids(validate(folder, depth="headers"))
     patterns = Patterns(HOSTILE_PATTERNS)
     assert not patterns.matches("model." * 500 + "!")
-    assert set(patterns.refused) == {*HOSTILE_PATTERNS[5:7], *HOSTILE_PATTERNS[8:]}
+    assert set(patterns.refused) == set(REFUSED_PATTERNS)
 
 
-@given(
-    st.text("ab.c1_", max_size=12), st.sampled_from(["", "$", "b", "(a|b)", "[^a]", "a{1,3}", ".*c", r"\d?", "(ab)*"])
-)
+TAILS = ["", "$", "b", "(a|b)", "[^a]", "a{1,3}", ".*c", r"\d?", "(ab)*"]
+
+
+@given(st.text("ab.c1_", max_size=12), st.sampled_from(TAILS))
 @settings(max_examples=300, **CALM)
 def test_patterns_match_what_re_matches(name: str, tail: str) -> None:
     import re
@@ -363,13 +362,9 @@ def test_patterns_match_what_re_matches(name: str, tail: str) -> None:
 
 def in_child(code: str, *arguments: str) -> int:
     """Peak memory in MB of a process that runs `code`."""
+    code += "\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)"
     child = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code + "\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)",
-            *arguments,
-        ],
+        [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
         check=True,

@@ -1,0 +1,142 @@
+"""The validator against one sha256sum over the same bytes, and against quantizing.
+
+    python -m benchmarks.validate [--layers 16] [--rounds 3] [--folder DIR]
+
+The synthetic Llama of benchmarks.llama is quantized with each data-free recipe and validated: headers, values, and
+fidelity to its source. sha256sum (one process, the checkpoint's files) and quantizing the same model alternate with it,
+each in a process of its own. Inside time is the call alone, with the architecture record present; rates are bytes of the
+checkpoint for values, of the source for fidelity and quantizing. Printed are medians and ratios within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.llama import make_llama
+
+RECIPES = ("fp8-dynamic", "fp8-block", "autofp8-dynamic")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=None, help="where the model and the checkpoints go")
+    parser.add_argument("--child", nargs=4, metavar=("WHAT", "RECIPE", "SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.child:
+        _child(*options.child)
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        source = make_llama(Path(scratch) / "source", options.layers)
+        _measure(source, Path(scratch), options.rounds)
+
+
+def _measure(source: Path, scratch: Path, rounds: int) -> None:
+    source_bytes = _bytes_of(source)
+    print(f"source {source_bytes / 1e9:.2f} GB, {os.cpu_count()} cores, {rounds} rounds after a warm-up, medians")
+    print(f"{'':<16} {'headers':>8} {'sha256sum':>10} {'values':>14} {'values /':>10} {'quantize':>10} {'fidelity':>14} "
+          f"{'fidelity /':>11} {'peak MB':>8}")  # fmt: skip
+    print(f"{'recipe':<16} {'s':>8} {'GB/s':>10} {'s':>6} {'GB/s':>7} {'sha256sum':>10} {'GB/s':>10} {'s':>6} {'GB/s':>7} "
+          f"{'quantize':>11} {'fidelity':>8}")  # fmt: skip
+    for recipe in RECIPES:
+        output = scratch / recipe
+        _run("quantize", recipe, source, output)  # warm-up: page cache, architecture record
+        runs: list[dict[str, dict[str, Any]]] = []
+        for number in range(rounds):
+            again = scratch / f"{recipe}-{number}"
+            runs.append({what: _run(what, recipe, source, output) for what in ("headers", "values", "fidelity", "sha")})
+            runs[-1]["quantize"] = _run("quantize", recipe, source, again)
+            subprocess.run(["rm", "-r", str(again)], check=True)
+        _print_row(recipe, runs, _bytes_of(output), source_bytes)
+
+
+def _print_row(recipe: str, runs: list[dict[str, dict[str, Any]]], output_bytes: int, source_bytes: int) -> None:
+    def seconds(what: str) -> float:
+        return statistics.median(run[what]["inside"] for run in runs)
+
+    values = statistics.median(run["sha"]["inside"] / run["values"]["inside"] for run in runs)
+    fidelity = statistics.median(run["quantize"]["inside"] / run["fidelity"]["inside"] for run in runs)
+    peak = max(run["fidelity"]["peak_mb"] for run in runs)
+    print(
+        f"{recipe:<16} {seconds('headers'):8.3f} {output_bytes / 1e9 / seconds('sha'):10.2f} "
+        f"{seconds('values'):6.2f} {output_bytes / 1e9 / seconds('values'):7.2f} {values:10.2f} "
+        f"{source_bytes / 1e9 / seconds('quantize'):10.2f} {seconds('fidelity'):6.2f} "
+        f"{source_bytes / 1e9 / seconds('fidelity'):7.2f} {fidelity:11.2f} {peak:8.0f}",
+        flush=True,
+    )
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _run(what: str, recipe: str, source: Path, output: Path) -> dict[str, Any]:
+    """One child process."""
+    command = [sys.executable, "-m", "benchmarks.validate", "--child", what, recipe, str(source), str(output)]
+    answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def _child(what: str, recipe: str, source: str, output: str) -> None:
+    inside = {"sha": _sha256sum, "quantize": _quantize}.get(what, _validate)
+    seconds = inside(what, recipe, source, Path(output))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    print(json.dumps({"inside": seconds, "peak_mb": peak}))
+
+
+def _sha256sum(what: str, recipe: str, source: str, output: Path) -> float:
+    began = time.perf_counter()
+    files = sorted(str(path) for path in output.glob("*.safetensors"))
+    subprocess.run(["sha256sum", *files], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def _quantize(what: str, recipe: str, source: str, output: Path) -> float:
+    """Plan to fsynced checkpoint; imports are not counted."""
+    import torch  # noqa: F401
+
+    from fp8pipe import stages
+    from fp8pipe.config import load_recipe
+    from fp8pipe.quantize import quantize, run  # noqa: F401
+
+    snapshot = stages.pin(source)
+    began = time.perf_counter()
+    plan = stages.plan_snapshot(snapshot, load_recipe(recipe))
+    quantize(snapshot, plan, output)
+    return time.perf_counter() - began
+
+
+def _validate(what: str, recipe: str, source: str, output: Path) -> float:
+    """Imports are not counted; the report must be without an error."""
+    import compressed_tensors.quantization  # noqa: F401
+
+    from fp8pipe import stages
+    from fp8pipe.architecture import inspect
+    from fp8pipe.validate import all_checks, validate
+
+    all_checks()
+    snapshot = stages.pin(source) if what == "fidelity" else None
+    if snapshot is not None:
+        inspect(snapshot)
+    depth = "fidelity" if what == "fidelity" else "values" if what == "values" else "headers"
+    began = time.perf_counter()
+    report = validate(output, source=snapshot, depth=depth)
+    seconds = time.perf_counter() - began
+    assert report.sound, [finding.sentence() for finding in report.errors]
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
