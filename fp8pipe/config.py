@@ -157,6 +157,8 @@ class Recipe(Config):
             raise ValueError("checkpoint_format fp8 has one KV scale per layer: set kv_cache.strategy: tensor")
         if weights.strategy == "block" and acts is not None and acts.mode == "static":
             raise ValueError("block weights take dynamic activations: vLLM has no kernel for block with static")
+        if weights.strategy == "block" and acts is None:
+            raise ValueError("block weights need dynamic activations: vLLM's loader asserts on block weights alone")
         if acts is not None and acts.strategy == "group" and weights.strategy != "block":
             raise ValueError("activations per group of 128 go with block weights")
         return self

@@ -60,6 +60,7 @@ def test_unknown_name_lists_what_there_is():
         "name: x\nweights: {strategy: channel}\ncheckpoint_format: fp8\n",
         "name: x\nactivations: {mode: static, strategy: token}\n",
         "name: x\nweights: {strategy: block}\nactivations: {mode: static, strategy: tensor}\n",
+        "name: x\nweights: {strategy: block}\nactivations: null\n",
         "name: x\nweights: {strategy: tensor}\nactivations: {mode: dynamic, strategy: group}\n",
         "name: x\nkv_cache: {strategy: head}\nweights: {strategy: tensor}\ncheckpoint_format: fp8\n",
     ],
