@@ -95,6 +95,8 @@ def test_attention_layers_with_their_heads(model_folder: Models) -> None:
     opt = architecture_of(model_folder("opt"))
     assert [layer.name for layer in opt.attention] == [f"model.decoder.layers.{i}.self_attn" for i in (0, 1)]
     assert all(layer.mla for layer in architecture_of(model_folder("deepseek-v2")).attention)
+    neox = architecture_of(model_folder("gpt-neox"))  # calls its cache layer_past
+    assert [layer.name for layer in neox.attention] == [f"gpt_neox.layers.{i}.attention" for i in (0, 1)]
 
 
 def test_tied_embeddings_are_known(model_folder: Models) -> None:

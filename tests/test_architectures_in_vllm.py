@@ -7,11 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_models import architecture_of, make_model, plan_of, recipe
 
 from benchmarks.architectures.cells import LIMIT, Cell, make_cells, shipped_recipes
 from benchmarks.architectures.models import MODELS
 from benchmarks.architectures.reference import relative_error
 from benchmarks.architectures.table import table
+from fp8pipe.quantize import quantize
+from fp8pipe.source import resolve
+from fp8pipe.validate import validate
 
 SERVED = {
     ("Llama, tied", "fp8-static-kv"): "dense, one embedding for both ends, FP8 KV cache",
@@ -65,6 +69,12 @@ def test_no_cell_of_the_table_is_blank():
     assert "[1] `ValueError: no kernel`" in text
     assert "| B | not served | FAILED: logits differ by 0.30 | (not made yet) |" in text
     assert not re.search(r"\|[ \t]*\|", text)
+
+
+def test_an_output_head_of_another_name_is_a_head(tmp_path: Path):
+    source = resolve(str(make_model(tmp_path / "source", "gpt-neox")))
+    quantize(source, plan_of(source.path, recipe("fp8-dynamic")), tmp_path / "out")
+    assert validate(tmp_path / "out", source=source, architecture=architecture_of(source.path)).errors == ()
 
 
 def test_every_row_of_the_page_is_an_architecture_that_can_be_made_again():

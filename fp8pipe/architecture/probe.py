@@ -308,7 +308,7 @@ def _has_cache(module: nn.Module) -> bool:
     if getattr(module, "layer_idx", None) is None or getattr(module, "is_kv_shared_layer", False):
         return False
     names = inspect.signature(module.forward).parameters
-    return "past_key_values" in names or "past_key_value" in names
+    return not names.keys().isdisjoint(("past_key_values", "past_key_value", "layer_past"))
 
 
 def _with_groups(roles: dict[str, TensorRole]) -> dict[str, TensorRole]:
