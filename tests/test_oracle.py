@@ -75,6 +75,14 @@ def test_a_constant_has_no_origin_and_new_storage_has_its_own():
     ]
 
 
+def test_a_place_with_memory_is_followed_as_well():
+    place = torch.zeros(4)
+    follower = Follower({"norm": place})
+    with follower:
+        place[:2].copy_(follower.stand_in("w", (2,), torch.bfloat16))
+    assert [(write.region.box, {o.tensor for o in write.origins}) for write in follower.writes] == [(((0, 2),), {"w"})]
+
+
 def test_views_are_boxes_also_when_reshaped():
     whole = on_meta(2, 12)
     assert region_of(whole.view(2, 4, 3)[1], (2, 12)).box == ((1, 2), (0, 12))

@@ -13,7 +13,6 @@ import contextlib
 import json
 import math
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -53,7 +52,9 @@ def main() -> None:
     prepare_process()
     requests = [json.loads(line) for line in sys.stdin]
     _offer_stand_in_kernels()
-    with Path(sys.argv[1]).open("w") as answers:
+    path = Path(sys.argv[1])
+    _enter_world(path.with_name("store"))
+    with path.open("w") as answers:
         for request in requests:
             answers.write(json.dumps(_examine(Path(request["folder"]), request["tensors"])) + "\n")
             answers.flush()
@@ -114,7 +115,6 @@ def _built(folder: Path) -> Iterator[nn.Module]:
     arguments = EngineArgs(model=str(folder), load_format="dummy", enforce_eager=True, skip_tokenizer_init=True)
     config = arguments.create_engine_config()
     with set_current_vllm_config(config):
-        _enter_world()
         initialize_model_parallel(1)  # anew for each model: experts have a group of their own
         try:
             with torch.device("meta"), set_default_torch_dtype(config.model_config.dtype):
@@ -124,12 +124,12 @@ def _built(folder: Path) -> Iterator[nn.Module]:
             destroy_model_parallel()
 
 
-def _enter_world() -> None:
-    import torch
+def _enter_world(store: Path) -> None:
+    """The distributed environment that every vLLM model asks for; `store` is a file that it makes."""
+    from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment
 
-    if not torch.distributed.is_initialized():
-        store = Path(tempfile.mkdtemp(prefix="fp8pipe-")) / "store"
+    with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
 
 
@@ -158,7 +158,8 @@ def follow_loader(model: nn.Module, tensors: Mapping[str, tuple[str, list[int]]]
     while True:
         places = dict(model.named_buffers()) | dict(model.named_parameters())
         follower, drawn = Follower(places), [""]
-        remaining = {name: tensors[name] for name in tensors if name not in {row[1] for row in refused}}
+        blamed = {row[1] for row in refused}
+        remaining = {name: entry for name, entry in tensors.items() if name not in blamed}
         try:
             with follower:
                 model.load_weights(_stand_ins(follower, remaining, drawn))  # type: ignore[operator] # every vLLM model has it
