@@ -2,7 +2,7 @@
 
     python -m benchmarks.architectures [--model NAME]... [--recipe NAME]... [--again] [--work DIR] [--output FILE]
 
-What is there from an earlier run is kept; a cell is made again when its checkpoint, the libraries or the CPU platform's
+What is there from an earlier run is kept; a cell is made again when its plan, the libraries or the CPU platform's
 kernels have changed, or with --again. The table is written when no cell is missing. Exit status 1 when a cell failed.
 """
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.architectures import models
-from benchmarks.architectures.cells import ROOT, Cell, cell_key, cell_path, make_cells, shipped_recipes
+from benchmarks.architectures.cells import ROOT, Cell, known_cell, make_cells, shipped_recipes
 from benchmarks.architectures.table import table
 from fp8pipe.config import Recipe
 
@@ -30,7 +30,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     recipes = shipped_recipes(options.work)
     cells = {
-        (model, recipe.name): (recipe, _known(options.work, model, recipe))
+        (model, recipe.name): (recipe, known_cell(options.work, model, recipe))
         for model in models.MODELS
         for recipe in recipes
     }
@@ -44,11 +44,6 @@ def main() -> None:
     made = {(cell.model, cell.recipe): cell for cell in make_cells(wanted, options.work, _tell)}
     found = {place: made.get(place, known) for place, (_, known) in cells.items()}
     _finish([cell for cell in found.values() if cell is not None], len(found), recipes, options.output)
-
-
-def _known(work: Path, model: str, recipe: Recipe) -> Cell | None:
-    cell = Cell.load_if_present(cell_path(work, model, recipe.name))
-    return cell if cell is not None and cell.key == cell_key(model, recipe) else None
 
 
 def _finish(cells: list[Cell], expected: int, recipes: list[Recipe], output: Path) -> None:

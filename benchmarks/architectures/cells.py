@@ -23,7 +23,6 @@ from benchmarks.architectures import models
 from benchmarks.architectures.answers import load_answers, save_answers
 from benchmarks.architectures.reference import PROMPTS, Reference, reference, relative_error
 from fp8pipe import stages
-from fp8pipe.architecture import PROBE_VERSION
 from fp8pipe.config import CalibrationSpec, Recipe, load_recipe
 from fp8pipe.errors import InputError
 from fp8pipe.evaluate.environment import library_versions
@@ -90,11 +89,20 @@ def cell_path(work: Path, model: str, recipe_name: str) -> Path:
     return work / "cells" / _slug(model) / f"{recipe_name}.json"
 
 
-def cell_key(model: str, recipe: Recipe) -> str:
-    """Digest of model, recipe, versions and the CPU platform's kernels."""
+def known_cell(work: Path, model: str, recipe: Recipe) -> Cell | None:
+    """The cell of an earlier run, when the checkpoint planned today, the libraries and the kernels are the same."""
+    cell = Cell.load_if_present(cell_path(work, model, recipe.name))
+    if cell is None or not (_model_root(work, model) / "telling").exists():
+        return None
+    return cell if cell.key == _key(model, recipe, _plan_or_refusal(source_model(model, work)[0], recipe)) else None
+
+
+def _key(model: str, recipe: Recipe, plan: Plan | str) -> str:
+    """Digest of model, recipe, plan (or why there is none), versions and the CPU platform's kernels."""
+    planned = plan if isinstance(plan, str) else [plan.quantization_config, *(str(output) for output in plan.outputs)]
     kernels = [path.read_text() for path in sorted((ROOT / "fp8pipe" / "evaluate" / "cpu").glob("*.py"))]
-    parts = [models.model_key(model), recipe.identity(), ENGINE_VERSION, PROBE_VERSION, CHECK_VERSION]
-    return digest_of([*parts, library_versions(), kernels])
+    versions = [ENGINE_VERSION, CHECK_VERSION, library_versions()]
+    return digest_of([models.model_key(model), recipe.identity(), planned, versions, kernels])
 
 
 def shipped_recipes(work: Path) -> list[Recipe]:
@@ -137,13 +145,16 @@ def _kept(cell: Cell, work: Path) -> Cell:
 
 def _make(model: str, recipe: Recipe, work: Path) -> Candidate | Cell:
     """Quantize and validate; a finished Cell when that already decides it."""
-    cell = Cell(model=model, recipe=recipe.name, key=cell_key(model, recipe), verdict="failed")
     source, told = source_model(model, work)
+    plan = _plan_or_refusal(source, recipe)
+    cell = Cell(model=model, recipe=recipe.name, key=_key(model, recipe, plan), verdict="failed")
+    if isinstance(plan, str):
+        return cell.model_copy(update={"message": f"refused by fp8pipe: {plan}"})
     folder = work / "checkpoints" / f"{_slug(model)}-{recipe.name}"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(folder.with_name(f"{folder.name}-doubled"), ignore_errors=True)
     try:
-        plan = _quantize(source, recipe, folder, work)
+        _quantize(source, recipe, plan, folder, work)
     except InputError as error:
         return cell.model_copy(update={"message": f"refused by fp8pipe: {error}"})
     report = stages.validate_model(str(folder), source=str(source))
@@ -163,7 +174,7 @@ def _make(model: str, recipe: Recipe, work: Path) -> Candidate | Cell:
 
 def source_model(model: str, work: Path) -> tuple[Path, Reference]:
     """The checkpoint and what transformers says of it, made once."""
-    root = work / "models" / f"{_slug(model)}-{models.model_key(model)[:12]}"
+    root = _model_root(work, model)
     folder, answers, telling = root / "source", root / "reference.npz", root / "telling"
     if not telling.exists():
         shutil.rmtree(root, ignore_errors=True)
@@ -175,15 +186,24 @@ def source_model(model: str, work: Path) -> tuple[Path, Reference]:
     return folder, Reference(logits, experts, tuple(telling.read_text().splitlines()))
 
 
-def _quantize(source: Path, recipe: Recipe, folder: Path, work: Path) -> Plan:
+def _model_root(work: Path, model: str) -> Path:
+    return work / "models" / f"{_slug(model)}-{models.model_key(model)[:12]}"
+
+
+def _plan_or_refusal(source: Path, recipe: Recipe) -> Plan | str:
+    try:
+        return stages.plan_snapshot(stages.pin(str(source)), recipe)
+    except InputError as error:
+        return str(error)
+
+
+def _quantize(source: Path, recipe: Recipe, plan: Plan, folder: Path, work: Path) -> None:
     snapshot = stages.pin(str(source))
-    plan = stages.plan_snapshot(snapshot, recipe)
     calibration = None
     if recipe.needs_calibration:
         workspace = Workspace(work)
         calibration = stages.calibrate_snapshot(snapshot, plan, recipe, workspace, device="cpu")
     stages.quantize_snapshot(snapshot, plan, folder, calibration=calibration)
-    return plan
 
 
 def _with_doubled_scales(folder: Path, plan: Plan, pattern: str) -> Path:

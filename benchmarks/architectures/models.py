@@ -16,7 +16,7 @@ from fp8pipe.records import digest_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-VOCABULARY = 128
+VOCABULARY = 288
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -128,13 +128,13 @@ def _fill(name: str, parameter: Tensor, is_embedding: bool, generator: Any) -> N
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """One word per token id: `t5 t17`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """One token per byte: what transformers rebuilds for some architectures from the vocabulary alone is the same."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"t{i}": i for i in range(4, VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = ["<pad>", "<s>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
@@ -148,6 +148,7 @@ def sequences(count: int, length: int, seed: int) -> list[list[int]]:
 
 
 def write_calibration(path: Path) -> Path:
-    """Text rows whose tokens are other than the prompts'."""
-    path.write_text("".join(" ".join(f"t{i}" for i in row) + "\n" for row in sequences(CALIBRATION_ROWS, 32, seed=1)))
+    """Rows of random letters."""
+    rows = sequences(CALIBRATION_ROWS, 32, seed=1)
+    path.write_text("".join("".join(chr(ord("!") + token % 94) for token in row) + "\n" for row in rows))
     return path
