@@ -616,19 +616,58 @@ def test_progress_ends_with_all_bytes_and_tensors(model_folder: Models, tmp_path
 # ---------------------------------------------------------------------------------------------- kill -9
 
 WRITER = """
-import sys
+import os, sys, traceback
 from pathlib import Path
 from fp8pipe.plan import Plan
 from fp8pipe.quantize import quantize
 from fp8pipe.records import Snapshot
 from fp8pipe.calibrate import Calibration
 import fp8pipe.quantize.run
-folder = Path(sys.argv[1])
-snapshot, plan = Snapshot.load(folder / "snapshot.json"), Plan.load(folder / "plan.json")
-calibration = Calibration.load_if_present(folder / "calibration.json")
-print("ready", flush=True)
-quantize(snapshot, plan, folder / "out", calibration=calibration, threads=2)
+
+def write():
+    folder = Path(sys.argv[1])
+    snapshot, plan = Snapshot.load(folder / "snapshot.json"), Plan.load(folder / "plan.json")
+    calibration = Calibration.load_if_present(folder / "calibration.json")
+    quantize(snapshot, plan, folder / "out", calibration=calibration, threads=2)
+
+while sys.stdin.readline():
+    child = os.fork()  # a process of its own for every run, without the seconds that the imports take
+    if child == 0:
+        try:
+            write()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    print(child, flush=True)
+    sys.stdin.readline()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+class Writers:
+    """Runs of the engine over one folder, each in a process of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-c", WRITER, str(folder)]
+        self._parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, kill_after_s: float | None = None) -> int:
+        """Exit code of one run, killed after so many seconds or not at all."""
+        child = self._ask()
+        if kill_after_s is not None:
+            time.sleep(kill_after_s)
+            os.kill(child, signal.SIGKILL)  # its parent has not waited for it yet: the id is still its own
+        return self._ask()
+
+    def _ask(self) -> int:
+        assert self._parent.stdin is not None and self._parent.stdout is not None
+        self._parent.stdin.write("\n")
+        self._parent.stdin.flush()
+        return int(self._parent.stdout.readline())
+
+    def close(self) -> None:
+        self._parent.communicate()
 
 
 def kill_at_random(tmp_path: Path, source: Path, wanted: Recipe, kills: int, seed: int) -> None:
@@ -641,24 +680,20 @@ def kill_at_random(tmp_path: Path, source: Path, wanted: Recipe, kills: int, see
         calibration_for(plan).save(tmp_path / "calibration.json")
     dice = random.Random(seed)
     done: set[str] = set()
-    killed = 0
-    while killed < kills:
-        child = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        assert child.stdout is not None and child.stdout.readline() == "ready\n"
-        time.sleep(dice.uniform(0, duration))
-        child.send_signal(signal.SIGKILL)
-        finished = child.wait() == 0
-        child.stdout.close()
-        killed += 1
-        before, done = done, journalled(tmp_path / "out")
-        if finished or (tmp_path / "out" / "fp8pipe" / "checkpoint.json").exists():
-            shutil.rmtree(tmp_path / "out")  # it was faster than the kill: start over
+    out, writers = tmp_path / "out", Writers(tmp_path)
+    for _ in range(kills):
+        code = writers.run(kill_after_s=dice.uniform(0, duration))
+        assert code in {0, -signal.SIGKILL}
+        before, done = done, journalled(out)
+        if code == 0 or (out / "fp8pipe" / "checkpoint.json").exists():
+            shutil.rmtree(out)  # it was faster than the kill: start over
             done = set()
             continue
         assert before <= done
-        assert not (tmp_path / "out" / "config.json").exists() or len(done) == len(plan.tensors)
-    subprocess.run([sys.executable, "-c", WRITER, str(tmp_path)], check=True, capture_output=True)
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "undisturbed")
+        assert not (out / "config.json").exists() or len(done) == len(plan.tensors)
+    assert writers.run() == 0
+    writers.close()
+    assert bytes_of(out) == bytes_of(tmp_path / "undisturbed")
 
 
 def journalled(out: Path) -> set[str]:
