@@ -1,9 +1,13 @@
 """One contender of the calibration benchmark in a process of its own, run by the interpreter of its environment.
 
-    python -m benchmarks.calibrate_contender ours     SOURCE DATA OUTPUT    calibrate, quantize and save
-    python -m benchmarks.calibrate_contender datafree SOURCE DATA OUTPUT    the same weights without calibration
-    python -m benchmarks.calibrate_contender floor    SOURCE DATA OUTPUT    the decoder's plain forward, and nothing else
-    python -m benchmarks.calibrate_contender peer     SOURCE DATA OUTPUT    llm-compressor's oneshot, FP8 static with FP8 KV
+    python -m benchmarks.calibrate_contender WHAT SOURCE DATA OUTPUT
+
+    ours       calibrate, quantize and save
+    datafree   the same weights without calibration
+    floor      the decoder's plain forward, and nothing else
+    peer       llm-compressor's oneshot, FP8 static with FP8 KV
+    scales     the same with static_minmax and without propagated error, traced layer by layer (pipeline sequential);
+               prints the scales of activations and cache. untraced: by one plain pass (pipeline basic)
 
 DATA is a .jsonl of texts, every one a sample. `inside` is seconds without imports and without reading the data;
 `peak_mb` the process's largest resident set. Nothing is imported before its contender needs it."""
@@ -30,6 +34,10 @@ def main() -> None:
         "floor": floor,
         "peer": peer,
     }
+    if what in {"scales", "untraced"}:
+        source, data, output = map(Path, paths)
+        print(json.dumps(scales(source, data, output, pipeline="sequential" if what == "scales" else "basic")))
+        return
     inside = contenders[what](*map(Path, paths))
     print(json.dumps({"inside": inside, "peak_mb": peak_mb()}))
 
@@ -114,6 +122,20 @@ def oneshot_on(source: Path, token_ids: list[list[int]], output: Path | None, **
             output_dir=str(output),
             **changes,
         )
+
+
+def scales(source: Path, data: Path, output: Path, *, pipeline: str) -> dict[str, float]:
+    """input_scale, k_scale and v_scale of the peer's checkpoint, by name on disk."""
+    from safetensors.torch import load_file
+
+    settings = {"pipeline": pipeline, "propagate_error": False, "moe_calibrate_all_experts": False}
+    oneshot_on(source, _token_ids(source, data), output, **settings)
+    found = {}
+    for path in output.glob("*.safetensors"):
+        for name, values in load_file(path).items():
+            if name.endswith((".input_scale", ".k_scale", ".v_scale")):
+                found[name] = float(values)
+    return found
 
 
 def _texts(data: Path) -> list[str]:

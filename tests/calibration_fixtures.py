@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from fp8pipe.architecture import Architecture, probe
 from fp8pipe.calibrate import Calibration, calibrate
 from fp8pipe.checkpoint import read_headers
-from fp8pipe.config import ActivationScheme, CalibrationSpec, KVCacheScheme, Recipe
+from fp8pipe.config import ActivationScheme, CalibrationSpec, KVCacheScheme, Recipe, WeightScheme
 from fp8pipe.plan import Plan, make_plan
 from fp8pipe.progress import quiet
 from fp8pipe.records import Snapshot
@@ -89,6 +89,15 @@ STATIC_KV = Recipe(
     kv_cache=KVCacheScheme(strategy="head"),
     calibration=CalibrationSpec(dataset="unset.jsonl", num_samples=5, max_seq_len=32),
 )
+
+PEER_RECIPE = STATIC_KV.model_copy(
+    update={
+        "weights": WeightScheme(strategy="tensor"),
+        "kv_cache": KVCacheScheme(),
+        "calibration": STATIC_KV.calibration.model_copy(update={"max_seq_len": 64, "min_expert_tokens": 0}),
+    }
+)
+"""What llm-compressor does when it is told to keep running maxima and to show experts their own tokens only."""
 
 
 # ---------------------------------------------------------------------------------------------- models and data

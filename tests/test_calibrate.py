@@ -676,9 +676,9 @@ def test_less_is_run_at_once_when_memory_runs_out(wide: Path, tmp_path: Path) ->
         tmp_path / "data.jsonl", [{"text": f"sample {index:02} of equal length"} for index in range(40)]
     )
     recipe = with_data(STATIC_KV, data, num_samples=40, max_seq_len=256)
-    answer = with_little_memory(wide, data, tmp_path / "little", 600, 40)
+    answer = with_little_memory(wide, data, tmp_path / "little", 330, 40)
     assert answer.returncode == 0, answer.stderr
-    assert "ran out of memory with 40 samples in a pass" in answer.stderr
+    assert "ran out of memory with 20 samples in a pass" in answer.stderr
     assert "trying again with at most" in answer.stderr
     found = Calibration.load(tmp_path / "little" / "calibration.json")
     assert found.inputs == pytest.approx(run_calibration(wide, recipe, tmp_path / "much").inputs, rel=CLOSE)

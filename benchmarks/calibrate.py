@@ -1,0 +1,221 @@
+"""Calibrating against llm-compressor's oneshot and against the plain forward pass, alternating on one machine.
+
+    python -m benchmarks.calibrate [--rounds 3] [--folder DIR] [--page FILE] [--no-peer] [--quick] [--data 16x256]
+    python -m benchmarks.calibrate --compare-scales [--fixtures DIR]
+    python -m benchmarks.calibrate --through-weights MODEL TEXTS
+
+Source: the synthetic Llama of benchmarks.quantize, with 16 samples of 256 tokens and 64 of 512. Every contender is a
+process of its own; one round runs all of them once, and a ratio is taken within its round.
+
+ours       calibrate, quantize and save: fp8-static-kv
+datafree   the same weights without calibration
+floor      the decoder's plain forward over the same tokens, one sample at a time, all weights in memory, no lm_head
+peer       oneshot FP8 static with an FP8 KV cache and its save, in its own environment (benchmarks/peer.txt)
+
+--compare-scales runs oneshot (static_minmax, propagate_error=False) and fp8pipe on tiny models of the same samples and
+prints the largest relative difference of their scales; --fixtures writes the peer's scales for the tests.
+--through-weights asks whether ranges should be found through FP8 weights (recipe option quantized_weights)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import peer
+from benchmarks.page import machine, put, table
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+DATA = {"16x256": (16, 256), "64x512": (64, 512)}
+QUICK = (4, 64)
+
+Timing = Mapping[str, float]
+"""whole, inside (seconds) and peak_mb of one process."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=None, help="where the models and the outputs go")
+    parser.add_argument("--page", type=Path, default=None, help=f"page to put the tables on, as {PAGE.name}")
+    parser.add_argument("--no-peer", action="store_true", help="leave out llm-compressor")
+    parser.add_argument("--data", action="append", choices=DATA, help="only these samples")
+    parser.add_argument("--quick", action="store_true", help="a model of 20 MB: the command, not the figures")
+    parser.add_argument("--compare-scales", action="store_true", help="scales of tiny models beside the peer's")
+    parser.add_argument("--fixtures", type=Path, default=None, help="with --compare-scales: where the peer's scales go")
+    parser.add_argument("--through-weights", nargs=2, type=Path, metavar=("MODEL", "TEXTS"))
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="fp8pipe-bench-") as scratch:
+        if options.compare_scales:
+            from benchmarks.calibrate_scales import compare
+
+            print(compare(Path(scratch), options.fixtures))
+        elif options.through_weights:
+            from benchmarks.calibrate_scales import through_weights
+
+            model, texts = options.through_weights
+            print(through_weights(model, texts, Path(scratch)))
+        else:
+            _measure(Path(scratch), options)
+
+
+def _measure(scratch: Path, options: Any) -> None:
+    arena = Arena(scratch, None if options.no_peer else peer.interpreter(), quick=options.quick)
+    wanted = {title: size for title, size in DATA.items() if title in (options.data or DATA)}
+    rounds = {
+        title: arena.rounds(*(QUICK if options.quick else size), options.rounds) for title, size in wanted.items()
+    }
+    doubled = {title: arena.doubled(*(QUICK if options.quick else size)) for title, size in wanted.items()}
+    section = report(rounds, doubled, options.rounds)
+    print(section)
+    if options.page is not None:
+        put(options.page, "Calibrating", section)
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+class Arena:
+    """The model and the samples on disk, and the processes that are run on them."""
+
+    def __init__(self, folder: Path, peer_python: Path | None, *, quick: bool) -> None:
+        self._folder, self._peer_python, self._quick = folder, peer_python, quick
+        self._layers = 2 if quick else 16
+        self._source = self._make_llama(self._layers)
+
+    def rounds(self, samples: int, tokens: int, count: int) -> list[dict[str, Timing]]:
+        """`count` rounds after a warm-up that fills the page cache and the architecture record."""
+        data = self._make_data(samples, tokens)
+        self._contend("datafree", self._source, data)
+        contenders = ("ours", "floor", "datafree", *(("peer",) if self._peer_python else ()))
+        found = []
+        for number in range(1, count + 1):
+            found.append({what: self._contend(what, self._source, data) for what in contenders})
+            print(f"{samples} x {tokens}: round {number} of {count}", file=sys.stderr, flush=True)
+        return found
+
+    def doubled(self, samples: int, tokens: int) -> float:
+        """Peak MB with twice the layers."""
+        source = self._make_llama(2 * self._layers)
+        return self._contend("ours", source, self._make_data(samples, tokens))["peak_mb"]
+
+    def _contend(self, what: str, source: Path, data: Path) -> Timing:
+        python = self._peer_python if what == "peer" else sys.executable
+        with tempfile.TemporaryDirectory(dir=self._folder) as output:
+            command = [
+                str(python),
+                "-m",
+                "benchmarks.calibrate_contender",
+                what,
+                str(source),
+                str(data),
+                f"{output}/out",
+            ]
+            began = time.perf_counter()
+            own = os.environ | {"FP8PIPE_CACHE": str(self._folder / "cache")}
+            answer = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
+            whole = time.perf_counter() - began
+        if answer.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{answer.stderr[-3000:]}")
+        os.sync()
+        return json.loads(answer.stdout.splitlines()[-1]) | {"whole": whole}
+
+    def _make_llama(self, layers: int) -> Path:
+        source = self._folder / f"llama-{layers}"
+        if not source.exists():
+            tiny = ["--tiny"] if self._quick else []
+            subprocess.run([sys.executable, "-m", "benchmarks.llama", "llama", source, str(layers), *tiny], check=True)
+            write_tokenizer(source)
+        return source
+
+    def _make_data(self, samples: int, tokens: int) -> Path:
+        """Random letters: one token each under the tokenizer of bytes."""
+        letters, path = random.Random(0), self._folder / f"{samples}x{tokens}.jsonl"
+        rows = ("".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=tokens)) for _ in range(samples))
+        path.write_text("\n".join(json.dumps({"text": row}) for row in rows))
+        return path
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of single bytes, so that a text has as many tokens as letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------- telling
+
+
+def report(rounds: Mapping[str, Sequence[Mapping[str, Timing]]], doubled: Mapping[str, float], count: int) -> str:
+    """The figures as Markdown: seconds, ratios and memory beside what issue C asks."""
+    intro = (
+        f"Llama of 16 layers, hidden 2048, ffn 8192, bf16; fp8-static-kv. {machine()}. {count} rounds; medians, "
+        "smallest to largest in brackets; a ratio is taken within its round. Made by "
+        "`python -m benchmarks.calibrate`.\n"
+    )
+    return "\n".join((intro, _seconds(rounds), _ratios(rounds), _memory(rounds, doubled)))
+
+
+def _seconds(rounds: Mapping[str, Sequence[Mapping[str, Timing]]]) -> str:
+    columns = [
+        (title, what, field)
+        for title, what, field in (
+            ("floor", "floor", "inside"),
+            ("data-free", "datafree", "inside"),
+            ("fp8pipe inside", "ours", "inside"),
+            ("peer inside", "peer", "inside"),
+            ("fp8pipe whole", "ours", "whole"),
+            ("peer whole", "peer", "whole"),
+        )
+        if all(what in one for found in rounds.values() for one in found)
+    ]
+    rows = [
+        [title, *(_spread([one[what][field] for one in found]) for _, what, field in columns)]
+        for title, found in rounds.items()
+    ]
+    return table(["seconds", *(title for title, _, _ in columns)], rows)
+
+
+def _ratios(rounds: Mapping[str, Sequence[Mapping[str, Timing]]]) -> str:
+    rows = []
+    for title, found in rounds.items():
+        over = [one["ours"]["inside"] / (one["floor"]["inside"] + one["datafree"]["inside"]) for one in found]
+        rows.append([title, "inside / (floor + data-free)", _spread(over), "at most 1.25"])
+        if all("peer" in one for one in found):
+            for field, asked in (("inside", "at least 1.7"), ("whole", "at least 1.3")):
+                ratios = [one["peer"][field] / one["ours"][field] for one in found]
+                rows.append([title, f"peer {field} / {field}", _spread(ratios), asked])
+    return table(["samples", "ratio", "measured", "asked"], rows)
+
+
+def _memory(rounds: Mapping[str, Sequence[Mapping[str, Timing]]], doubled: Mapping[str, float]) -> str:
+    rows = []
+    for title, found in rounds.items():
+        samples, tokens = DATA[title]
+        flying = samples * tokens * 2048 * 2 / 1e6
+        base = max(one["ours"]["peak_mb"] for one in found)
+        theirs = f"{max(one['peer']['peak_mb'] for one in found):.0f}" if "peer" in found[0] else ""
+        rows.append([title, f"{base:.0f}", f"{doubled[title]:.0f}", f"{1200 + flying:.0f}", theirs])
+    return table(["peak MB", "model", "twice the layers", "at most", "peer"], rows)
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+if __name__ == "__main__":
+    main()
