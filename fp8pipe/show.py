@@ -215,7 +215,8 @@ def eval_plan_sheet(plan: EvalPlan) -> Sheet:
     )
     notes = (
         f"power: chance that a candidate without any true drop is accepted; {100 * plan.power:g} % is asked for",
-        f"alpha {plan.alpha:g} over {len(plan.looks)} look(s) and {plan.attempts} attempt(s): {plan.alpha_spent:.3g} each",
+        f"alpha {plan.alpha:g} over {len(plan.looks)} look(s) and {plan.attempts} attempt(s): "
+        f"{plan.alpha_spent:.3g} each",
     )
     columns = ("task", "samples", "differing, %", "margin", "power, %", "samples needed", "margin resolved", "resolved")
     title = f"Policy {plan.policy} on suite {plan.suite}"

@@ -7,6 +7,7 @@ the facts lie in it at random places, among others of the same form. The same do
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -15,11 +16,16 @@ from datasets import Dataset
 
 Doc = dict[str, Any]  # Any: question, answer and facts about a document
 
-WHO = "farmer baker sailor teacher painter miller hunter doctor singer weaver gardener driver".split()
-DID = "carried counted washed watched painted lifted bought found moved cleaned opened followed".split()
-WHAT = "basket ladder barrel lantern blanket bucket window bottle hammer kettle wheel saddle".split()
-WHERE = "river market forest harbour meadow village mountain garden station bridge cellar tower".split()
-WHEN = "morning evening autumn winter harvest holiday storm festival summer spring night afternoon".split()
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+WHO = _words("farmer baker sailor teacher painter miller hunter doctor singer weaver gardener driver")
+DID = _words("carried counted washed watched painted lifted bought found moved cleaned opened followed")
+WHAT = _words("basket ladder barrel lantern blanket bucket window bottle hammer kettle wheel saddle")
+WHERE = _words("river market forest harbour meadow village mountain garden station bridge cellar tower")
+WHEN = _words("morning evening autumn winter harvest holiday storm festival summer spring night afternoon")
 
 CHAINS = 8
 """Chains of rooms in a prompt; one is asked for."""
@@ -67,7 +73,7 @@ def _hops(draw: random.Random, words: int) -> Doc:
 
 
 def _facts(chain: Sequence[str], number: str) -> list[str]:
-    ways = [f"Room {here} leads to room {there}." for here, there in zip(chain, chain[1:], strict=False)]
+    ways = [f"Room {here} leads to room {there}." for here, there in itertools.pairwise(chain)]
     return [*ways, f"Room {chain[-1]} keeps the number {number}."]
 
 
