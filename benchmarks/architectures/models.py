@@ -119,7 +119,9 @@ def _fill(name: str, parameter: Tensor, is_embedding: bool, generator: Any) -> N
 
     noise = torch.randn(parameter.shape, generator=generator)
     if parameter.dim() < 2:
-        parameter += 0.1 * noise
+        parameter += 0.1 * noise + (
+            1.5 if "post_feedforward" in name else 0.0
+        )  # normalised anew: the MLP must still tell
     elif is_embedding:
         parameter.copy_(0.75 * noise)
     else:
