@@ -11,7 +11,7 @@ engine is not repeated by its judge.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,10 @@ import torch
 from fp8pipe.checkpoint import TensorInfo
 from fp8pipe.validate.scheme import Spec
 from fp8pipe.validate.units import (
+    HALF_UNIT,
     Array,
     amax_of,
+    half_values,
     is_coarse,
     magnitudes,
     nearest,
@@ -35,6 +37,8 @@ from fp8pipe.validate.units import (
 )
 
 KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+PANEL = 1 << 18
+"""Weights in hand at a time: more leave a core's cache, with fewer Python's share of the time grows."""
 KEPT_UNITS = 1
 """Ranges are kept where a weight has one, since fused siblings may share it."""
 
@@ -73,6 +77,7 @@ class Comparison:
         self._tops = torch.zeros(grid, dtype=magnitudes(np.zeros(8, np.uint8), source_dtype).dtype) if keeps else None
         """Largest source magnitude per unit, as integer; of groups none is kept."""
         self._clipped: torch.Tensor | None = None
+        self._held: dict[str, torch.Tensor] = {}
         self.amax = 0.0
         """Of the whole weight."""
         self.most_clipped = 0
@@ -122,37 +127,90 @@ class Comparison:
     def add(self, row: int, codes: torch.Tensor, source: Array, scale: torch.Tensor) -> None:
         """Whole rows from `row` on: codes uint8 [rows, columns], the source's bytes, float32 scales of their units."""
         rows, columns = codes.shape
-        kind = self.spec.format.codes
+        kind = KINDS[self._dtype]
+        weight = torch.from_numpy(source).view(kind).view(rows, columns)
         bits = magnitudes(source, self._dtype).view(rows, columns)
-        weight = torch.from_numpy(source).view(KINDS[self._dtype]).view(rows, columns).float()
-        multiplier = spread(scale, self.spec, rows, columns)
-        scaled = weight / multiplier
-        wanted = nearest(scaled, kind)
-        value = values(codes, kind)
+        tops = unit_tops(bits, self.spec)
+        amax = amax_of(tops, self._dtype)
+        self._note_units(row, rows, tops, amax, scale)
+        sign = 8 if self.spec.format.codes.per_byte == 2 else 0x80
+        self.zero_codes += codes.numel() - int(np.count_nonzero(codes.numpy() & (sign - 1)))
+        self.zero_source += bits.numel() - int(np.count_nonzero(bits.numpy()))
+        is_clipped = bool((amax > scale * self.spec.format.codes.maximum).any())
+        sums = torch.zeros(3, rows, dtype=torch.float64)
+        for left, right, units in self._panels(rows, columns, scale):
+            sums += self._add_panel(row, left, weight[:, left:right], codes[:, left:right], units, is_clipped)
+        self._note_rows(row, sums)
+
+    def _panels(self, rows: int, columns: int, scale: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(left, right, scales) of columns that fit a core's cache, in whole blocks or within the last, narrower one.
+        Scales per row have one panel."""
+        if self.spec.block is None:
+            yield 0, columns, scale
+            return
+        wide = self.spec.block[1]
+        count = max(1, PANEL // (rows * wide))
+        whole = columns // wide
+        for block in range(0, whole, count):
+            last = min(block + count, whole)
+            yield block * wide, last * wide, scale[:, block:last]
+        if whole < scale.shape[1]:
+            yield whole * wide, columns, scale[:, whole:]
+
+    def _add_panel(
+        self, row: int, left: int, weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, is_clipped: bool
+    ) -> torch.Tensor:
+        """Judge the codes; returns squared norms of source, restored weight and error, per row: float64 [3, rows]."""
+        kind = self.spec.format.codes
+        rows, columns = weight.shape
+        multiplier, shape = spread(scale, self.spec, rows, columns)
+        scaled = self._buffer("scaled", torch.float32, weight.shape).copy_(weight)
+        scaled.view(shape).div_(multiplier)
+        if is_clipped and self._clipped is not None:
+            self._count_clipped(row, left, scaled)
+        wanted = nearest(scaled, kind, may_clip=is_clipped)
+        halves = self._buffer("halves", torch.float16, weight.shape)
+        value = self._buffer("value", torch.float32, weight.shape).copy_(half_values(codes, kind, halves))
         differs = np.flatnonzero(wanted.numpy() != codes.numpy())
         if differs.size:
             at = torch.from_numpy(differs)
-            value.view(-1)[at] = self._judge(
-                row, at, scaled.view(-1)[at], codes.reshape(-1)[at], wanted.view(-1)[at]
-            ).float()
-        self._note_units(row, rows, bits, scaled, scale)
-        sign = 8 if kind.per_byte == 2 else 0x80
-        self.zero_codes += codes.numel() - int(np.count_nonzero(codes.numpy() & (sign - 1)))
-        self.zero_source += bits.numel() - int(np.count_nonzero(bits.numpy()))
-        self._measure_error(row, weight, scaled, value, multiplier)
+            own = codes.reshape(-1)[at]
+            judged = self._judge(row, left, columns, at, scaled.view(-1)[at], own, wanted.view(-1)[at])
+            value.view(-1)[at] = judged.float() / HALF_UNIT
+        by_unit = (rows, scale.shape[1] if scale.dim() == 2 else 1, -1)  # columns that share a scale, so that norms need no multiplying out
+        norms = [torch.linalg.vector_norm(one.view(by_unit), dim=2).double() for one in (scaled, value)]
+        error = torch.sub(scaled, value, alpha=HALF_UNIT, out=value)
+        norms = [norms[0], norms[1] * HALF_UNIT, torch.linalg.vector_norm(error.view(by_unit), dim=2).double()]
+        units = scale.double() if scale.dim() == 2 else scale.double()[None]
+        high = self.spec.block[0] if self.spec.block else 1
+        units = units.repeat_interleave(high, 0)[:rows] if high > 1 else units
+        return torch.stack([((norm * units) ** 2).sum(1) for norm in norms])
 
-    def _note_units(self, row: int, rows: int, bits: torch.Tensor, scaled: torch.Tensor, scale: torch.Tensor) -> None:
-        tops = unit_tops(bits, self.spec)
-        part = unit_rows(self.spec, row, rows)
-        amax = amax_of(tops, self._dtype)
+    def _buffer(self, name: str, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+        """Memory that is used again for each panel: fresh megabytes cost more than the work on them."""
+        held = self._held.get(name)
+        if held is None or held.numel() < shape.numel():
+            held = self._held[name] = torch.empty(shape.numel(), dtype=dtype)
+        return held[: shape.numel()].view(shape)
+
+    def _note_units(self, row: int, rows: int, tops: torch.Tensor, amax: torch.Tensor, scale: torch.Tensor) -> None:
         self.amax = max(self.amax, float(amax.max()))
         if self._tops is None:
-            self._hold_to_amax(row * scale.shape[1], scale, amax)
+            hold_to_amax(self.bad_ratio, self.inexact, self.spec, scale, amax, begin=row * scale.shape[1])
             return
+        part = unit_rows(self.spec, row, rows)
         self._tops[part] = torch.maximum(self._tops[part], tops)
-        if bool((amax > scale * self.spec.format.codes.maximum).any()):
-            self._clipped = torch.zeros(self._tops.shape, dtype=torch.int64) if self._clipped is None else self._clipped
-            self._clipped[part] += unit_counts(scaled.abs() > self.spec.format.codes.maximum, self.spec)
+        if self._clipped is None and bool((amax > scale * self.spec.format.codes.maximum).any()):
+            self._clipped = torch.zeros(self._tops.shape, dtype=torch.int64)
+
+    def _count_clipped(self, row: int, left: int, scaled: torch.Tensor) -> None:
+        assert self._clipped is not None
+        counts = unit_counts(scaled.abs() > self.spec.format.codes.maximum, self.spec)
+        part = self._clipped[unit_rows(self.spec, row, len(scaled))]
+        if self.spec.block is not None:
+            first = left // self.spec.block[1]
+            part = part[:, first : first + counts.shape[1]]
+        part += counts
 
     def finish(self, scale: torch.Tensor | None) -> Comparison:
         """Reduce what was kept per unit. `scale`: float32, of all units; not looked at for groups."""
@@ -162,16 +220,21 @@ class Comparison:
                 self.most_clipped = int(self._clipped.max())
             if self.units > KEPT_UNITS:
                 amax = amax_of(self._tops, self._dtype)
-                self._hold_to_amax(0, scale, amax)
+                hold_to_amax(self.bad_ratio, self.inexact, self.spec, scale, amax)
                 self.foreign_scales = _foreign_scales(scale, amax, self.spec)
         self._tops = self._clipped = None
+        self._held.clear()
         return self
 
-    def _hold_to_amax(self, begin: int, scale: torch.Tensor, amax: torch.Tensor) -> None:
-        hold_to_amax(self.bad_ratio, self.inexact, self.spec, scale, amax, begin=begin)
-
     def _judge(
-        self, row: int, at: torch.Tensor, scaled: torch.Tensor, codes: torch.Tensor, wanted: torch.Tensor
+        self,
+        row: int,
+        left: int,
+        columns: int,
+        at: torch.Tensor,
+        scaled: torch.Tensor,
+        codes: torch.Tensor,
+        wanted: torch.Tensor,
     ) -> torch.Tensor:
         """Codes that are not the nearest: within half a step and a bf16 rounding (D1), and how far by steps (D2).
 
@@ -190,30 +253,17 @@ class Comparison:
         if self.first_off is None and off.any():
             first = int(torch.nonzero(off)[0])
             flat = int(at[first])
-            columns = self.shape[1]
-            self.first_off = ([row + flat // columns, flat % columns], float(target[first]), float(value[first]))
+            self.first_off = ([row + flat // columns, left + flat % columns], float(target[first]), float(value[first]))
         return value
 
-    def _measure_error(
-        self, row: int, weight: torch.Tensor, scaled: torch.Tensor, value: torch.Tensor, multiplier: torch.Tensor
-    ) -> None:
-        """Sums for rel-L2 and the rows' cosines, in a unit in which no square underflows: that of the scale where a row
-        has one, else the tile's largest weight."""
-        if self.spec.block is None:
-            weight, restored, unit = scaled, value, multiplier.double().reshape(-1)
-        else:
-            top = float(weight.abs().max())
-            if not 0 < top < math.inf:
-                return
-            weight, restored, unit = weight / top, value * (multiplier / top), torch.tensor([top], dtype=torch.float64)
-        norm = torch.linalg.vector_norm(weight, dim=1).double()
-        length = torch.linalg.vector_norm(restored, dim=1).double()
-        error = torch.linalg.vector_norm(restored.sub_(weight), dim=1).double()
-        self.error_sq += float(((error * unit) ** 2).nan_to_num().sum())
-        self.source_sq += float(((norm * unit) ** 2).nan_to_num().sum())
+    def _note_rows(self, row: int, sums: torch.Tensor) -> None:
+        """Sums for rel-L2, and the cosine of the worst row; `sums` as in `_add_panel`."""
+        source, restored, error = sums
+        self.error_sq += float(error.nan_to_num().sum())
+        self.source_sq += float(source.nan_to_num().sum())
         # law of cosines, from norms that are there already
-        cosine = (norm**2 + length**2 - error**2) / (2 * norm * length).clamp(min=1e-300)
-        cosine = torch.where((norm > 0) & (length > 0), cosine, torch.where(norm == length, 1.0, 0.0))
+        cosine = (source + restored - error) / (2 * (source * restored).sqrt()).clamp(min=1e-300)
+        cosine = torch.where((source > 0) & (restored > 0), cosine, torch.where(source == restored, 1.0, 0.0))
         cosine = cosine.nan_to_num(1.0)  # V1 speaks of those
         worst = int(cosine.argmin())
         if float(cosine[worst]) < self.worst_cosine:

@@ -23,7 +23,7 @@ import torch
 
 from fp8pipe.checkpoint import ITEM_BYTES, SourceFiles, TensorInfo
 from fp8pipe.progress import Progress, ProgressEvent
-from fp8pipe.validate.compare import Comparison
+from fp8pipe.validate.compare import PANEL, Comparison
 from fp8pipe.validate.layout import KV_SCALES, Piece, split_name
 from fp8pipe.validate.scheme import Spec
 from fp8pipe.validate.shapes import FLOAT_SCALES
@@ -215,7 +215,7 @@ class Reader:
         seen = Magnitudes(entry, spec)
         sign = 8 if spec.format.codes.per_byte == 2 else 0x80
         tops: list[torch.Tensor] = []
-        for row, codes in self._code_tiles(entry, spec):
+        for row, codes in self._code_tiles(entry, spec, TILE_BYTES if comparison is None else PANEL):
             tile = torch.from_numpy(codes)
             part = unit_tops(tile & (sign - 1), spec)
             if sign == 0x80 and int(part.max()) == 0x7F:
@@ -231,10 +231,10 @@ class Reader:
         if comparison is not None:
             self.measured.comparisons[entry.name] = comparison.finish(scale.rows(0, shape[0]) if scale else None)
 
-    def _code_tiles(self, entry: TensorInfo, spec: Spec) -> Iterator[tuple[int, Array]]:
-        """(first row, codes [rows, columns]) of whole bands."""
+    def _code_tiles(self, entry: TensorInfo, spec: Spec, size: int) -> Iterator[tuple[int, Array]]:
+        """(first row, codes [rows, columns]) of whole bands, about `size` bytes."""
         band = spec.block[0] if spec.block else 1
-        rows = max(1, TILE_BYTES // (entry.shape[1] * band)) * band
+        rows = max(1, size // (entry.shape[1] * band)) * band
         for row in range(0, entry.shape[0], rows):
             count = min(rows, entry.shape[0] - row)
             data = self._piece(self._ours, entry, row * entry.shape[1], count * entry.shape[1])
@@ -324,10 +324,12 @@ class Reader:
         return self._theirs
 
     def _piece(self, files: SourceFiles, entry: TensorInfo, offset: int, size: int) -> Array:
-        buffer = np.empty(size, np.uint8)
+        return self._fill(np.empty(size, np.uint8), files, entry, offset)
+
+    def _fill(self, buffer: Array, files: SourceFiles, entry: TensorInfo, offset: int) -> Array:
         files.read_into(entry.shard, entry.begin + offset, buffer.data, entry.name)
         with self._counting:
-            self.measured.bytes_read += size
+            self.measured.bytes_read += len(buffer)
         return buffer
 
     def ours(self, entry: TensorInfo, offset: int, size: int) -> Array:
