@@ -103,10 +103,13 @@ def make(name: str, folder: Path) -> Path:
     config = getattr(transformers, class_name)(**(SIZES | own))
     generator = torch.Generator().manual_seed(SEED)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    embed = model.get_input_embeddings()
+    embeddings = {id(embed.weight), id(model.get_output_embeddings().weight)}
+    size = 0.75 / float(getattr(embed, "embed_scale", 1.0))  # Gemma multiplies by sqrt(hidden size)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            _fill(parameter_name, parameter, id(parameter) in embeddings, generator)
+            _fill(parameter_name, parameter, size if id(parameter) in embeddings else None, generator)
+        _let_the_last_gate_tell(dict(model.named_parameters()), config.num_hidden_layers - 1)
     model = model.to(torch.bfloat16)
     model.config.dtype = "bfloat16"
     model.save_pretrained(folder, max_shard_size="1MB")
@@ -114,19 +117,28 @@ def make(name: str, folder: Path) -> Path:
     return folder
 
 
-def _fill(name: str, parameter: Tensor, is_embedding: bool, generator: Any) -> None:  # Any: torch is imported late
+def _fill(name: str, parameter: Tensor, embedding_size: float | None, generator: Any) -> None:  # Any: a late import
     import torch
 
     noise = torch.randn(parameter.shape, generator=generator)
     if parameter.dim() < 2:
-        parameter += 0.1 * noise + (
-            1.5 if "post_feedforward" in name else 0.0
-        )  # normalised anew: the MLP must still tell
-    elif is_embedding:
-        parameter.copy_(0.75 * noise)
+        parameter += 0.1 * noise
+    elif embedding_size is not None:
+        parameter.copy_(embedding_size * noise)
     else:
         decisive = 4.0 if name.endswith(("gate.weight", "router.weight")) else 1.0
         parameter.copy_(decisive * noise / math.sqrt(parameter.shape[-1]))
+
+
+def _let_the_last_gate_tell(parameters: dict[str, Tensor], last: int) -> None:
+    """Where a norm follows the MLP, a doubled scale cancels in all its projections but the gate, whose curve it bends.
+    Give the last MLP most of the say there, and gates the range in which that curve is least like a line."""
+    norms = [name for name in parameters if f"layers.{last}.post_feedforward" in name]
+    for name in norms:
+        parameters[name] += 5.0
+    for name, weight in parameters.items():
+        if norms and name.endswith("mlp.gate_proj.weight"):
+            weight *= 0.2
 
 
 def _write_tokenizer(folder: Path) -> None:
