@@ -64,7 +64,10 @@ def main(arguments: list[str] | None = None) -> None:
             from benchmarks.calibrate_scales import through_weights
 
             model, texts = options.through_weights
-            print(through_weights(model, texts, Path(scratch)))
+            found = through_weights(model, texts, Path(scratch))
+            print(found)
+            if options.page is not None:
+                _fill(options.page, "through weights", found)
         else:
             _measure(Path(scratch), options)
 
@@ -158,6 +161,14 @@ def write_tokenizer(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- telling
+
+
+def _fill(page: Path, name: str, text: str) -> None:
+    """Put `text` between the marks that bear `name`."""
+    before, mark, rest = page.read_text().partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    assert mark and end, f"{page} has no place for {name}"
+    page.write_text(before + mark + text + end + after)
 
 
 def report(rounds: Mapping[str, Sequence[Mapping[str, Timing]]], doubled: Mapping[str, float], count: int) -> str:

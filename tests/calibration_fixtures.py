@@ -78,7 +78,19 @@ LINEAR_ATTENTION = {
     "shared_expert_intermediate_size": 32,
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
 }
-OTHERS: dict[str, tuple[str, dict[str, Any]]] = {"qwen3_next": ("Qwen3NextForCausalLM", MOE | LINEAR_ATTENTION)}
+LLAMA4 = {
+    "head_dim": 16,
+    "intermediate_size_mlp": 96,
+    "intermediate_size": 32,
+    "num_experts_per_tok": 1,
+    "interleave_moe_layer_step": 2,
+    "attention_chunk_size": 8,
+}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next": ("Qwen3NextForCausalLM", MOE | LINEAR_ATTENTION),
+    "llama4": ("Llama4ForCausalLM", MOE | LLAMA4),
+    "granitemoe": ("GraniteMoeForCausalLM", MOE),
+}
 """Not in the table of references."""
 
 MOE_NAMES = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3")

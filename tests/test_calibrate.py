@@ -17,6 +17,7 @@ import torch
 from calibration_fixtures import (
     ARCHITECTURES,
     MOE_NAMES,
+    PEER_RECIPE,
     STATIC_KV,
     TEXTS,
     make_model,
@@ -730,6 +731,46 @@ def test_attention_that_caches_nothing_is_an_error_that_names_it(
         run_calibration(llama, recipe, tmp_path / "out")
 
 
+def block_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> dict[tuple[str, int], tuple[float, float]]:
+    """The same as `expert_reference` for Llama 4, whose experts are given one block of tokens each."""
+    amax: dict[tuple[str, int], tuple[float, float]] = {}
+
+    def hook(module: Any, args: Any, name: str) -> None:
+        given = args[0].view(module.num_experts, -1, args[0].shape[-1])
+        gate, up = torch.bmm(given, module.gate_up_proj).chunk(2, dim=-1)
+        for expert, (block, inner) in enumerate(zip(given, up * module.act_fn(gate), strict=True)):
+            old = amax.get((name, expert), (0.0, 0.0))
+            amax[name, expert] = max(old[0], block.abs().max().item()), max(old[1], inner.abs().max().item())
+
+    for name, module in model.named_modules():
+        if name.endswith(".experts"):
+            module.register_forward_pre_hook(lambda module, args, name=name: hook(module, args, name))
+    with torch.inference_mode():
+        for ids in token_ids:
+            model(torch.tensor([ids]), use_cache=False)
+    return amax
+
+
+@pytest.mark.parametrize("name", ["llama4", "granitemoe"])
+def test_experts_in_one_tensor_on_disk_get_a_scale_each(name: str, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", name)
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"), min_expert_tokens=0)
+    recipe = recipe.model_copy(update={"weights": WeightScheme(strategy="tensor")})
+    snapshot, plan, architecture = planned(tmp_path / "model", recipe)
+    assert any(role.kind == "fused_experts" for role in architecture.tensors.values())
+    found = calibrate(snapshot, plan, recipe, tmp_path / "out", architecture=architecture)
+    reference = (block_reference if name == "llama4" else expert_reference)(model, token_ids_of(found))
+    of_experts = {module: amax for module, amax in found.inputs.items() if module.split(".")[-2].isdecimal()}
+    assert len(of_experts) == 3 * len(reference) > 0
+    for module, amax in of_experts.items():
+        holder, expert, projection = module.rsplit(".", 2)
+        layer = f".{holder.split('.')[2]}."
+        ((_, (up, down)),) = [item for item in reference.items() if layer in item[0][0] and item[0][1] == int(expert)]
+        assert amax == pytest.approx(down if projection == "down_proj" else up, rel=CLOSE)
+    made = quantize(snapshot, plan, tmp_path / "checkpoint", calibration=found)
+    assert made.quantized_tensors > 0
+
+
 CUSTOM = """
 from transformers import LlamaConfig, LlamaForCausalLM
 class OwnConfig(LlamaConfig):
@@ -756,3 +797,23 @@ def test_a_model_with_code_of_its_own_is_calibrated_when_that_is_trusted(tmp_pat
     untrusted = plan.model_copy(update={"trust_remote_code": False})
     with pytest.raises((UnsupportedArchitecture, ValueError), match="trust"):
         calibrate(snapshot, untrusted, recipe, tmp_path / "other", architecture=architecture)
+
+
+# ---------------------------------------------------------------------------------------------- beside llm-compressor
+
+PEER_SCALES = Path(__file__).parent / "data" / "peer_scales"
+"""Scales that llm-compressor's oneshot gave the same models and samples, written by
+`python -m benchmarks.calibrate --compare-scales --fixtures tests/data/peer_scales`."""
+
+
+@pytest.mark.parametrize("path", sorted(PEER_SCALES.glob("*.json")), ids=lambda path: path.stem)
+def test_scales_are_llm_compressors_within_a_step_of_bf16(path: Path, tmp_path: Path) -> None:
+    make_model(tmp_path / "model", path.stem)
+    recipe = with_data(PEER_RECIPE, write_dataset(tmp_path / "data.jsonl"))
+    found = run_calibration(tmp_path / "model", recipe, tmp_path / "out")
+    scales = {f"{name}.input_scale": amax / 448 for name, amax in found.inputs.items()}
+    for name, ranges in found.kv.items():
+        scales |= {f"{name}.k_scale": ranges.k_amax[0] / 448, f"{name}.v_scale": ranges.v_amax[0] / 448}
+    theirs = json.loads(path.read_text())
+    assert len(theirs) > 20
+    assert {name: scales[name] for name in theirs} == pytest.approx(theirs, rel=2**-8)

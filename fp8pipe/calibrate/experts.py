@@ -2,14 +2,17 @@
 
 In: the experts module of one layer and the names of its quantized projections. Out: what their inputs were, and how
 many tokens each expert saw. The module is run by a forward of ours, registered in ALL_EXPERTS_FUNCTIONS, which
-computes what the eager one computes and shows each expert's inputs on the way. Experts that the router gave fewer
-tokens than the minimum are then shown other tokens of the same layer; their outputs go nowhere.
+computes what the eager one computes and shows each expert's inputs on the way. Llama 4 hands all experts their tokens
+in one tensor, with zeros for what is not theirs; that forward is replaced on the module itself. Experts that the
+router gave fewer tokens than the minimum are then shown other tokens of the same layer; their outputs go nowhere.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -50,15 +53,20 @@ class ExpertWatch:
         self._reserve: list[Tensor] = []
 
     def __enter__(self) -> Self:
-        config: Any = self._module.config  # transformers' configs share no typed base
-        config._experts_implementation = IMPLEMENTATION
         _watches[id(self._module)] = self
+        if _takes_blocks(self._module):
+            self._module.forward = partial(_observed_blocks, self._module)
+        else:
+            config: Any = self._module.config  # transformers' configs share no typed base
+            config._experts_implementation = IMPLEMENTATION
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del _watches[id(self._module)]
+        if _takes_blocks(self._module):
+            del self._module.forward  # the instance attribute: the class's method is back
         self._reserve.clear()
 
     def saw(self, parameter: str, expert: int, values: Tensor) -> None:
@@ -102,13 +110,19 @@ class ExpertWatch:
 def expert_matrix(module: nn.Module, place: Place, names: Sequence[str], group: str) -> Matrix:
     """One expert's weight as [out, in]; gate and up are one above the other, as vLLM has them."""
     parameter, expert = place
-    weight = getattr(module, parameter)[expert]
-    return Matrix(tuple(names), weight.T if module.is_transposed else weight, group)
+    return Matrix(tuple(names), _weight(module, parameter, expert), group)
 
 
 def is_observable(module: nn.Module) -> bool:
-    """Whether transformers lets the experts be run by another implementation."""
-    return hasattr(module, "is_transposed")  # set by use_experts_implementation
+    """Whether the experts can be run by an implementation of ours."""
+    return hasattr(module, "is_transposed") or _takes_blocks(module)  # the former is set by use_experts_implementation
+
+
+def _takes_blocks(module: nn.Module) -> bool:
+    """Whether the module is given one block of tokens per expert, as Llama 4's is, instead of a choice of experts."""
+    takes = list(inspect.signature(type(module).forward).parameters)
+    gate_up = getattr(module, "gate_up_proj", None)
+    return takes == ["self", "hidden_states"] and isinstance(gate_up, nn.Parameter) and gate_up.dim() == 3
 
 
 def check_observable(module: nn.Module, name: str) -> None:
@@ -140,23 +154,50 @@ def _observed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top
     return output
 
 
+def _observed_blocks(experts: Any, hidden_states: Tensor) -> Tensor:
+    """Llama 4's forward. hidden_states: [experts * tokens, hidden], zero where a token is not an expert's: zeros lead
+    to zeros, so only the others are computed."""
+    watch = _watches[id(experts)]
+    blocks = hidden_states.view(experts.num_experts, -1, hidden_states.shape[-1])
+    output = torch.zeros_like(blocks)
+    for expert, block in enumerate(blocks):
+        own = block.any(dim=1)
+        watch.routed(expert, int(own.sum()))
+        output[expert, own] = _expert_output(experts, expert, block[own])
+    watch.reserve(hidden_states[hidden_states.any(dim=1)])
+    return output.view_as(hidden_states)
+
+
 def _expert_output(experts: Any, expert: int, hidden: Tensor) -> Tensor:
     """One expert on its tokens [tokens, hidden], its inputs shown to the watch."""
     watch = _watches.get(id(experts))
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    has_gate = getattr(experts, "has_gate", True)
+    up = "gate_up_proj" if has_gate else "up_proj"
     if watch is not None:
         watch.saw(up, expert, hidden)
     inner = _linear(experts, up, expert, hidden)
-    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    inner = _gated(experts, inner) if has_gate else experts.act_fn(inner)
     if watch is not None:
         watch.saw("down_proj", expert, inner)
     return _linear(experts, "down_proj", expert, inner)
 
 
+def _gated(experts: Any, inner: Tensor) -> Tensor:
+    if hasattr(experts, "_apply_gate"):
+        return experts._apply_gate(inner)
+    gate, up = inner.chunk(2, dim=-1)
+    return up * experts.act_fn(gate)
+
+
 def _linear(experts: Any, parameter: str, expert: int, values: Tensor) -> Tensor:
+    bias = getattr(experts, f"{parameter}_bias")[expert] if getattr(experts, "has_bias", False) else None
+    return nn.functional.linear(values, _weight(experts, parameter, expert), bias)
+
+
+def _weight(experts: nn.Module, parameter: str, expert: int) -> Tensor:
+    """One expert's weight [out, in]."""
     weight = getattr(experts, parameter)[expert]
-    bias = getattr(experts, f"{parameter}_bias")[expert] if experts.has_bias else None
-    return nn.functional.linear(values, weight.T if experts.is_transposed else weight, bias)
+    return weight.T if getattr(experts, "is_transposed", True) else weight
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _observed_forward)
