@@ -81,7 +81,14 @@ def _peers_scales(how: str, model: Path, data: Path) -> dict[str, float] | str:
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
         return answer.stderr.strip().splitlines()[-1][:120]
-    return json.loads(answer.stdout.splitlines()[-1])
+    return {_on_disk(name): scale for name, scale in json.loads(answer.stdout.splitlines()[-1]).items()}
+
+
+def _on_disk(name: str) -> str:
+    """Mixtral's name of an expert's projection, which the peer does not write back."""
+    parent, projection, leaf = name.rsplit(".", 2)
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"} if ".block_sparse_moe.experts." in name else {}
+    return f"{parent}.{names.get(projection, projection)}.{leaf}"
 
 
 def _missing(ours: dict[str, float], theirs: dict[str, float]) -> str:

@@ -63,7 +63,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3ForCausalLM", DENSE | {"pad_token_id": 0}),
     "opt": ("OPTForCausalLM", DENSE | {"ffn_dim": 96, "word_embed_proj_dim": 64, "pad_token_id": 1}),
     "gemma3": ("Gemma3ForCausalLM", DENSE | SLIDING),
-    "mixtral": ("MixtralForCausalLM", MOE),
+    "mixtral": ("MixtralForCausalLM", DENSE | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", MOE | {"head_dim": 16}),
     "deepseek_v2": ("DeepseekV2ForCausalLM", MOE | MLA_V2),
     "deepseek_v3": ("DeepseekV3ForCausalLM", MOE | MLA),

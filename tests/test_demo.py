@@ -7,8 +7,10 @@ worker, do it by hand, and measure the published folder with lm-eval's own comma
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +176,27 @@ def test_sabotaged_run_is_sound_rejected_and_leaves_nothing_on_the_hub(demo):
     assert SABOTAGED not in [item for item, _ in seen["items"]]
     assert again.returncode == 1, again.stderr
     assert still["exists"] is False
+
+
+@pytest.mark.long
+def test_keys_cached_with_a_tenth_of_their_scale_are_rejected(demo, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    spoiled, measured = tmp_path / "checkpoint", tmp_path / "candidate"
+    shutil.copytree(demo.checkpoint, spoiled)
+    for path in spoiled.glob("*.safetensors"):
+        tensors = load_file(path)
+        changed = {name: scale / 10 for name, scale in tensors.items() if name.endswith(".k_scale")}
+        save_file(tensors | changed, path, metadata={"format": "pt"})
+    (baseline,) = (demo.workspace.root / "baselines").iterdir()
+    with hub_of(demo) as environment:
+        run = functools.partial(subprocess.run, capture_output=True, text=True, env=environment, check=False)
+        command = [FP8PIPE, "evaluate", spoiled, "--suite", "demo", "--kv-cache-dtype", "fp8", "--output", measured]
+        assert run([*map(str, command)]).returncode == 0
+        verdict = run([str(FP8PIPE), "gate", str(baseline), str(measured), "--policy", "demo", "--json"])
+    decision = json.loads(verdict.stdout)
+    assert (verdict.returncode, decision["verdict"]) == (1, "rejected"), verdict.stderr
+    assert decision["tasks"][0]["drop_lower"] > decision["tasks"][0]["margin"]
 
 
 def test_by_hand_the_commands_make_the_same_release(demo, tmp_path):
