@@ -3,6 +3,7 @@
     python -m benchmarks.contender ours   RECIPE SOURCE OUTPUT
     python -m benchmarks.contender peer   SCHEME SOURCE OUTPUT     llm-compressor's model_free_ptq
     python -m benchmarks.contender floor  SIZES  SOURCE OUTPUT     SIZES: bytes of each output file, with commas
+    python -m benchmarks.contender copy   SIZES  SOURCE OUTPUT     the same in one thread
 
 `inside` is seconds from the plan to the checkpoint, without imports; `peak_mb` the process's largest resident set.
 Nothing is imported before its contender needs it."""
@@ -27,7 +28,12 @@ CHUNK = 4 << 20
 
 def main() -> None:
     what, how, source, output = sys.argv[1:]
-    contenders: dict[str, Callable[[str, Path, Path], float]] = {"ours": ours, "peer": peer, "floor": floor}
+    contenders: dict[str, Callable[[str, Path, Path], float]] = {
+        "ours": ours,
+        "peer": peer,
+        "floor": floor,
+        "copy": copy,
+    }
     inside = contenders[what](how, Path(source), Path(output))
     print(json.dumps({"inside": inside, "peak_mb": peak_mb()}))
 
@@ -80,20 +86,29 @@ def peer_config(scheme: str) -> QuantizationConfig:
 
 def floor(sizes: str, source: Path, output: Path) -> float:
     """Read every source byte and write as many as the checkpoint holds, on all cores, with fsync and nothing else."""
+    return _floor(sizes, source, output, len(os.sched_getaffinity(0)))
+
+
+def copy(sizes: str, source: Path, output: Path) -> float:
+    """The floor as a single thread has it."""
+    return _floor(sizes, source, output, 1)
+
+
+def _floor(sizes: str, source: Path, output: Path, threads: int) -> float:
     from concurrent.futures import ThreadPoolExecutor
     from functools import partial
 
     output.mkdir(parents=True)
     began = time.perf_counter()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, ThreadPoolExecutor(1) as fsyncs:
+    with ThreadPoolExecutor(threads) as pool, ThreadPoolExecutor(1) as fsyncs:
         jobs = []
         for path, size in zip(sorted(source.glob("*.safetensors")), map(int, sizes.split(",")), strict=True):
-            copy = _FileFloor(path, output / path.name, size)
-            jobs.append((copy, [pool.submit(copy.chunk, at) for at in range(0, copy.source_bytes, CHUNK)]))
-        for copy, chunks in jobs:
+            file = _FileFloor(path, output / path.name, size)
+            jobs.append((file, [pool.submit(file.chunk, at) for at in range(0, file.source_bytes, CHUNK)]))
+        for file, chunks in jobs:
             for chunk in chunks:
                 chunk.result()
-            fsyncs.submit(partial(os.fsync, copy.target))
+            fsyncs.submit(partial(os.fsync, file.target))
     return time.perf_counter() - began
 
 

@@ -4,8 +4,8 @@
 
 Source: a synthetic Llama (16 layers, hidden 2048, ffn 8192, vocabulary 32000, bf16, 5 shards; 2.1 GB). Peer:
 llm-compressor's `model_free_ptq` on all cores, in its own environment (benchmarks/peer.txt). Floor: every source byte
-read, as many bytes as the checkpoint's written, with fsync, on all cores. Each contender is a process of its own; one
-round runs all of them once, and a ratio is taken within its round.
+read, as many bytes as the checkpoint's written, with fsync, in one thread and on all cores. Each contender is a
+process of its own; one round runs all of them once, and a ratio is taken within its round.
 
 inside    plan to fsynced checkpoint; the peer's own call, which does not fsync
 whole     the command `fp8pipe quantize`, cold (no architecture record) and with the record; the peer's whole process
@@ -63,7 +63,7 @@ class Timing:
 
 
 Round = Mapping[str, Timing]
-"""Contender -> its process in this round: floor, ours, peer, cold, warm."""
+"""Contender -> its process in this round: ours, copy and floor (one thread, all cores), peer, cold, warm."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -117,8 +117,9 @@ class Arena:
         timings = {}
         with self._output() as output:
             timings["ours"] = self._ours(scheme, self._source, output)
-        with self._output() as output:
-            timings["floor"] = self._contend(sys.executable, "floor", sizes, self._source, output)
+        for floor in ("copy", "floor"):
+            with self._output() as output:
+                timings[floor] = self._contend(sys.executable, floor, sizes, self._source, output)
         if self._peer_python is not None:
             with self._output() as output:
                 timings["peer"] = self._contend(self._peer_python, "peer", scheme.peer, self._source, output)
@@ -206,7 +207,8 @@ def report(rounds: Mapping[Scheme, Sequence[Round]], source_bytes: int, count: i
 
 def _seconds_table(rounds: Mapping[Scheme, Sequence[Round]]) -> str:
     columns = {
-        "floor": lambda one: one["floor"].inside,
+        "floor, one thread": lambda one: one["copy"].inside,
+        "floor, all cores": lambda one: one["floor"].inside,
         "fp8pipe inside": lambda one: one["ours"].inside,
         "peer inside": lambda one: one["peer"].inside,
         "fp8pipe whole, cold": lambda one: one["cold"].whole,
@@ -225,24 +227,18 @@ def _seconds_table(rounds: Mapping[Scheme, Sequence[Round]]) -> str:
 def _ratio_table(rounds: Mapping[Scheme, Sequence[Round]]) -> str:
     rows = []
     for scheme, found in rounds.items():
-        asked = "at most 2.0" if scheme is SCHEMES[0] else ""
-        rows.append([scheme.title, "inside / floor", _ratio(found, "ours.inside", "floor.inside"), asked])
-        if not all("peer" in one for one in found):
-            continue
-        rows.append(
-            [
-                scheme.title,
-                "peer inside / inside",
-                _ratio(found, "peer.inside", "ours.inside"),
-                f"at least {scheme.faster:g}",
+        most = "at most 2.0" if scheme is SCHEMES[0] else ""
+        wanted = [
+            ("inside / floor, one thread", "ours.inside", "copy.inside", most),
+            ("inside / floor, all cores", "ours.inside", "floor.inside", most),
+        ]
+        if all("peer" in one for one in found):
+            wanted += [
+                ("peer inside / inside", "peer.inside", "ours.inside", f"at least {scheme.faster:g}"),
+                ("peer whole / whole, cold", "peer.whole", "cold.whole", "at least 1.7"),
+                ("peer whole / whole, with record", "peer.whole", "warm.whole", "at least 4"),
             ]
-        )
-        rows.append(
-            [scheme.title, "peer whole / whole, cold", _ratio(found, "peer.whole", "cold.whole"), "at least 1.7"]
-        )
-        rows.append(
-            [scheme.title, "peer whole / whole, with record", _ratio(found, "peer.whole", "warm.whole"), "at least 4"]
-        )
+        rows += [[scheme.title, title, _ratio(found, above, below), asked] for title, above, below, asked in wanted]
     return table(["scheme", "ratio", "measured", "asked"], rows)
 
 

@@ -30,10 +30,11 @@ def test_a_section_is_replaced_and_its_neighbours_stay(tmp_path: Path) -> None:
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    fast = {"floor": 1.0, "ours": 2.0, "peer": 10.0, "warm": 4.0, "cold": 10.0}
+    fast = {"copy": 4.0, "floor": 1.0, "ours": 2.0, "peer": 10.0, "warm": 4.0, "cold": 10.0}
     rounds = [{name: Timing(whole=2 * s * f, inside=s * f) for name, s in fast.items()} for f in (1.0, 3.0)]
     text = report({SCHEMES[0]: rounds}, 10**9, 2)
-    assert "| inside / floor | 2.00 (2.00 to 2.00) | at most 2.0 |" in text
+    assert "| inside / floor, all cores | 2.00 (2.00 to 2.00) | at most 2.0 |" in text
+    assert "| inside / floor, one thread | 0.50 (0.50 to 0.50) | at most 2.0 |" in text
     assert "| peer inside / inside | 5.00 (5.00 to 5.00) | at least 5 |" in text
     assert "| peer whole / whole, cold | 1.00 (1.00 to 1.00) | at least 1.7 |" in text
     assert "| peer whole / whole, with record | 2.50 (2.50 to 2.50) | at least 4 |" in text
@@ -41,7 +42,7 @@ def test_ratios_are_taken_within_a_round() -> None:
 
 
 def test_without_the_peer_no_row_speaks_of_it() -> None:
-    rounds = [{name: Timing(1.0, 1.0) for name in ("floor", "ours", "warm", "cold")}]
+    rounds = [{name: Timing(1.0, 1.0) for name in ("copy", "floor", "ours", "warm", "cold")}]
     assert "| peer" not in report({SCHEMES[0]: rounds}, 10**9, 1)
 
 

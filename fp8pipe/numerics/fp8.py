@@ -39,6 +39,8 @@ def tensor_amax(weight: Tensor) -> Tensor:
 
 def channel_amax(weight: Tensor) -> Tensor:
     """Largest magnitude of each row of `weight` [out, in], float32 [out, 1]. Inf or NaN in, Inf or NaN out."""
+    if _is_wide(weight):
+        return torch.stack([channel_amax(part) for part in weight.split(TILE_ELEMENTS, 1)]).amax(0)
     return (
         torch.cat([_magnitudes(tile).amax(1, keepdim=True) for tile in _row_tiles(weight)]).view(weight.dtype).float()
     )
@@ -114,6 +116,11 @@ def _segments_amax(tops: Tensor, columns: int) -> Tensor:
     return padded.view(-1, columns).amax(1)
 
 
+def _is_wide(weight: Tensor) -> bool:
+    """Whether a row alone is more than a tile."""
+    return weight.is_cpu and weight.shape[1] > TILE_ELEMENTS
+
+
 def _row_tiles(weight: Tensor) -> tuple[Tensor, ...]:
     if not weight.is_cpu:  # a GPU has no use for tiles, and each would cost launches
         return (weight,)
@@ -127,6 +134,10 @@ def _column_tiles(band: Tensor, columns: int, height: int | None = None) -> tupl
 
 
 def _encode_rows(weight: Tensor, scale: Tensor, out: Tensor) -> None:
+    if _is_wide(weight):
+        for part, codes in zip(weight.split(TILE_ELEMENTS, 1), out.split(TILE_ELEMENTS, 1), strict=True):
+            _encode_rows(part, scale, codes)
+        return
     per_row = scale.dim() == 2
     start = 0
     for tile in _row_tiles(weight):

@@ -218,7 +218,7 @@ class Engine:
     def _finish_weight(self, weight: Weight) -> None:
         self._files.check_unchanged(weight.view.info.shard)
         shard = self._shards[weight.output.shard]
-        scale = memoryview(weight.scale.numpy().tobytes())
+        scale = weight.scale.reshape(-1).view(torch.uint8).numpy().data
         shard.write_at(weight.scale_output.begin, scale, weight.scale_output.name)
         self._finish(weight.output, zero_units(weight))
 
