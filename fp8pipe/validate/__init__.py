@@ -11,7 +11,7 @@ found, what vLLM would do, and the remedy.
     place, untrusted, shelf     what can be read of it
     scheme, patterns, layout    what config and architecture say it should be
     measure, units, compare     the pass over the bytes
-    files, config, coverage, kv, shapes, values, fidelity, package, evidence    the checks, one table (`findings`)
+    files, config, coverage, kv, shapes, values, fidelity, package, evidence, runtime    the checks (table: `findings`)
 """
 
 from __future__ import annotations
@@ -20,24 +20,29 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fp8pipe.checkpoint import Headers
 from fp8pipe.errors import InputError, ModelNotFound
 from fp8pipe.progress import Progress, quiet
-from fp8pipe.records import Snapshot, ValidationReport
+from fp8pipe.records import Snapshot, SourceFile, ValidationReport
 from fp8pipe.validate import config as config_room
-from fp8pipe.validate import coverage, evidence, files, kv, package, shapes
+from fp8pipe.validate import coverage, evidence, files, kv, package, runtime, shapes
 from fp8pipe.validate.findings import CHECKS, DEPTHS, Check, Depth
-from fp8pipe.validate.layout import Layout, layout_from_architecture, layout_from_names
-from fp8pipe.validate.place import Place, place_of
+from fp8pipe.validate.layout import Layout, layout_from_architecture, layout_from_names, unquantized_names
+from fp8pipe.validate.place import HubPlace, Place, place_of
 from fp8pipe.validate.scheme import quantization_config, read_scheme
 from fp8pipe.validate.shelf import Shelf, open_shelf
 from fp8pipe.validate.subject import Subject
 
 if TYPE_CHECKING:
     from fp8pipe.architecture import Architecture
+    from fp8pipe.validate.oracle import Mismatch
 
 log = logging.getLogger(__name__)
 
-__all__ = ["CHECKS", "Check", "Depth", "all_checks", "validate"]
+UNREADABLE = {"F1", "F2", "F9"}
+"""Checks whose faults mean that there is no whole set of weight files."""
+
+__all__ = ["CHECKS", "UNREADABLE", "Check", "Depth", "all_checks", "validate"]
 
 
 def validate(
@@ -46,20 +51,25 @@ def validate(
     source: Snapshot | None = None,
     architecture: Architecture | None = None,
     depth: Depth | None = None,
+    oracles: bool = False,
     progress: Progress = quiet,
 ) -> ValidationReport:
     """All findings on `checkpoint`: a folder, or a snapshot that may still be on the Hub.
 
     `source`: the model it was made from, on disk unless depth is headers. `architecture`: the source's record, looked
     up when there is a source; without it, names and shapes decide what is a Linear. `depth`: as deep as what is at hand
-    allows, unless given. Raises InputError when the folder is none, or the depth needs what is not there; never on what
-    lies in the checkpoint.
+    allows, unless given. `oracles`: ask transformers, where there is no source, which weights are Linear, and vLLM,
+    where it is installed, where its own loader puts each tensor; both build the model on the meta device in a child
+    process, which takes half a minute. Raises InputError when the folder is none, or the depth needs what is not there;
+    never on what lies in the checkpoint.
     """
     if isinstance(checkpoint, Path) and not checkpoint.is_dir():
         raise ModelNotFound(f"{checkpoint}: no such folder; give the folder that holds config.json and the weights")
     place = place_of(checkpoint)
     depth = _depth(place, source, depth)
-    subject = _read(place, source, architecture)
+    subject = _read(place, source, architecture, oracles=oracles)
+    if oracles and place.root is not None and not UNREADABLE & subject.shelf.faults.keys():
+        subject.vllm = _ask_vllm(place.root)
     checks = _runnable(subject, depth)
     if depth != "headers":
         from fp8pipe.validate.measure import measure
@@ -81,7 +91,7 @@ def all_checks() -> tuple[Check, ...]:
     """The whole table, in the order in which checks run: what the documentation is made from."""
     from fp8pipe.validate import fidelity, values
 
-    rooms = (files, config_room, coverage, kv, shapes, values, fidelity, package, evidence)
+    rooms = (files, config_room, coverage, kv, shapes, values, fidelity, package, evidence, runtime)
     order = {room.__name__: place for place, room in enumerate(rooms)}
     return tuple(sorted(CHECKS.values(), key=lambda check: order[check.run.__module__]))
 
@@ -99,11 +109,14 @@ def _depth(place: Place, source: Snapshot | None, wanted: Depth | None) -> Depth
     return "headers" if not is_here else "fidelity" if source_is_here else "values"
 
 
-def _read(place: Place, source: Snapshot | None, architecture: Architecture | None) -> Subject:
+def _read(place: Place, source: Snapshot | None, architecture: Architecture | None, *, oracles: bool) -> Subject:
     """Headers and configs of both sides."""
     shelf = open_shelf(place)
     theirs = open_shelf(place_of(source)) if source else None
-    architecture = architecture or (_inspect(source) if source else None)
+    if architecture is None and source is not None:
+        architecture = _inspect(source, None)
+    elif architecture is None and oracles:
+        architecture = _inspect(_as_snapshot(place), Headers((), unquantized_names(shelf.tensors)))
     config, problem = _read_object(shelf, config_room.CONFIG)
     source_config = _read_object(theirs, config_room.CONFIG)[0] if theirs else None
     quantization, file = _quantization(shelf, config)
@@ -122,15 +135,33 @@ def _read(place: Place, source: Snapshot | None, architecture: Architecture | No
     )
 
 
-def _inspect(source: Snapshot) -> Architecture | None:
-    """The source's record; None when transformers cannot build the model, and the report says `known_from: names`."""
+def _inspect(model: Snapshot, headers: Headers | None) -> Architecture | None:
+    """The model's record; None when transformers cannot build it, and the report says `known_from: names`."""
     from fp8pipe.architecture import inspect
 
     try:
-        return inspect(source)
+        return inspect(model, headers=headers)
     except InputError as error:
         log.warning("no architecture record, names and shapes decide: %s", error)
         return None
+
+
+def _as_snapshot(place: Place) -> Snapshot:
+    """Enough of one to read config.json through it."""
+    if isinstance(place, HubPlace):
+        return place.snapshot
+    files = (SourceFile(name=config_room.CONFIG, size=place.sizes.get(config_room.CONFIG, 0)),)
+    return Snapshot(model_id="checkpoint", commit="local-checkpoint", files=files, root=str(place.root))
+
+
+def _ask_vllm(folder: Path) -> tuple[Mismatch, ...] | None:
+    """What vLLM's loader disagrees with; None where vLLM is not installed."""
+    from fp8pipe.validate.oracle import is_available, parity
+
+    if not is_available():
+        log.warning("vLLM is not installed here: its own loader was not asked")
+        return None
+    return parity(folder)
 
 
 def _read_object(shelf: Shelf, name: str) -> tuple[dict[str, Any] | None, str | None]:

@@ -177,8 +177,8 @@ class Comparison:
             own = codes.reshape(-1)[at]
             judged = self._judge(row, left, columns, at, scaled.view(-1)[at], own, wanted.view(-1)[at])
             value.view(-1)[at] = judged.float() / HALF_UNIT
-        # Columns that share a scale are summed together, so that norms need no multiplying out.
-        by_unit = (rows, scale.shape[1] if scale.dim() == 2 else 1, -1)
+        grid = scale.shape[1] if scale.dim() == 2 else 1
+        by_unit = (rows, grid, -1)  # columns that share a scale: norms need no multiplying out
         norms = [torch.linalg.vector_norm(one.view(by_unit), dim=2).double() for one in (scaled, value)]
         error = torch.sub(scaled, value, alpha=HALF_UNIT, out=value)
         norms = [norms[0], norms[1] * HALF_UNIT, torch.linalg.vector_norm(error.view(by_unit), dim=2).double()]

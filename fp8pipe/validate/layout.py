@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,6 @@ FUSED_BY_VLLM = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 """Sibling projections that vLLM loads into one parameter."""
-
-HEADS = ("lm_head.weight", "embed_out.weight")
-"""The output head on disk, where no record names it: GPT-NeoX has the second."""
 
 MAX_COUNT = 4096
 """More layers or experts than any model has: a number beyond it is not believed."""
@@ -97,8 +94,6 @@ class Layout:
     """Transformers' names of modules, where they differ from those on disk: an ignore list may hold both."""
     pieces: Mapping[str, Piece]
     """Modules whose weight is a part of a larger tensor of the source: experts in three dimensions."""
-    heads: tuple[str, ...] = HEADS
-    """Names that the output head's weight may have on disk."""
 
     @cached_property
     def modules(self) -> frozenset[str]:
@@ -167,7 +162,6 @@ def layout_from_architecture(
         routers=frozenset(routers),
         attention=tuple(layer.name for layer in architecture.attention if not layer.mla),
         tied=architecture.tied_embeddings,
-        heads=tuple(name for name, role in architecture.tensors.items() if role.kind == "lm_head") or HEADS,
         num_layers=architecture.num_layers,
         num_experts=by_names.num_experts,
         from_record=True,
@@ -202,6 +196,19 @@ def layer_of(name: str) -> int | None:
     """Index of the decoder layer in a name."""
     match = _LAYER.search(name)
     return int(match[2]) if match and len(match[2]) < 8 else None
+
+
+def unquantized_names(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors that the model had before it was quantized, by name and shape; places and dtypes mean nothing."""
+    found = {}
+    for name, info in tensors.items():
+        module, leaf = split_name(name)
+        if leaf == "weight_packed" and info.shape:
+            shape = (*info.shape[:-1], 2 * info.shape[-1])
+            found[f"{module}.weight"] = replace(info, name=f"{module}.weight", shape=shape)
+        elif not _is_companion(name):
+            found[name] = info
+    return found
 
 
 def _is_companion(name: str) -> bool:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8pipe.validate.findings import Fault, check, clip
 from fp8pipe.validate.place import same_content
+from fp8pipe.validate.shelf import Shelf
 
 if TYPE_CHECKING:
     from fp8pipe.validate.subject import Subject
@@ -22,6 +23,12 @@ TOKENIZER = re.compile(
 )
 CHAT_TEMPLATE = re.compile(r"^(chat_template\.(jinja|json)|additional_chat_templates/.*\.jinja)$")
 PROCESSOR = re.compile(r"^((video_)?(pre)?processor_config\.json|processor_config\.json|[\w./-]+\.py)$")
+FOLDED = ("special_tokens_map.json", "added_tokens.json")
+"""Files that transformers 5 no longer writes: their content is in tokenizer.json and tokenizer_config.json."""
+NOTES = frozenset(
+    ("transformers_version", "is_local", "local_files_only", "name_or_path", "backend", "_from_model_config")
+)
+"""Keys that transformers writes about itself; no reader's answer depends on them."""
 LICENCE = re.compile(r"^(LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*$", re.IGNORECASE)
 TEXT = re.compile(r"\.(json|jinja|md|py|ya?ml|txt)$")
 MAX_TEXT_BYTES = 32_000_000
@@ -33,21 +40,60 @@ PRIVATE_PATH = re.compile(rb"\"(?:file://)?((?:/home|/root|/Users|/tmp|/mnt|/wor
 
 
 def _against_source(subject: Subject, pattern: re.Pattern[str], *, extra: bool) -> Iterator[Fault]:
-    """Files that match `pattern`: each of the source's is there with the same bytes (and no other, if `extra`)."""
+    """Files that match `pattern`: each of the source's is there with the same content (and no other, if `extra`)."""
     assert subject.source is not None
     ours, theirs = subject.shelf, subject.source
     for name in sorted(name for name in theirs.sizes if pattern.match(name)):
         if name not in ours.sizes:
-            yield Fault("the source's file", "missing", file=name)
+            yield from _missing(subject, name)
         elif not same_content(ours.place, theirs.place, name):
-            yield Fault("the source's bytes", "other bytes", file=name)
+            yield _other_content(subject, name)
     for name in sorted(name for name in ours.sizes.keys() - theirs.sizes.keys() if pattern.match(name) and extra):
-        yield Fault("only files of the source", "a file that it does not have", file=name)
+        if not _is_template_moved(subject, name):
+            yield Fault("only files of the source", "a file that it does not have", file=name)
+
+
+def _missing(subject: Subject, name: str) -> Iterator[Fault]:
+    told = "none: tokenizer.json and tokenizer_config.json say the same"
+    folded = name in FOLDED and {"tokenizer.json", "tokenizer_config.json"} <= subject.shelf.sizes.keys()
+    severity, consequence = ("warning", told) if folded else (None, None)
+    yield Fault("the source's file", "missing", file=name, severity=severity, consequence=consequence)
+
+
+def _other_content(subject: Subject, name: str) -> Fault:
+    """Other bytes; of JSON the keys that differ, and whether they are only notes of the library that wrote it."""
+    assert subject.source is not None
+    ours, theirs = (_json_object(shelf, name) for shelf in (subject.shelf, subject.source))
+    if ours is None or theirs is None:
+        return Fault("the source's bytes", "other bytes", file=name)
+    keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if set(keys) <= NOTES:
+        told = "none: it was written again by the library, and says the same"
+        return Fault("the source's bytes", clip(f"other {keys}"), name, severity="warning", consequence=told)
+    meant = [key for key in keys if key not in NOTES]
+    found = "; ".join(f"{key}: {clip(repr(ours.get(key)), 60)}" for key in meant[:3])
+    wanted = "; ".join(f"{key}: {clip(repr(theirs.get(key)), 60)}" for key in meant[:3])
+    return Fault(wanted, found, file=name)
+
+
+def _json_object(shelf: Shelf, name: str) -> dict[str, Any] | None:
+    content = shelf.json(name)[0] if name.endswith(".json") else None
+    return content if isinstance(content, dict) else None
+
+
+def _is_template_moved(subject: Subject, name: str) -> bool:
+    """A template of its own that the source keeps in tokenizer_config.json."""
+    assert subject.source is not None
+    if name != "chat_template.jinja" or "tokenizer_config.json" not in subject.source.sizes:
+        return False
+    settings = _json_object(subject.source, "tokenizer_config.json") or {}
+    text = subject.shelf.place.read(name, 0, min(subject.shelf.sizes[name], MAX_TEXT_BYTES))
+    return settings.get("chat_template") == text.decode(errors="replace")
 
 
 @check(
     "P1",
-    "Tokenizer files equal the source's, byte for byte.",
+    "Tokenizer files say what the source's say.",
     needs=("source",),
     consequence="vLLM encodes prompts with other ids than the model was trained on, without a word",
     remedy="copy the file from the source at the same revision",

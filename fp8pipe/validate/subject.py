@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fp8pipe.validate.findings import Need
     from fp8pipe.validate.layout import Layout
     from fp8pipe.validate.measure import Measured
+    from fp8pipe.validate.oracle import Mismatch
     from fp8pipe.validate.scheme import Scheme, Spec
 
 
@@ -43,6 +44,8 @@ class Subject:
     source_commit: str | None = None
     evidence: Evidence | None = None
     """Records of the engine beside the checkpoint; None for checkpoints of other tools."""
+    vllm: tuple[Mismatch, ...] | None = None
+    """Where vLLM's own loader and the checkpoint disagree; None when it was not asked."""
     measured: Measured | None = None
     """What the pass over the data saw; None until it ran."""
 
@@ -54,6 +57,7 @@ class Subject:
             "source": self.source is not None,
             "records": self.evidence is not None and self.evidence.plan is not None,
             "calibration": self.evidence is not None and self.evidence.calibration is not None,
+            "vllm": self.vllm is not None,
             "manifest": self.evidence is not None and self.evidence.manifest is not None,
         }[need]
 

@@ -1,0 +1,42 @@
+"""What vLLM's own model and loader make of the tensors (check R1).
+
+In: a Subject with vLLM's answer (`oracle.py`), asked when the caller wants it: importing vLLM takes 17 s. Out: faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from fp8pipe.validate.findings import Fault, check, clip
+
+if TYPE_CHECKING:
+    from fp8pipe.validate.subject import Subject
+
+CONSEQUENCES = {
+    "refused": "vLLM stops with this message",
+    "unread": "vLLM drops the tensor, without a word",
+    "unfilled": "vLLM leaves (part of) the parameter uninitialised, without a word",
+    "dtype": "vLLM casts one dtype into the other, without a word",
+    "truncated": "vLLM cuts off what is too long, without a word",
+    "overlap": "vLLM lets one tensor overwrite another, without a word",
+}
+
+
+@check(
+    "R1",
+    "Each tensor lands whole in a parameter of vLLM's own model, and each parameter is filled.",
+    needs=("vllm",),
+    consequence="vLLM stops, or serves other weights than these",
+    remedy="quantize again; if the source itself does so, vLLM does not serve this architecture as it is",
+)
+def vllm_reads_every_tensor(subject: Subject) -> Iterator[Fault]:
+    for mismatch in subject.vllm or ():
+        entry = subject.shelf.tensors.get(mismatch.tensor)
+        yield Fault(
+            mismatch.expected,
+            clip(mismatch.found, 300),
+            file=entry.shard if entry is not None else None,
+            tensor=mismatch.tensor or mismatch.parameter or None,
+            consequence=CONSEQUENCES[mismatch.kind],
+        )
