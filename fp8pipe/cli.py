@@ -189,6 +189,9 @@ def validate(
         Literal["headers", "values", "fidelity"] | None,
         typer.Option(help="How much to read; on the Hub headers, and more is downloaded", show_default="all there is"),
     ] = None,
+    oracles: Annotated[
+        bool, typer.Option("--oracles", help="Also ask transformers' and vLLM's own model; half a minute")
+    ] = False,
     as_json: AsJson = False,
 ) -> int:
     """Check a checkpoint's structure and values, and against its source when given. Any FP8 checkpoint of the Hub."""
@@ -196,7 +199,7 @@ def validate(
     from fp8pipe.stages import validate_model
 
     with _stage_display("validate") as display:
-        report = validate_model(model, source=source, depth=depth, progress=display)
+        report = validate_model(model, source=source, depth=depth, oracles=oracles, progress=display)
     if depth is not None and report.depth != depth:
         err.print(f"depth {report.depth}: the files are not a whole checkpoint, so nothing more was downloaded")
     if as_json:

@@ -55,10 +55,6 @@ def evidence(folder: Path, name: str) -> Path:
     return folder / RECORD_DIR / EVIDENCE[name]
 
 
-UNREADABLE = ("F1", "F2", "F9")
-"""Checks of the validator whose errors mean that there is no whole set of weight files."""
-
-
 # ------------------------------------------------------------------------------------------ source, plan
 
 
@@ -189,31 +185,36 @@ def validate_checkpoint(folder: Path, *, source: Snapshot | None, progress: Prog
 
 
 def validate_model(
-    model: str, *, source: str | None = None, depth: Depth | None = None, progress: Progress = quiet
+    model: str,
+    *,
+    source: str | None = None,
+    depth: Depth | None = None,
+    oracles: bool = False,
+    progress: Progress = quiet,
 ) -> ValidationReport:
     """Validate by hand: a folder, or any repository of the Hub, from its headers alone unless `depth` asks for more.
 
     What is deeper needs a download, which a repository whose files are already known to be broken is spared: then the
     report's own depth stays headers.
     """
-    from fp8pipe.validate import validate
+    from fp8pipe.validate import UNREADABLE, validate
 
     theirs = pin(source) if source else None
     folder = Path(model).expanduser()
     if folder.is_dir() or model.startswith(("/", ".", "~")):
         if theirs is not None and depth in (None, "fidelity"):
             theirs = fetch(theirs, progress=progress)
-        report = validate(folder, source=theirs, depth=depth, progress=progress)
+        report = validate(folder, source=theirs, depth=depth, oracles=oracles, progress=progress)
         if Checkpoint.load_if_present(evidence(folder, "checkpoint")) is not None:
             report.save(evidence(folder, "validation"))
         return report
     ours = pin(model)
-    report = validate(ours, source=theirs, depth="headers", progress=progress)
+    report = validate(ours, source=theirs, depth="headers", oracles=oracles, progress=progress)
     if depth in (None, "headers") or any(finding.check in UNREADABLE for finding in report.errors):
         return report
     ours = ours.model_copy(update={"root": fetch(ours, progress=progress).root})
     theirs = fetch(theirs, progress=progress) if theirs is not None and depth == "fidelity" else theirs
-    return validate(ours, source=theirs, depth=depth, progress=progress)
+    return validate(ours, source=theirs, depth=depth, oracles=oracles, progress=progress)
 
 
 # ------------------------------------------------------------------------------------------ convert
