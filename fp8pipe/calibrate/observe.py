@@ -198,6 +198,10 @@ class ObservingCache(DynamicCache):
             _current[-1].observe_kv(key_states, value_states)
         return key_states, value_states
 
+    def update_recurrent_state(self, recurrent_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The state behind a layer of linear attention: of use to later tokens only, and there are none."""
+        return recurrent_states
+
 
 _current: list[LayerWatch] = []
 """The watch that is entered. Layers are computed on one thread, one at a time."""
