@@ -7,6 +7,7 @@ concatenation is seen below it, at torch's dispatcher, so that this holds for ev
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -90,7 +91,8 @@ class Follower(TorchDispatchMode):
             result = args[0]  # a place that was given memory although none was asked for: there is nothing to put in it
         else:
             result = func(*args, **kwargs)
-        self._note(func, args, kwargs, result)
+        if not _only_views(func):
+            self._note(func, args, kwargs, result)
         return result
 
     def origins_of(self, tensor: Tensor) -> frozenset[Origin]:
@@ -137,6 +139,15 @@ class Follower(TorchDispatchMode):
     def _derive(self, tensor: Tensor, origins: frozenset[Origin]) -> None:
         self._origins[_storage(tensor)] = origins
         self._alive.append(tensor.untyped_storage())  # so that no other storage gets its address
+
+
+@functools.cache
+def _only_views(func: Any) -> bool:
+    """Whether all that `func` returns are views of what it was given, and it writes nothing: slicing, transposing."""
+    writes = any(
+        argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments
+    )
+    return not writes and all(value.alias_info is not None for value in func._schema.returns)
 
 
 def _split(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Any]]:

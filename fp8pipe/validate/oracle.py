@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 from fp8pipe.errors import EngineFailed
 
-_START_S, _EACH_S = 300, 300
-"""Time limits of the child: to start, and for each model. DeepSeek-V3 with 92 000 tensors takes 20 s."""
+_START_S, _EACH_S = 300, 900
+"""Time limits of the child: to start, and for each model."""
 
 Kind = Literal["refused", "unread", "unfilled", "dtype", "truncated", "overlap"]
 """refused: vLLM raises on the tensor. unread: vLLM drops it. unfilled: (part of) a parameter gets no data. dtype: FP8

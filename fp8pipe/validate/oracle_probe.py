@@ -10,6 +10,7 @@ chosen.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import sys
@@ -283,6 +284,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return {value: name for name, value in _dtypes().items()}.get(dtype, str(dtype))
 
 
+@functools.cache
 def _dtypes() -> dict[str, torch.dtype]:
     import torch
 
