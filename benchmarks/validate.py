@@ -3,9 +3,9 @@
     python -m benchmarks.validate [--layers 16] [--rounds 3] [--folder DIR]
 
 The synthetic Llama of benchmarks.llama is quantized with each data-free recipe and validated: headers, values, and
-fidelity to its source. sha256sum (one process, the checkpoint's files) and quantizing the same model alternate with
-it, each in a process of its own. Inside time is the call alone, with the architecture record present; rates are bytes of the
-checkpoint for values, of the source for fidelity and quantizing. Printed are medians and ratios within a round.
+fidelity to its source. sha256sum (one process, the checkpoint's files) and quantizing the same model alternate with it,
+each in a process of its own. Inside time is the call alone, with the architecture record present; rates are bytes of
+the checkpoint for values, of the source for fidelity and quantizing. Printed are medians and ratios within a round.
 """
 
 from __future__ import annotations
@@ -46,10 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
 def _measure(source: Path, scratch: Path, rounds: int) -> None:
     source_bytes = _bytes_of(source)
     print(f"source {source_bytes / 1e9:.2f} GB, {os.cpu_count()} cores, {rounds} rounds after a warm-up, medians")
-    print(f"{'':<16} {'headers':>8} {'sha256sum':>10} {'values':>14} {'values /':>10} {'quantize':>10} {'fidelity':>14} "
-          f"{'fidelity /':>11} {'peak MB':>8}")  # fmt: skip
-    print(f"{'recipe':<16} {'s':>8} {'GB/s':>10} {'s':>6} {'GB/s':>7} {'sha256sum':>10} {'GB/s':>10} {'s':>6} {'GB/s':>7} "
-          f"{'quantize':>11} {'fidelity':>8}")  # fmt: skip
+    print("headers in s; values and fidelity in s and GB/s; sha256sum and quantize in GB/s; peak of fidelity in MB")
+    columns = ("headers", "sha256sum", "values", "", "/sha256sum", "quantize", "fidelity", "", "/quantize", "peak")
+    print(f"{'recipe':<16}" + "".join(f"{column:>11}" for column in columns))
     for recipe in RECIPES:
         output = scratch / recipe
         _run("quantize", recipe, source, output)  # warm-up: page cache, architecture record
@@ -69,13 +68,19 @@ def _print_row(recipe: str, runs: list[dict[str, dict[str, Any]]], output_bytes:
     values = statistics.median(run["sha"]["inside"] / run["values"]["inside"] for run in runs)
     fidelity = statistics.median(run["quantize"]["inside"] / run["fidelity"]["inside"] for run in runs)
     peak = max(run["fidelity"]["peak_mb"] for run in runs)
-    print(
-        f"{recipe:<16} {seconds('headers'):8.3f} {output_bytes / 1e9 / seconds('sha'):10.2f} "
-        f"{seconds('values'):6.2f} {output_bytes / 1e9 / seconds('values'):7.2f} {values:10.2f} "
-        f"{source_bytes / 1e9 / seconds('quantize'):10.2f} {seconds('fidelity'):6.2f} "
-        f"{source_bytes / 1e9 / seconds('fidelity'):7.2f} {fidelity:11.2f} {peak:8.0f}",
-        flush=True,
+    figures = (
+        seconds("headers"),
+        output_bytes / 1e9 / seconds("sha"),
+        seconds("values"),
+        output_bytes / 1e9 / seconds("values"),
+        values,
+        source_bytes / 1e9 / seconds("quantize"),
+        seconds("fidelity"),
+        source_bytes / 1e9 / seconds("fidelity"),
+        fidelity,
+        peak,
     )
+    print(f"{recipe:<16}" + "".join(f"{figure:11.3g}" for figure in figures), flush=True)
 
 
 def _bytes_of(folder: Path) -> int:
