@@ -3,13 +3,14 @@
     python -m benchmarks.architectures [--model NAME]... [--recipe NAME]... [--again] [--work DIR] [--output FILE]
 
 What is there from an earlier run is kept; a cell is made again when its plan, the libraries or the CPU platform's
-kernels have changed, or with --again. The table is written when no cell is missing. Exit status 1 when a cell failed.
+kernels have changed, or with --again. The page holds every row that is complete. Exit status 1 when a cell failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 from benchmarks.architectures import models
@@ -43,17 +44,18 @@ def main() -> None:
     ]
     made = {(cell.model, cell.recipe): cell for cell in make_cells(wanted, options.work, _tell)}
     found = {place: made.get(place, known) for place, (_, known) in cells.items()}
-    _finish([cell for cell in found.values() if cell is not None], len(found), recipes, options.output)
+    _finish([cell for cell in found.values() if cell is not None], recipes, options.output)
 
 
-def _finish(cells: list[Cell], expected: int, recipes: list[Recipe], output: Path) -> None:
-    text = table(cells, [recipe.name for recipe in recipes])
-    if len(cells) < expected:
-        print(f"{text}\n{expected - len(cells)} cells are missing: {output} stays as it is")
-    else:
-        output.parent.mkdir(exist_ok=True)
-        output.write_text(text)
-        print(f"{output}: {expected} cells")
+def _finish(cells: list[Cell], recipes: list[Recipe], output: Path) -> None:
+    """Write the architectures whose row is complete; name the others."""
+    made = Counter(cell.model for cell in cells)
+    whole = [cell for cell in cells if made[cell.model] == len(recipes)]
+    output.parent.mkdir(exist_ok=True)
+    output.write_text(table(whole, [recipe.name for recipe in recipes]))
+    print(f"{output}: {len(whole)} cells")
+    if missing := [model for model in models.MODELS if made[model] < len(recipes)]:
+        print(f"not in it, for they have cells that were not made: {', '.join(missing)}")
     sys.exit(any(cell.verdict == "failed" for cell in cells))
 
 
