@@ -3,17 +3,17 @@
     python -m benchmarks.validate [--layers 16] [--rounds 3] [--folder DIR]
 
 The synthetic Llama of benchmarks.llama is quantized with each data-free recipe and validated: headers, values, and
-fidelity to its source. sha256sum (one process, the checkpoint's files) and quantizing the same model alternate with it,
-each in a process of its own. Inside time is the call alone, with the architecture record present; rates are bytes of
-the checkpoint for values, of the source for fidelity and quantizing. Printed are medians and ratios within a round.
+fidelity to its source. sha256sum (one process, the checkpoint's files) and quantizing the same model alternate with
+it, each in a process of its own. Times are of the call alone, with the architecture record present; rates are bytes of
+the checkpoint for values, of the source for fidelity and quantizing. Printed are medians, and ratios within a round.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.llama import make_llama
+from benchmarks.page import machine, put, table
 
 RECIPES = ("fp8-dynamic", "fp8-block", "autofp8-dynamic")
 
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="where the model and the checkpoints go")
+    parser.add_argument("--page", type=Path, default=None, help="page to write the section into")
     parser.add_argument("--child", nargs=4, metavar=("WHAT", "RECIPE", "SOURCE", "OUTPUT"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.child:
@@ -40,15 +42,16 @@ def main(arguments: list[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         source = make_llama(Path(scratch) / "source", options.layers)
-        _measure(source, Path(scratch), options.rounds)
+        text = _measure(source, Path(scratch), options.rounds)
+    if options.page:
+        put(options.page, "Validate", text)
+    print(text)
 
 
-def _measure(source: Path, scratch: Path, rounds: int) -> None:
+def _measure(source: Path, scratch: Path, rounds: int) -> str:
+    """The section of the page."""
     source_bytes = _bytes_of(source)
-    print(f"source {source_bytes / 1e9:.2f} GB, {os.cpu_count()} cores, {rounds} rounds after a warm-up, medians")
-    print("headers in s; values and fidelity in s and GB/s; sha256sum and quantize in GB/s; peak of fidelity in MB")
-    columns = ("headers", "sha256sum", "values", "", "/sha256sum", "quantize", "fidelity", "", "/quantize", "peak")
-    print(f"{'recipe':<16}" + "".join(f"{column:>11}" for column in columns))
+    rows = []
     for recipe in RECIPES:
         output = scratch / recipe
         _run("quantize", recipe, source, output)  # warm-up: page cache, architecture record
@@ -57,30 +60,39 @@ def _measure(source: Path, scratch: Path, rounds: int) -> None:
             again = scratch / f"{recipe}-{number}"
             runs.append({what: _run(what, recipe, source, output) for what in ("headers", "values", "fidelity", "sha")})
             runs[-1]["quantize"] = _run("quantize", recipe, source, again)
-            subprocess.run(["rm", "-r", str(again)], check=True)
-        _print_row(recipe, runs, _bytes_of(output), source_bytes)
+            shutil.rmtree(again)
+        rows.append(_row(recipe, runs, _bytes_of(output), source_bytes))
+        print(*rows[-1], flush=True)
+        shutil.rmtree(output)
+    told = f"{source_bytes / 1e9:.2f} GB of BF16 weights; {machine()}; medians of {rounds} rounds after a warm-up."
+    return f"`python -m benchmarks.validate`: {told}\n\n{table(COLUMNS, rows)}"
 
 
-def _print_row(recipe: str, runs: list[dict[str, dict[str, Any]]], output_bytes: int, source_bytes: int) -> None:
+COLUMNS = (
+    *("recipe", "headers, s", "sha256sum, GB/s", "values, GB/s", "values / sha256sum"),
+    *("quantize, GB/s", "fidelity, GB/s", "fidelity / quantize", "peak memory, MB", "of it imports"),
+)
+
+
+def _row(recipe: str, runs: list[dict[str, dict[str, Any]]], output_bytes: int, source_bytes: int) -> list[str]:
     def seconds(what: str) -> float:
         return statistics.median(run[what]["inside"] for run in runs)
 
-    values = statistics.median(run["sha"]["inside"] / run["values"]["inside"] for run in runs)
-    fidelity = statistics.median(run["quantize"]["inside"] / run["fidelity"]["inside"] for run in runs)
-    peak = max(run["fidelity"]["peak_mb"] for run in runs)
-    figures = (
-        seconds("headers"),
-        output_bytes / 1e9 / seconds("sha"),
-        seconds("values"),
-        output_bytes / 1e9 / seconds("values"),
-        values,
-        source_bytes / 1e9 / seconds("quantize"),
-        seconds("fidelity"),
-        source_bytes / 1e9 / seconds("fidelity"),
-        fidelity,
-        peak,
-    )
-    print(f"{recipe:<16}" + "".join(f"{figure:11.3g}" for figure in figures), flush=True)
+    def ratio(floor: str, what: str) -> float:
+        return statistics.median(run[floor]["inside"] / run[what]["inside"] for run in runs)
+
+    return [
+        recipe,
+        f"{seconds('headers'):.3f}",
+        f"{output_bytes / 1e9 / seconds('sha'):.2f}",
+        f"{output_bytes / 1e9 / seconds('values'):.2f}",
+        f"{ratio('sha', 'values'):.1f}",
+        f"{source_bytes / 1e9 / seconds('quantize'):.2f}",
+        f"{source_bytes / 1e9 / seconds('fidelity'):.2f}",
+        f"{ratio('quantize', 'fidelity'):.2f}",
+        f"{max(run['fidelity']['peak_mb'] for run in runs):.0f}",
+        f"{max(run['fidelity']['imports_mb'] for run in runs):.0f}",
+    ]
 
 
 def _bytes_of(folder: Path) -> int:
@@ -96,20 +108,23 @@ def _run(what: str, recipe: str, source: Path, output: Path) -> dict[str, Any]:
 
 def _child(what: str, recipe: str, source: str, output: str) -> None:
     inside = {"sha": _sha256sum, "quantize": _quantize}.get(what, _validate)
-    seconds = inside(what, recipe, source, Path(output))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    print(json.dumps({"inside": seconds, "peak_mb": peak}))
+    seconds, imports_mb = inside(what, recipe, source, Path(output))
+    print(json.dumps({"inside": seconds, "peak_mb": _peak_mb(), "imports_mb": imports_mb}))
 
 
-def _sha256sum(what: str, recipe: str, source: str, output: Path) -> float:
+def _peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+def _sha256sum(what: str, recipe: str, source: str, output: Path) -> tuple[float, float]:
     began = time.perf_counter()
     files = sorted(str(path) for path in output.glob("*.safetensors"))
     subprocess.run(["sha256sum", *files], check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, 0.0
 
 
-def _quantize(what: str, recipe: str, source: str, output: Path) -> float:
-    """Plan to fsynced checkpoint; imports are not counted."""
+def _quantize(what: str, recipe: str, source: str, output: Path) -> tuple[float, float]:
+    """Plan to fsynced checkpoint: seconds without imports, and the peak after them."""
     import torch  # noqa: F401
 
     from fp8pipe import stages
@@ -117,14 +132,15 @@ def _quantize(what: str, recipe: str, source: str, output: Path) -> float:
     from fp8pipe.quantize import quantize, run  # noqa: F401
 
     snapshot = stages.pin(source)
+    imports_mb = _peak_mb()
     began = time.perf_counter()
     plan = stages.plan_snapshot(snapshot, load_recipe(recipe))
     quantize(snapshot, plan, output)
-    return time.perf_counter() - began
+    return time.perf_counter() - began, imports_mb
 
 
-def _validate(what: str, recipe: str, source: str, output: Path) -> float:
-    """Imports are not counted; the report must be without an error."""
+def _validate(what: str, recipe: str, source: str, output: Path) -> tuple[float, float]:
+    """Seconds without imports, and the peak after them; the report must be without an error."""
     import compressed_tensors.quantization  # noqa: F401
 
     from fp8pipe import stages
@@ -135,12 +151,13 @@ def _validate(what: str, recipe: str, source: str, output: Path) -> float:
     snapshot = stages.pin(source) if what == "fidelity" else None
     if snapshot is not None:
         inspect(snapshot)
+    imports_mb = _peak_mb()
     depth = "fidelity" if what == "fidelity" else "values" if what == "values" else "headers"
     began = time.perf_counter()
     report = validate(output, source=snapshot, depth=depth)
     seconds = time.perf_counter() - began
     assert report.sound, [finding.sentence() for finding in report.errors]
-    return seconds
+    return seconds, imports_mb
 
 
 if __name__ == "__main__":

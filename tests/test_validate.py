@@ -256,3 +256,9 @@ def test_oracles_are_asked_when_wanted(checkpoint: Callable[[Model, Base], Path]
     assert report.known_from == "architecture"
     found = [finding for finding in report.findings if finding.check == "R1"]
     assert len(found) == 1 and found[0].tensor is not None and "layers.0.self_attn.qkv_proj" in found[0].tensor
+
+
+def test_documented_checks_are_those_that_run() -> None:
+    from benchmarks.malformed import PAGE, checks
+
+    assert checks() in PAGE.read_text(), "run python -m benchmarks.malformed"
