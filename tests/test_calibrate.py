@@ -659,9 +659,9 @@ def with_little_memory(
     model: Path, data: Path, output: Path, megabytes: int, samples: int
 ) -> subprocess.CompletedProcess[str]:
     arguments = [Path(__file__).parent, model, data, output, megabytes, samples]
-    return subprocess.run(
-        [sys.executable, "-c", _LITTLE_MEMORY, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+    own = os.environ | {"MALLOC_ARENA_MAX": "1"}  # else each thread reserves 64 MB
+    command = [sys.executable, "-c", _LITTLE_MEMORY, *map(str, arguments)]
+    return subprocess.run(command, env=own, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -79,9 +79,9 @@ def _fewer(batches: Batches, token_ids: Sequence[Sequence[int]], error: BaseExce
     """Tokens of the next attempt's largest pass, said in the log."""
     tokens = smaller(batches, token_ids)
     if tokens is None:
-        longest = max(map(len, token_ids))
+        longest, reason = max(map(len, token_ids)), str(error).partition("\n")[0] or type(error).__name__
         raise EnvironmentFault(
-            f"out of memory while one sample of {longest} tokens ran alone ({str(error).splitlines()[0]}); "
+            f"out of memory while one sample of {longest} tokens ran alone ({reason}); "
             "set calibration.max_seq_len or num_samples lower, or use a machine with more memory"
         ) from error
     _log.warning(
