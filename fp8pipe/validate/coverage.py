@@ -366,7 +366,8 @@ def head_follows_tying(subject: Subject) -> Iterator[Fault]:
     if layout.tied and "lm_head.weight" in tensors and not source_has_head:
         file = tensors["lm_head.weight"].shard
         yield Fault("no lm_head in a tied model", "one", file, "lm_head.weight", "warning", "vLLM unties the model")
-    if not layout.tied and not subject.shelf.has("lm_head.weight") and _head_expected(subject) and not source_has_head:
+    stored = any(subject.shelf.has(name) for name in layout.heads)
+    if not layout.tied and not stored and _head_expected(subject) and not source_has_head:
         yield Fault("lm_head.weight in an untied model", "missing", tensor="lm_head.weight")
 
 

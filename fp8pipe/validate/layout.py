@@ -28,6 +28,9 @@ FUSED_BY_VLLM = (
 )
 """Sibling projections that vLLM loads into one parameter."""
 
+HEADS = ("lm_head.weight", "embed_out.weight")
+"""The output head on disk, where no record names it: GPT-NeoX has the second."""
+
 MAX_COUNT = 4096
 """More layers or experts than any model has: a number beyond it is not believed."""
 
@@ -94,6 +97,8 @@ class Layout:
     """Transformers' names of modules, where they differ from those on disk: an ignore list may hold both."""
     pieces: Mapping[str, Piece]
     """Modules whose weight is a part of a larger tensor of the source: experts in three dimensions."""
+    heads: tuple[str, ...] = HEADS
+    """Names that the output head's weight may have on disk."""
 
     @cached_property
     def modules(self) -> frozenset[str]:
@@ -162,6 +167,7 @@ def layout_from_architecture(
         routers=frozenset(routers),
         attention=tuple(layer.name for layer in architecture.attention if not layer.mla),
         tied=architecture.tied_embeddings,
+        heads=tuple(name for name, role in architecture.tensors.items() if role.kind == "lm_head") or HEADS,
         num_layers=architecture.num_layers,
         num_experts=by_names.num_experts,
         from_record=True,
