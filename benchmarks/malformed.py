@@ -9,6 +9,7 @@ cases are tests/malformed.py, the checks are the validator's own table.
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import sys
 import tempfile
@@ -22,7 +23,6 @@ from fp8pipe.validate import all_checks, validate
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "validate.md"
-sys.path.insert(0, str(ROOT / "tests"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -49,8 +49,7 @@ def checks() -> str:
 
 def cases() -> str:
     """One row per case, and how many of the seventy were found as they should be, with nothing else."""
-    import malformed  # type: ignore[import-not-found]  # tests are no package
-
+    malformed = _of_the_tests("malformed")
     with tempfile.TemporaryDirectory() as name:
         models = _models(Path(name))
         rows, right = [], dict[int, bool]()
@@ -69,9 +68,14 @@ def cases() -> str:
     return f"{summary}.\n\n" + table(["case", "what is wrong", "architectures", "vLLM 0.32", "validate says"], rows)
 
 
-def _models(root: Path) -> dict[str, Path]:
-    import reference_checkpoints as reference  # type: ignore[import-not-found]  # tests are no package
+def _of_the_tests(name: str) -> Any:  # Any: tests are no package
+    """A module beside the tests."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    return importlib.import_module(name)
 
+
+def _models(root: Path) -> dict[str, Path]:
+    reference = _of_the_tests("reference_checkpoints")
     return {
         "dense": reference.llama(root / "dense"),
         "tied": reference.llama(root / "tied", tied=True),
@@ -80,8 +84,7 @@ def _models(root: Path) -> dict[str, Path]:
 
 
 def _findings(case: Any, model: str, source: Path, root: Path) -> tuple[Finding, ...]:
-    import malformed  # type: ignore[import-not-found]  # tests are no package
-
+    malformed = _of_the_tests("malformed")
     place = root / f"{model}-{case.number}"
     folder = malformed.quantize(source, place / "checkpoint", case.base)
     (place / "source").write_text(str(source))
