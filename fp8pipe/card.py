@@ -33,6 +33,7 @@ from fp8pipe.records import (
     Snapshot,
     TaskDecision,
     ValidationReport,
+    metric_label,
     write_atomically,
 )
 
@@ -66,6 +67,9 @@ EVIDENCE = {
 
 PLOTS = {"drop": "Drop against the margin", "accuracy": "Accuracy per task", "flips": "Samples that changed"}
 """Titles of the plots, in the order of the card."""
+
+_LIMIT_RULES = {"min_speedup": "speed", "max_memory_ratio": "memory"}
+"""Limits of a policy on serving -> the gate's rules that hold them."""
 
 _MARK = b"and released by fp8pipe "
 """What every card says in its first paragraph, and no source's does."""
@@ -193,7 +197,8 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "noise": list(_noise(facts.baseline)),
         "serving_table": markdown_table(_serving_rows(facts)),
         "serving_note": _serving_note(facts),
-        "samples": f"{sum(task.n for task in decision.tasks):,}",
+        "serving_limits": _serving_limits(facts),
+        "samples": f"{sum({task.task: task.n for task in decision.tasks}.values()):,}",
         "alpha": f"{decision.alpha_spent:.3g}",
         "alpha_note": _alpha_note(decision),
         "plots": [(title, facts.plots[name]) for name, title in PLOTS.items() if name in facts.plots],
@@ -315,11 +320,11 @@ def interval_of(report: EvalReport, task: TaskDecision) -> tuple[float, float] |
 # ---------------------------------------------------------------------------------------------- verdict
 
 
-def task_sentence(task: TaskDecision) -> str:
+def task_sentence(task: TaskDecision, among: Sequence[TaskDecision]) -> str:
     """`qa: 91.00 -> 90.60, drop 0.40 points (-0.26 to 1.06), margin 2.00, n=2,000`."""
     unit = " points" if in_points(task) else ""
     return (
-        f"{task.task}: {number(task.baseline, task)} -> {number(task.candidate, task)}, "
+        f"{metric_label(task, among)}: {number(task.baseline, task)} -> {number(task.candidate, task)}, "
         f"drop {number(task.drop, task)}{unit} ({number(task.drop_lower, task)} to {number(task.drop_upper, task)}), "
         f"margin {number(task.margin, task)}, n={task.n:,}"
     )
@@ -331,7 +336,7 @@ def _headline(decision: GateDecision) -> str:
 
 def _verdict_lines(facts: CardFacts) -> Iterator[str]:
     decision, approval = facts.decision, facts.approval
-    yield "; ".join(task_sentence(task) for task in decision.tasks) + "."
+    yield "; ".join(task_sentence(task, decision.tasks) for task in decision.tasks) + "."
     engine = facts.candidate.engine
     yield f"Measured with vLLM {facts.candidate.versions.get('vllm', '?')} on {engine.device_class}."
     for tried in decision.earlier:
@@ -358,7 +363,7 @@ def collection_note(decision: GateDecision) -> str:
     ending = ending or f" Measured on {decision.device_class}."
     note = f"{_headline(decision)}."
     for index, task in enumerate(decision.tasks):
-        sentence = f" {task_sentence(task)}."
+        sentence = f" {task_sentence(task, decision.tasks)}."
         left = len(decision.tasks) - index
         more = f" {left} more task(s) in the card."
         after = len(more) if left > 1 else 0
@@ -522,6 +527,14 @@ def _serving_note(facts: CardFacts) -> str:
     return said if figures.comparable else f"{said} Taken on a CPU: not comparable with any GPU, nor BF16 with FP8."
 
 
+def _serving_limits(facts: CardFacts) -> list[str]:
+    """What the gate said of the policy's limits on speed and memory."""
+    rules = {rule.rule: rule for rule in facts.decision.rules}
+    limited = facts.policy.serving_limits if facts.policy is not None else ()
+    found = [rules[_LIMIT_RULES[name]] for name in limited if _LIMIT_RULES[name] in rules]
+    return [f"The gate's limit on {rule.rule}: {rule.outcome}, {rule.reason}." for rule in found]
+
+
 def _validation_line(validation: ValidationReport) -> str:
     found = len(validation.warnings)
     return (
@@ -540,7 +553,7 @@ def _limits(facts: CardFacts) -> Iterator[str]:
         yield "Below compute capability 8.9 vLLM keeps the weights in FP8 but computes in 16 bits; not measured."
     if facts.recipe.kv_cache is not None:
         yield "Without --kv-cache-dtype fp8 the cache keeps the model's dtype; not measured."
-    names = ", ".join(task.task for task in decision.tasks)
+    names = ", ".join(dict.fromkeys(task.task for task in decision.tasks))
     yield f"Accuracy is known for {names} within {engine.max_model_len:,} tokens of context; nothing else was measured."
     if decision.unchecked:
         yield f"Rules of the gate that could not be checked: {', '.join(decision.unchecked)}."

@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    WrapSerializer,
+    field_validator,
+    model_validator,
+)
 
 from fp8pipe import llmcompressor
 from fp8pipe.errors import ConfigError
@@ -191,8 +201,25 @@ class TaskSpec(Config):
     num_fewshot: int = Field(default=0, ge=0)
     samples: int | None = Field(default=None, ge=1)
     """Documents to score, the first of the suite's seeded permutation; None for all."""
+    documents: int | None = Field(default=None, ge=1)
+    """Documents that the task has. A plan then needs no data; data that hold another number are refused."""
+    subtasks: int | None = Field(default=None, ge=2)
+    """Sub-tasks that a group's documents come from, named with `documents`; data with another number are refused."""
     repeat: bool = False
     """Score the baseline a second time, in other batches: the share of answers that flip is the engine's own."""
+
+    @property
+    def scored(self) -> int | None:
+        """Documents that are scored, where the suite tells."""
+        return self.documents if self.samples is None else self.samples
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> TaskSpec:
+        if self.documents is not None and self.samples is not None and self.samples > self.documents:
+            raise ValueError(f"samples: {self.samples} of {self.documents} documents; ask for no more than there are")
+        if self.subtasks is not None and self.documents is None:
+            raise ValueError("subtasks goes with documents: name both, or neither")
+        return self
 
 
 class ServingWorkload(Config):
@@ -239,8 +266,9 @@ class EvalSuite(Config):
     seed: int = 1234
 
     def digest(self) -> str:
-        """sha256 of what is measured: the content of `task_dir`, not its place, and not the description."""
-        content = self.model_dump(mode="json", exclude={"description", "task_dir"})
+        """sha256 of what is measured: the content of `task_dir`, not its place; neither description nor counts."""
+        counts = {"__all__": {"documents", "subtasks"}}  # what the data are held to, not what is done with them
+        content = self.model_dump(mode="json", exclude={"description": True, "task_dir": True, "tasks": counts})
         if self.task_dir is not None:
             root = Path(self.task_dir)
             files = sorted(p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
@@ -259,8 +287,13 @@ class EvalSuite(Config):
 # ---------------------------------------------------------------------------------------------- policy
 
 
+def _is_unset(value: object) -> bool:
+    """Left out of files and digests: a policy that does not use a newer limit stays the policy that it was."""
+    return value is None
+
+
 class TaskPolicy(Config):
-    """What one task must show."""
+    """What one metric of a task must show."""
 
     metric: str
     filter: str = "none"
@@ -270,6 +303,12 @@ class TaskPolicy(Config):
     """The baseline must be above this, or the measurement itself is broken (chance level plus a distance)."""
     discordance: float = Field(default=0.06, gt=0, lt=1)
     """Share of answers expected to differ between BF16 and FP8. Only planning uses it: how many samples it takes."""
+    spread: float | None = Field(default=None, gt=0, exclude_if=_is_unset)
+    """For a graded metric, instead of `discordance`: by how much one sample's score is expected to change, as a
+    standard deviation. Only planning uses it."""
+    design_effect: float | None = Field(default=None, ge=1, exclude_if=_is_unset)
+    """For a task of sub-tasks: how many times the variance of independent samples is expected, because damage hits some
+    sub-tasks more than others; None for 1.5. Only planning uses it."""
 
 
 class PerplexityPolicy(Config):
@@ -281,11 +320,29 @@ class PerplexityPolicy(Config):
     """Largest acceptable growth, relative: 0.01 is 1 %."""
     min_baseline: float | None = None
     """The baseline must be below this, or the measurement itself is broken."""
+    spread: float = Field(default=0.01, gt=0, exclude_if=lambda value: value == 0.01)
+    """By how much a text's log-likelihood per unit is expected to change, in nats, as a standard deviation over texts.
+    Only planning uses it."""
 
     @property
     def margin(self) -> float:
         """The growth as what is tested: nats per unit, the logarithm of the ratio."""
         return math.log1p(self.max_increase)
+
+
+def _listed(value: Any) -> Any:  # Any: what stands in the file
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _as_written(value: tuple[TaskPolicy, ...], handler: SerializerFunctionWrapHandler) -> Any:
+    written = handler(value)
+    return written[0] if len(written) == 1 else written
+
+
+TaskPolicies = Annotated[
+    tuple[TaskPolicy, ...], Field(min_length=1), BeforeValidator(_listed), WrapSerializer(_as_written)
+]
+"""What a task must show: one metric, or a list of several."""
 
 
 class GatePolicy(Config):
@@ -297,11 +354,16 @@ class GatePolicy(Config):
     """Chance of accepting a drop of exactly the margin, over all looks and attempts."""
     power: float = Field(default=0.8, gt=0, lt=1)
     """Chance with which an undamaged model must be accepted, or the suite is too small for the margins."""
-    tasks: dict[str, TaskPolicy] = Field(min_length=1)
+    tasks: dict[str, TaskPolicies] = {}
+    """Per task one metric, or a list of metrics; each of them must be shown."""
     perplexity: dict[str, PerplexityPolicy] = {}
     """Limits on tasks that score the likelihood of texts."""
     max_size_ratio: float | None = Field(default=None, gt=0)
     """Largest checkpoint bytes / source bytes."""
+    min_speedup: float | None = Field(default=None, gt=0, exclude_if=_is_unset)
+    """Least generated tokens per second / those of the baseline, on the suite's serving workload."""
+    max_memory_ratio: float | None = Field(default=None, gt=0, exclude_if=_is_unset)
+    """Largest bytes of weights in the engine's memory / those of the baseline."""
     looks: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
     """Shares of the suite's samples at which to look; the last must be 1."""
     max_attempts: int = Field(default=3, ge=1)
@@ -316,15 +378,37 @@ class GatePolicy(Config):
         return tuple(range(1, len(self.looks) + 1))
 
     @property
-    def gated(self) -> dict[str, TaskPolicy | PerplexityPolicy]:
-        """Every task that must show something, by name."""
-        return {**self.tasks, **self.perplexity}
+    def gated(self) -> tuple[tuple[str, TaskPolicy | PerplexityPolicy], ...]:
+        """Every metric that must show something, with its task."""
+        several = [(name, metric) for name, metrics in self.tasks.items() for metric in metrics]
+        return (*several, *self.perplexity.items())
+
+    @property
+    def gated_tasks(self) -> tuple[str, ...]:
+        """The tasks whose metrics are gated."""
+        return (*self.tasks, *self.perplexity)
+
+    def label(self, task: str, limit: TaskPolicy | PerplexityPolicy) -> str:
+        """The task's name, with metric and filter where several of it are gated."""
+        alone = sum(name == task for name, _ in self.gated) == 1
+        return task if alone else f"{task} {limit.metric},{limit.filter}"
+
+    @property
+    def serving_limits(self) -> tuple[str, ...]:
+        """The limits that need serving figures."""
+        return tuple(name for name in ("min_speedup", "max_memory_ratio") if getattr(self, name) is not None)
 
     @model_validator(mode="after")
-    def _one_limit_per_task(self) -> GatePolicy:
+    def _each_metric_once(self) -> GatePolicy:
+        if not self.gated:
+            raise ValueError("neither tasks nor perplexity: a gate needs at least one of them")
         both = sorted(set(self.tasks) & set(self.perplexity))
         if both:
             raise ValueError(f"{', '.join(both)}: named under tasks and under perplexity; one limit per task")
+        names = [f"{task} {limit.metric},{limit.filter}" for task, limit in self.gated]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)}: named twice; one limit per metric")
         return self
 
     @field_validator("looks")
@@ -360,12 +444,17 @@ class ReleaseSpec(Config):
 
 
 def check_fit(policy: GatePolicy, suite: EvalSuite) -> None:
-    """ConfigError when the policy gates on a task that the suite does not measure."""
-    missing = set(policy.gated) - set(suite.tasks)
+    """ConfigError when the policy gates on what the suite does not measure."""
+    missing = set(policy.gated_tasks) - set(suite.tasks)
     if missing:
         raise ConfigError(
             f"policy {policy.name} gates on {', '.join(sorted(missing))}, which suite {suite.name} does not "
             f"measure; it measures {', '.join(sorted(suite.tasks))}"
+        )
+    if policy.serving_limits and suite.serving is None:
+        raise ConfigError(
+            f"policy {policy.name} limits {', '.join(policy.serving_limits)}, and suite {suite.name} times nothing; "
+            "add `serving: {}` to the suite"
         )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.card import in_points, interval_of, number
-from fp8pipe.records import EvalReport, GateDecision, TaskDecision
+from fp8pipe.records import EvalReport, GateDecision, TaskDecision, metric_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +91,7 @@ def _canvas(tasks: int, title: str, *, row: float = 0.62) -> tuple[Figure, Axes]
 
 
 def _label_rows(axes: Axes, tasks: tuple[TaskDecision, ...]) -> None:
-    axes.set_yticks(range(len(tasks)), [f"{task.task}\nn = {task.n:,}" for task in tasks])
+    axes.set_yticks(range(len(tasks)), [f"{metric_label(task, tasks)}\nn = {task.n:,}" for task in tasks])
 
 
 def _scaled(value: float, task: TaskDecision) -> float:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -424,9 +424,9 @@ class RuleOutcome(Record):
 
 
 class TaskDecision(Record):
-    """The paired test of one task; drop = baseline - candidate, in the metric's own unit (0.02 is two points).
+    """The paired test of one metric of a task; drop = baseline - candidate, in the metric's own unit.
 
-    Where lower is better the drop is candidate - baseline: a drop is always a loss.
+    0.02 is two points of an accuracy. Where lower is better the drop is candidate - baseline: a drop is always a loss.
     """
 
     task: str
@@ -456,6 +456,12 @@ class TaskDecision(Record):
     """One-sided exact McNemar; reported, decides nothing."""
     recovery: float | None = None
     """candidate / baseline; reported, decides nothing."""
+
+
+def metric_label(task: TaskDecision, among: Sequence[TaskDecision]) -> str:
+    """The task's name, with metric and filter where several of it were decided."""
+    alone = sum(other.task == task.task for other in among) == 1
+    return task.task if alone else f"{task.task} {task.metric},{task.filter}"
 
 
 class EarlierAttempt(Record):

@@ -18,6 +18,7 @@ from fp8pipe.records import (
     Outcome,
     Release,
     ValidationReport,
+    metric_label,
 )
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def decision_sheet(decision: GateDecision) -> Sheet:
     """The tests and every rule that was checked."""
     rows = tuple(
         (
-            task.task,
+            metric_label(task, decision.tasks),
             str(task.n),
             f"{task.baseline:.4f}",
             f"{task.candidate:.4f}",
@@ -203,24 +204,26 @@ def eval_plan_sheet(plan: EvalPlan) -> Sheet:
     rows = tuple(
         (
             task.task,
-            f"{task.samples:,}",
-            f"{100 * task.discordance:g}",
-            f"{100 * task.margin:.2f}",
+            f"{task.metric},{task.filter}",
+            f"{task.samples:,}" + (f" in {task.subtasks}" if task.subtasks else ""),
+            task.assumes,
+            f"{task.shown(task.margin)} {task.unit}",
             f"{100 * task.power:.1f}",
-            f"{task.samples_needed:,}",
-            f"{100 * task.resolvable_margin:.2f}",
+            "none will do" if task.samples_needed is None else f"{task.samples_needed:,}",
+            "none" if task.resolvable_margin is None else f"{task.shown(task.resolvable_margin)} {task.unit}",
             "no" if task in plan.unresolved else "yes",
         )
         for task in plan.tasks
     )
     notes = (
-        f"power: chance that a candidate without any true drop is accepted; {100 * plan.power:g} % is asked for",
+        "power: chance that a candidate without any true drop is accepted; on every metric "
+        f"{100 * plan.acceptance:.1f} %, {100 * plan.power:g} % is asked for",
         f"alpha {plan.alpha:g} over {len(plan.looks)} look(s) and {plan.attempts} attempt(s): "
         f"{plan.alpha_spent:.3g} each",
     )
-    columns = ("task", "samples", "differing, %", "margin", "power, %", "samples needed", "margin resolved", "resolved")
+    columns = ("task", "metric", "samples", "assumed", "margin", "power, %", "needed", "margin resolved", "resolved")
     title = f"Policy {plan.policy} on suite {plan.suite}"
-    return Sheet(title, columns, rows, notes, right=frozenset(range(1, 7)))
+    return Sheet(title, columns, rows, notes, right=frozenset({2, 4, 5, 6, 7}))
 
 
 def release_sheet(release: Release) -> Sheet:
@@ -244,7 +247,10 @@ def outcome_sheet(outcome: Outcome) -> Sheet:
         ("size", _sizes(outcome)),
     ]
     for task in outcome.decision.tasks if outcome.decision else ():
-        rows.append((f"{task.task} {task.metric}", f"{task.baseline:.4f} -> {task.candidate:.4f}  (n={task.n})"))
+        filtered = "" if task.filter == "none" else f",{task.filter}"
+        rows.append(
+            (f"{task.task} {task.metric}{filtered}", f"{task.baseline:.4f} -> {task.candidate:.4f}  (n={task.n})")
+        )
         interval = f"[{100 * task.drop_lower:+.2f}, {100 * task.drop_upper:+.2f}]"
         rows.append(("  drop, points", f"{100 * task.drop:+.2f}  interval {interval}, margin {100 * task.margin:.2f}"))
     rows.append(("verdict", outcome.verdict.upper()))

@@ -246,8 +246,9 @@ def plan_eval(policy: GatePolicy, suite: EvalSuite, folder: Path, *, attempts: i
     from fp8pipe.evaluate.documents import count_documents
     from fp8pipe.gate.power import plan_evaluation
 
-    gated = suite.model_copy(update={"tasks": {name: suite.tasks[name] for name in policy.tasks}})
-    return plan_evaluation(policy, suite.name, count_documents(gated, folder), attempts=attempts)
+    gated = suite.model_copy(update={"tasks": {name: suite.tasks[name] for name in policy.gated_tasks}})
+    found = count_documents(gated, folder)
+    return plan_evaluation(policy, suite.name, found.counts, subtasks=found.subtasks, attempts=attempts)
 
 
 def evaluate_baseline(

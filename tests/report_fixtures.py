@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fp8pipe.config import EvalSuite, GatePolicy, Recipe, TaskPolicy, TaskSpec
-from fp8pipe.records import Checkpoint, EngineFacts, EvalReport, MetricSamples, TaskResult
+from fp8pipe.records import Checkpoint, EngineFacts, EvalReport, MetricSamples, ServingFigures, TaskResult
 
 SOURCE_COMMIT = "5" * 40
 FINGERPRINT = "f" * 64
@@ -110,6 +110,20 @@ def pair(n: int = 2000, *, right: int = 1820, lost: int = 0, won: int = 0) -> tu
     """Baseline and candidate on one 0/1 task of `n` samples."""
     ours = values(right, n)
     return report(task(ours)), report(task(flipped(ours, lost=lost, won=won)), candidate=True)
+
+
+def timed(side: EvalReport, tokens_per_second: float, model_bytes: int | None = 2_000_000, **fields: Any) -> EvalReport:
+    """The report with serving figures, as a GPU gives them."""
+    times = {f"{kind}_{name}_ms": 10.0 for kind in ("mean", "median", "p99") for name in ("ttft", "itl")}
+    known = {
+        "workload": {"num_prompts": 64, "input_len": 1024, "output_len": 128, "max_concurrency": 16, "seed": 1234},
+        "request_throughput": tokens_per_second / 128,
+        "output_throughput": tokens_per_second,
+        "total_token_throughput": 9 * tokens_per_second,
+        "comparable": True,
+    }
+    figures = ServingFigures(**(known | times | fields))
+    return change_engine(side, model_bytes=model_bytes).model_copy(update={"serving": figures})
 
 
 def policy(*tasks: str, margin: float = 0.02, **fields: Any) -> GatePolicy:

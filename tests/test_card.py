@@ -24,6 +24,7 @@ from report_fixtures import (
     report,
     suite,
     task,
+    timed,
     values,
 )
 
@@ -43,7 +44,7 @@ from fp8pipe.card import (
     render_card,
     summary_rows,
 )
-from fp8pipe.config import GatePolicy
+from fp8pipe.config import GatePolicy, TaskPolicy
 from fp8pipe.errors import InputError, Refused
 from fp8pipe.gate import decide
 from fp8pipe.plan import SummaryRow
@@ -58,6 +59,7 @@ from fp8pipe.records import (
     Snapshot,
     ValidationReport,
 )
+from fp8pipe.show import decision_sheet
 
 SOURCE_CARD_TEXT = """---
 license: other
@@ -565,3 +567,29 @@ def test_card_tells_the_engines_noise_and_both_sides_speed() -> None:
     assert "Taken on a CPU: not comparable" in card
     untimed = render_card(facts_of((timed[0], candidate)))
     assert "Speed and memory" not in untimed
+
+
+def test_card_tells_the_limits_on_speed_and_memory_that_the_gate_held() -> None:
+    baseline, candidate = pair(lost=34, won=26)
+    sides = timed(baseline, 100.0), timed(candidate, 130.0, 1_100_000)
+    rules = policy(min_speedup=1.2, max_memory_ratio=0.6)
+    card = plain(render_card(facts_of(sides, rules, policy=rules)))
+    assert "- The gate's limit on speed: passed, 100 -> 130 generated tokens per second, 1.300 times" in card
+    assert "- The gate's limit on memory: passed, 2000000 -> 1100000 bytes of weights in memory, ratio 0.550" in card
+    assert "The gate's limit" not in render_card(facts_of(sides, policy=policy()))
+
+
+def test_metrics_of_one_task_are_told_apart_everywhere(tmp_path: Path) -> None:
+    ours = values(1820, 2000)
+    theirs = flipped(ours, lost=20, won=10)
+    metrics = [(metric(side, filter="strict"), metric(ours, filter="loose")) for side in (ours, theirs)]
+    sides = report(task(ours, metrics=metrics[0])), report(task(theirs, metrics=metrics[1]), candidate=True)
+    limits = [TaskPolicy(metric="exact_match", filter=f, margin=0.02, min_baseline=0.3) for f in ("strict", "loose")]
+    facts = facts_of(sides, policy(tasks={"qa": limits}))
+    card = plain(render_card(facts))
+    assert "qa exact_match,strict: 91.00 -> 90.50" in card and "qa exact_match,loose: 91.00 -> 91.00" in card
+    assert "Paired on the same 2,000 samples" in card
+    assert "qa exact_match,loose: 91.00" in collection_note(facts.decision)
+    rows = decision_sheet(facts.decision).rows
+    assert [row[0] for row in rows] == ["qa exact_match,strict", "qa exact_match,loose"]
+    assert set(write_plots(facts.decision, *sides, tmp_path)) == set(PLOTS)

@@ -90,6 +90,47 @@ def test_policy_on_a_task_the_suite_does_not_measure_is_refused(tmp_path):
         spec.resolve()
 
 
+@pytest.mark.parametrize("limit", ["min_speedup: 1.2", "max_memory_ratio: 0.6"])
+def test_limit_on_serving_needs_a_suite_that_times_it(tmp_path, limit):
+    policy = config.load_policy(written(tmp_path, f"name: p\ntasks: {{a: {{metric: acc, margin: 0.02}}}}\n{limit}\n"))
+    untimed = config.EvalSuite(name="s", tasks={"a": config.TaskSpec()})
+    with pytest.raises(ConfigError, match=rf"limits {limit.split(':')[0]}.*add `serving: \{{\}}` to the suite"):
+        config.check_fit(policy, untimed)
+    config.check_fit(policy, untimed.model_copy(update={"serving": config.ServingWorkload()}))
+
+
+def test_a_task_has_one_metric_or_a_list_of_them(tmp_path):
+    one, other = "{metric: em, filter: strict, margin: 0.03}", "{metric: em, filter: loose, margin: 0.02}"
+    single = config.load_policy(written(tmp_path, f"name: p\ntasks: {{a: {one}}}\n"))
+    several = config.load_policy(written(tmp_path, f"name: p\ntasks: {{a: [{one}, {other}]}}\n"))
+    assert [(task, limit.filter) for task, limit in several.gated] == [("a", "strict"), ("a", "loose")]
+    assert (single.gated, single.gated_tasks) == (several.gated[:1], several.gated_tasks)
+    for policy in (single, several):
+        assert config.GatePolicy.model_validate_json(policy.model_dump_json()) == policy
+    with pytest.raises(ConfigError, match="a em,strict: named twice"):
+        config.load_policy(written(tmp_path, f"name: p\ntasks: {{a: [{one}, {one}]}}\n"))
+    with pytest.raises(ConfigError, match=r"tasks\.a"):
+        config.load_policy(written(tmp_path, "name: p\ntasks: {a: []}\n"))
+    with pytest.raises(ConfigError, match="neither tasks nor perplexity"):
+        config.load_policy(written(tmp_path, "name: p\n"))
+
+
+def test_a_policy_that_uses_nothing_new_has_the_digest_it_always_had(tmp_path):
+    text = "name: p\ntasks: {a: {metric: acc, margin: 0.02}}\nperplexity: {b: {max_increase: 0.01}}\n"
+    # Written out: approvals and decisions on record name the digest.
+    known = "084036cc41444516da05f1b28ab7a89418bf384fef2b96eebc42d216df5cb03c"
+    assert config.load_policy(written(tmp_path, text)).digest() == known
+
+
+@pytest.mark.parametrize(
+    ("counts", "says"),
+    [("documents: 5, samples: 6", "6 of 5 documents"), ("subtasks: 3", "subtasks goes with documents")],
+)
+def test_counts_of_a_task_that_do_not_fit_each_other_are_refused(tmp_path, counts, says):
+    with pytest.raises(ConfigError, match=says):
+        config.load_suite(written(tmp_path, f"name: s\ntasks: {{a: {{{counts}}}}}\n"))
+
+
 def test_identity_ignores_names_and_unused_calibration():
     one = config.load_recipe("fp8-dynamic")
     other = one.model_copy(update={"name": "other", "calibration": config.CalibrationSpec(num_samples=3)})

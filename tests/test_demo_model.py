@@ -131,7 +131,7 @@ def test_suite_policy_and_recipe_name_the_demo_as_it_is():
     assert suite.task_dir is not None
     arrows = yaml.safe_load((Path(suite.task_dir) / "arrows.yaml").read_text())
     assert arrows["dataset_path"] == task.EVALUATION_ID
-    assert policy.tasks[arrows["task"]].filter == arrows["filter_list"][0]["name"]
+    assert policy.tasks[arrows["task"]][0].filter == arrows["filter_list"][0]["name"]
     assert recipe.calibration.dataset == task.CALIBRATION_ID
     plain = load_recipe("fp8-static-kv")
     assert (recipe.weights, recipe.activations, recipe.kv_cache) == (plain.weights, plain.activations, plain.kv_cache)

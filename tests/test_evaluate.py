@@ -210,6 +210,10 @@ def test_subjects_of_a_short_look_leave_out_parts_without_documents(task_dir: Pa
         ({"tiny_chose": TaskSpec()}, ConfigError, "did you mean .*tiny_choose"),
         ({"tiny_choose": TaskSpec(samples=25)}, InputError, "asks for 25 samples, the task has 24"),
         ({"tiny_group": TaskSpec(), "tiny_part_a": TaskSpec()}, ConfigError, "share tasks"),
+        ({"tiny_choose": TaskSpec(documents=25)}, InputError, r"counts on 25 documents .* hold 24 in 1"),
+        ({"tiny_choose": TaskSpec(documents=23, samples=10)}, InputError, "counts on 23 documents"),
+        ({"tiny_group": TaskSpec(documents=32)}, InputError, r"counts on 32 documents in 1 task.* hold 32 in 2"),
+        ({"tiny_group": TaskSpec(documents=32, subtasks=3)}, InputError, "in 3 task"),
     ],
 )
 def test_suite_that_cannot_be_measured_is_refused_before_an_engine_starts(
@@ -219,6 +223,30 @@ def test_suite_that_cannot_be_measured_is_refused_before_an_engine_starts(
 
     with pytest.raises(error, match=says):
         load_subjects(make_suite(task_dir, **tasks), limit=None)
+
+
+def test_data_that_hold_what_the_suite_says_are_measured(task_dir: Path) -> None:
+    from fp8pipe.evaluate.tasks import load_subjects
+
+    counted = {"tiny_choose": TaskSpec(documents=24), "tiny_group": TaskSpec(documents=32, subtasks=2)}
+    assert [len(s.picks) for s in load_subjects(make_suite(task_dir, **counted), limit=None)] == [24, 32]
+
+
+def test_documents_and_sub_tasks_are_counted_where_the_suite_does_not_tell(task_dir: Path, tmp_path: Path) -> None:
+    from fp8pipe.evaluate.documents import count_documents
+
+    suite = make_suite(task_dir, tiny_group=TaskSpec(), tiny_choose=TaskSpec(documents=24, samples=5))
+    found = count_documents(suite, tmp_path)
+    assert (found.counts, found.subtasks) == ({"tiny_group": 32, "tiny_choose": 5}, {"tiny_group": 2})
+    (tmp_path / "request.json").unlink()
+    assert count_documents(suite, tmp_path) == found
+    assert not (tmp_path / "request.json").exists()  # not counted again
+
+
+def test_what_the_data_are_held_to_is_no_part_of_what_is_measured(task_dir: Path) -> None:
+    counted = make_suite(task_dir, tiny_group=TaskSpec(documents=32, subtasks=2))
+    assert counted.digest() == make_suite(task_dir, tiny_group=TaskSpec()).digest()
+    assert counted.digest() != make_suite(task_dir, tiny_group=TaskSpec(samples=32)).digest()
 
 
 def test_shots_for_a_task_that_pins_zero_are_refused(tmp_path: Path) -> None:

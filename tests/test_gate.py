@@ -22,6 +22,7 @@ from report_fixtures import (
     report,
     suite,
     task,
+    timed,
     values,
 )
 from scipy import optimize, stats
@@ -331,6 +332,55 @@ def test_fewer_than_twenty_clusters_settle_nothing() -> None:
         assert decision.verdict == verdict
 
 
+# ---------------------------------------------------------------------------------------------- several metrics
+
+
+def graded(lost: int = 0, *, strict_lost: int = 0, failed: int = 0) -> tuple[EvalReport, EvalReport]:
+    """One task of 2,000 questions under two filters, of which the candidate loses so many."""
+    ours = values(1820, 2000)
+    kept, strict = (flipped(ours, lost=count, won=0) for count in (lost, strict_lost))
+    failures = {"extraction_failed": flags(0)}, {"extraction_failed": flags(failed)}
+    sides = []
+    for outcomes, strictly, flag in ((ours, ours, failures[0]), (kept, strict, failures[1])):
+        found = (metric(outcomes, filter="flexible"), metric(strictly, filter="strict", **flag))
+        sides.append(task(outcomes, metrics=found))
+    return report(sides[0]), report(sides[1], candidate=True)
+
+
+def both_filters(**fields: Any) -> GatePolicy:
+    limits = [
+        TaskPolicy(metric="exact_match", filter="strict", margin=0.03, min_baseline=0.3),
+        TaskPolicy(metric="exact_match", filter="flexible", margin=0.02, min_baseline=0.3),
+    ]
+    return policy(tasks={"qa": limits}, **fields)
+
+
+def test_every_metric_of_a_task_must_be_accepted_at_its_own_margin() -> None:
+    decision = full(*graded(), both_filters())
+    assert [(t.filter, t.margin, t.verdict) for t in decision.tasks] == [
+        ("strict", 0.03, "accepted"),
+        ("flexible", 0.02, "accepted"),
+    ]
+    assert decision.verdict == "accepted"
+    assert "qa exact_match,strict: drop" in decision.reason
+    assert full(*graded(strict_lost=70), both_filters()).verdict == "inconclusive"
+    worse = full(*graded(strict_lost=150), both_filters())
+    assert (worse.verdict, [t.verdict for t in worse.tasks]) == ("rejected", ["rejected", "accepted"])
+    assert "alpha 0.025" in worse.tasks[0].reason  # Holm over two metrics
+    assert full(*graded(strict_lost=150), policy(tasks={"qa": both_filters().tasks["qa"][1]})).verdict == "accepted"
+
+
+def test_each_metric_of_a_task_has_its_own_rules() -> None:
+    assert full(*graded(failed=60), both_filters()).vetoed == ("extraction",)
+    baseline, candidate = graded()
+    without = change_task(candidate, metrics=candidate.tasks[0].metrics[:1])
+    assert "metrics" in full(baseline, without, both_filters()).vetoed
+    high = [limit.model_copy(update={"min_baseline": 0.95}) for limit in both_filters().tasks["qa"][:1]]
+    chance = full(baseline, candidate, policy(tasks={"qa": [*high, *both_filters().tasks["qa"][1:]]}))
+    assert chance.vetoed == ("chance",)
+    assert "qa exact_match,strict: baseline 0.91" in chance.reason
+
+
 # ---------------------------------------------------------------------------------------------- perplexity
 
 
@@ -423,6 +473,14 @@ def test_missing_samples_are_vetoed_on_either_side_and_on_both() -> None:
     assert vetoes(shortened(baseline, slice(0, 1999)), candidate, **asked) == ("samples", "completeness")
     both = [shortened(side, slice(0, 1999)) for side in (baseline, candidate)]
     assert vetoes(*both, **asked) == ("completeness",)
+
+
+def test_fewer_samples_than_the_data_set_has_are_vetoed_where_the_suite_scores_all_of_it() -> None:
+    counted = EvalSuite(name="unit", tasks={"qa": TaskSpec(documents=2000)})
+    assert full(*pair(), suite=counted).vetoed == ()
+    assert vetoes(*pair(1999), suite=counted) == ("completeness",)
+    part = EvalSuite(name="unit", tasks={"qa": TaskSpec(documents=4000, samples=2000)})
+    assert full(*pair(), suite=part).vetoed == ()
 
 
 def test_extra_samples_on_both_sides_are_vetoed() -> None:
@@ -627,6 +685,69 @@ def test_a_baseline_at_chance_is_vetoed() -> None:
 def test_a_checkpoint_above_the_size_limit_is_vetoed() -> None:
     assert full(*pair(), policy(max_size_ratio=0.5)).vetoed == ("size",)
     assert full(*pair(), policy(max_size_ratio=0.6)).vetoed == ()
+
+
+def served(
+    speed: float = 130.0, memory: int | None = 1_100_000, both: dict[str, Any] | None = None, **theirs: Any
+) -> tuple[EvalReport, EvalReport]:
+    """Equal results, timed: 100 tokens per second and 2,000,000 bytes in the baseline."""
+    baseline, candidate = pair()
+    return timed(baseline, 100.0, **(both or {})), timed(candidate, speed, memory, **(both or {}), **theirs)
+
+
+LIMITS = policy(min_speedup=1.2, max_memory_ratio=0.6)
+
+
+def test_limits_on_speed_and_memory_are_passed_when_they_are_met() -> None:
+    decision = full(*served(speed=120.0, memory=1_200_000), LIMITS)  # exactly
+    assert (decision.verdict, decision.unchecked) == ("accepted", ())
+    told = {rule.rule: rule.reason for rule in decision.rules}
+    assert told["speed"] == "100 -> 120 generated tokens per second, 1.200 times the baseline's, at least 1.2"
+    assert told["memory"] == "2000000 -> 1200000 bytes of weights in memory, ratio 0.600, limit 0.6"
+
+
+@pytest.mark.parametrize(
+    ("rule", "sides", "reason"),
+    [
+        ("speed", served(speed=119.0), "1.190 times the baseline's is below the limit 1.2"),
+        ("memory", served(memory=1_300_000), "ratio 0.650 is above the limit 0.6"),
+    ],
+)
+def test_a_broken_limit_on_speed_or_memory_is_vetoed(
+    rule: str, sides: tuple[EvalReport, EvalReport], reason: str
+) -> None:
+    assert vetoes(*sides, rules=LIMITS) == (rule,)
+    assert reason in full(*sides, LIMITS).reason
+    assert full(*sides).vetoed == ()  # a policy without limits
+
+
+def test_sides_that_were_timed_on_different_workloads_are_vetoed() -> None:
+    other = {"num_prompts": 64, "input_len": 8, "output_len": 128, "max_concurrency": 16, "seed": 1234}
+    assert vetoes(*served(workload=other), rules=LIMITS) == ("speed", "memory")
+
+
+@pytest.mark.parametrize("broken", [{"speed": 10.0, "memory": 9_000_000}, {}])
+def test_figures_from_a_cpu_leave_the_limits_unchecked_whatever_they_say(broken: dict[str, Any]) -> None:
+    sides = [
+        change_engine(side, device_class="cpu", device_name="Some CPU")
+        for side in served(**broken, both={"comparable": False})
+    ]
+    decision = full(*sides, policy(min_speedup=1.2, max_memory_ratio=0.6, device_classes=("cpu",)))
+    assert (decision.vetoed, decision.unchecked) == ((), ("speed", "memory"))
+    assert {rule.reason for rule in decision.rules if rule.outcome == "unchecked"} == {
+        "taken on cpu, where figures say nothing about serving; measure both sides on a GPU"
+    }
+
+
+def test_limits_without_the_evidence_for_them_are_unchecked_and_say_what_to_do() -> None:
+    baseline, candidate = served()
+    untimed = full(baseline, candidate.model_copy(update={"serving": None}), LIMITS)
+    assert untimed.unchecked == ("speed", "memory")
+    assert "not timed: candidate; add `serving: {}` to the suite" in untimed.rules[-1].reason
+    elsewhere = full(baseline, change_engine(candidate, device_name="NVIDIA H200"), LIMITS)
+    assert elsewhere.unchecked == ("speed", "memory")
+    assert full(*served(memory=None), LIMITS).unchecked == ("memory",)
+    assert full(*served(speed=0.0), LIMITS).unchecked == ("speed",)
 
 
 def flags(count: int) -> tuple[bool, ...]:

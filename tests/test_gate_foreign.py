@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from report_fixtures import flipped, policy, values
 
-from fp8pipe.config import PerplexityPolicy
+from fp8pipe.config import PerplexityPolicy, TaskPolicy
 from fp8pipe.errors import InputError
 from fp8pipe.gate import decide
 from fp8pipe.gate.foreign import read_report
@@ -243,8 +243,9 @@ def test_lm_evals_own_files_are_read_perplexities_included(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     report = read_report(tmp_path / "out", role="baseline")
     rules = policy(
-        "toy", margin=0.2, perplexity={"roll": PerplexityPolicy(max_increase=0.1, min_baseline=10)}
-    ).model_copy(update={"tasks": {"toy": policy(margin=0.2).tasks["qa"].model_copy(update={"min_baseline": -1.0})}})
+        tasks={"toy": TaskPolicy(metric="exact_match", margin=0.2, min_baseline=-1.0)},
+        perplexity={"roll": PerplexityPolicy(max_increase=0.1, min_baseline=10)},
+    )
     decision = decide(report, report, rules)
     assert decision.vetoed == ()
     assert decision.verdict == "accepted"

@@ -210,6 +210,7 @@ def test_nothing_is_published_without_each_record(hub: LocalHub, repo_id: str, f
         ({"verdict": "rejected", "reason": "dropped 3 points"}, "rejected it: dropped 3 points"),
         ({"vetoed": ("tokenizer",)}, "rejected"),
         ({"unchecked": ("kernels",)}, "unchecked: kernels"),
+        ({"unchecked": ("speed", "memory")}, "unchecked: speed, memory"),
         ({"candidate_fingerprint": "cd34" * 16}, "decided on checkpoint cd34cd34cd34, this is ab12ab12ab12"),
         ({"verdict": "inconclusive", "reason": "too few samples"}, "there is no approval: too few samples"),
     ],

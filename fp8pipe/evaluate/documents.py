@@ -1,7 +1,8 @@
-"""How many documents a suite scores, before any engine starts: suite in, task -> count out.
+"""How many documents a suite scores, before any engine starts: suite in, DocumentCounts out.
 
-A task whose `samples` the suite names needs no look at its data. For the others the tasks are loaded as the worker
-loads them, in a child process: `python -m fp8pipe.evaluate.documents request.json`, counts in `documents.json` beside.
+A task whose `samples` or `documents` the suite names needs no look at its data. For the others the tasks are loaded as
+the worker loads them, in a child process: `python -m fp8pipe.evaluate.documents request.json`, counts in
+`documents.json` beside.
 """
 
 from __future__ import annotations
@@ -28,19 +29,23 @@ class DocumentCounts(Record):
 
     suite_digest: str
     counts: dict[str, int]
+    subtasks: dict[str, int]
+    """Sub-tasks of each task that has several."""
 
 
-def count_documents(suite: EvalSuite, folder: Path, *, python: str | None = None) -> dict[str, int]:
-    """Documents scored per task of the suite; counts found once are kept in `folder`.
+def count_documents(suite: EvalSuite, folder: Path, *, python: str | None = None) -> DocumentCounts:
+    """Documents scored per task of the suite, and its sub-tasks; counts found once are kept in `folder`.
 
     InputError for a task that lm-eval does not know or whose data is not there, HubUnreachable.
     """
-    if all(spec.samples is not None for spec in suite.tasks.values()):
-        return {name: spec.samples or 0 for name, spec in suite.tasks.items()}
     request = DocumentsRequest(suite=suite, suite_digest=suite.digest())
+    named = {name: spec.scored for name, spec in suite.tasks.items() if spec.scored is not None}
+    if len(named) == len(suite.tasks):
+        subtasks = {name: spec.subtasks for name, spec in suite.tasks.items() if spec.subtasks is not None}
+        return DocumentCounts(suite_digest=request.suite_digest, counts=named, subtasks=subtasks)
     known = DocumentCounts.load_if_present(folder / "documents.json")
     if known is not None and known.suite_digest == request.suite_digest:
-        return known.counts
+        return known
     request.save(folder / "request.json")
     told: list[Message] = []
     command = [python or sys.executable, "-m", "fp8pipe.evaluate.documents", str((folder / "request.json").resolve())]
@@ -50,7 +55,7 @@ def count_documents(suite: EvalSuite, folder: Path, *, python: str | None = None
     if not ending.succeeded:
         tail = ending.tail()
         raise EngineFailed(f"the tasks of suite {suite.name} could not be loaded:\n{tail}\n(log: {ending.log})")
-    return DocumentCounts.load(folder / "documents.json").counts
+    return DocumentCounts.load(folder / "documents.json")
 
 
 def main() -> None:
@@ -68,7 +73,9 @@ def main() -> None:
         tell({"error": type(error).__name__, "message": str(error)})
         raise
     counts = {subject.name: len(subject.picks) for subject in subjects}
-    DocumentCounts(suite_digest=request.suite_digest, counts=counts).save(path.with_name("documents.json"))
+    subtasks = {subject.name: len(subject.leaves) for subject in subjects if len(subject.leaves) > 1}
+    found = DocumentCounts(suite_digest=request.suite_digest, counts=counts, subtasks=subtasks)
+    found.save(path.with_name("documents.json"))
 
 
 if __name__ == "__main__":

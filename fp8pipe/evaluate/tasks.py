@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fp8pipe.config import EvalSuite
+from fp8pipe.config import EvalSuite, TaskSpec
 from fp8pipe.errors import ConfigError, HubUnreachable, InputError
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def load_subjects(suite: EvalSuite, *, limit: int | None, share: float = 1.0) ->
         if seen := [s.name for s in subjects if s.leaves.keys() & leaves.keys()]:
             raise ConfigError(f"suite {suite.name}: {name} and {seen[0]} share tasks; name each task once")
         sizes = {leaf: len(task.eval_docs) for leaf, task in leaves.items()}
+        _check_counts(name, spec, sizes)
         picks = permutation(sizes, suite.seed)[: _wanted(name, sum(sizes.values()), spec.samples, limit, share)]
         group = loaded.get("groups", {}).get(name)
         subjects.append(Subject(name, spec.num_fewshot, leaves, group, picks))
@@ -176,6 +177,18 @@ def _set_shots(name: str, task: Task, wanted: int) -> None:
     if task.get_config("num_fewshot") == 0 and wanted != 0:
         raise InputError(f"task {name} pins num_fewshot: 0; the suite asks for {wanted}: set it to 0 there")
     task.set_config(key="num_fewshot", value=wanted)
+
+
+def _check_counts(name: str, spec: TaskSpec, sizes: dict[str, int]) -> None:
+    """The data hold what the suite says: a plan rests on it, and a full run is told by it."""
+    if spec.documents is None:
+        return
+    counted, found = (spec.documents, spec.subtasks or 1), (sum(sizes.values()), len(sizes))
+    if counted != found:
+        raise InputError(
+            f"task {name}: the suite counts on {counted[0]} documents in {counted[1]} task(s), the data hold "
+            f"{found[0]} in {found[1]}; correct its `documents` and `subtasks`, and plan again"
+        )
 
 
 def _wanted(name: str, total: int, samples: int | None, limit: int | None, share: float) -> int:

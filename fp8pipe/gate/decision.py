@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 from fp8pipe.config import EvalSuite, GatePolicy, PerplexityPolicy, Recipe, TaskPolicy
 from fp8pipe.gate.evidence import Evidence, comparable, mean_of
 from fp8pipe.gate.vetoes import apply_rules
-from fp8pipe.records import Checkpoint, EarlierAttempt, EvalReport, GateDecision, MetricSamples, TaskDecision, Verdict
+from fp8pipe.records import (
+    Checkpoint,
+    EarlierAttempt,
+    EvalReport,
+    GateDecision,
+    MetricSamples,
+    TaskDecision,
+    Verdict,
+    metric_label,
+)
 
 if TYPE_CHECKING:
     from fp8pipe.gate.statistics import PairedTest
@@ -85,7 +94,7 @@ def _verdict(vetoed: Sequence[str], tasks: Sequence[TaskDecision], expected: int
 
 def _summary(verdict: Verdict, tasks: Sequence[TaskDecision]) -> str:
     deciding = [task for task in tasks if task.verdict == verdict]
-    listed = "; ".join(f"{task.task}: {task.reason}" for task in deciding)
+    listed = "; ".join(f"{metric_label(task, tasks)}: {task.reason}" for task in deciding)
     start = {
         "accepted": "on every task the drop is shown to be below its margin",
         "rejected": "on at least one task the drop is shown to be above its margin",
@@ -100,12 +109,12 @@ def _summary(verdict: Verdict, tasks: Sequence[TaskDecision]) -> str:
 def _compare_tasks(
     baseline: EvalReport, candidate: EvalReport, policy: GatePolicy, alpha: float
 ) -> tuple[TaskDecision, ...]:
-    """One decision for every task that can be paired; the rest is the rule `metrics`' to veto."""
+    """One decision for every metric that can be paired; the rest is the rule `metrics`' to veto."""
     from fp8pipe.gate.statistics import holm_levels
 
-    pairs = [pair for name in policy.gated if (pair := _paired(name, baseline, candidate, policy.gated[name]))]
+    pairs = [pair for name, wanted in policy.gated if (pair := _paired(name, baseline, candidate, wanted))]
     tests = [pair.test() for pair in pairs]
-    # Holm's family is every task of the policy, also those that could not be compared.
+    # Holm's family is every metric of the policy, also those that could not be compared.
     p_reject = [test.p_reject for test in tests] + [1.0] * (len(policy.gated) - len(pairs))
     levels = holm_levels(p_reject, alpha)
     decided = zip(pairs, tests, levels, strict=False)  # more levels than pairs, where some could not be compared

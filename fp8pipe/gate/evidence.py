@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from fp8pipe.config import EvalSuite, GatePolicy, Recipe
+from fp8pipe.config import EvalSuite, GatePolicy, PerplexityPolicy, Recipe, TaskPolicy
 from fp8pipe.records import Checkpoint, EvalReport, MetricSamples, TaskResult
 
 
@@ -26,10 +26,17 @@ class Evidence:
 
     def pairs(self) -> Iterator[tuple[str, TaskResult, TaskResult]]:
         """Name and both sides of every task that the policy names and both reports hold once."""
-        for name in self.policy.gated:
+        for name in self.policy.gated_tasks:
             ours, theirs = self.baseline.task(name), self.candidate.task(name)
             if ours is not None and theirs is not None:
                 yield name, ours, theirs
+
+    def gated_pairs(self) -> Iterator[tuple[str, TaskPolicy | PerplexityPolicy, TaskResult, TaskResult]]:
+        """The same for every metric that the policy names, with what it must show."""
+        both = {name: (ours, theirs) for name, ours, theirs in self.pairs()}
+        for name, wanted in self.policy.gated:
+            if name in both:
+                yield name, wanted, *both[name]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,12 @@
     acceptance         chance that the gate accepts a true drop, over every table that can be drawn at every look
     samples_needed     smallest n that accepts an undamaged model with the power asked for
     resolvable_margin  smallest margin that n samples can show
-    plan_evaluation    the three for every task of a policy: an EvalPlan
+    plan_evaluation    the three for every metric of a policy: an EvalPlan
 
-An undamaged quantization still changes answers: `discordance` is the share of samples that is right on one side only.
-The score test of 0/1 metrics is what is planned with; a graded metric differs by less per sample and needs fewer, data
-in clusters needs more.
+An undamaged quantization still changes answers: `discordance` is the share of samples that is right on one side only,
+and 0/1 metrics are planned with the gate's own score test. A graded metric and a perplexity are planned with the t test
+that their bootstrap comes to, and so are sub-tasks, whose bootstrap is the more cautious of the gate's two tests. What
+is assumed of them stands in the plan.
 """
 
 from __future__ import annotations
@@ -18,29 +19,61 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import signal, stats
 
-from fp8pipe.config import GatePolicy
+from fp8pipe.config import GatePolicy, PerplexityPolicy, TaskPolicy
 from fp8pipe.errors import ConfigError
-from fp8pipe.gate.statistics import Array, score_statistic
+from fp8pipe.gate.statistics import MIN_CLUSTERS, Array, score_statistic
 from fp8pipe.records import Record
 
 _TAIL = 1e-13
 """Probability left out at each end of a count."""
+_MOST = 1 << 24
+"""Samples that no task has."""
+DESIGN_EFFECT = 1.5
+"""Variance against that of independent samples of one weight: of sub-tasks where the policy expects no other, and of
+texts, whose lengths differ."""
 
 
 class TaskPlan(Record):
-    """What one task of the policy asks, and what its samples can give."""
+    """What one metric of the policy asks, and what its samples can give."""
 
     task: str
+    metric: str
+    filter: str
     samples: int
+    subtasks: int | None
+    """Sub-tasks that the samples come from; None where they are independent."""
     margin: float
-    discordance: float
-    """Share of samples expected to be right on one side only."""
+    """As it is tested: absolute, or nats per unit of a perplexity."""
+    assumes: str
+    """What is expected of an undamaged model."""
     power: float
     """Chance that a candidate without any true drop is accepted."""
-    samples_needed: int
-    """For this margin with the policy's power."""
-    resolvable_margin: float
-    """What these samples resolve with the policy's power."""
+    samples_needed: int | None
+    """For this margin with the power that each metric needs; None where no number will do."""
+    resolvable_margin: float | None
+    """What these samples resolve with that power; None where they resolve nothing."""
+
+    @property
+    def unit(self) -> str:
+        return "%" if self.metric.endswith("perplexity") else "points"
+
+    def shown(self, margin: float) -> str:
+        """A margin as people write it: points, or percent of a perplexity."""
+        return f"{100 * (math.expm1(margin) if self.unit == '%' else margin):.2f}"
+
+    def complaint(self) -> str:
+        """What the samples fall short of, and what would do."""
+        start = f"{self.task} {self.metric},{self.filter}: {self.samples} samples"
+        if self.resolvable_margin is None or self.samples_needed is None:
+            return (
+                f"{start} of {self.subtasks} sub-tasks settle nothing, at least {MIN_CLUSTERS} are needed; gate on "
+                "single sub-tasks, as tasks of the suite"
+            )
+        return (
+            f"{start} accept an undamaged model in {100 * self.power:.0f} % of cases at margin "
+            f"{self.shown(self.margin)} {self.unit} where {self.assumes}; {self.samples_needed} samples or a margin of "
+            f"{self.shown(self.resolvable_margin)} {self.unit} would do"
+        )
 
 
 class EvalPlan(Record):
@@ -54,44 +87,65 @@ class EvalPlan(Record):
     looks: tuple[float, ...]
     attempts: int
     power: float
-    """The power that the policy asks for."""
+    """The power that the policy asks for: chance that an undamaged model is accepted on every metric."""
     tasks: tuple[TaskPlan, ...]
 
     @property
+    def acceptance(self) -> float:
+        """Chance that an undamaged model is accepted on every metric, if they are independent of each other.
+
+        Metrics of one task rise and fall together, and then the chance is larger.
+        """
+        return math.prod(task.power for task in self.tasks)
+
+    @property
+    def power_each(self) -> float:
+        """The power of each metric that gives the policy's to all of them together."""
+        return _each(self.power, len(self.tasks))
+
+    @property
     def unresolved(self) -> tuple[TaskPlan, ...]:
-        return tuple(task for task in self.tasks if task.power < self.power)
+        if self.acceptance >= self.power:
+            return ()
+        return tuple(task for task in self.tasks if task.power < self.power_each)
 
     def require(self) -> None:
         """ConfigError when a margin is finer than its samples can resolve."""
         if not self.unresolved:
             return
-        lines = [
-            f"  {task.task}: {task.samples} samples accept an undamaged model in {100 * task.power:.0f} % of cases at "
-            f"margin {100 * task.margin:.2f} points where {100 * task.discordance:g} % of the answers differ; "
-            f"{task.samples_needed} samples or a margin of {100 * task.resolvable_margin:.2f} points would do"
-            for task in self.unresolved
-        ]
+        together = f", {self.power_each:.3f} for each of {len(self.tasks)} metrics" if len(self.tasks) > 1 else ""
+        lines = [f"  {task.complaint()}" for task in self.unresolved]
         raise ConfigError(
-            f"policy {self.policy} asks for more than suite {self.suite} can show (power {self.power:g}, alpha "
-            f"{self.alpha:g} over {len(self.looks)} look(s) and {self.attempts} attempt(s)):\n" + "\n".join(lines)
+            f"policy {self.policy} asks for more than suite {self.suite} can show (power {self.power:g}{together}, "
+            f"alpha {self.alpha:g} over {len(self.looks)} look(s) and {self.attempts} attempt(s)):\n" + "\n".join(lines)
         )
 
 
-def plan_evaluation(policy: GatePolicy, suite: str, samples: Mapping[str, int], *, attempts: int = 1) -> EvalPlan:
-    """`samples`: documents that the suite scores per task of the policy, at its last look."""
+def _each(power: float, metrics: int) -> float:
+    return power ** (1 / metrics)
+
+
+def plan_evaluation(
+    policy: GatePolicy, suite: str, samples: Mapping[str, int], *, subtasks: Mapping[str, int] = {}, attempts: int = 1
+) -> EvalPlan:
+    """Per task of the policy `samples`, the documents that the suite scores at its last look, and their `subtasks`."""
     alpha = policy.alpha / (len(policy.looks) * attempts)
+    power = _each(policy.power, len(policy.gated))
     tasks = []
-    for name, wanted in policy.tasks.items():
-        design = Design(wanted.discordance, alpha, policy.looks)
+    for name, wanted in policy.gated:
+        design, assumes = _design(wanted, subtasks.get(name), alpha, policy.looks)
         tasks.append(
             TaskPlan(
                 task=name,
+                metric=wanted.metric,
+                filter=wanted.filter,
                 samples=samples[name],
+                subtasks=subtasks.get(name),
                 margin=wanted.margin,
-                discordance=wanted.discordance,
+                assumes=assumes,
                 power=design.power(samples[name], wanted.margin),
-                samples_needed=design.samples_needed(wanted.margin, policy.power),
-                resolvable_margin=design.resolvable_margin(samples[name], policy.power),
+                samples_needed=design.samples_needed(wanted.margin, power),
+                resolvable_margin=design.resolvable_margin(samples[name], power),
             )
         )
     return EvalPlan(
@@ -106,6 +160,26 @@ def plan_evaluation(policy: GatePolicy, suite: str, samples: Mapping[str, int], 
     )
 
 
+def _design(
+    wanted: TaskPolicy | PerplexityPolicy, subtasks: int | None, alpha: float, looks: Sequence[float]
+) -> tuple[Design, str]:
+    """The test that the gate will take, and in words what is expected of an undamaged model."""
+    if isinstance(wanted, PerplexityPolicy):
+        uneven = f"variance x {DESIGN_EFFECT:g} for uneven lengths"
+        changes = f"a text changes by {wanted.spread:g} nats per unit (standard deviation), {uneven}"
+        return MeanDesign(wanted.spread * math.sqrt(DESIGN_EFFECT), alpha, looks), changes
+    if wanted.spread is not None:
+        changes = f"a score changes by {wanted.spread:g} (standard deviation)"
+    else:
+        changes = f"{100 * wanted.discordance:g} % of the answers differ"
+    spread = wanted.spread if wanted.spread is not None else math.sqrt(wanted.discordance)
+    if subtasks is None:
+        independent = Design(wanted.discordance, alpha, looks)
+        return (independent if wanted.spread is None else MeanDesign(spread, alpha, looks)), changes
+    effect = wanted.design_effect or DESIGN_EFFECT
+    return ClusterDesign(spread, alpha, looks, subtasks, effect), f"{changes}, variance x {effect:g} between sub-tasks"
+
+
 class Design:
     """A test at one discordance: the level of each look, and the looks' shares of the samples."""
 
@@ -117,23 +191,53 @@ class Design:
         sizes = look_sizes(n, self.looks)
         return acceptance(sizes, discordance=self.discordance, drop=drop, margin=margin, alpha=self.alpha)
 
-    def samples_needed(self, margin: float, power: float) -> int:
-        """Smallest n with this power, up to the steps of a few samples that counts make."""
+    def samples_needed(self, margin: float, power: float) -> int | None:
+        """Smallest n with this power, up to the steps of a few samples that counts make; None where none will do."""
         low, high = 1, 16
         while self.power(high, margin) < power:
             low, high = high, 2 * high
+            if high > _MOST:
+                return None
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self.power(middle, margin) >= power else (middle, high)
         return high
 
-    def resolvable_margin(self, n: int, power: float) -> float:
-        """Smallest margin with this power, to 1/100 of a point; 1 where there is none below."""
+    def resolvable_margin(self, n: int, power: float) -> float | None:
+        """Smallest margin with this power, to 1/100 of a point; None where there is none below 1."""
         low, high = 0, 10_000
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self.power(n, middle / 10_000) >= power else (middle, high)
-        return high / 10_000
+        return high / 10_000 if high < 10_000 else None
+
+
+class MeanDesign(Design):
+    """The t test of a mean whose samples change by `spread`, a standard deviation; what a studentized bootstrap of many
+    samples comes to. Of several looks only the last is counted, so that the power is at least what is said."""
+
+    def __init__(self, spread: float, alpha: float, looks: Sequence[float] = (1.0,)) -> None:
+        super().__init__(spread**2, alpha, looks)
+
+    def power(self, n: int, margin: float, drop: float = 0.0) -> float:
+        return self._power(n, self.discordance / n, margin - drop)
+
+    def _power(self, units: int, variance: float, distance: float) -> float:
+        if units < MIN_CLUSTERS:
+            return 0.0
+        critical = float(stats.t.isf(self.alpha, units - 1))
+        return float(stats.nct.sf(critical, units - 1, distance / math.sqrt(variance)))
+
+
+class ClusterDesign(MeanDesign):
+    """The same over sub-tasks of one size, whose drops scatter: `effect` times the variance of independent samples."""
+
+    def __init__(self, spread: float, alpha: float, looks: Sequence[float], clusters: int, effect: float) -> None:
+        super().__init__(spread, alpha, looks)
+        self.clusters, self.effect = clusters, effect
+
+    def power(self, n: int, margin: float, drop: float = 0.0) -> float:
+        return self._power(self.clusters, self.effect * self.discordance / n, margin - drop)
 
 
 def look_sizes(n: int, looks: Sequence[float]) -> tuple[int, ...]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from fp8pipe.gate.evidence import Evidence, Outcome, passed, settled, unchecked, vetoed
-from fp8pipe.records import TaskResult
+
+_Flags = tuple[str, int, tuple[bool, ...], tuple[bool, ...]]
+"""Name, documents, one flag per sample of the baseline, of the candidate."""
 
 MIN_RISE = 0.01
 """Rise in the share of failed extractions or truncations, above which it may veto: one point."""
@@ -76,31 +78,28 @@ def kv_cache(evidence: Evidence) -> Outcome:
 
 def extraction(evidence: Evidence) -> Outcome:
     """The candidate does not fail to give an extractable answer much more often."""
-
-    def flags(name: str, task: TaskResult) -> tuple[bool, ...]:
-        wanted = evidence.policy.gated[name]
-        metric = task.samples_of(wanted.metric, wanted.filter)
-        return metric.extraction_failed if metric is not None else ()
-
-    return _rise(evidence, "failed extractions", flags)
+    found = []
+    for name, wanted, ours, theirs in evidence.gated_pairs():
+        sides = (side.samples_of(wanted.metric, wanted.filter) for side in (ours, theirs))
+        before, after = (metric.extraction_failed if metric is not None else () for metric in sides)
+        found.append((evidence.policy.label(name, wanted), len(ours.doc_ids), before, after))
+    return _rise(evidence, "failed extractions", found)
 
 
 def truncation(evidence: Evidence) -> Outcome:
     """The candidate does not run into the length limit much more often."""
-    return _rise(evidence, "truncated generations", lambda name, task: task.truncated)
+    found = [(name, len(ours.doc_ids), ours.truncated, theirs.truncated) for name, ours, theirs in evidence.pairs()]
+    return _rise(evidence, "truncated generations", found)
 
 
-def _rise(evidence: Evidence, what: str, flags: Callable[[str, TaskResult], tuple[bool, ...]]) -> Outcome:
+def _rise(evidence: Evidence, what: str, found: Sequence[_Flags]) -> Outcome:
     from fp8pipe.gate.statistics import mcnemar_p  # scipy takes a second to import
 
     problems, seen = [], []
     unknown = [name for name, *sides in evidence.pairs() for side in sides if what in side.unrecorded]
-    for name, ours, theirs in evidence.pairs():
-        before, after = flags(name, ours), flags(name, theirs)
-        if len(before) != len(after) or len(before) not in (0, len(ours.doc_ids)):
-            problems.append(
-                f"{name}: {what} recorded for {len(before)} and {len(after)} of {len(ours.doc_ids)} samples"
-            )
+    for name, documents, before, after in found:
+        if len(before) != len(after) or len(before) not in (0, documents):
+            problems.append(f"{name}: {what} recorded for {len(before)} and {len(after)} of {documents} samples")
         elif before:
             new = sum(b and not a for a, b in zip(before, after, strict=True))
             gone = sum(a and not b for a, b in zip(before, after, strict=True))

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from fp8pipe.config import GatePolicy
+from fp8pipe.config import PerplexityPolicy, TaskPolicy
 from fp8pipe.gate.evidence import Evidence, Outcome, few, mean_of, settled, unchecked
 from fp8pipe.records import EvalReport, MetricSamples, TaskResult
 
@@ -16,16 +16,15 @@ def metrics(evidence: Evidence) -> Outcome:
     problems = [
         problem
         for side in (evidence.baseline, evidence.candidate)
-        for name in evidence.policy.gated
-        for problem in _task_problems(side, name, evidence.policy)
+        for name, wanted in evidence.policy.gated
+        for problem in _task_problems(side, name, wanted)
     ]
     problems.extend(_one_sided_tasks(evidence))
     problems.extend(_readings(evidence))
-    return settled(problems, f"{len(evidence.policy.gated)} gated task(s): each metric once, finite, on both sides")
+    return settled(problems, f"{len(evidence.policy.gated)} gated metric(s): each once, finite, on both sides")
 
 
-def _task_problems(side: EvalReport, name: str, policy: GatePolicy) -> Iterator[str]:
-    wanted = policy.gated[name]
+def _task_problems(side: EvalReport, name: str, wanted: TaskPolicy | PerplexityPolicy) -> Iterator[str]:
     count = sum(task.task == name for task in side.tasks)
     task = side.task(name)
     if task is None:
@@ -67,8 +66,7 @@ def _one_sided_tasks(evidence: Evidence) -> Iterator[str]:
 
 
 def _readings(evidence: Evidence) -> Iterator[str]:
-    for name, ours, theirs in evidence.pairs():
-        wanted = evidence.policy.gated[name]
+    for name, wanted, ours, theirs in evidence.gated_pairs():
         one, other = (side.samples_of(wanted.metric, wanted.filter) for side in (ours, theirs))
         if one is not None and other is not None and one.higher_is_better != other.higher_is_better:
             yield f"{name}: higher is better on one side only"
@@ -144,8 +142,8 @@ def completeness(evidence: Evidence) -> Outcome:
         spec = evidence.suite.tasks.get(name)
         if spec is None:
             problems.append(f"suite {evidence.suite.name} has no task {name}")
-        elif spec.samples is not None:
-            wanted = math.ceil(spec.samples * share)
+        elif spec.scored is not None:
+            wanted = math.ceil(spec.scored * share)
             for role, task in (("baseline", ours), ("candidate", theirs)):
                 if len(task.doc_ids) != wanted:
                     problems.append(f"{name}: {role} scored {len(task.doc_ids)} samples, the suite asks for {wanted}")

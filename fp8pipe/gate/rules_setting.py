@@ -101,15 +101,15 @@ def device(evidence: Evidence) -> Outcome:
 def chance(evidence: Evidence) -> Outcome:
     """The baseline does better than chance: where it does not, no drop can show."""
     problems, unnamed = [], []
-    for name, wanted in evidence.policy.gated.items():
-        task = evidence.baseline.task(name)
+    for name, wanted in evidence.policy.gated:
+        task, label = evidence.baseline.task(name), evidence.policy.label(name, wanted)
         metric = task.samples_of(wanted.metric, wanted.filter) if task is not None else None
         if wanted.min_baseline is None:
-            unnamed.append(name)
+            unnamed.append(label)
         elif metric is not None and math.isfinite(metric.mean):
             above = metric.mean > wanted.min_baseline
             if above != metric.higher_is_better or metric.mean == wanted.min_baseline:
-                problems.append(f"{name}: baseline {metric.mean:.4g} is no better than {wanted.min_baseline:.4g}")
+                problems.append(f"{label}: baseline {metric.mean:.4g} is no better than {wanted.min_baseline:.4g}")
     if unnamed and not problems:
         return unchecked(f"policy {evidence.policy.name} names no min_baseline for {', '.join(unnamed)}")
     return settled(problems, "the baseline is above chance on every task")

@@ -5,7 +5,7 @@ A broken rule is a veto; a rule whose evidence is missing is `unchecked`, never 
 
 from __future__ import annotations
 
-from fp8pipe.gate import rules_candidate, rules_samples, rules_setting
+from fp8pipe.gate import rules_candidate, rules_samples, rules_serving, rules_setting
 from fp8pipe.gate.evidence import Evidence, Rule
 from fp8pipe.records import RuleOutcome
 
@@ -30,6 +30,8 @@ RULES: dict[str, Rule] = {
     "extraction": rules_candidate.extraction,
     "truncation": rules_candidate.truncation,
     "size": rules_candidate.size,
+    "speed": rules_serving.speed,
+    "memory": rules_serving.memory,
 }
 """Every rule by its id, in the order of the decision."""
 
