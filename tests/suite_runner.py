@@ -23,7 +23,8 @@ OTHERWISE = 3
 def cut(suite: EvalSuite) -> EvalSuite:
     """The suite as shipped, on few documents, with short answers."""
     tasks = {
-        name: spec.model_copy(update={"samples": DOCUMENTS.get(name, OTHERWISE)}) for name, spec in suite.tasks.items()
+        name: spec.model_copy(update={"samples": DOCUMENTS.get(name, OTHERWISE), "documents": None, "subtasks": None})
+        for name, spec in suite.tasks.items()
     }
     serving = suite.serving and ServingWorkload(num_prompts=3, input_len=64, output_len=4, max_concurrency=2)
     return suite.model_copy(update={"tasks": tasks, "generation": {"max_gen_toks": 12}, "serving": serving})
