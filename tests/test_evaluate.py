@@ -106,6 +106,45 @@ def test_supervise_kills_a_command_that_ignores_term(tmp_path: Path) -> None:
     assert all_gone(pids_in(pids))
 
 
+STOP_ALL = """
+os.kill(child.pid, signal.SIGSTOP)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_supervise_ends_a_stopped_group_as_stalled(tmp_path: Path) -> None:
+    command, pids = family(tmp_path, STOP_ALL)
+    ending = supervise(command, log=tmp_path / "log", stall_s=3.0, grace_s=30.0)
+    assert ending.reason == "stalled"
+    assert all_gone(pids_in(pids))
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "time.sleep(600)",
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)",
+        "os.kill(resource_tracker._resource_tracker._pid, signal.SIGSTOP); os.kill(os.getpid(), signal.SIGSTOP)",
+    ],
+    ids=["killed", "asleep", "deaf", "stopped"],
+)
+def test_supervise_leaves_no_shared_memory(tmp_path: Path, then: str) -> None:
+    command, _ = family(
+        tmp_path,
+        f"""
+        from multiprocessing import resource_tracker, shared_memory
+        block = shared_memory.SharedMemory(create=True, size=4096)
+        print(block.name, flush=True)
+        {then}
+        """,
+    )
+    ending = supervise(command, log=tmp_path / "log", timeout_s=4.0, grace_s=1.0)
+    block = Path("/dev/shm", ending.log.read_text().split()[0])
+    assert "psm" in block.name
+    assert not block.exists()
+
+
 def test_supervise_lets_a_command_that_heeds_term_clean_up(tmp_path: Path) -> None:
     code = "signal.signal(signal.SIGTERM, lambda *a: (print('cleaned up', flush=True), os._exit(0))); time.sleep(600)"
     command, _ = family(tmp_path, code)

@@ -34,6 +34,8 @@ CHANNEL = "SUPERVISE_CHANNEL"
 
 _PR_SET_PDEATHSIG = 1
 _TICK_S = 0.25
+_LINGER_S = 2.0
+"""Time for what tidies up once the others are gone; it takes milliseconds."""
 
 Message = dict[str, Any]  # Any: whatever JSON holds
 
@@ -73,7 +75,8 @@ def supervise(
     """Run `command` to its end, or end it: after `timeout_s`, or when it told and logged nothing for `stall_s`.
 
     However this function is left, by an exception too (KeyboardInterrupt, a cancelled task), no process of the group
-    stays behind: TERM first, KILL after `grace_s`. `on_message` runs in the calling thread.
+    stays behind, stopped or not, and no shared memory of theirs: TERM first, KILL after `grace_s`. `on_message` runs in
+    the calling thread.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -178,17 +181,48 @@ def _end_group(guard: subprocess.Popen[bytes], grace_s: float) -> None:
     if guard.returncode is not None:
         return
     if not _has_exited(guard):
-        _signal_group(guard.pid, signal.SIGTERM)
+        _terminate_group(guard.pid)
         deadline = time.monotonic() + grace_s
         while not _has_exited(guard) and time.monotonic() < deadline:
             time.sleep(0.02)
-    _signal_group(guard.pid, signal.SIGKILL)
+    _kill_group(guard.pid)
     guard.wait()
 
 
-def _signal_group(group: int, number: signal.Signals) -> None:
+def _terminate_group(group: int) -> None:
+    """TERM, and CONT: a stopped process hears it only when it goes on."""
+    for number in (signal.SIGTERM, signal.SIGCONT):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, number)
+
+
+def _kill_group(group: int) -> None:
+    """KILL to all but its leader and Python's resource trackers, and to these when the trackers have had their chance.
+
+    A tracker unlinks shared memory when those that used it are gone. Nobody else does: killed with them, it leaves
+    gigabytes in /dev/shm.
+    """
+    for pid, command in _members(group):
+        if b"resource_tracker" not in command:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + _LINGER_S
+    while _members(group) and time.monotonic() < deadline:
+        time.sleep(0.02)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
+        os.killpg(group, signal.SIGKILL)
+
+
+def _members(group: int) -> list[tuple[int, bytes]]:
+    """(pid, command line) of the processes of a group but its leader, dead ones left out."""
+    found: list[tuple[int, bytes]] = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and int(entry.name) != group:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                state, _, its_group, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(its_group) == group and state not in "ZX":
+                    found.append((int(entry.name), (entry / "cmdline").read_bytes()))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- the guard
@@ -203,7 +237,7 @@ def _guard(lifeline: int, channel: int, grace_s: float, command: list[str]) -> i
     threading.Thread(target=_watch, args=(lifeline, grace_s, orphaned), daemon=True).start()
     code = child.wait()
     if orphaned.is_set():
-        os.killpg(0, signal.SIGKILL)
+        _kill_group(os.getpgrp())
     return code if code >= 0 else 128 - code
 
 
@@ -216,9 +250,9 @@ def _prepare_command() -> None:
 def _watch(lifeline: int, grace_s: float, orphaned: threading.Event) -> None:
     os.read(lifeline, 1)  # nothing is ever written: this returns when the parent is gone
     orphaned.set()
-    os.killpg(0, signal.SIGTERM)
+    _terminate_group(os.getpgrp())
     time.sleep(grace_s)
-    os.killpg(0, signal.SIGKILL)
+    _kill_group(os.getpgrp())
 
 
 if __name__ == "__main__":
