@@ -5,9 +5,9 @@
     codes           round to nearest even of w / weight_scale, clamped to +-448, float8_e4m3fn        fp8
     observers       which range a scale should cover: minmax, or the shrink with least squared error  observers
 
-Every function works in tiles that fit a core's L2 cache, and gives the same bits whatever the tile or the number of
-threads: amax is order-free, codes are elementwise, and sums run in one fixed order. The reference that proves it is in
-tests/test_numerics.py, written without tiles.
+On the CPU amax and codes are compiled loops (kernels.py), on a GPU torch's operations; the bits are the same, and the
+same on any number of threads: amax is order-free, codes are elementwise, and sums run in one fixed order. The reference
+that proves it is in tests/test_numerics.py.
 """
 
 from fp8pipe.numerics.fp8 import (

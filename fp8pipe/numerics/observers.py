@@ -12,10 +12,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp8pipe.numerics.fp8 import E4M3_MAX, TILE_ELEMENTS, weight_scale
+from fp8pipe.numerics.fp8 import E4M3_MAX, weight_scale
 
 SHRINKS: tuple[float, ...] = tuple(step / 100 for step in range(100, 79, -1))
 """Candidates of the mse observer, as shares of amax: 1.00, 0.99, ... 0.80. The first of equals wins."""
+
+TILE_ELEMENTS = 1 << 17
+"""Elements per cache tile: magnitudes, work and their squares in float64 together stay inside a 2 MiB L2."""
 
 _SMALLEST_NORMAL = 2.0**-6
 _EXPONENT = 0x7F800000

@@ -51,6 +51,7 @@ def fingerprint(snapshot: Snapshot, recipe: Recipe, calibration_digest: str | No
 
 def preload() -> None:
     """Import what a run needs. It takes seconds, which a caller that waits for something else can spend on it."""
+    import fp8pipe.numerics.kernels
     import fp8pipe.quantize.run  # noqa: F401
 
 
