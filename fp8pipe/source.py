@@ -20,6 +20,7 @@ from typing import Any
 from fp8pipe import hub
 from fp8pipe.errors import (
     DiskTooSmall,
+    Fp8PipeError,
     HubUnreachable,
     InputError,
     MalformedCheckpoint,
@@ -305,7 +306,8 @@ def _cache_root(snapshot: Snapshot) -> Path:
 def download_iter(snapshot: Snapshot, *, trust_remote_code: bool = False, progress: Progress = quiet) -> Iterator[Path]:
     """Yield the path of each needed file as soon as it is complete, while the others are still on their way.
 
-    Companions come first, then the weights in order of arrival. Leaving the loop early stops what is under way.
+    Companions come first, then the weights in order of arrival. Leaving the loop early stops what is under way. A file
+    that cannot be had lets the files on their way arrive, and be yielded; then its error is raised.
     Raises HubUnreachable, AccessDenied, DiskTooSmall; SourceChanged when a local file is not what `resolve` saw.
     """
     files = needed_files(snapshot, trust_remote_code=trust_remote_code)
@@ -315,10 +317,22 @@ def download_iter(snapshot: Snapshot, *, trust_remote_code: bool = False, progre
     _require_disk(snapshot, files)
     meter = _Meter(sum(file.size for file in files), progress)
     pool = ThreadPoolExecutor(DOWNLOADS_AT_ONCE, thread_name_prefix="download")
+    failure: Fp8PipeError | None = None
     try:
         arriving = [pool.submit(_fetch, snapshot, file, meter) for file in files]
         for future in as_completed(arriving):
-            yield future.result()
+            try:
+                path = future.result()
+            except CancelledError:
+                continue
+            except Fp8PipeError as error:
+                failure = failure or error
+                for other in arriving:
+                    other.cancel()  # unless it has begun
+                continue
+            yield path
+        if failure is not None:
+            raise failure
     finally:
         meter.stopped.set()
         pool.shutdown(cancel_futures=True)

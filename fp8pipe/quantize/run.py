@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8pipe.checkpoint import INDEX_NAME, OutputShard, SourceFiles, sync_folder
-from fp8pipe.errors import EnvironmentFault, InputError
+from fp8pipe.errors import EnvironmentFault, Fp8PipeError, InputError
 from fp8pipe.plan import OutputTensor, Plan, check_disk
 from fp8pipe.progress import Progress
 from fp8pipe.quantize import ENGINE_VERSION, JOURNAL_NAME, LOCK_NAME, fingerprint
@@ -133,11 +133,15 @@ def _write_shards(
         engine = Engine(plan, files, shards, journal, pool, finisher.count_down, progress, device)
         finisher.start()
         wanted = {tensor.shard for tensor in plan.tensors}
-        for name in _arrivals(snapshot, wanted, arriving):
-            pool.check()
-            files.open(name)
-            engine.release(files.names)
-        pool.drain()  # what has arrived is worth finishing, even if something is missing
+        try:
+            for name in _arrivals(snapshot, wanted, arriving):
+                pool.check()
+                files.open(name)
+                engine.release(files.names)
+        except Fp8PipeError:
+            pool.drain()  # what has arrived is worth finishing, even if something is missing
+            raise
+        pool.drain()
         if missing := wanted - files.names:
             raise EnvironmentFault(f"{', '.join(sorted(missing))} did not arrive; download again and run again")
         finisher.wait()
