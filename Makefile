@@ -39,9 +39,12 @@ test-long: check
 bench: setup
 	$(BIN)/python -m benchmarks
 
+# torch's CPU build, as in scripts/setup: pip's find-links folder where one is set, else PyTorch's own index.
+TORCH = $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
+
 # The lock is a requirements file without index or folder, so that it names no machine.
 lock: setup
-	$(BIN)/uv pip compile pyproject.toml --extra cpu --group dev --override locks/cpu-overrides.txt \
+	$(BIN)/uv pip compile pyproject.toml $(TORCH) --extra cpu --group dev --override locks/cpu-overrides.txt \
 	  --no-emit-index-url --no-emit-find-links --python-version 3.11 -o locks/cpu.txt
 	env -u UV_FIND_LINKS $(BIN)/uv pip compile pyproject.toml --extra gpu --group dev \
 	  --no-emit-index-url --no-emit-find-links --python-version 3.11 -o locks/gpu.txt
