@@ -14,6 +14,7 @@ from sample_folders import safetensors, write_model
 
 from fp8pipe.errors import (
     AccessDenied,
+    Fp8PipeError,
     HubUnreachable,
     InputError,
     MalformedCheckpoint,
@@ -235,6 +236,17 @@ def test_connection_lost_in_the_middle_of_a_download_does_no_harm(
     break_hub(Fault(path=f"/resolve/.*{shard}", method="GET", action="drop-before"))
     path = next(path for path in download_iter(snapshot) if path.name == shard)
     assert path.read_bytes() == (tmp_path / "model" / shard).read_bytes()
+
+
+def test_files_on_their_way_arrive_although_one_cannot_be_had(model: str, break_hub: Callable[..., None]) -> None:
+    snapshot = resolve(model)
+    shard = "model-00002-of-00002.safetensors"
+    break_hub(Fault(path=f"/resolve/.*{shard}", method="GET", action="status", status=404, times=1000))
+    found: list[str] = []
+    with pytest.raises(Fp8PipeError, match=shard):
+        for path in download_iter(snapshot):
+            found.append(path.name)
+    assert "model-00001-of-00002.safetensors" in found and shard not in found
 
 
 def test_cached_file_of_the_wrong_size_is_fetched_again(model: str) -> None:
