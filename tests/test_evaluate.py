@@ -402,7 +402,7 @@ facts = EngineFacts(linear_kernels=(), attention_backend="", kv_cache_dtype="aut
                     max_model_len=1, arguments={}, device_class="cpu", device_name="cpu", plugin=None)
 EvalReport(role=request.role, model_id="m", fingerprint=request.fingerprint, suite="tiny", suite_digest="d",
            engine=facts, tasks=(), add_bos_token=True, chat_template_hash=None, tokenizer_hash="t", seeds={},
-           versions={}, table="", seconds={}).save(path.with_name("report.json"))
+           versions={}, table="", seconds={}, retries=request.retries).save(path.with_name("report.json"))
 """
 
 
@@ -493,6 +493,21 @@ def test_failing_engine_names_cause_log_tail_and_log(model: Path, tmp_path: Path
 def test_killed_engine_is_explained_as_lack_of_memory(model: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineFailed, match="ran out of memory"):
         run(model, tmp_path / "evaluation", python=interpreter(tmp_path, "os.kill(os.getpid(), 9)"))
+
+
+def test_engine_that_was_killed_is_started_anew_with_less_and_the_report_says_so(model: Path, tmp_path: Path) -> None:
+    worker = f"""
+if len((path.parent / "started").read_text()) < 3:
+    os.kill(os.getpid(), 9)
+{REPORT}
+"""
+    report = run(model, tmp_path / "evaluation", python=interpreter(tmp_path, worker))
+    assert ["killed (signal 9)" in retry.cause for retry in report.retries] == [True, True]
+    first, second = (retry.changed for retry in report.retries)
+    assert (first["max_num_seqs"], second["max_num_seqs"]) == (64, 16)
+    assert "max_model_len" not in first
+    assert second["max_model_len"] == 2048
+    run(model, tmp_path / "evaluation", python=interpreter(tmp_path, "sys.exit(1)"))  # finished: not started again
 
 
 @pytest.mark.parametrize(
