@@ -1,7 +1,8 @@
-"""A random two-layer Llama, its naive FP8 twin with FP8 KV cache, and small lm-eval tasks on local rows."""
+"""A random two-layer Llama, its naive FP8 twin with FP8 KV cache, lm-eval tasks on local rows, running workers."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -122,3 +123,20 @@ def make_suite(task_dir: Path, **tasks: TaskSpec) -> EvalSuite:
     """Seed 7; both plain tasks when none is named."""
     wanted = tasks or {"tiny_generate": TaskSpec(num_fewshot=2, samples=10), "tiny_choose": TaskSpec(num_fewshot=2)}
     return EvalSuite(name="tiny", tasks=wanted, task_dir=str(task_dir), engine={"max_model_len": 256}, seed=7)
+
+
+def processes_of(folder: Path) -> dict[int, str]:
+    """Processes of the evaluation in `folder`: those whose command line names it, and what they have started.
+
+    pid -> command.
+    """
+    commands, parents = {}, {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(entry.name)
+            commands[pid] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {pid for pid, command in commands.items() if f"{folder}/request.json" in command}
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {pid: commands[pid] for pid in found}

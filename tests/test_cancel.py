@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from evaluate_fixtures import make_tasks, make_tiny_llama
+from evaluate_fixtures import make_tasks, make_tiny_llama, processes_of
+from test_evaluate import running
 
 FLOW = """
 import sys
@@ -45,20 +46,6 @@ def until(reached: Callable[[], bool], what: str, seconds: float = 240) -> None:
         time.sleep(0.2)
 
 
-def processes_of(folder: Path) -> dict[int, str]:
-    """Processes whose command line names `folder`, or that such a one has started: pid -> command."""
-    commands, parents = {}, {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(entry.name)
-            commands[pid] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found = {pid for pid, command in commands.items() if f"{folder}/out/request.json" in command}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {pid: commands[pid] for pid in found}
-
-
 @pytest.mark.prefect
 @pytest.mark.vllm
 def test_cancelled_flow_run_leaves_no_process_of_its_evaluation(tmp_path: Path) -> None:
@@ -87,9 +74,11 @@ def test_cancelled_flow_run_leaves_no_process_of_its_evaluation(tmp_path: Path) 
         with SyncPrefectClient(server.api_url) as api:
             run_id = asyncio.run(started(server.api_url, str(tmp_path)))
             until(lambda: worker_is_loading(tmp_path), f"no engine: {(tmp_path / 'runner.log').read_text()[-3000:]}")
-            assert len(processes_of(tmp_path)) >= 2, "the guard and the worker"
+            members = processes_of(tmp_path / "out")
+            assert len(members) >= 2, "the guard and the worker"
             api.set_flow_run_state(run_id, Cancelling())
-            until(lambda: not processes_of(tmp_path), f"still there: {processes_of(tmp_path)}", 120)
+            until(lambda: not any(map(running, members)), f"one of these is still there: {members}", 120)
+            assert not processes_of(tmp_path / "out")
             until(lambda: (state := api.read_flow_run(run_id).state) is not None and state.is_cancelled(), "state")
 
 

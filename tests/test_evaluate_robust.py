@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluate_fixtures import make_suite, make_tasks, make_tiny_llama
+from evaluate_fixtures import make_suite, make_tasks, make_tiny_llama, processes_of
 from hypothesis import given
 from hypothesis import strategies as st
+from test_evaluate import all_gone
 
 from fp8pipe.config import ServingWorkload, TaskSpec
 from fp8pipe.errors import EngineFailed, InputError
@@ -189,33 +197,92 @@ def comparable(report: EvalReport) -> dict[str, Any]:
     return report.model_dump(mode="json", exclude={"seconds", "serving"})
 
 
+MEASURE = """
+import sys
+from pathlib import Path
+from fp8pipe.config import EvalSuite
+from fp8pipe.evaluate import evaluate
+model, suite, folder = sys.argv[1:]
+suite = EvalSuite.model_validate_json(suite)
+evaluate(Path(model), suite, Path(folder), role="baseline", model_id="m", fingerprint="f")
+"""
+
+
 @pytest.mark.vllm
-def test_interrupted_evaluation_goes_on_where_it_was_and_gives_the_same_report(llama: Path, tmp_path: Path) -> None:
+def test_killed_evaluation_goes_on_where_it_was_and_gives_the_same_report(llama: Path, tmp_path: Path) -> None:
     tasks = make_tasks(tmp_path / "tasks")
     spec = {"tiny_generate": TaskSpec(num_fewshot=2, samples=10, repeat=True), "tiny_choose": TaskSpec(num_fewshot=2)}
     suite = make_suite(tasks, **spec).model_copy(
         update={"serving": ServingWorkload(num_prompts=4, input_len=32, output_len=8, max_concurrency=2)}
     )
 
-    def measure(folder: Path, progress: Any) -> EvalReport:
+    def measure(folder: Path, notes: list[str]) -> EvalReport:
+        progress: Callable[[ProgressEvent], None] = lambda event: notes.append(event.note)  # noqa: E731
         return evaluate(llama, suite, folder, role="baseline", model_id="m", fingerprint="f", progress=progress)
 
-    def interrupt(event: ProgressEvent) -> None:
-        if event.note.startswith("tiny_choose"):
-            raise KeyboardInterrupt
-
     notes: list[str] = []
-    undisturbed = measure(tmp_path / "undisturbed", lambda event: notes.append(event.note))
-    with pytest.raises(KeyboardInterrupt):
-        measure(tmp_path / "resumed", interrupt)
-    assert not (tmp_path / "resumed" / "report.json").exists()
+    undisturbed = measure(tmp_path / "undisturbed", notes)
+    killed = tmp_path / "killed"
+    kill_after(killed / "parts" / "tiny_generate-0-10.json", [str(llama), suite.model_dump_json(), str(killed)])
+    assert not (killed / "report.json").exists()
     again: list[str] = []
-    resumed = measure(tmp_path / "resumed", lambda event: again.append(event.note))
-    assert comparable(resumed) == comparable(undisturbed)
+    assert comparable(measure(killed, again)) == comparable(undisturbed)
     assert "tiny_generate (1 of 2)" in notes
     assert "tiny_generate (1 of 2)" not in again
     assert "tiny_choose (2 of 2)" in again
     check_serving_and_flips(undisturbed)
+
+
+def kill_after(sign: Path, arguments: list[str]) -> None:
+    """Run MEASURE in a process of its own and kill that as soon as `sign` exists; its engine ends with it."""
+    folder = Path(arguments[-1])
+    with subprocess.Popen([sys.executable, "-c", MEASURE, *arguments]) as parent:
+        deadline = time.monotonic() + 300
+        while not sign.exists():
+            assert parent.poll() is None and time.monotonic() < deadline, (folder / "worker.log").read_text()[-3000:]
+            time.sleep(0.01)
+        started = processes_of(folder)
+        parent.kill()
+    assert len(started) >= 2, "the guard and the worker"
+    assert all_gone(list(started))
+
+
+BEATING = """\
+#!/bin/sh
+case "$*" in *fp8pipe.evaluate.worker*)
+  {python} -IS -c 'while True: print(flush=True); __import__("time").sleep(1)' &
+esac
+exec {python} "$@"
+"""
+"""An interpreter whose worker has a companion: an empty line in the log every second, however long vLLM is silent while
+it starts. So a short limit fits, and nothing but a stop of them all is a stall."""
+
+
+@pytest.mark.vllm
+def test_stopped_vllm_is_ended_as_hung_with_everything_beside_it(llama: Path, tmp_path: Path) -> None:
+    suite = make_suite(make_tasks(tmp_path / "tasks"), tiny_generate=TaskSpec(num_fewshot=2))
+    folder, python = tmp_path / "evaluation", tmp_path / "python"
+    python.write_text(BEATING.format(python=sys.executable))
+    python.chmod(0o755)
+    started: dict[int, str] = {}
+
+    def stop(event: ProgressEvent) -> None:
+        if event.note.startswith("tiny_generate") and not started:
+            started.update(processes_of(folder))
+            for pid, command in started.items():
+                if "supervise.py" not in command:
+                    os.kill(pid, signal.SIGSTOP)
+
+    asked: dict[str, Any] = {"role": "baseline", "model_id": "m", "fingerprint": "f", "python": str(python)}
+    with pytest.raises(EngineFailed) as caught:
+        evaluate(llama, suite, folder, stall_s=20.0, progress=stop, **asked)
+    message = str(caught.value)
+    assert len(started) >= 3, f"the guard, the worker and its companion: {started}; {message}"
+    assert all_gone(list(started))
+    assert "no sign of life any more" in message
+    assert re.search(r"^  \| .*INFO.* init engine ", message, re.MULTILINE), f"the end of the log: {message}"
+    assert f"full log: {folder}/worker.log" in message
+    assert not (folder / "report.json").exists()
 
 
 def check_serving_and_flips(report: EvalReport) -> None:
@@ -250,6 +317,7 @@ def test_context_that_does_not_fit_is_halved_and_the_report_says_so(llama: Path,
     report = evaluate(wide, suite, tmp_path / "evaluation", role="baseline", model_id="m", fingerprint="f")
     [retry] = report.retries
     assert "KV cache" in retry.cause
+    assert report.engine.arguments["max_num_seqs"] == retry.changed["max_num_seqs"] == 64
     assert retry.changed["max_model_len"] == report.engine.max_model_len == 200_000
     assert report.engine.arguments["max_model_len"] == 200_000
 
