@@ -25,6 +25,8 @@ def interpreter() -> Path:
         subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, FOLDER], check=True)
         install = [uv, "pip", "install", "--quiet", "--no-deps", "--python", python, *_torch_source(), "-r", LOCK]
         subprocess.run(install, check=True)
+        packages = FOLDER / "lib" / "python3.11" / "site-packages"
+        subprocess.run([python, "-m", "compileall", "-q", "-j", "0", packages], stdout=subprocess.DEVNULL)  # as ours
         stamp.write_text(wanted)
     return python
 
