@@ -33,7 +33,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from fp8pipe import hub as hub_client
-from fp8pipe.calibrate import Calibration, calibrate, calibration_key
+from fp8pipe.calibrate import Calibration, calibrate, calibration_key, products
 from fp8pipe.calibrate.batches import micro_batches, smaller
 from fp8pipe.calibrate.lockstep import Lockstep
 from fp8pipe.calibrate.ranges import observer_for
@@ -700,6 +700,36 @@ def test_samples_of_equal_length_share_a_pass_and_nothing_is_padded() -> None:
     assert batches == [(0, 2, 3), (1, 5), (4,), (6,)]
     assert smaller(batches, ids) == 7
     assert smaller([(0,), (1,)], ids) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_products_without_instructions_are_float32_rounded_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_NATIVE", {dtype: lambda: False})
+    monkeypatch.setattr(products, "_ROOM", 5 * 64)  # 37 rows in pieces of 5
+    linear = nn.Linear(64, 37).requires_grad_(False)
+    for parameter in linear.parameters():
+        parameter.copy_(torch.randint(-9, 10, parameter.shape))  # sums of integers are exact in any order
+    values = torch.randint(-9, 10, (2, 3, 64)).float()
+    expected = linear(values)
+    assert (expected.to(dtype).float() != expected).any() or dtype == torch.float16  # bf16 does round some
+    with products.fast_products(dtype, torch.device("cpu")):
+        assert torch.equal(linear(values), expected)  # float32 is left alone
+        assert torch.equal(linear.to(dtype)(values.to(dtype)), expected.to(dtype))
+
+
+def test_ranges_of_a_bf16_model_do_not_depend_on_the_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tmp_path / "model", "llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model", max_shard_size="80KB")
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"))
+    found = []
+    for native in (True, False):
+        monkeypatch.setattr(products, "_NATIVE", {torch.bfloat16: lambda native=native: native})
+        found.append(run_calibration(tmp_path / "model", recipe, tmp_path / f"native-{native}").inputs)
+    assert found[0] == pytest.approx(found[1], rel=2**-6)  # two steps of bf16: sums differ in order, layer after layer
 
 
 # ---------------------------------------------------------------------------------------------- other architectures

@@ -1,16 +1,20 @@
 """Samples of equal length share a forward pass, so that weights are read once for many tokens and nothing is padded.
 
-Also: what running out of memory looks like, on the GPU and on the CPU.
+Also: what running out of memory looks like, on the GPU and on the CPU, and how the CPU's is given back.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
 
 TOKENS = {"cpu": 512, "cuda": 16384}
 """Largest pass by kind of device, in tokens; a longer sample is a pass of its own. On a CPU more is slower: caches."""
+
+_MMAP_THRESHOLD, _LARGE = -3, 4 << 20
+"""M_MMAP_THRESHOLD of mallopt(3), and the size in bytes from which a block is mapped by itself."""
 
 
 def micro_batches(token_ids: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
@@ -36,3 +40,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def give_back_freed() -> None:
+    """Large tensors go back to the system as soon as they are freed.
+
+    glibc keeps blocks of up to 32 MiB once it has seen such blocks freed, and every layer then finds the holes of the
+    last one too small: a fifth of the memory of a calibration was such holes.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # not with musl
+        libc.mallopt(_MMAP_THRESHOLD, _LARGE)

@@ -11,10 +11,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fp8pipe.calibrate.batches import TOKENS, is_out_of_memory, micro_batches, smaller
+from fp8pipe.calibrate.batches import TOKENS, give_back_freed, is_out_of_memory, micro_batches, smaller
 from fp8pipe.calibrate.experts import check_observable, is_observable
 from fp8pipe.calibrate.lockstep import Lane, Lockstep, Step
 from fp8pipe.calibrate.observe import LayerModules, LayerWatch, ObservingCache, Schemes
+from fp8pipe.calibrate.products import fast_products
 from fp8pipe.calibrate.record import Ranges
 from fp8pipe.calibrate.resume import Bookmark
 from fp8pipe.calibrate.skeleton import Skeleton
@@ -48,6 +49,7 @@ def run(
     UnsupportedArchitecture when a module never ran, so that none is left without a range; EnvironmentFault when one
     sample alone does not fit.
     """
+    give_back_freed()
     watches = _Watches(skeleton, schemes, targets, tokens=sum(map(len, token_ids)))
     skeleton.load_outside()
     max_tokens = max_tokens or TOKENS[skeleton.device.type]
@@ -133,7 +135,7 @@ def _over(
                 lane.proceed(lane.hidden)  # any tensor of this shape: what it leads to is replaced by what was stored
         else:
             watch = watches.of(step.layer)
-            with skeleton.loaded(step.layer), watch:
+            with skeleton.loaded(step.layer), watch, fast_products(skeleton.dtype, skeleton.device):
                 outputs = _compute(step, len(done), len(skeleton.layers), progress)
                 watch.finish()
             ranges = ranges.joined(watch.ranges())

@@ -50,6 +50,7 @@ class Skeleton:
         self.device = torch.device(device)
         self._scales, self._block = scales or {}, block or (1, 1)
         self.model = _on_meta(folder, trust_remote_code, quantized=bool(scales))
+        self.dtype = cast(torch.dtype, self.model.dtype)
         self.decoder: PreTrainedModel = self.model.get_decoder()
         self.decoder_name = _name_of(self.model, self.decoder)
         self.layers = _layers(self.model, self.decoder, self.decoder_name)
@@ -90,13 +91,16 @@ class Skeleton:
     def _load(self, group: str) -> None:
         keys = self._groups[group]
         scales = {key: self._scales[key] for key in keys if key in self._scales}
+        # A layer is read, not mapped: pages of a mapped file count as memory of this process until it is unmapped. What
+        # lies outside is mapped, so that of the embeddings only the rows of tokens that occur are ever in memory.
+        backend = "pread" if group else "mmap"
         with ExitStack() as stack:
-            # pread, not mmap: pages of a mapped file count as memory of this process until it is unmapped.
             opened = {
-                name: stack.enter_context(safe_open(self.folder / name, framework="pt", backend="pread"))
+                name: stack.enter_context(safe_open(self.folder / name, framework="pt", backend=backend))
                 for name in {self._shards[key] for key in (*keys, *scales.values())}
             }
-            tensors = {key: opened[self._shards[key]].get_slice(key) for key in keys}
+            read = {key: opened[self._shards[key]] for key in keys}
+            tensors = {key: file.get_slice(key) if group else file.get_tensor(key) for key, file in read.items()}
             for key, scale in scales.items():
                 tensors[key] = self._dequantized(tensors[key][:], opened[self._shards[scale]].get_tensor(scale))
             self._convert(tensors)
@@ -112,14 +116,13 @@ class Skeleton:
         scale = scale.float() if scale.dim() == 2 else scale.float().reshape(-1, 1)
         per_block = scale.shape[1] > 1 or codes.shape[1] <= self._block[1]
         weight = numerics.dequantize(codes, scale, block=self._block if per_block else None)
-        return weight.to(cast(torch.dtype, self.model.dtype))
+        return weight.to(self.dtype)
 
     def _convert(self, tensors: dict[str, Any]) -> None:
-        dtype = cast(torch.dtype, self.model.dtype)
         config = LoadStateDictConfig(
             device_map={"": self.device},
-            dtype=dtype,
-            dtype_plan=self.model._get_dtype_plan(dtype),
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
             weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]  # its own result
         )
         with _no_bars():
