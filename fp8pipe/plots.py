@@ -241,7 +241,7 @@ def _sensitivity(calibration: Calibration) -> Figure:
     outputs.set_title("Outputs: weight and input in FP8")
     _decibels(weights, calibration, "weight_sqnr_db")
     weights.set_title("Weights")
-    weights.set_xlabel("decoder layer")
+    weights.set_xlabel(f"decoder layer of {calibration.model_id}")
     figure.supylabel("signal to quantization noise, dB (higher is better)", fontsize=10)
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9, handlelength=1.2)
     return figure
@@ -252,7 +252,7 @@ def _decibels(axes: Axes, calibration: Calibration, field: str) -> dict[str, Any
     layers = list(calibration.layers)
     whole = [getattr(layer, field) for layer in calibration.layers.values()]
     known = [(x, db) for x, db in enumerate(whole) if db is not None]
-    (line,) = axes.plot(*zip(*known, strict=True), color=_INK, linewidth=1.2) if known else (None,)
+    (line,) = axes.plot(*zip(*known, strict=True), color=_INK, linewidth=1.2, zorder=3) if known else (None,)
     handles: dict[str, Any] = {"whole layer": line} if line is not None else {}
     for index, (kind, points) in enumerate(_by_kind(calibration, field, layers).items()):
         colour, marker = _SERIES[index % len(_SERIES)], _MARKERS[index // len(_SERIES) % len(_MARKERS)]
@@ -274,4 +274,4 @@ def _by_kind(calibration: Calibration, field: str, layers: list[str]) -> dict[st
         db = getattr(one, field)
         if db is not None:
             kinds.setdefault(name.rpartition(".")[2], []).append((place[one.layer], db))
-    return kinds
+    return dict(sorted(kinds.items()))  # a kind has the same colour in every model of an architecture

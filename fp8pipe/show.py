@@ -6,6 +6,7 @@ import base64
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -312,26 +313,49 @@ def sensitivity_sheet(calibration: Calibration, count: int = 10) -> Sheet:
     """The Linears that FP8 costs most, and what was left out of FP8 for it."""
     from fp8pipe.sensitivity import worst_modules
 
+    worst = worst_modules(calibration, count)
+    stem = _common_stem([name for name, _ in worst])
     rows = tuple(
         (
-            name,
+            name.removeprefix(stem),
             _decibels(one.output_sqnr_db),
             _decibels(one.weight_sqnr_db),
             f"{one.input_amax:.4g}",
             f"{one.input_kurtosis:.3g}",
             f"{one.input_saturation:.2%}",
         )
-        for name, one in worst_modules(calibration, count)
+        for name, one in worst
     )
     layers = [(one.output_sqnr_db, name) for name, one in calibration.layers.items() if one.output_sqnr_db is not None]
     notes = [f"{len(calibration.sensitivity)} Linears in {len(calibration.layers)} layers"]
     if layers:
         notes.append(f"worst layer: {min(layers)[1]}, {_decibels(min(layers)[0])} dB over all its outputs")
+    notes += _expert_notes(calibration)
+    notes += [f"{n} without KV scales: {reason}" for reason, n in Counter(calibration.kv_absent.values()).items()]
     notes += [f"{name}: {reason}" for name, reason in calibration.kept.items()]
     notes.append("SQNR of output and weight in dB; amax, kurtosis and clipped are of the input")
-    columns = ("Linear", "out dB", "w dB", "amax", "kurtosis", "clipped")
+    columns = (f"{stem}*" if stem else "Linear", "out dB", "w dB", "amax", "kurtosis", "clipped")
     title = f"Sensitivity of {calibration.model_id}: the {len(rows)} worst by output SQNR"
     return Sheet(title, columns, rows, tuple(notes), right=frozenset(range(1, 6)))
+
+
+def _expert_notes(calibration: Calibration) -> list[str]:
+    """How many tokens the experts saw; those that were shown more are counted, the least used is named."""
+    experts = calibration.expert_tokens
+    if not experts:
+        return []
+    routed = [tokens.routed for tokens in experts.values()]
+    least = min(experts, key=lambda name: experts[name].routed)
+    notes = [f"{len(experts)} experts: the router gave them {min(routed)} to {max(routed)} tokens, fewest to {least}"]
+    if topped := sum(tokens.added > 0 for tokens in experts.values()):
+        notes.append(f"{topped} experts had too few tokens and were shown others, for their range alone")
+    return notes
+
+
+def _common_stem(names: Sequence[str]) -> str:
+    """What all dotted names begin with, up to a dot: a table of 80 columns has no room for it in every row."""
+    parents = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, parents))
 
 
 def _decibels(value: float | None) -> str:

@@ -221,11 +221,26 @@ def test_the_ten_worst_are_listed_worst_first(shown: tuple[Path, Calibration]) -
     assert values == [round(value, 1) for value in every[:10]]
 
 
+def test_experts_and_caches_without_scales_are_told(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "deepseek_v2")
+    recipe = STATIC_KV.model_copy(update={"weights": WeightScheme(strategy="tensor")})
+    found = calibrated(tmp_path, recipe)
+    least = min(found.expert_tokens.values(), key=lambda tokens: tokens.routed)
+    notes = "\n".join(sensitivity_sheet(found).notes)
+    assert f"8 experts: the router gave them {least.routed} to " in notes
+    topped = sum(tokens.added > 0 for tokens in found.expert_tokens.values())
+    assert topped > 0
+    assert f"{topped} experts had too few tokens" in notes
+    assert "4 without KV scales: latent attention (MLA)" in notes
+
+
 def test_command_shows_table_and_plots(shown: tuple[Path, Calibration]) -> None:
     folder, found = shown
     answer = CliRunner().invoke(app, ["sensitivity", str(folder)])
     assert answer.exit_code == 0, answer.output
-    assert worst_modules(found, 1)[0][0][:24] in answer.output  # names may be folded
+    assert "model.layers.*" in answer.output
+    for name, _ in worst_modules(found):
+        assert name.removeprefix("model.layers.") in answer.output  # whole, in 80 columns
     plots = folder / "fp8pipe" / "plots"
     assert (plots / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     svg = (plots / "sensitivity.svg").read_bytes()
