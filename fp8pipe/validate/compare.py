@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fp8pipe.checkpoint import TensorInfo
-from fp8pipe.validate.scheme import Spec
+from fp8pipe.validate.scheme import E4M3, Spec
 from fp8pipe.validate.units import (
     HALF_UNIT,
     Array,
@@ -37,8 +37,10 @@ from fp8pipe.validate.units import (
 )
 
 KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TILE = 1 << 20
+"""Weights in hand at a time: with fewer Python's share of the time grows."""
 PANEL = 1 << 18
-"""Weights in hand at a time: more leave a core's cache, with fewer Python's share of the time grows."""
+"""Of them, what torch works on at a time: more leave a core's cache."""
 KEPT_UNITS = 1
 """Ranges are kept where a weight has one, since fused siblings may share it."""
 
@@ -62,6 +64,11 @@ class Share:
         self.count += found
 
 
+def is_compiled(spec: Spec) -> bool:
+    """Whether there is a compiled loop for these codes; all others are compared in torch, which needs several."""
+    return spec.format.codes is E4M3
+
+
 class Comparison:
     """One quantized weight beside its source, filled tile by tile."""
 
@@ -74,14 +81,14 @@ class Comparison:
         grid = spec.units(shape)
         self.units = math.prod(grid)
         keeps = spec.strategy != "group"
-        self._tops = torch.zeros(grid, dtype=magnitudes(np.zeros(8, np.uint8), source_dtype).dtype) if keeps else None
-        """Largest source magnitude per unit, as integer; of groups none is kept."""
+        self._ranges = torch.zeros(grid) if keeps else None
+        """Largest source magnitude per unit; of groups none is kept."""
         self._clipped: torch.Tensor | None = None
         self._held: dict[str, torch.Tensor] = {}
         self.amax = 0.0
         """Of the whole weight."""
         self.most_clipped = 0
-        """Source weights beyond scale * maximum, in the unit with the most of them."""
+        """Source weights beyond the codes' reach, in the unit with the most of them."""
         self.worst_unit = 0
         self.unequal = 0
         """Codes that are not, bit for bit, what rounding gives."""
@@ -126,13 +133,43 @@ class Comparison:
 
     def add(self, row: int, codes: torch.Tensor, source: Array, scale: torch.Tensor) -> None:
         """Whole rows from `row` on: codes uint8 [rows, columns], the source's bytes, float32 scales of their units."""
+        weight = torch.from_numpy(source).view(KINDS[self._dtype]).view(codes.shape)
+        add = self._add_compiled if is_compiled(self.spec) else self._add_in_torch
+        self._note_rows(row, add(row, codes, weight, scale))
+
+    def _add_compiled(self, row: int, codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """In one pass; returns squared norms of source, restored weight and error, per row: float64 [3, rows]."""
+        from fp8pipe.validate.kernels import compare  # numba takes a second to import
+
         rows, columns = codes.shape
-        kind = KINDS[self._dtype]
-        weight = torch.from_numpy(source).view(kind).view(rows, columns)
-        bits = magnitudes(source, self._dtype).view(rows, columns)
-        tops = unit_tops(bits, self.spec)
-        amax = amax_of(tops, self._dtype)
-        self._note_units(row, rows, tops, amax, scale)
+        grid = scale.view(-1, scale.shape[-1])
+        high, wide = self.spec.block or (1 if self.spec.strategy == "channel" else rows, columns)
+        tops, clipped = torch.zeros(grid.shape), torch.zeros(grid.shape, dtype=torch.int64)
+        sums = torch.empty(3, rows, dtype=torch.float64)
+        differs = self._buffer("differs", torch.int32, codes.shape).view(-1)
+        bits = weight.view(torch.uint16) if weight.dtype == torch.bfloat16 else weight.float().view(torch.uint32)
+        unequal, zero_codes, zero_source = compare(
+            *(bits.numpy(), codes.numpy(), grid.numpy(), high, wide),
+            *(tops.view(torch.int32).numpy(), clipped.numpy(), sums.numpy(), differs.numpy()),
+        )
+        self.zero_codes += zero_codes
+        self.zero_source += zero_source
+        self._note_units(row, rows, tops.view(scale.shape), scale)
+        if self._clipped is not None:
+            self._clipped[unit_rows(self.spec, row, rows)] += clipped.view(scale.shape)
+        if unequal:
+            at = differs[:unequal].long()
+            scaled = weight.reshape(-1)[at].float() / grid[at // columns // high, at % columns // wide]
+            wanted = nearest(scaled, self.spec.format.codes, may_clip=True)
+            self._judge(row, 0, columns, at, scaled, codes.reshape(-1)[at], wanted)
+        return sums
+
+    def _add_in_torch(self, row: int, codes: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """In panels of columns that fit a core's cache; returns what `_add_compiled` does."""
+        rows, columns = codes.shape
+        bits = magnitudes(weight.view(torch.uint8).view(-1).numpy(), self._dtype).view(rows, columns)
+        amax = amax_of(unit_tops(bits, self.spec), self._dtype)
+        self._note_units(row, rows, amax, scale)
         sign = 8 if self.spec.format.codes.per_byte == 2 else 0x80
         self.zero_codes += codes.numel() - int(np.count_nonzero(codes.numpy() & (sign - 1)))
         self.zero_source += bits.numel() - int(np.count_nonzero(bits.numpy()))
@@ -140,7 +177,7 @@ class Comparison:
         sums = torch.zeros(3, rows, dtype=torch.float64)
         for left, right, units in self._panels(rows, columns, scale):
             sums += self._add_panel(row, left, weight[:, left:right], codes[:, left:right], units, is_clipped)
-        self._note_rows(row, sums)
+        return sums
 
     def _panels(self, rows: int, columns: int, scale: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
         """(left, right, scales) of columns that fit a core's cache, in whole blocks or within the last, narrower one.
@@ -194,19 +231,20 @@ class Comparison:
             held = self._held[name] = torch.empty(shape.numel(), dtype=dtype)
         return held[: shape.numel()].view(shape)
 
-    def _note_units(self, row: int, rows: int, tops: torch.Tensor, amax: torch.Tensor, scale: torch.Tensor) -> None:
+    def _note_units(self, row: int, rows: int, amax: torch.Tensor, scale: torch.Tensor) -> None:
+        """Keep the units' ranges."""
         self.amax = max(self.amax, float(amax.max()))
-        if self._tops is None:
+        if self._ranges is None:
             hold_to_amax(self.bad_ratio, self.inexact, self.spec, scale, amax, begin=row * scale.shape[1])
             return
         part = unit_rows(self.spec, row, rows)
-        self._tops[part] = torch.maximum(self._tops[part], tops)
+        self._ranges[part] = torch.maximum(self._ranges[part], amax)
         if self._clipped is None and bool((amax > scale * self.spec.format.codes.maximum).any()):
-            self._clipped = torch.zeros(self._tops.shape, dtype=torch.int64)
+            self._clipped = torch.zeros(self._ranges.shape, dtype=torch.int64)
 
     def _count_clipped(self, row: int, left: int, scaled: torch.Tensor) -> None:
         assert self._clipped is not None
-        counts = unit_counts(scaled.abs() > self.spec.format.codes.maximum, self.spec)
+        counts = unit_counts(scaled.abs() > self.spec.format.codes.reach, self.spec)
         part = self._clipped[unit_rows(self.spec, row, len(scaled))]
         if self.spec.block is not None:
             first = left // self.spec.block[1]
@@ -215,15 +253,14 @@ class Comparison:
 
     def finish(self, scale: torch.Tensor | None) -> Comparison:
         """Reduce what was kept per unit. `scale`: float32, of all units; not looked at for groups."""
-        if self._tops is not None and scale is not None:
+        if self._ranges is not None and scale is not None:
             if self._clipped is not None:
                 self.worst_unit = int(self._clipped.argmax())
                 self.most_clipped = int(self._clipped.max())
             if self.units > KEPT_UNITS:
-                amax = amax_of(self._tops, self._dtype)
-                hold_to_amax(self.bad_ratio, self.inexact, self.spec, scale, amax)
-                self.foreign_scales = _foreign_scales(scale, amax, self.spec)
-        self._tops = self._clipped = None
+                hold_to_amax(self.bad_ratio, self.inexact, self.spec, scale, self._ranges)
+                self.foreign_scales = _foreign_scales(scale, self._ranges, self.spec)
+        self._ranges = self._clipped = None
         self._held.clear()
         return self
 

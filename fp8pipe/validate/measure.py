@@ -23,7 +23,7 @@ import torch
 
 from fp8pipe.checkpoint import ITEM_BYTES, SourceFiles, TensorInfo
 from fp8pipe.progress import Progress, ProgressEvent
-from fp8pipe.validate.compare import PANEL, Comparison
+from fp8pipe.validate.compare import TILE, Comparison
 from fp8pipe.validate.layout import KV_SCALES, Piece, split_name
 from fp8pipe.validate.scheme import Spec
 from fp8pipe.validate.shapes import FLOAT_SCALES
@@ -215,7 +215,7 @@ class Reader:
         seen = Magnitudes(entry, spec)
         sign = 8 if spec.format.codes.per_byte == 2 else 0x80
         tops: list[torch.Tensor] = []
-        for row, codes in self._code_tiles(entry, spec, TILE_BYTES if comparison is None else PANEL):
+        for row, codes in self._code_tiles(entry, spec, TILE_BYTES if comparison is None else TILE):
             tile = torch.from_numpy(codes)
             part = unit_tops(tile & (sign - 1), spec)
             if sign == 0x80 and int(part.max()) == 0x7F:

@@ -44,13 +44,15 @@ class Codes:
     """Of the tensor that holds them."""
     per_byte: int
     maximum: float
+    reach: float
+    """The largest number that rounds to the maximum, half a step above it: beyond, a weight is clipped."""
     mantissa_bits: int
     min_exponent: int
     """Of normal numbers; below it the step stays the same."""
 
 
-E4M3 = Codes("F8_E4M3", 1, 448.0, 3, -6)
-E2M1 = Codes("U8", 2, 6.0, 1, 0)
+E4M3 = Codes("F8_E4M3", 1, 448.0, 464.0, 3, -6)
+E2M1 = Codes("U8", 2, 6.0, 7.0, 1, 0)
 """Two to a byte, the even column in the low half."""
 
 
