@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import compressed_tensors.quantization  # noqa: F401  once for all cases; the validator would ask a child process
 import reference_checkpoints as reference
 import torch
 from safetensors import safe_open

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from malformed import (
 from fp8pipe.errors import InputError
 from fp8pipe.records import ValidationReport
 from fp8pipe.source import resolve
-from fp8pipe.validate import all_checks, validate
+from fp8pipe.validate import all_checks, parser, validate
 from fp8pipe.validate.measure import TILE_BYTES
 
 OWN_WARNINGS: dict[Base, set[str]] = {"fp8": {"C9"}, "modelopt": {"C9"}, "modelopt-nvfp4": {"C9"}}
@@ -233,6 +235,21 @@ def test_llm_compressor_s_bf16_scales_and_division_pass_with_a_warning_that_says
     assert (ids(report), report.sound) == ({"D2"}, True), [f.sentence() for f in report.findings]
 
 
+@pytest.mark.parametrize("base", ["static", "channel", "block"])
+def test_weights_that_all_lie_at_the_top_are_not_taken_for_clipped(tmp_path: Path, base: Base) -> None:
+    """Ternary weights: absmax / scale may come out a last bit above 448, for every weight of a row."""
+    source = reference.llama(tmp_path / "source")
+
+    def ternary(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "_proj.weight" in name]:
+            tensors[name] = (tensors[name].sign() * tensors[name].float().abs().mean(1, keepdim=True)).bfloat16()
+
+    edit_tensors(source, ternary)
+    folder = reference.quantize(source, tmp_path / "fp8", **BASES[base])
+    report = validate(folder, source=resolve(str(source)))
+    assert "V6" not in ids(report) and report.sound, [f.sentence() for f in report.findings]
+
+
 def test_report_survives_its_file(checkpoint: Callable[[Model, Base], Path], tmp_path: Path) -> None:
     report = validate(checkpoint("dense", "fp8"))
     assert ValidationReport.load(report.save(tmp_path / "validation.json")) == report
@@ -245,6 +262,22 @@ def test_fidelity_without_a_source_is_a_wrong_request(checkpoint: Callable[[Mode
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
     return reference.read(folder)[0]
+
+
+def test_parser_of_compressed_tensors_says_the_same_from_a_child_and_from_its_record(
+    checkpoint: Callable[[Model, Base], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its imports would be more than half of the validator's memory."""
+    sound = json.loads((checkpoint("dense", "channel") / "config.json").read_text())["quantization_config"]
+    broken = sound | {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "colour": 1}}}}
+    here = [parser.ask_here(quant) for quant in (sound, broken)]
+    assert not here[0] and "colour: Extra inputs are not permitted" in here[1][0][0]
+    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "compressed_tensors.quantization")
+    assert [parser.problems(quant) for quant in (sound, broken)] == here
+    monkeypatch.setattr(parser.subprocess, "run", None)
+    assert [parser.problems(quant) for quant in (sound, broken)] == here
+    assert "compressed_tensors.quantization" not in sys.modules
 
 
 @pytest.mark.vllm

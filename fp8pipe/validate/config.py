@@ -5,7 +5,6 @@ In: a Subject. What the config means is read in `scheme.py`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -169,7 +168,7 @@ def _unknown_keys(quant: dict[str, Any]) -> list[str]:
 @check(
     "C3",
     "compressed-tensors' own parser accepts quantization_config.",
-    depth="values",  # importing that parser takes seconds
+    depth="values",  # that parser takes seconds
     needs=("config",),
     consequence="vLLM and transformers stop with a ValidationError",
     remedy="remove or correct the key",
@@ -178,22 +177,12 @@ def config_fits_compressed_tensors(subject: Subject) -> Iterator[Fault]:
     quant = _quant(subject)
     if method_of(quant) != "compressed-tensors":
         return
-    from compressed_tensors.quantization import QuantizationConfig
-    from pydantic import ValidationError
+    from fp8pipe.validate.parser import problems
 
     known = {key: value for key, value in quant.items() if key not in {"sparsity_config", "transform_config"}}
     known["ignore"] = known["ignore"] if is_names(known.get("ignore")) else []  # C2 speaks of it
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            QuantizationConfig.model_validate(known | {"quant_method": "compressed-tensors"})
-    except ValidationError as error:
-        for problem in error.errors():
-            where = ".".join(map(str, problem["loc"]))
-            yield Fault(f"{where}: {clip(problem['msg'])}", clip(repr(problem["input"])), file=CONFIG)
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        # its validators raise whatever they stumble on
-        yield Fault("a config that compressed-tensors parses", clip(repr(error)), file=CONFIG)
+    for expected, found in problems(known | {"quant_method": "compressed-tensors"}):
+        yield Fault(expected, found, file=CONFIG)
 
 
 @check(
