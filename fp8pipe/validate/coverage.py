@@ -30,6 +30,12 @@ ALIASES = {
     "weight_scale_2": ("weight_global_scale",),
 }
 """Other spellings of a companion, of older tools or the other method."""
+KEEP_THEIR_ROUTERS = frozenset((
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "ernie4_5_moe", "glm4_moe", "granitemoe", "kimi_k2",
+    "minimax_m2", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_next",
+))  # fmt: skip
+"""Model types whose router is never quantized, by vLLM 0.32 or by transformers' fp8 method, whatever config.json says;
+DeepSeek-V3 is published without an ignore list."""
 
 
 def _parts(subject: Subject) -> Layout:
@@ -115,7 +121,9 @@ def _unprotected(subject: Subject) -> Iterator[Fault]:
     """Routers, and lm_head for transformers: full-precision modules that readers quantize unless told not to."""
     assert subject.scheme is not None
     layout = _parts(subject)
-    for module in sorted(layout.routers):
+    model_type = (subject.config or {}).get("model_type")
+    are_safe = subject.scheme.method == "fp8" and model_type in KEEP_THEIR_ROUTERS
+    for module in () if are_safe else sorted(layout.routers):
         if subject.scheme.spec_of(module) is not None:
             yield Fault(
                 "a router in the ignore list",
@@ -297,11 +305,13 @@ def _expert_gaps(subject: Subject) -> Iterator[Fault]:
     for name in layout.names | subject.shelf.tensors.keys():
         if place := expert_of(split_name(name)[0]):
             blocks[place[0]].add(place[2])
+    surplus = _surplus_experts(subject, layout.num_experts)
     for experts, projections in sorted(blocks.items()):
         for index in range(layout.num_experts):
             for projection in sorted(projections):
                 yield from _missing_of_expert(subject, f"{experts}.{index}.{projection}")
-        yield from _surplus_experts(subject, experts, layout.num_experts)
+        for index in sorted(surplus[experts]):
+            yield Fault(f"experts 0 to {layout.num_experts - 1}", f"expert {index}", tensor=experts)
 
 
 def _missing_of_expert(subject: Subject, module: str) -> Iterator[Fault]:
@@ -314,12 +324,13 @@ def _missing_of_expert(subject: Subject, module: str) -> Iterator[Fault]:
                 yield Fault("the expert's scale", "missing", file=weight.shard, tensor=f"{module}.{leaf}")
 
 
-def _surplus_experts(subject: Subject, experts: str, count: int) -> Iterator[Fault]:
-    found = {
-        place[1] for name in subject.shelf.tensors if (place := expert_of(split_name(name)[0])) and place[0] == experts
-    }
-    for index in sorted(i for i in found if i >= count):
-        yield Fault(f"experts 0 to {count - 1}", f"expert {index}", tensor=experts)
+def _surplus_experts(subject: Subject, count: int) -> dict[str, set[int]]:
+    """Indices from `count` on, by block of experts."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for name in subject.shelf.tensors:
+        if (place := expert_of(split_name(name)[0])) and place[1] >= count:
+            found[place[0]].add(place[1])
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- names nobody knows
