@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +20,11 @@ from pathlib import Path
 import pytest
 from test_cli import FP8PIPE
 
+from benchmarks import damages
 from fp8pipe import localhub
 from fp8pipe.config import ReleaseSpec
 from fp8pipe.demo.model import BASE_ID
-from fp8pipe.records import EvalReport, Outcome
+from fp8pipe.records import EvalReport, GateDecision, Outcome
 from fp8pipe.workspace import Workspace
 
 pytestmark = [pytest.mark.vllm, pytest.mark.prefect]
@@ -179,24 +179,19 @@ def test_sabotaged_run_is_sound_rejected_and_leaves_nothing_on_the_hub(demo):
 
 
 @pytest.mark.long
-def test_keys_cached_with_a_tenth_of_their_scale_are_rejected(demo, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    spoiled, measured = tmp_path / "checkpoint", tmp_path / "candidate"
-    shutil.copytree(demo.checkpoint, spoiled)
-    for path in spoiled.glob("*.safetensors"):
-        tensors = load_file(path)
-        changed = {name: scale / 10 for name, scale in tensors.items() if name.endswith(".k_scale")}
-        save_file(tensors | changed, path, metadata={"format": "pt"})
+@pytest.mark.parametrize("damage", damages.DAMAGES, ids=lambda damage: damage.name)
+def test_known_damage_is_judged_as_it_should_be(demo, tmp_path, damage):
+    spoilt, measured = damages.spoilt(demo.checkpoint, damage, tmp_path / "checkpoint"), tmp_path / "candidate"
     (baseline,) = (demo.workspace.root / "baselines").iterdir()
     with hub_of(demo) as environment:
         run = functools.partial(subprocess.run, capture_output=True, text=True, env=environment, check=False)
-        command = [FP8PIPE, "evaluate", spoiled, "--suite", "demo", "--kv-cache-dtype", "fp8", "--output", measured]
+        command = [FP8PIPE, "evaluate", spoilt, "--suite", "demo", "--kv-cache-dtype", "fp8", "--output", measured]
         assert run([*map(str, command)]).returncode == 0
         verdict = run([str(FP8PIPE), "gate", str(baseline), str(measured), "--policy", "demo", "--json"])
-    decision = json.loads(verdict.stdout)
-    assert (verdict.returncode, decision["verdict"]) == (1, "rejected"), verdict.stderr
-    assert decision["tasks"][0]["drop_lower"] > decision["tasks"][0]["margin"]
+    decision = GateDecision.model_validate_json(verdict.stdout)
+    known = next(case for case in damages.Cases.load(damages.EVIDENCE).cases if case.damage == damage.name)
+    seen = {"verdict": decision.verdict, "vetoed": decision.vetoed, "task": decision.tasks[0]}
+    assert damages.is_right(known.model_copy(update=seen)), verdict.stdout + verdict.stderr
 
 
 def test_by_hand_the_commands_make_the_same_release(demo, tmp_path):

@@ -167,9 +167,9 @@ def build_calibration_dataset(folder: Path) -> Path:
     return _write_dataset(folder, CALIBRATION_ID, "train", rows, about)
 
 
-def build_evaluation_dataset(folder: Path) -> Path:
-    """EVALUATION_SAMPLES held-out questions, split test, columns `prompt`, `answer`, `predictable`."""
-    prompts = draw_where(held_out=True, seed=3, num_prompts=EVALUATION_SAMPLES)
+def build_evaluation_dataset(folder: Path, *, seed: int = 3, samples: int = EVALUATION_SAMPLES) -> Path:
+    """Held-out questions, split test, columns `prompt`, `answer`, `predictable`; another seed draws other ones."""
+    prompts = draw_where(held_out=True, seed=seed, num_prompts=samples)
     rows = (
         {
             "prompt": prompt_text(prompts, row),

@@ -1,0 +1,357 @@
+"""The gate on damage whose size is known: the demo's checkpoint, spoilt in one place at a time, measured and judged.
+
+    python -m benchmarks.damages [--work DIR] [--page docs/gate-damages.md]
+
+Trains the demo's model, quantizes it, and measures in vLLM, one engine each, the base model twice, the checkpoint and
+every spoilt copy of it: on the 2,000 questions of the suite `demo`, by which the gate decides, and on others that tell
+the true drop: 20,000 where the verdict hangs on it, else 2,000. Written are the page and, beside it, the counts that it
+is made from (JSON). What is in `--work` already is not made or measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks import page
+from fp8pipe import stages
+from fp8pipe.config import EvalSuite, TaskSpec, load_policy, load_recipe, load_suite
+from fp8pipe.demo import model, task
+from fp8pipe.evaluate import evaluate
+from fp8pipe.records import EvalReport, GateDecision, Record, TaskDecision, Verdict
+
+PAGE = Path(__file__).parent.parent / "docs" / "gate-damages.md"
+EVIDENCE = PAGE.with_suffix(".json")
+TRUTH = "arrows_truth"
+TRUTH_SAMPLES = 20_000
+TRUTH_SEED = 4
+"""Neither the training's, the calibration's nor the suite's."""
+TRUTH_LEVEL = 0.05
+"""The interval of the true drop leaves out so much, half of it on each side."""
+
+# ---------------------------------------------------------------------------------------------- damages
+
+Expected = Literal["accepted", "rejected", "vetoed", "truth"]
+LINEAR = "model.layers.1.self_attn.o_proj"
+"""The Linear that is spoilt. It stands alone in vLLM: no other one takes over its scale."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One way to spoil a checkpoint folder in place, and what the gate is to say of it."""
+
+    name: str
+    expected: Expected
+    spoil: Callable[[Path], None]
+
+
+def leave(folder: Path) -> None:
+    """Nothing is spoilt."""
+
+
+def scale_times(factor: float, folder: Path) -> None:
+    """One weight scale is wrong by a factor."""
+    _change(folder, lambda name, scale: scale * factor if name == f"{LINEAR}.weight_scale" else scale)
+
+
+def shuffle_codes(folder: Path) -> None:
+    """The codes of one weight [out, in] are there, but none in its place."""
+    import torch
+
+    def shuffled(name: str, codes: torch.Tensor) -> torch.Tensor:
+        if name != f"{LINEAR}.weight":
+            return codes
+        order = torch.randperm(codes.numel(), generator=torch.Generator().manual_seed(0))
+        return codes.view(torch.uint8).flatten()[order].view(codes.shape).view(codes.dtype)
+
+    _change(folder, shuffled)
+
+
+def small_k_scales(folder: Path) -> None:
+    """Keys are cached with a tenth of their scale, and clipped."""
+    _change(folder, lambda name, scale: scale / 10 if name.endswith(".k_scale") else scale)
+
+
+def begin_with_eos(folder: Path) -> None:
+    """The tokenizer takes </s> for its BOS token and puts it in front of every text.
+
+    Both files say so: asked for a BOS token, lm-eval has the rule in tokenizer.json made anew from the config's token.
+    """
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    bos, eos = model.SPECIAL[model.BOS], model.SPECIAL[model.EOS]
+    processor = json.dumps(content["post_processor"]).replace(json.dumps(bos), json.dumps(eos))
+    content["post_processor"] = json.loads(processor.replace(f'"ids": [{model.BOS}]', f'"ids": [{model.EOS}]'))
+    path.write_text(json.dumps(content))
+    _edit_json(folder / "tokenizer_config.json", [], {"bos_token": eos})
+
+
+def quantize_head(folder: Path) -> None:
+    """lm_head in FP8 with one scale for the tensor; vLLM reads that where a group targets it by name."""
+    import torch
+
+    def quantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        head = tensors["lm_head.weight"].float()
+        scale = head.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+        codes = (head / scale).to(torch.float8_e4m3fn)
+        return tensors | {"lm_head.weight": codes, "lm_head.weight_scale": scale.reshape(1)}
+
+    shard = _index(folder)["lm_head.weight"]
+    _rewrite(folder / shard, quantized)
+    _edit_json(folder / "model.safetensors.index.json", ["weight_map"], {"lm_head.weight_scale": shard})
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    group = settings["config_groups"]["group_0"]
+    on_the_fly = group["input_activations"] | {"strategy": "token", "dynamic": True, "observer": None}
+    head_group = group | {"targets": ["re:.*lm_head"], "input_activations": on_the_fly}
+    _edit_json(folder / "config.json", ["quantization_config", "config_groups"], {"group_1": head_group})
+    _edit_json(folder / "config.json", ["quantization_config"], {"ignore": []})
+
+
+DAMAGES = (
+    Damage("none", "truth", leave),
+    Damage("one weight scale x1.5", "truth", partial(scale_times, 1.5)),
+    Damage("one weight scale x4", "rejected", partial(scale_times, 4.0)),
+    Damage("the codes of one Linear shuffled", "rejected", shuffle_codes),
+    Damage("every k_scale 10 times too small", "rejected", small_k_scales),
+    Damage("lm_head quantized, one scale per tensor", "truth", quantize_head),
+    Damage("wrong BOS token in front of prompts", "vetoed", begin_with_eos),
+)
+ITSELF = "the base model, measured again"
+
+
+def spoilt(sound: Path, damage: Damage, folder: Path) -> Path:
+    """A copy of a checkpoint with one damage; it keeps its records, as a checkpoint spoilt on the way does."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(sound, unfinished)
+    damage.spoil(unfinished)
+    return unfinished.rename(folder)
+
+
+def _index(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+
+
+def _change(folder: Path, change: Callable[[str, Any], Any]) -> None:  # Any: torch.Tensor, imported late
+    """Replace tensors by what `change(name, tensor)` makes of them."""
+    for shard in set(_index(folder).values()):
+        _rewrite(folder / shard, lambda tensors: {name: change(name, value) for name, value in tensors.items()})
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def _edit_json(path: Path, keys: list[str], update: dict[str, Any]) -> None:
+    content = json.loads(path.read_text())
+    place = content
+    for key in keys:
+        place = place[key]
+    place.update(update)
+    path.write_text(json.dumps(content, indent=2))
+
+
+# ---------------------------------------------------------------------------------------------- measuring
+
+
+class Counts(Record):
+    """Answers of both sides on the questions that tell the truth."""
+
+    n: int
+    lost: int
+    won: int
+
+    def interval(self) -> tuple[float, float]:
+        """Of the drop, two-sided: the score test inverted on both sides."""
+        from fp8pipe.gate.statistics import score_test
+
+        test = score_test(self.lost, self.won, self.n, margin=0.0)
+        return test.lower(TRUTH_LEVEL / 2), test.upper(TRUTH_LEVEL / 2)
+
+
+class Case(Record):
+    """What one damage did, and what the gate said."""
+
+    damage: str
+    expected: Expected
+    verdict: Verdict
+    vetoed: tuple[str, ...]
+    same_tokenizer: bool
+    """Whether both sides had one tokenizer, as it was loaded."""
+    task: TaskDecision
+    truth: Counts
+
+
+class Cases(Record):
+    """All of them, as measured in one run."""
+
+    vllm: str
+    cases: tuple[Case, ...]
+
+
+def prepare(work: Path) -> tuple[Path, Path, EvalSuite]:
+    """The base model, its sound checkpoint, and a suite of the demo's questions and those that tell the truth."""
+    base, checkpoint = model.build_base(work / "base"), work / "checkpoint"
+    recipe = load_recipe("demo-fp8-static-kv")
+    assert recipe.calibration is not None
+    if not _is_written(work / "calibration"):
+        task.build_calibration_dataset(work / "calibration")
+    rows = {"dataset": str(work / "calibration" / "train.jsonl")}
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=rows)})
+    stages.quantize_model(str(base), recipe, checkpoint)
+    return base, checkpoint, _suite(work / "tasks")
+
+
+def _suite(folder: Path) -> EvalSuite:
+    """The suite `demo` with its rows as local files, and a second task of the same kind with other rows."""
+    import yaml
+
+    suite = load_suite("demo")
+    ((name, spec),) = suite.tasks.items()
+    assert suite.task_dir is not None and spec.samples == task.EVALUATION_SAMPLES
+    config = yaml.safe_load((Path(suite.task_dir) / f"{name}.yaml").read_text())
+    if not _is_written(folder / TRUTH):
+        task.build_evaluation_dataset(folder / name)
+        task.build_evaluation_dataset(folder / TRUTH, seed=TRUTH_SEED, samples=TRUTH_SAMPLES)
+    for each in (name, TRUTH):
+        rows = {"data_files": {"test": str(folder / each / "test.jsonl")}}
+        local = config | {"task": each, "dataset_path": "json", "dataset_kwargs": rows}
+        (folder / f"{each}.yaml").write_text(yaml.safe_dump(local))
+    return EvalSuite(
+        name=suite.name,
+        tasks={name: TaskSpec(samples=spec.samples), TRUTH: TaskSpec(samples=TRUTH_SAMPLES)},
+        task_dir=str(folder),
+        engine=suite.engine,
+        sample_prompts=(),
+    )
+
+
+def _is_written(dataset: Path) -> bool:
+    """Its card comes last."""
+    return (dataset / "README.md").exists()
+
+
+def measure(work: Path) -> Cases:
+    """Every damage, measured in an engine of its own and judged under the policy `demo`."""
+    base, sound, suite = prepare(work)
+    policy = load_policy("demo")
+    snapshot = stages.pin(str(base))
+
+    def measured(role: Literal["baseline", "candidate"], folder: str) -> EvalReport:
+        return evaluate(base, suite, work / folder, role=role, model_id=model.BASE_ID, fingerprint=snapshot.commit)
+
+    baseline = measured("baseline", "baseline")
+    again = measured("candidate", "again")
+    itself = stages.decide_release(baseline, again, policy, suite=suite, checkpoint_folder=None)
+    cases = [_case(ITSELF, "accepted", baseline, again, itself)]
+    for number, damage in enumerate(DAMAGES):
+        place = work / f"damage-{number}"
+        folder = place if place.exists() else spoilt(sound, damage, place)
+        limit = None if damage.expected == "truth" else task.EVALUATION_SAMPLES
+        candidate = stages.evaluate_model(
+            str(folder), suite, work / f"measured-{number}", kv_cache_dtype="fp8", online=None, limit=limit
+        )
+        decision = stages.decide_release(baseline, candidate, policy, suite=suite, checkpoint_folder=folder)
+        cases.append(_case(damage.name, damage.expected, baseline, candidate, decision))
+        print(cases[-1], flush=True)
+    return Cases(vllm=baseline.versions["vllm"], cases=tuple(cases))
+
+
+def _case(damage: str, expected: Expected, baseline: EvalReport, candidate: EvalReport, decision: GateDecision) -> Case:
+    (gated,) = decision.tasks
+    one, other = baseline.task(TRUTH), candidate.task(TRUTH)
+    assert one is not None and other is not None and one.doc_ids[: len(other.doc_ids)] == other.doc_ids
+    ours, theirs = (side.samples_of(gated.metric, gated.filter) for side in (one, other))
+    assert ours is not None and theirs is not None
+    pairs = list(zip(ours.values, theirs.values, strict=False))  # of the candidate perhaps no more than the first ones
+    return Case(
+        damage=damage,
+        expected=expected,
+        verdict=decision.verdict,
+        vetoed=decision.vetoed,
+        same_tokenizer=candidate.tokenizer_hash == baseline.tokenizer_hash,
+        task=gated,
+        truth=Counts(n=len(pairs), lost=pairs.count((1.0, 0.0)), won=pairs.count((0.0, 1.0))),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- judging
+
+
+def lawful(found: Case) -> tuple[Verdict, ...]:
+    """The verdicts that may stand: as expected, or else as the true drop and the margin have it."""
+    if found.expected != "truth":
+        return ("accepted",) if found.expected == "accepted" else ("rejected",)
+    low, high = found.truth.interval()
+    if low > found.task.margin:
+        return ("rejected", "inconclusive")
+    if high < found.task.margin:
+        return ("accepted", "inconclusive")
+    return ("accepted", "inconclusive", "rejected")
+
+
+def is_right(found: Case) -> bool:
+    """Whether the gate said what it should, and by what it should: the numbers, or the rule about tokenizers."""
+    rightly = "tokenizer" in found.vetoed if found.expected == "vetoed" else found.task.verdict == found.verdict
+    return found.verdict in lawful(found) and rightly
+
+
+HEAD = """\
+# The gate on known damage
+
+Written by `python -m benchmarks.damages`; not to be edited by hand.
+
+"""
+
+
+def page_text(found: Cases) -> str:
+    """The page."""
+    said = (
+        "The demo's checkpoint (recipe `demo-fp8-static-kv`), spoilt in one place at a time, each copy measured in an "
+        f"engine of its own (vLLM {found.vllm}) and judged under the policy `demo`: {task.EVALUATION_SAMPLES:,} "
+        f"questions, margin {100 * found.cases[0].task.margin:g} points. The true drop is counted on other questions, "
+        f"once, with its {1 - TRUTH_LEVEL:.0%} interval. Scale and codes are those of `{LINEAR}`.\n\n"
+        "Where the truth decides, a drop clearly above the margin must not be accepted, and one clearly below it must "
+        "not be rejected."
+    )
+    head = ("damage", "true drop, points", "questions", "drop on the suite", "the gate says", "asked for", "right")
+    rows = [_row(one) for one in found.cases]
+    right = sum(map(is_right, found.cases))
+    return f"{HEAD}{said}\n\n{page.table(head, rows)}\n{right} of {len(rows)} are as they should be.\n"
+
+
+def _row(one: Case) -> tuple[str, ...]:
+    counts, seen = one.truth, one.task
+    truth = _points((counts.lost - counts.won) / counts.n, *counts.interval())
+    said = f"{one.verdict}, vetoed by {', '.join(one.vetoed)}" if one.vetoed else one.verdict
+    asked = f"by the truth: {' or '.join(lawful(one))}" if one.expected == "truth" else one.expected
+    shown = _points(seen.drop, seen.drop_lower, seen.drop_upper)
+    return one.damage, truth, f"{counts.n:,}", shown, said, asked, "yes" if is_right(one) else "**no**"
+
+
+def _points(drop: float, low: float, high: float) -> str:
+    return f"{100 * drop:.2f} ({100 * low:.2f} to {100 * high:.2f})"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder that is kept, and gone on in; else a temporary one")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-bench-") as folder:
+        found = measure(options.work.resolve() if options.work is not None else Path(folder))
+    found.save(options.page.with_suffix(".json"))
+    options.page.write_text(page_text(found))
+
+
+if __name__ == "__main__":
+    main()
