@@ -13,7 +13,7 @@ import torch
 TOKENS = {"cpu": 512, "cuda": 16384}
 """Largest pass by kind of device, in tokens; a longer sample is a pass of its own. On a CPU more is slower: caches."""
 
-_MMAP_THRESHOLD, _LARGE = -3, 4 << 20
+_MMAP_THRESHOLD, _LARGE = -3, 1 << 20
 """M_MMAP_THRESHOLD of mallopt(3), and the size in bytes from which a block is mapped by itself."""
 
 
@@ -46,7 +46,7 @@ def give_back_freed() -> None:
     """Large tensors go back to the system as soon as they are freed.
 
     glibc keeps blocks of up to 32 MiB once it has seen such blocks freed, and every layer then finds the holes of the
-    last one too small: a fifth of the memory of a calibration was such holes.
+    last one too small: a quarter of the memory of a calibration was such holes.
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # not with musl
         libc.mallopt(_MMAP_THRESHOLD, _LARGE)
