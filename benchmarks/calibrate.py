@@ -5,7 +5,8 @@
     python -m benchmarks.calibrate --through-weights MODEL TEXTS
 
 Source: the synthetic Llama of benchmarks.quantize, with 16 samples of 256 tokens and 64 of 512. Every contender is a
-process of its own; one round runs all of them once, and a ratio is taken within its round.
+process of its own; one round runs all of them once, and a ratio is taken within its round. On a CPU without bf16
+instructions (AVX512-BF16, AMX) a round takes many minutes, most of them the peer's: begin there with --no-peer.
 
 ours       calibrate, quantize and save: fp8-static-kv
 datafree   the same weights without calibration
