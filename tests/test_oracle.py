@@ -14,9 +14,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_model, plan_of, recipe
 from torch import Tensor
 
+from benchmarks.giants import DEEPSEEK_V3, deepseek_tensors, deepseek_v3
+from fp8pipe.architecture import inspect
+from fp8pipe.checkpoint import Headers, TensorInfo
 from fp8pipe.errors import EngineFailed
 from fp8pipe.quantize import quantize
 from fp8pipe.source import resolve
+from fp8pipe.validate import validate
 from fp8pipe.validate.landing import Follower, Origin, Region, covered, first_gap, overlapping, region_of
 from fp8pipe.validate.oracle import Answer, ask_vllm, parity, vllm_parameters
 
@@ -201,6 +205,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
     """vLLM's view of every checkpoint of this file, by name, from one child process."""
     root = tmp_path_factory.mktemp("oracle")
     folders = {name: quantized(root / name, *made) for name, made in SOUND.items()}
+    folders["deepseek-v3"] = deepseek_v3(root / "deepseek-v3")
     folders["kv"] = with_kv_scales(folders["llama"], root / "kv")
     for name, (origin, damage, _) in BROKEN.items():
         folders[name] = rewritten(folders[origin], root / name.replace(" ", "-"), damage)
@@ -247,13 +252,27 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("name", [*SOUND, "kv"])
+@pytest.mark.parametrize("name", [*SOUND, "kv", "deepseek-v3"])
 def test_every_tensor_of_a_sound_checkpoint_has_its_place(answers: dict[str, Answer], name: str):
     answer = answers[name]
     assert (answer.refusal, answer.mismatches) == ("", ())
     parameters = {parameter.name for parameter in answer.parameters}
     assert all(places and set(places) <= parameters for _, places in answer.landings)
     assert "F8_E4M3" in {parameter.dtype for parameter in answer.parameters}
+
+
+def test_giant_as_it_is_published_has_no_finding_and_transformers_knows_its_linears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """DeepSeek-V3, 671B: 90 000 tensors without data, built on the meta device; no ignore list names its routers."""
+    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path / "cache"))
+    folder = deepseek_v3(tmp_path / "deepseek-v3")
+    tensors = {name: TensorInfo(name, *one, "x", 0, 0) for name, one in deepseek_tensors(DEEPSEEK_V3).items()}
+    architecture = inspect(resolve(str(folder)), headers=Headers((), tensors))
+    linears = {name for name, role in architecture.tensors.items() if role.kind in ("linear", "expert")}
+    assert linears == {name for name in tensors if "_proj" in name}
+    report = validate(folder, depth="headers", architecture=architecture)
+    assert (report.known_from, report.findings, report.tensors) == ("architecture", (), 90_427)
 
 
 @pytest.mark.vllm
