@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,21 @@ def test_depth_follows_what_is_at_hand(shelf: Path, checkpoint: Callable[[Model,
     unrecorded = {check.id for check in all_checks()} - OF_OUR_ENGINE
     assert set(headers.checks) < set(values.checks) < set(fidelity.checks) == unrecorded
     assert (values.known_from, fidelity.known_from) == ("names", "architecture")
+
+
+def test_headers_need_no_torch_and_miss_no_check(checkpoint: Callable[[Model, Base], Path]) -> None:
+    folder = checkpoint("dense", "channel")
+    code = (
+        "import sys, pathlib, json; from fp8pipe.validate import validate; "
+        "report = validate(pathlib.Path(sys.argv[1]), depth='headers'); "
+        "print(json.dumps([report.checks, 'torch' in sys.modules]))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+    checks, torch_is_loaded = json.loads(answer.stdout)
+    here = validate(folder)
+    of_headers = {check.id for check in all_checks() if check.depth == "headers"}
+    assert not torch_is_loaded
+    assert set(checks) == of_headers & set(here.checks)
 
 
 def test_every_check_has_a_corruption_that_makes_it_speak() -> None:

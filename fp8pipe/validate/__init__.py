@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.checkpoint import Headers
@@ -91,9 +92,18 @@ def all_checks() -> tuple[Check, ...]:
     """The whole table, in the order in which checks run: what the documentation is made from."""
     from fp8pipe.validate import fidelity, values
 
-    rooms = (files, config_room, coverage, kv, shapes, values, fidelity, package, evidence, runtime)
+    return _in_order(files, config_room, coverage, kv, shapes, values, fidelity, package, evidence, runtime)
+
+
+def _header_checks() -> tuple[Check, ...]:
+    """Those of the rooms that need no torch, whose import takes longer than all of them."""
+    return _in_order(files, config_room, coverage, kv, shapes, package, evidence, runtime)
+
+
+def _in_order(*rooms: ModuleType) -> tuple[Check, ...]:
     order = {room.__name__: place for place, room in enumerate(rooms)}
-    return tuple(sorted(CHECKS.values(), key=lambda check: order[check.run.__module__]))
+    known = [check for check in CHECKS.values() if check.run.__module__ in order]
+    return tuple(sorted(known, key=lambda check: order[check.run.__module__]))
 
 
 def _depth(place: Place, source: Snapshot | None, wanted: Depth | None) -> Depth:
@@ -195,4 +205,5 @@ def _layout(shelf: Shelf, config: dict[str, Any] | None, architecture: Architect
 def _runnable(subject: Subject, depth: Depth) -> list[Check]:
     """Checks within `depth` that have what they need. The report lists them: what did not run proves nothing."""
     reach = DEPTHS[: DEPTHS.index(depth) + 1]
-    return [check for check in all_checks() if check.depth in reach and all(map(subject.supplies, check.needs))]
+    checks = _header_checks() if depth == "headers" else all_checks()
+    return [check for check in checks if check.depth in reach and all(map(subject.supplies, check.needs))]
