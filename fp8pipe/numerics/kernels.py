@@ -65,13 +65,13 @@ def _widen(_context: Any, value: Any) -> Any:
 
 
 @_intrinsic
-def _float_of(_context: Any, _bits: Any) -> Any:
+def float_of(_context: Any, _bits: Any) -> Any:
     """float32 with these bits."""
     return types.float32(types.uint32), lambda _c, builder, _s, arguments: builder.bitcast(arguments[0], ir.FloatType())
 
 
 @_intrinsic
-def _bits_of(_context: Any, _value: Any) -> Any:
+def bits_of(_context: Any, _value: Any) -> Any:
     """uint32 with the bits of a float32."""
     return types.uint32(types.float32), lambda _c, builder, _s, arguments: builder.bitcast(arguments[0], ir.IntType(32))
 
@@ -93,13 +93,13 @@ def _code(quotient: Any) -> Any:
 
     Adding 2^20 p to a value between p and 2p rounds it to the steps of E4M3 and leaves the number of steps, 8 to 16 (0
     to 8 below 2^-6), in the low bits of the sum. A carry to 16 runs into the exponent, as it should."""
-    bits = _bits_of(quotient)
+    bits = bits_of(quotient)
     sign = np.uint32(bits >> np.uint32(24)) & _SIGN
-    magnitude = _float_of(bits & _MAGNITUDE)
+    magnitude = float_of(bits & _MAGNITUDE)
     clamped = np.float32(448.0) if magnitude > np.float32(448.0) else magnitude
-    exponent = np.uint32(max(np.uint32(_bits_of(clamped) & _EXPONENT), _SMALLEST))
+    exponent = np.uint32(max(np.uint32(bits_of(clamped) & _EXPONENT), _SMALLEST))
     power = np.uint32(exponent + _ROUNDING)
-    steps = np.uint32(_bits_of(clamped + _float_of(power)) - power)
+    steps = np.uint32(bits_of(clamped + float_of(power)) - power)
     code = np.uint32(np.uint32(np.uint32(exponent >> np.uint32(20)) - _REBIAS) + steps)
     return np.uint8(min(code, _NAN) | sign)
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
-_intrinsic: Any = intrinsic  # numba's own annotation is that of the generator, not of the function that it makes
+from fp8pipe.numerics.kernels import bits_of, float_of
 
 LANES = 128
 """Columns at a time. Their sums are kept apart, since without fast-math a single sum cannot be made in parallel."""
@@ -36,25 +34,13 @@ _REBIAS = _U32((127 - 7) << 3)
 _SMALL_STEP = _F32(2.0**-9)
 
 
-@_intrinsic
-def _float_of(_context: Any, _bits: Any) -> Any:
-    """float32 with these bits."""
-    return types.float32(types.uint32), lambda _c, builder, _s, arguments: builder.bitcast(arguments[0], ir.FloatType())
-
-
-@_intrinsic
-def _bits_of(_context: Any, _value: Any) -> Any:
-    """uint32 with the bits of a float32."""
-    return types.uint32(types.float32), lambda _c, builder, _s, arguments: builder.bitcast(arguments[0], ir.IntType(32))
-
-
 @njit(inline="always")
 def _rounded(magnitude: Any) -> Any:
     """E4M3 code, without its sign, nearest to the float32 with these bits; beyond 448 that of 448, NaN for NaN."""
     bounded = min(magnitude, _MAXIMUM)
     even = _U32(_U32(bounded >> _U32(20)) & _U32(1))
     normal = _U32(_U32(_U32(_U32(bounded + _U32(0x7FFFF)) + even) >> _U32(20)) - _REBIAS)
-    small = _U32(_bits_of(_float_of(bounded) + _STEADY) - _STEADY_BITS)
+    small = _U32(bits_of(float_of(bounded) + _STEADY) - _STEADY_BITS)
     code = small if bounded < _NORMAL else normal
     return _U32(0x7F) if magnitude > _INFINITY else code
 
@@ -62,7 +48,7 @@ def _rounded(magnitude: Any) -> Any:
 @njit(inline="always")
 def _value(code: Any) -> Any:
     """float32 value of an E4M3 code, without its sign."""
-    normal = _float_of(_U32(_U32(code << _U32(20)) + _U32((127 - 7) << 23)))
+    normal = float_of(_U32(_U32(code << _U32(20)) + _U32((127 - 7) << 23)))
     value = _F32(code) * _SMALL_STEP if code < _U32(8) else normal
     return _F32(np.nan) if code == _U32(0x7F) else value
 
@@ -121,8 +107,8 @@ def _compare_run(source: Any, codes: Any, scale: Any, share: Any, lanes: Any, wa
     for column in range(codes.shape[0]):
         bits = _U32(_U32(source[column]) << shift)
         top = max(top, _U32(bits & _MAGNITUDE))
-        scaled = _float_of(bits) / scale
-        target = _bits_of(scaled)
+        scaled = float_of(bits) / scale
+        target = bits_of(scaled)
         magnitude = _U32(target & _MAGNITUDE)
         code = _U32(codes[column])
         short = _U32(code & _U32(0x7F))
@@ -133,7 +119,7 @@ def _compare_run(source: Any, codes: Any, scale: Any, share: Any, lanes: Any, wa
         zero_codes = _U32(zero_codes + _U32(short == _U32(0)))
         zero_source = _U32(zero_source + _U32(_U32(bits & _MAGNITUDE) == _U32(0)))
         sign = _U32(_U32(code & _U32(0x80)) << _U32(24))
-        restored = _float_of(_U32(_bits_of(_value(short)) | sign))
+        restored = float_of(_U32(bits_of(_value(short)) | sign))
         weight = scaled * share
         error = (scaled - restored) * share
         restored = restored * share
