@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from fp8pipe.status import ReleaseStatus
 
 
+NAME = 26
+"""Characters of a name in one line of a terminal."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sheet:
     """A titled table with lines of text under it."""
@@ -43,6 +48,8 @@ class Sheet:
     notes: tuple[str, ...] = ()
     right: frozenset[int] = frozenset()
     """Indices of columns that hold numbers."""
+    names: frozenset[int] = frozenset()
+    """Indices of columns that hold long names, which a terminal breaks behind a dot, slash or dash."""
 
 
 def terminal(sheet: Sheet) -> Group:
@@ -58,9 +65,14 @@ def terminal(sheet: Sheet) -> Group:
     for index, column in enumerate(sheet.columns):
         table.add_column(column, justify="right" if index in sheet.right else "left", overflow="fold")
     for row in sheet.rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(_broken(cell) if i in sheet.names else cell) for i, cell in enumerate(row)))
     parts = [table] if sheet.rows else [Text(sheet.title, style="bold")]
     return Group(*parts, *(Text(note) for note in sheet.notes))
+
+
+def _broken(cell: str) -> str:
+    """`cell` with line ends where rich, which knows spaces alone, would break names anywhere."""
+    return re.sub(rf"(?=\S{{{NAME + 1}}})\S{{1,{NAME}}}[./:-](?=\S)", lambda found: f"{found[0]}\n", cell)
 
 
 def markdown(sheet: Sheet) -> str:
@@ -97,7 +109,7 @@ def findings_sheet(report: ValidationReport) -> Sheet:
     """Every finding, errors first; below them what vLLM would do and the remedy, once for all that share it."""
     ordered = (*report.errors, *report.warnings)
     rows = tuple(
-        (f.check, f.severity, ":".join(p for p in (f.file, f.tensor) if p), f.expected, f.found)
+        (f.check, f.severity, "\n".join(place for place in (f.tensor, f.file) if place), f.expected, f.found)
         for f in ordered[:MAX_FINDINGS]
     )
     told = dict.fromkeys((f.check, f.consequence, f.remedy) for f in ordered)
@@ -110,7 +122,7 @@ def findings_sheet(report: ValidationReport) -> Sheet:
         f"{report.tensors} tensors, {len(report.checks)} checks",
         f"depth {report.depth}, {human_bytes(report.bytes_read)} read",
     )
-    return Sheet("Validation", ("check", "severity", "where", "expected", "found"), rows, notes)
+    return Sheet("Validation", ("check", "severity", "where", "expected", "found"), rows, notes, names=frozenset({2}))
 
 
 def evaluation_sheet(baseline: EvalReport, candidate: EvalReport) -> Sheet:
