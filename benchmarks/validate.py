@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contender import peak_mb
 from benchmarks.llama import make_llama
 from benchmarks.page import machine, put, table
 
@@ -111,11 +111,7 @@ def _run(what: str, recipe: str, source: Path, output: Path) -> dict[str, Any]:
 def _child(what: str, recipe: str, source: str, output: str) -> None:
     inside = {"sha": _sha256sum, "quantize": _quantize}.get(what, _validate)
     seconds, imports_mb = inside(what, recipe, source, Path(output))
-    print(json.dumps({"inside": seconds, "peak_mb": _peak_mb(), "imports_mb": imports_mb}))
-
-
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    print(json.dumps({"inside": seconds, "peak_mb": peak_mb(), "imports_mb": imports_mb}))
 
 
 def _sha256sum(what: str, recipe: str, source: str, output: Path) -> tuple[float, float]:
@@ -134,7 +130,7 @@ def _quantize(what: str, recipe: str, source: str, output: Path) -> tuple[float,
     from fp8pipe.quantize import quantize, run  # noqa: F401
 
     snapshot = stages.pin(source)
-    imports_mb = _peak_mb()
+    imports_mb = peak_mb()
     began = time.perf_counter()
     plan = stages.plan_snapshot(snapshot, load_recipe(recipe))
     quantize(snapshot, plan, output)
@@ -154,7 +150,7 @@ def _validate(what: str, recipe: str, source: str, output: Path) -> tuple[float,
         import fp8pipe.validate.kernels  # noqa: F401
 
         inspect(snapshot)
-    imports_mb = _peak_mb()
+    imports_mb = peak_mb()
     depth = "fidelity" if what == "fidelity" else "values" if what == "values" else "headers"
     began = time.perf_counter()
     report = validate(output, source=snapshot, depth=depth)
