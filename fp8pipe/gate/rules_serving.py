@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from fp8pipe.gate.evidence import Evidence, Outcome, passed, unchecked, vetoed
 
 
 def speed(evidence: Evidence) -> Outcome:
     """The candidate generates tokens as much faster than the baseline as the policy asks."""
-    limit = evidence.policy.min_speedup
+    return _limited(evidence, "speed", evidence.policy.min_speedup, _speed)
+
+
+def memory(evidence: Evidence) -> Outcome:
+    """The candidate's weights take as little of the engine's memory as the policy asks."""
+    return _limited(evidence, "memory", evidence.policy.max_memory_ratio, _memory)
+
+
+def _limited(
+    evidence: Evidence, what: str, limit: float | None, judge: Callable[[Evidence, float], Outcome]
+) -> Outcome:
     if limit is None:
-        return passed(f"policy {evidence.policy.name} sets no speed limit")
-    doubt = _doubt(evidence)
-    if doubt is not None:
-        return doubt
+        return passed(f"policy {evidence.policy.name} sets no {what} limit")
+    return _doubt(evidence) or judge(evidence, limit)
+
+
+def _speed(evidence: Evidence, limit: float) -> Outcome:
     sides = [side.serving for side in (evidence.baseline, evidence.candidate)]
     before, after = (figures.output_throughput if figures is not None else 0.0 for figures in sides)
     if not (before > 0 and after > 0 and math.isfinite(after / before)):
@@ -26,14 +38,7 @@ def speed(evidence: Evidence) -> Outcome:
     return vetoed(f"{reason} is below the limit {limit:g}")
 
 
-def memory(evidence: Evidence) -> Outcome:
-    """The candidate's weights take as little of the engine's memory as the policy asks."""
-    limit = evidence.policy.max_memory_ratio
-    if limit is None:
-        return passed(f"policy {evidence.policy.name} sets no memory limit")
-    doubt = _doubt(evidence)
-    if doubt is not None:
-        return doubt
+def _memory(evidence: Evidence, limit: float) -> Outcome:
     before, after = (side.engine.model_bytes or 0 for side in (evidence.baseline, evidence.candidate))
     if not (before > 0 and after > 0):
         return unchecked("the weights' bytes in memory are not recorded on both sides; measure again")
