@@ -9,6 +9,7 @@ process that has the parser loaded asks it directly.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from typing import Any
 from fp8pipe.architecture import cache_dir
 from fp8pipe.architecture.lean import without
 from fp8pipe.errors import EnvironmentFault
+from fp8pipe.records import write_atomically
 from fp8pipe.validate.findings import clip
 
 RULES_VERSION = 1
@@ -59,8 +61,8 @@ def ask_here(quant: dict[str, Any]) -> Problems:
             (f"{'.'.join(map(str, one['loc']))}: {clip(one['msg'])}", clip(repr(one["input"])))
             for one in error.errors()
         ]
-    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        # its validators raise whatever they stumble on
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # its validators raise whatever they stumble on; depth and size of the object are bounded where it was read
         return [("a config that compressed-tensors parses", clip(repr(error)))]
     return []
 
@@ -84,14 +86,8 @@ def _ask_child(text: str) -> Problems:
 
 
 def _kept(path: Path, found: Problems) -> Problems:
-    """Written whole or not at all; a cache that cannot be written costs seconds, not the report."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(found))
-        partial.replace(path)
-    except OSError:
-        pass
+    with contextlib.suppress(EnvironmentFault):  # a cache that cannot be written costs seconds, not the report
+        write_atomically(path, json.dumps(found).encode())
     return found
 
 
