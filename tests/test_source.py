@@ -241,7 +241,10 @@ def test_connection_lost_in_the_middle_of_a_download_does_no_harm(
 def test_files_on_their_way_arrive_although_one_cannot_be_had(model: str, break_hub: Callable[..., None]) -> None:
     snapshot = resolve(model)
     shard = "model-00002-of-00002.safetensors"
-    break_hub(Fault(path=f"/resolve/.*{shard}", method="GET", action="status", status=404, times=1000))
+    break_hub(
+        Fault(path=f"/resolve/.*{shard}", method="GET", action="status", status=404, times=1000),
+        Fault(path="/resolve/.*00001-of-00002", method="GET", action="slow", delay_s=1.0),  # still under way by then
+    )
     found: list[str] = []
     with pytest.raises(Fp8PipeError, match=shard):
         for path in download_iter(snapshot):
