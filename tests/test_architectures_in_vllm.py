@@ -48,7 +48,10 @@ def test_logits_are_the_sources_and_the_check_sees_a_doubled_scale(
 
 @pytest.mark.vllm
 def test_every_tensor_on_disk_has_its_place_in_vllms_model(cells: dict[tuple[str, str], Cell]):
-    assert all(cell.tensors > 20 and cell.parameters > 20 for cell in cells.values())  # looked at, without a mismatch
+    told = page_table("Names, dtypes and shapes")
+    assert {place: f"{cell.tensors}/{cell.parameters}" for place, cell in cells.items()} == {
+        (model, name): told[model][name] for model, name in SERVED
+    }
     sparse = cells["Mixtral", "fp8-dynamic"]
     assert sparse.tensors > 1.5 * sparse.parameters  # one tensor per expert on disk, one for all of them in vLLM
 
@@ -76,8 +79,21 @@ def test_an_output_head_of_another_name_is_a_head(tmp_path: Path):
     assert validate(tmp_path / "out", source=source, architecture=architecture_of(source.path)).errors == ()
 
 
-ALWAYS = {
-    *("Llama", "Llama, tied", "Mistral", "Qwen2", "Qwen3", "Qwen3-MoE", "Mixtral", "Gemma 3 text", "Phi-3", "OPT"),
-    "DeepSeek-V2",
-}
-"""Rows that the page never lacks."""
+def page_table(heading: str) -> dict[str, dict[str, str]]:
+    """Row -> column -> cell of the first table behind `heading` on the page."""
+    lines = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text().partition(heading)[2].splitlines()
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("|")]
+    columns, _, *body = rows
+    ends = next((i for i, row in enumerate(body) if row[0] == columns[0]), len(body))  # the next table
+    return {row[0]: dict(zip(columns[1:], row[1:], strict=True)) for row in body[:ends]}
+
+
+def test_page_holds_every_row_of_the_brief_and_every_cell_passed():
+    page = page_table("# Architectures")
+    assert page.keys() >= {
+        *("Llama", "Llama, tied", "Mistral", "Qwen2", "Qwen3", "Qwen3-MoE", "Mixtral", "Gemma 3 text", "Phi-3", "OPT"),
+        "DeepSeek-V2",
+    }
+    cells = [(model, name, cell) for model, row in page.items() for name, cell in row.items() if name != "unquantized"]
+    assert [cell for cell in cells if not cell[2].startswith("passed (")] == []
+    assert {name for _, name, _ in cells} >= {name for _, name in SERVED}
