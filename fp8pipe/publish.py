@@ -161,7 +161,7 @@ def publish(
         api.create_repo(repo_id, private=private_first, exist_ok=True)
         upload = _Upload(api, repo_id, folder, files, say, title=f"{checkpoint.model_id}, {checkpoint.recipe}")
         commit, new_commit = upload.released(tag)
-        say("verify")
+        say("verify", whole=True)
         upload.require_equal(commit)
         say("tag")
         _tag(api, repo_id, tag, commit)
@@ -191,13 +191,14 @@ def publish(
 
 
 def _teller(progress: Progress, folder: Path) -> Say:
-    """`say(step, sent=bytes)`: progress in bytes over the whole folder, with the step in words."""
+    """`say(step, sent=bytes)`: progress in bytes over the whole folder, with the step in words; `whole` once all of it
+    is on the Hub, in the commit itself or from before."""
     total = sum((folder / name).stat().st_size for name in publishable(folder))
     done = 0
 
-    def say(step: str, sent: int = 0) -> None:
+    def say(step: str, sent: int = 0, whole: bool = False) -> None:
         nonlocal done
-        done += sent
+        done = total if whole else done + sent
         progress(ProgressEvent("publish", done, total, "B", step))
 
     return say
