@@ -1,6 +1,6 @@
 """Calibrating against llm-compressor's oneshot and against the plain forward pass, alternating on one machine.
 
-    python -m benchmarks.calibrate [--rounds 3] [--folder DIR] [--page FILE] [--no-peer] [--quick] [--data 16x256]
+    python -m benchmarks.calibrate [--rounds 3] [--folder DIR] [--page FILE] [--no-peer] [--quick] [--data 16x256:3]
     python -m benchmarks.calibrate --compare-scales [--fixtures DIR]
     python -m benchmarks.calibrate --through-weights MODEL TEXTS
 
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where the models and the outputs go")
     parser.add_argument("--page", type=Path, default=None, help=f"page to put the tables on, as {PAGE.name}")
     parser.add_argument("--no-peer", action="store_true", help="leave out llm-compressor")
-    parser.add_argument("--data", action="append", choices=DATA, help="only these samples")
+    parser.add_argument("--data", action="append", type=_asked, help="only these samples; :N for N rounds of them")
     parser.add_argument("--quick", action="store_true", help="a model of 20 MB: the command, not the figures")
     parser.add_argument("--compare-scales", action="store_true", help="scales of tiny models beside the peer's")
     parser.add_argument("--fixtures", type=Path, default=None, help="with --compare-scales: where the peer's scales go")
@@ -74,13 +74,20 @@ def main(arguments: list[str] | None = None) -> None:
             _measure(Path(scratch), options)
 
 
+def _asked(text: str) -> tuple[str, int | None]:
+    """Samples and rounds: 16x256, or 16x256:3."""
+    title, _, count = text.partition(":")
+    if title not in DATA:
+        raise argparse.ArgumentTypeError(f"{title}: not among {', '.join(DATA)}")
+    return title, int(count) if count else None
+
+
 def _measure(scratch: Path, options: Any) -> None:
     arena = Arena(scratch, None if options.no_peer else peer.interpreter(), quick=options.quick)
-    wanted = {title: size for title, size in DATA.items() if title in (options.data or DATA)}
-    rounds = {
-        title: arena.rounds(*(QUICK if options.quick else size), options.rounds) for title, size in wanted.items()
-    }
-    doubled = {title: arena.doubled(*(QUICK if options.quick else size)) for title, size in wanted.items()}
+    counts = {title: count or options.rounds for title, count in options.data or [(title, None) for title in DATA]}
+    sizes = {title: QUICK if options.quick else DATA[title] for title in counts}
+    rounds = {title: arena.rounds(*sizes[title], count) for title, count in counts.items()}
+    doubled = {title: arena.doubled(*size) for title, size in sizes.items()}
     section = report(rounds, doubled)
     print(section)
     if options.page is not None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from fp8pipe.calibrate.batches import micro_batches, smaller
 from fp8pipe.calibrate.lockstep import Lockstep
 from fp8pipe.calibrate.ranges import observer_for
 from fp8pipe.calibrate.resume import Bookmark
+from fp8pipe.calibrate.weights import OnDisk
+from fp8pipe.checkpoint import SourceFiles, read_headers
 from fp8pipe.config import ActivationScheme, Recipe, WeightScheme
 from fp8pipe.errors import CalibrationDataError, NonFiniteActivation, UnsupportedArchitecture
 from fp8pipe.localhub import LocalHub
@@ -700,6 +703,29 @@ def test_samples_of_equal_length_share_a_pass_and_nothing_is_padded() -> None:
     assert batches == [(0, 2, 3), (1, 5), (4,), (6,)]
     assert smaller(batches, ids) == 7
     assert smaller([(0,), (1,)], ids) is None
+
+
+def test_a_weight_is_read_from_disk_as_safetensors_reads_it(tmp_path: Path) -> None:
+    source = {
+        "bf16": torch.randn(5, 7).bfloat16(),
+        "f16": torch.randn(3, 1000, 1000).half(),  # more than a large page
+        "f32": torch.randn(()),
+        "f64": torch.randn(3).double(),
+        "codes": torch.randn(8, 8).to(torch.float8_e4m3fn),
+        "ids": torch.arange(9),
+        "mask": torch.tensor([True, False]),
+        "nothing": torch.empty(0, 4),
+    }
+    save_file(source, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    headers = read_headers(resolve(str(tmp_path)))
+    with ExitStack() as stack:
+        files = SourceFiles(tmp_path, stack)
+        files.open("model.safetensors")
+        read = {name: OnDisk(files, info)[...] for name, info in headers.tensors.items()}
+    for name, expected in source.items():
+        assert read[name].dtype == expected.dtype and read[name].shape == expected.shape
+        assert torch.equal(read[name].reshape(-1).view(torch.uint8), expected.reshape(-1).view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -7,7 +7,8 @@ targets    plan -> what to observe                   experts    the same for mix
 ranges     observers: minmax, percentile, mse        noise      what FP8 costs each Linear
 identity   equal keys, equal ranges                  rounding   weights and inputs as FP8 has them
 forward    all of it put together                    resume     finished layers survive a kill
-record     Calibration, the result                   products   16-bit products on a CPU without them
+products   16-bit products on a CPU without them     weights    a layer's weights, read
+record     Calibration, the result
 """
 
 from __future__ import annotations

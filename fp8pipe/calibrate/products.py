@@ -40,7 +40,7 @@ class _InFloat32(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
         self._dtype = dtype
-        self._room = torch.empty(0)
+        self._rooms: dict[str, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is nn.functional.linear and args[0].dtype == self._dtype:
@@ -49,16 +49,23 @@ class _InFloat32(TorchFunctionMode):
 
     def _linear(self, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """values [..., in], weight [out, in], bias [out]."""
-        wide, product = values.float(), values.new_empty(*values.shape[:-1], len(weight))
+        flat = values.reshape(-1, values.shape[-1])
+        wide, product = self._wide("values", flat), flat.new_empty(len(flat), len(weight))
         height = max(1, _ROOM // weight.shape[1])
         for start in range(0, len(weight), height):
-            rows = slice(start, start + height)
-            part = None if bias is None else bias[rows].float()
-            product[..., rows] = nn.functional.linear(wide, self._wide(weight[rows]), part)
-        return product
+            rows = weight[start : start + height]
+            part = torch.mm(wide, self._wide("rows", rows).T, out=self._room("part", len(flat), len(rows)))
+            if bias is not None:
+                part += bias[start : start + height]
+            product[:, start : start + height] = part
+        return product.view(*values.shape[:-1], len(weight))
 
-    def _wide(self, rows: Tensor) -> Tensor:
-        """`rows` as float32, in room that all weights share."""
-        if rows.numel() > len(self._room):
-            self._room = torch.empty(rows.numel())
-        return self._room[: rows.numel()].view(rows.shape).copy_(rows)
+    def _wide(self, use: str, matrix: Tensor) -> Tensor:
+        """`matrix` as float32."""
+        return self._room(use, *matrix.shape).copy_(matrix)
+
+    def _room(self, use: str, height: int, width: int) -> Tensor:
+        """float32 [height, width] in memory that is taken once: a fresh block costs as much as filling it does."""
+        if use not in self._rooms or height * width > len(self._rooms[use]):
+            self._rooms[use] = torch.empty(height * width)
+        return self._rooms[use][: height * width].view(height, width)

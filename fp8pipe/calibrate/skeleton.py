@@ -8,7 +8,7 @@ rules, so a layer holds exactly what `from_pretrained` would have put there.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from fp8pipe import numerics
 from fp8pipe.architecture import probe
-from fp8pipe.checkpoint import Headers
+from fp8pipe.calibrate.weights import OnDisk
+from fp8pipe.checkpoint import Headers, SourceFiles
 from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
 
 _OUTSIDE = ""
@@ -55,7 +56,7 @@ class Skeleton:
         self.decoder_name = _name_of(self.model, self.decoder)
         self.layers = _layers(self.model, self.decoder, self.decoder_name)
         self._meta = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        self._shards = {info.name: info.shard for info in headers.tensors.values()}
+        self._tensors = headers.tensors
         self._groups = self._group()
         self._fill_computed_buffers()
 
@@ -76,7 +77,7 @@ class Skeleton:
         """Layer name (or outside) -> tensors on disk."""
         groups: dict[str, list[str]] = defaultdict(list)
         inside = f"{self.decoder_name}." if self.decoder_name else ""
-        for key, target in probe.follow(self.model, self._shards).items():
+        for key, target in probe.follow(self.model, self._tensors).items():
             layer = self.layer_of(target.name)
             if layer is not None or target.name.startswith(inside):
                 groups[layer or _OUTSIDE].append(key)
@@ -90,19 +91,9 @@ class Skeleton:
 
     def _load(self, group: str) -> None:
         keys = self._groups[group]
-        scales = {key: self._scales[key] for key in keys if key in self._scales}
-        # A layer is read, not mapped: pages of a mapped file count as memory of this process until it is unmapped. What
-        # lies outside is mapped, so that of the embeddings only the rows of tokens that occur are ever in memory.
-        backend = "pread" if group else "mmap"
         with ExitStack() as stack:
-            opened = {
-                name: stack.enter_context(safe_open(self.folder / name, framework="pt", backend=backend))
-                for name in {self._shards[key] for key in (*keys, *scales.values())}
-            }
-            read = {key: opened[self._shards[key]] for key in keys}
-            tensors = {key: file.get_slice(key) if group else file.get_tensor(key) for key, file in read.items()}
-            for key, scale in scales.items():
-                tensors[key] = self._dequantized(tensors[key][:], opened[self._shards[scale]].get_tensor(scale))
+            # What lies outside the layers is mapped, so that of the embeddings only rows of tokens that occur are read.
+            tensors = self._read(keys, stack) if group else self._mapped(keys, stack)
             self._convert(tensors)
         missing = [name for name in self._expected(group) if _get(self.model, name).is_meta]
         if missing:
@@ -110,6 +101,22 @@ class Skeleton:
                 f"{self.folder}: {len(missing)} tensors that {type(self.model).__name__} needs are not in the "
                 f"safetensors files, first {missing[0]}; download the model again"
             )
+
+    def _read(self, keys: Sequence[str], stack: ExitStack) -> dict[str, Any]:
+        """Tensors that are read one by one, as the conversion asks for them."""
+        scales = {key: self._scales[key] for key in keys if key in self._scales}
+        files = SourceFiles(self.folder, stack)
+        for shard in sorted({self._tensors[key].shard for key in (*keys, *scales.values())}):
+            files.open(shard)
+        tensors: dict[str, Any] = {key: OnDisk(files, self._tensors[key]) for key in keys}
+        for key, scale in scales.items():
+            tensors[key] = self._dequantized(tensors[key][:], OnDisk(files, self._tensors[scale])[:])
+        return tensors
+
+    def _mapped(self, keys: Sequence[str], stack: ExitStack) -> dict[str, Any]:
+        shards = {self._tensors[key].shard for key in keys}
+        files = {shard: stack.enter_context(safe_open(self.folder / shard, framework="pt")) for shard in shards}
+        return {key: files[self._tensors[key].shard].get_tensor(key) for key in keys}
 
     def _dequantized(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """codes [out, in] times one scale, one per row, or one per block, in the model's dtype."""

