@@ -42,7 +42,7 @@ from fp8pipe.calibrate.resume import Bookmark
 from fp8pipe.calibrate.weights import OnDisk
 from fp8pipe.checkpoint import SourceFiles, read_headers
 from fp8pipe.config import ActivationScheme, Recipe, WeightScheme
-from fp8pipe.errors import CalibrationDataError, NonFiniteActivation, UnsupportedArchitecture
+from fp8pipe.errors import CalibrationDataError, NonFiniteActivation, SourceChanged, UnsupportedArchitecture
 from fp8pipe.localhub import LocalHub
 from fp8pipe.numerics import dequantize
 from fp8pipe.progress import ProgressEvent
@@ -345,6 +345,24 @@ def test_a_bookmark_of_other_samples_is_not_taken_up(tmp_path: Path) -> None:
     assert [found[2][index].mean().item() for index in range(3)] == [0, 1, 2]
 
 
+def test_a_bookmark_that_cannot_be_read_or_written_costs_a_restart_and_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from fp8pipe.calibrate.record import Ranges
+
+    hidden = {(0,): torch.ones(1, 3, 2)}
+    Bookmark(tmp_path / "a", "key", "tokens").set(["a"], Ranges(), hidden)
+    (file,) = (tmp_path / "a").glob("hidden-*")
+    file.write_bytes(b"")  # as after a power failure
+    assert Bookmark(tmp_path / "a", "key", "tokens").find() is None
+    assert "calibration begins anew" in caplog.text
+    (tmp_path / "b").write_text("in the way, as a full disk would be")
+    bookmark = Bookmark(tmp_path / "b", "key", "tokens")
+    bookmark.set(["a"], Ranges(), hidden)
+    bookmark.set(["a", "b"], Ranges(), hidden)
+    assert caplog.text.count("would go on from an earlier layer") == 1
+
+
 # ---------------------------------------------------------------------------------------------- data
 
 
@@ -370,12 +388,29 @@ def data_error(llama: Path, tmp_path: Path, dataset: Path | str, **changes: Any)
         ([{"prompt": "one", "answer": "two"}], {}, "found answer, prompt"),
         ([{"text": "word " * 200}] * 5, {"max_seq_len": 4096}, "has 1000 tokens, the model's context is 256"),
         ([{"text": 3}] * 5, {}, "expected str in every row, found int"),
+        ([{"messages": [{"role": "user"}]}] * 5, {"chat_template": "none"}, "in every message, found NoneType"),
+        ([{"messages": ["hello"]}] * 5, {"chat_template": "none"}, "in every message, found NoneType"),
     ],
 )
 def test_unfit_data_is_an_error_before_any_weight_is_read(
     llama: Path, tmp_path: Path, rows: list[dict[str, Any]], changes: dict[str, Any], expected: str
 ) -> None:
     assert expected in data_error(llama, tmp_path, write_dataset(tmp_path / "data.jsonl", rows), **changes)
+
+
+def test_a_chat_that_the_template_refuses_is_said(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "strict")
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    (tmp_path / "strict" / "chat_template.jinja").write_text(template)
+    rows = [{"messages": [{"role": "system", "content": "be kind"}]}] * 5
+    said = data_error(tmp_path / "strict", tmp_path, write_dataset(tmp_path / "data.jsonl", rows))
+    assert "chat template refuses a row (no system role); its roles are ['system']" in said
+
+
+def test_lines_of_jsonl_end_with_a_line_feed_alone(llama: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"one\u2028two\u0085{i}"}, ensure_ascii=False) for i in range(5)]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    assert len(run_calibration(llama, with_data(STATIC_KV, tmp_path / "data.jsonl"), tmp_path / "out").inputs) == 28
 
 
 def test_a_missing_file_is_named(llama: Path, tmp_path: Path) -> None:
@@ -498,6 +533,48 @@ def test_a_nan_activation_names_the_module(tmp_path: Path) -> None:
     recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"))
     with pytest.raises(NonFiniteActivation, match=r"model\.layers\.1\.mlp\.down_proj: its input"):
         run_calibration(tmp_path / "model", recipe, tmp_path / "out")
+    assert not (tmp_path / "out" / "calibration.json").exists()
+
+
+def without_inputs(tmp_path: Path) -> Path:
+    """A model whose second layer gives its down projection nothing but zeros."""
+    model = make_model(tmp_path / "model", "llama")
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").zero_()
+    model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    return tmp_path / "model"
+
+
+def test_an_input_that_is_always_zero_is_named_and_gets_no_invented_scale(tmp_path: Path) -> None:
+    model, data = without_inputs(tmp_path), write_dataset(tmp_path / "data.jsonl")
+    with pytest.raises(CalibrationDataError, match=r"1\.mlp\.down_proj: its input has a range of 0: every value"):
+        run_calibration(model, with_data(STATIC_KV, data), tmp_path / "out")
+    dynamic = STATIC_KV.model_copy(update={"activations": ActivationScheme(mode="dynamic", strategy="token")})
+    assert run_calibration(model, with_data(dynamic, data), tmp_path / "dynamic").inputs == {}
+
+
+def test_a_percentile_below_the_share_of_zeros_is_said(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", "opt")
+    with torch.no_grad():  # a ReLU that lets few values through
+        model.get_parameter("model.decoder.layers.0.fc1.bias").fill_(-0.3)
+    model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
+    low = ActivationScheme(mode="static", strategy="tensor", observer="percentile", percentile=51.0)
+    recipe = with_data(STATIC_KV.model_copy(update={"activations": low}), write_dataset(tmp_path / "data.jsonl"))
+    with pytest.raises(CalibrationDataError, match=r"fc2: its input has a range of 0: most of its values are 0"):
+        run_calibration(tmp_path / "model", recipe, tmp_path / "out")
+
+
+def test_a_source_that_changes_while_it_is_calibrated_is_said(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "llama")
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"))
+
+    def touch(event: ProgressEvent) -> None:
+        if event.note == "model.layers.1":
+            for path in (tmp_path / "model").glob("*.safetensors"):
+                os.utime(path, ns=(1, 1))
+
+    with pytest.raises(SourceChanged, match="was changed while it was read"):
+        run_calibration(tmp_path / "model", recipe, tmp_path / "out", touch)
     assert not (tmp_path / "out" / "calibration.json").exists()
 
 

@@ -14,6 +14,7 @@ record     Calibration, the result
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,9 @@ def calibrate(
 
     snapshot: downloaded. device: cpu, cuda, cuda:<n>, or auto. num_samples: in place of the recipe's. A record that is
     there is returned when its key matches; finished layers of a run that was killed are not repeated. Raises
-    CalibrationDataError before any weight is read, NonFiniteActivation, UnsupportedArchitecture, MalformedCheckpoint,
-    and EnvironmentFault when memory does not suffice for one sample.
+    CalibrationDataError before any weight is read, or for data that leave an input without a range;
+    NonFiniteActivation, UnsupportedArchitecture, MalformedCheckpoint, SourceChanged, and EnvironmentFault when memory
+    does not suffice for one sample.
     """
     from fp8pipe.architecture import inspect
     from fp8pipe.calibrate.forward import run
@@ -73,8 +75,9 @@ def calibrate(
     targets = targets_of(plan, architecture)
     identity = digest_of([key, *targets.linears, *targets.experts])
     bookmark = Bookmark(folder / "calibration.partial", identity, samples.sha256())
-    skeleton = _skeleton(snapshot, plan, device)
-    ranges = run(skeleton, targets, samples.token_ids, Schemes.of(recipe), bookmark, progress=progress)
+    with ExitStack() as stack:
+        skeleton = _skeleton(snapshot, plan, device, stack)
+        ranges = run(skeleton, targets, samples.token_ids, Schemes.of(recipe), bookmark, progress=progress)
     record = Calibration(
         **dict(ranges),
         kept=kept_by(recipe.keep_bf16, plan, architecture, ranges.sensitivity),
@@ -109,15 +112,16 @@ def _samples(snapshot: Snapshot, plan: Plan, recipe: Recipe, revision: str) -> S
     return choose_samples(recipe.calibration, load_rows(recipe.calibration, revision), tokenizer, context)
 
 
-def _skeleton(snapshot: Snapshot, plan: Plan, device: str) -> Skeleton:
+def _skeleton(snapshot: Snapshot, plan: Plan, device: str, stack: ExitStack) -> Skeleton:
     """The model without weights; those of a source that is FP8 already are dequantized when they are loaded."""
     from fp8pipe.calibrate.skeleton import Skeleton
-    from fp8pipe.checkpoint import read_headers
+    from fp8pipe.checkpoint import SourceFiles, read_headers
 
     scales = {tensor.name: tensor.scale for tensor in plan.tensors if tensor.scale}
     return Skeleton(
         snapshot.path,
         read_headers(snapshot),
+        SourceFiles(snapshot.path, stack),
         device,
         trust_remote_code=plan.trust_remote_code,
         scales=scales,

@@ -134,6 +134,7 @@ def _over(
             for lane in step.lanes:
                 lane.proceed(lane.hidden)  # any tensor of this shape: what it leads to is replaced by what was stored
         else:
+            outputs = []  # those of the last layer are in the lanes, each until this layer has replaced it
             watch = watches.of(step.layer)
             with skeleton.loaded(step.layer), watch, fast_products(skeleton.dtype, skeleton.device):
                 outputs = _compute(step, len(done), len(skeleton.layers), progress)

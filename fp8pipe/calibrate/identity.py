@@ -7,7 +7,7 @@ from typing import Any
 from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe
 from fp8pipe.records import Snapshot, digest_of
 
-CALIBRATION_VERSION = 3
+CALIBRATION_VERSION = 4
 """Raised whenever the same input would give another record."""
 
 

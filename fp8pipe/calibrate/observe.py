@@ -7,6 +7,7 @@ after rotary embedding, whatever the architecture; they belong to the attention 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,11 +22,13 @@ from fp8pipe.calibrate import noise
 from fp8pipe.calibrate.experts import ExpertWatch, expert_matrix
 from fp8pipe.calibrate.noise import Matrix, RowSample, TokenSample
 from fp8pipe.calibrate.ranges import Observer, observer_for
-from fp8pipe.calibrate.record import KVRange, Ranges
+from fp8pipe.calibrate.record import ExpertTokens, KVRange, Ranges
 from fp8pipe.calibrate.targets import Place
 from fp8pipe.calibrate.watched import WatchedInput
 from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe, WeightScheme
-from fp8pipe.errors import NonFiniteActivation, UnsupportedArchitecture
+from fp8pipe.errors import CalibrationDataError, NonFiniteActivation, UnsupportedArchitecture
+
+_log = logging.getLogger(__name__)
 
 _EXPERT_WEIGHTS, _EXPERT_TOKENS = 1 << 15, 32
 """What is looked at of one expert among many."""
@@ -77,7 +80,7 @@ class LayerWatch:
 
     def __init__(self, schemes: Schemes, layer: LayerModules, tokens: int) -> None:
         """tokens: how many will run, over all samples."""
-        self._schemes, self._layer = schemes, layer
+        self._schemes, self._layer, self._tokens = schemes, layer, tokens
         self._inputs: dict[tuple[str, ...], WatchedInput] = {}
         for name in layer.linears:
             self._inputs[name,] = WatchedInput(schemes.input_observer(), TokenSample(tokens))
@@ -144,15 +147,36 @@ class LayerWatch:
             _check_finite(f"{name}: its values", values)
         self._check_cached()
         seen = {names: watched.seen() for names, watched in self._inputs.items() if watched.observer.updates}
+        kv = {n: KVRange(k_amax=k.ranges(), v_amax=v.ranges()) for n, (k, v) in self._kv.items()}
         static = self._schemes.static is not None
+        if static:
+            for names, one in seen.items():
+                _check_used(f"{names[0]}: its input", (one.amax_to_cover,), (one.amax,))
+        for name, found in kv.items():
+            keys, values = self._kv[name]
+            _check_used(f"{name}: its keys", found.k_amax, keys.amax())
+            _check_used(f"{name}: its values", found.v_amax, values.amax())
         sensitivity = noise.shared_out({names: self._sensitivity(names, one) for names, one in seen.items()})
         return Ranges(
             inputs={name: one.amax_to_cover for names, one in seen.items() for name in names} if static else {},
-            kv={n: KVRange(k_amax=k.ranges(), v_amax=v.ranges()) for n, (k, v) in self._kv.items()},
+            kv=kv,
             sensitivity=sensitivity,
             layers={self._layer.name: noise.of_layer(sensitivity.values())} if sensitivity else {},
-            expert_tokens={name: tokens for watch in self._experts for name, tokens in watch.tokens().items()},
+            expert_tokens=self._expert_tokens(),
         )
+
+    def _expert_tokens(self) -> dict[str, ExpertTokens]:
+        """Tokens of each expert, and of modules with Linears that saw only some: experts that a model's own code runs
+        one by one."""
+        found = {name: tokens for watch in self._experts for name, tokens in watch.tokens().items()}
+        for name in self._layer.linears:
+            tokens = self._inputs[name,].tokens
+            if tokens < self._tokens:
+                found[name.rpartition(".")[0]] = ExpertTokens(routed=tokens, added=0)
+        for name, tokens in found.items():
+            if tokens.routed + tokens.added < min(self._schemes.min_expert_tokens, self._tokens):
+                _log.warning("%s saw %d of %d tokens; its ranges rest on few", name, tokens.routed, self._tokens)
+        return found
 
     @torch.inference_mode()
     def _sensitivity(self, names: tuple[str, ...], seen: noise.Seen) -> noise.Sensitivity:
@@ -214,6 +238,18 @@ def _input_hook(watched: WatchedInput) -> Callable[..., None]:
             watched.saw(values)
 
     return hook
+
+
+def _check_used(what: str, ranges: Sequence[float], amax: Sequence[float]) -> None:
+    """A range of 0 has no scale: whatever came instead would be made up, and clip all that is served later."""
+    if all(ranges):
+        return
+    unit = f" (head {ranges.index(0.0)})" if len(ranges) > 1 else ""
+    reason = "most of its values are 0" if amax[ranges.index(0.0)] else "every value was 0 on the calibration data"
+    raise CalibrationDataError(
+        f"{what}{unit} has a range of 0: {reason}; add the module to the recipe's ignore, give other data, or use the "
+        "minmax observer"
+    )
 
 
 def _check_finite(what: str, observer: Observer) -> None:

@@ -137,11 +137,10 @@ def _read(path: Path, suffix: str | None = None) -> Rows:
         return _ParquetRows(path)
     try:
         text = path.read_text()
+        lines = text.split("\n")  # not splitlines: texts may hold other ends of line
         if suffix == ".txt":
-            return [{"text": line} for line in text.splitlines()]
-        rows = (
-            [json.loads(line) for line in text.splitlines() if line.strip()] if suffix == ".jsonl" else json.loads(text)
-        )
+            return [{"text": line} for line in lines]
+        rows = [json.loads(line) for line in lines if line.strip()] if suffix == ".jsonl" else json.loads(text)
     except ValueError as error:  # not UTF-8, or not JSON
         raise CalibrationDataError(f"{path}: not {suffix.lstrip('.')}: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

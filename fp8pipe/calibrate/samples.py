@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from fp8pipe.calibrate.rows import Rows
 from fp8pipe.config import CalibrationSpec
 from fp8pipe.errors import CalibrationDataError
@@ -121,7 +123,7 @@ def _encoder(spec: CalibrationSpec, rows: Rows, tokenizer: Any) -> Encode:
 
 def _chat_encoder(spec: CalibrationSpec, tokenizer: Any) -> Encode:
     if spec.chat_template == "none":
-        return lambda row: _encode(tokenizer, _joined(_field(spec, row, "messages")), special_tokens=True)
+        return lambda row: _encode(tokenizer, _joined(spec, _field(spec, row, "messages")), special_tokens=True)
     if not tokenizer.chat_template:
         raise CalibrationDataError(
             f"{spec.dataset} holds chat messages and the model's tokenizer has no chat template; "
@@ -130,8 +132,14 @@ def _chat_encoder(spec: CalibrationSpec, tokenizer: Any) -> Encode:
 
     def encode(row: dict[str, Any]) -> list[int]:
         messages = _field(spec, row, "messages")
-        # The template writes the special tokens itself.
-        text = tokenizer.apply_chat_template(messages, tokenize=False) if messages else ""
+        try:  # the template writes the special tokens itself
+            text = tokenizer.apply_chat_template(messages, tokenize=False) if messages else ""
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise CalibrationDataError(
+                f"{spec.dataset}: the model's chat template refuses a row ({error}); its roles are "
+                f"{[_role(message) for message in messages][:8]}: give data that it takes, or set "
+                "calibration.chat_template: none to join the contents"
+            ) from error
         return _encode(tokenizer, text, special_tokens=False)
 
     return encode
@@ -142,8 +150,21 @@ def _encode(tokenizer: Any, text: str, special_tokens: bool) -> list[int]:
     return tokenizer(text, add_special_tokens=special_tokens)["input_ids"] if text.strip() else []
 
 
-def _joined(messages: list[dict[str, Any]]) -> str:
-    return "\n".join(str(message["content"]) for message in messages)
+def _joined(spec: CalibrationSpec, messages: list[Any]) -> str:
+    contents = []
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str):
+            found = type(content).__name__
+            raise CalibrationDataError(
+                f"{spec.dataset}: column messages: expected `content` to be a str in every message, found {found}"
+            )
+        contents.append(content)
+    return "\n".join(contents)
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, dict) else type(message).__name__
 
 
 def _field(spec: CalibrationSpec, row: dict[str, Any], column: str) -> Any:

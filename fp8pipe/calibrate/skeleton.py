@@ -24,6 +24,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from fp8pipe import numerics
 from fp8pipe.architecture import probe
+from fp8pipe.calibrate.batches import is_out_of_memory
 from fp8pipe.calibrate.weights import OnDisk
 from fp8pipe.checkpoint import Headers, SourceFiles
 from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
@@ -39,14 +40,16 @@ class Skeleton:
         self,
         folder: Path,
         headers: Headers,
+        files: SourceFiles,
         device: str,
         *,
         trust_remote_code: bool = False,
         scales: Mapping[str, str] | None = None,
         block: tuple[int, int] | None = None,
     ) -> None:
-        """scales: weight of a source that is FP8 already -> the tensor with its scales; such weights are dequantized
-        as they are loaded. block: shape of their blocks, where they have any."""
+        """files: opened here, and read until the last layer has run. scales: weight of a source that
+        is FP8 already -> the tensor with its scales; such weights are dequantized as they are loaded. block: shape of
+        their blocks, where they have any."""
         self.folder = folder
         self.device = torch.device(device)
         self._scales, self._block = scales or {}, block or (1, 1)
@@ -56,7 +59,9 @@ class Skeleton:
         self.decoder_name = _name_of(self.model, self.decoder)
         self.layers = _layers(self.model, self.decoder, self.decoder_name)
         self._meta = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        self._tensors = headers.tensors
+        self._tensors, self._files = headers.tensors, files
+        for shard in headers.shards:
+            files.open(shard.name)
         self._groups = self._group()
         self._fill_computed_buffers()
 
@@ -93,8 +98,10 @@ class Skeleton:
         keys = self._groups[group]
         with ExitStack() as stack:
             # What lies outside the layers is mapped, so that of the embeddings only rows of tokens that occur are read.
-            tensors = self._read(keys, stack) if group else self._mapped(keys, stack)
+            tensors = self._read(keys) if group else self._mapped(keys, stack)
             self._convert(tensors)
+        for shard in {self._tensors[key].shard for key in keys}:
+            self._files.check_unchanged(shard)
         missing = [name for name in self._expected(group) if _get(self.model, name).is_meta]
         if missing:
             raise MalformedCheckpoint(
@@ -102,15 +109,12 @@ class Skeleton:
                 f"safetensors files, first {missing[0]}; download the model again"
             )
 
-    def _read(self, keys: Sequence[str], stack: ExitStack) -> dict[str, Any]:
+    def _read(self, keys: Sequence[str]) -> dict[str, Any]:
         """Tensors that are read one by one, as the conversion asks for them."""
-        scales = {key: self._scales[key] for key in keys if key in self._scales}
-        files = SourceFiles(self.folder, stack)
-        for shard in sorted({self._tensors[key].shard for key in (*keys, *scales.values())}):
-            files.open(shard)
-        tensors: dict[str, Any] = {key: OnDisk(files, self._tensors[key]) for key in keys}
-        for key, scale in scales.items():
-            tensors[key] = self._dequantized(tensors[key][:], OnDisk(files, self._tensors[scale])[:])
+        tensors: dict[str, Any] = {key: OnDisk(self._files, self._tensors[key]) for key in keys}
+        for key in self._scales.keys() & tensors.keys():
+            scale = OnDisk(self._files, self._tensors[self._scales[key]])
+            tensors[key] = self._dequantized(tensors[key][:], scale[:])
         return tensors
 
     def _mapped(self, keys: Sequence[str], stack: ExitStack) -> dict[str, Any]:
@@ -134,6 +138,9 @@ class Skeleton:
         )
         with _no_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
+        short = [text for text in info.conversion_errors.values() if is_out_of_memory(RuntimeError(text))]
+        if short:  # the loader has caught the allocator's error
+            raise MemoryError(short[0])
         problems = [*map(str, info.mismatched_keys), *map(str, info.conversion_errors.items()), *info.error_msgs]
         if problems:
             raise MalformedCheckpoint(f"{self.folder}: weights do not fit the model: {'; '.join(sorted(problems)[:3])}")

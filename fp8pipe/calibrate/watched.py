@@ -14,10 +14,13 @@ class WatchedInput:
     def __init__(self, observer: Observer, sample: TokenSample) -> None:
         self.observer = observer
         self._sample = sample
+        self.tokens = 0
+        """Tokens that it saw."""
 
     def saw(self, values: Tensor) -> None:
         """values: [..., tokens, in]."""
         self.observer.update(values)
+        self.tokens += values.numel() // values.shape[-1]
         self._sample.add(values)
 
     def seen(self) -> Seen:

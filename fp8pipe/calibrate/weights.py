@@ -6,6 +6,8 @@ safetensors 166), and it goes back to the system with the tensor.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import mmap
 from dataclasses import dataclass
 
@@ -40,14 +42,25 @@ class OnDisk:
     info: TensorInfo
 
     def __getitem__(self, index: object) -> Tensor:
-        """All of it: the loader asks for `[...]`. Raises SourceChanged, EnvironmentFault."""
+        """All of it: the loader asks for `[...]`. Raises SourceChanged, EnvironmentFault, MemoryError."""
         info = self.info
         if info.dtype not in _DTYPES:
             raise MalformedCheckpoint(f"{info.name}: no model of transformers has parameters of dtype {info.dtype}")
         if not info.nbytes:
             return torch.empty(info.shape, dtype=_DTYPES[info.dtype])
-        memory = mmap.mmap(-1, info.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        memory = _map(info.nbytes)
         self.files.read_into(info.shard, info.begin, memoryview(memory), info.name)
         return torch.frombuffer(memory, dtype=_DTYPES[info.dtype]).view(info.shape)
+
+
+def _map(size: int) -> mmap.mmap:
+    """Private memory of `size` bytes, in large pages where the system has them."""
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(f"cannot map {size} bytes") from error
+        raise
+    with contextlib.suppress(AttributeError, OSError):  # a wish: Python or the kernel may have been built without
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
