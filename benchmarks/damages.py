@@ -228,7 +228,7 @@ def _suite(folder: Path) -> EvalSuite:
         (folder / f"{each}.yaml").write_text(yaml.safe_dump(local))
     return EvalSuite(
         name=suite.name,
-        tasks={name: TaskSpec(samples=spec.samples), TRUTH: TaskSpec(samples=TRUTH_SAMPLES)},
+        tasks={name: TaskSpec(samples=spec.scored), TRUTH: TaskSpec(samples=TRUTH_SAMPLES)},
         task_dir=str(folder),
         engine=suite.engine,
         sample_prompts=(),

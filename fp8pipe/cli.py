@@ -99,6 +99,7 @@ RepoId = Annotated[str, typer.Option("--repo-id", help="Where to publish: namesp
 Collection = Annotated[str | None, typer.Option("--collection", help="namespace/title, or a slug")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, logs on stderr")]
 WorkDir = Annotated[str, typer.Option("--work-dir", help="Folder for releases and baselines")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let this model bring its own Python code")]
 
 
 def _recipe_with(
@@ -132,14 +133,19 @@ def _recipe_with(
 
 @app.command()
 @guarded
-def plan(model: Model, recipe: RecipeName = "fp8-dynamic", as_json: AsJson = False) -> None:
+def plan(
+    model: Model,
+    recipe: RecipeName = "fp8-dynamic",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
     """Show what would become of every tensor, from headers alone; no weight is read."""
     from fp8pipe.config import load_recipe
     from fp8pipe.show import plan_sheet, terminal
     from fp8pipe.stages import pin, plan_snapshot
 
     chosen = load_recipe(recipe)
-    made = plan_snapshot(pin(model), chosen)
+    made = plan_snapshot(pin(model), chosen, trust_remote_code=trust_remote_code)
     if as_json:
         emit_json(made.model_dump(mode="json"))
     else:
@@ -155,7 +161,11 @@ def quantize(
     num_samples: Annotated[int | None, typer.Option(help="Calibration samples")] = None,
     max_seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration sample")] = None,
     dataset: Annotated[str | None, typer.Option(help="Calibration dataset: Hub id or local file")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: Annotated[
+        str,
+        typer.Option(help="auto (calibrates on a GPU if there is one, quantizes on the CPU), cpu, cuda or cuda:<n>"),
+    ] = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     activation_scheme: Annotated[Literal["static", "dynamic"] | None, typer.Option(help="Override the recipe")] = None,
     checkpoint_format: Annotated[
         Literal["compressed-tensors", "fp8"] | None, typer.Option(help="Override the recipe")
@@ -174,7 +184,9 @@ def quantize(
         checkpoint_format=checkpoint_format,
     )
     with _stage_display("quantize") as display:
-        made = quantize_model(model, chosen, output, device=device, progress=display)
+        made = quantize_model(
+            model, chosen, output, device=device, trust_remote_code=trust_remote_code, progress=display
+        )
     sizes = f"{human_bytes(made.source_bytes)} -> {human_bytes(made.output_bytes)}"
     out.print(f"{output}: {made.quantized_tensors} tensors in FP8, {made.kept_tensors} kept, {sizes}")
     out.print(f"fingerprint {made.fingerprint}")

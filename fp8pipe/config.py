@@ -7,8 +7,9 @@ or suffix is looked up in `configs/`; anything else is a path. No heavy import h
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -245,6 +246,32 @@ SAMPLE_PROMPTS = (
 """What both models are asked to go on from, before they are measured."""
 
 
+class _TaskFile(yaml.SafeLoader):
+    """lm-eval's task files have tags of their own (`!function`), of no interest here."""
+
+
+_TaskFile.add_multi_constructor("!", lambda loader, tag, node: None)
+
+
+def _local_data(task_file: Path) -> Iterator[Path]:
+    """Files of this machine that a task's `dataset_kwargs: {data_files: ...}` names."""
+    try:
+        task = yaml.load(task_file.read_text(), _TaskFile)
+    except (yaml.YAMLError, ValueError):
+        return  # lm-eval says what is wrong with it
+    settings = task.get("dataset_kwargs") if isinstance(task, dict) else None
+    named = settings.get("data_files") if isinstance(settings, dict) else None
+    for files in named.values() if isinstance(named, dict) else [named]:
+        for file in files if isinstance(files, list) else [files]:
+            if isinstance(file, str) and Path(file).is_file():
+                yield Path(file)
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
 class EvalSuite(Config):
     """What is measured, and how; the same for baseline and candidate."""
 
@@ -266,13 +293,17 @@ class EvalSuite(Config):
     seed: int = 1234
 
     def digest(self) -> str:
-        """sha256 of what is measured: the content of `task_dir`, not its place; neither description nor counts."""
+        """sha256 of what is measured: the content of `task_dir` and of local data that its tasks name, not their place;
+        neither description nor counts."""
         counts = {"__all__": {"documents", "subtasks"}}  # what the data are held to, not what is done with them
         content = self.model_dump(mode="json", exclude={"description": True, "task_dir": True, "tasks": counts})
         if self.task_dir is not None:
             root = Path(self.task_dir)
             files = sorted(p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-            content["task_files"] = {str(p.relative_to(root)): sha256(p.read_bytes()).hexdigest() for p in files}
+            content["task_files"] = {str(p.relative_to(root)): _sha256_of(p) for p in files}
+            data = sorted({path for file in files if file.suffix == ".yaml" for path in _local_data(file)})
+            if data:
+                content["data_files"] = [_sha256_of(path) for path in data]
         return digest_of(content)
 
     @field_validator("engine")
@@ -292,6 +323,10 @@ def _is_unset(value: object) -> bool:
     return value is None
 
 
+LIKELIHOODS = ("word_perplexity", "byte_perplexity", "perplexity", "bits_per_byte")
+"""Metrics of lm-eval whose samples are log-likelihoods."""
+
+
 class TaskPolicy(Config):
     """What one metric of a task must show."""
 
@@ -309,6 +344,17 @@ class TaskPolicy(Config):
     design_effect: float | None = Field(default=None, ge=1, exclude_if=_is_unset)
     """For a task of sub-tasks: how many times the variance of independent samples is expected, because damage hits some
     sub-tasks more than others; None for 1.5. Only planning uses it."""
+
+    @field_validator("metric")
+    @classmethod
+    def _is_a_score(cls, value: str) -> str:
+        if value in LIKELIHOODS:
+            instead = "byte_perplexity" if value == "bits_per_byte" else value
+            raise ValueError(
+                f"{value} is a likelihood, not a score: put the task under `perplexity`, as "
+                f"{{metric: {instead}, max_increase: 0.01}}"
+            )
+        return value
 
 
 class PerplexityPolicy(Config):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
+import operator
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fp8pipe.errors import DiskTooSmall, EnvironmentFault, InputError
 
@@ -247,6 +249,19 @@ class ValidationReport(Record):
 # ---------------------------------------------------------------------------------------------- evaluate
 
 
+def mean_of_samples(metric: str, values: Sequence[float], weights: Sequence[float] = ()) -> float:
+    """What lm-eval reports of these samples: their mean, weighted where they have weights; of log-likelihoods the
+    perplexity, or bits."""
+    mean = (
+        math.fsum(map(operator.mul, values, weights)) / math.fsum(weights)
+        if weights
+        else math.fsum(values) / len(values)
+    )
+    if metric.endswith("perplexity"):
+        return math.exp(-mean)
+    return -mean / math.log(2) if metric == "bits_per_byte" else mean
+
+
 class MetricSamples(Record):
     """One metric under one filter, sample by sample, in the order of the task's doc_ids."""
 
@@ -273,6 +288,8 @@ class TaskResult(Record):
     version: str
     num_fewshot: int
     doc_ids: tuple[int, ...]
+    available: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Documents that the task has, scored or not; None where the source of this result did not tell."""
     doc_hashes: tuple[str, ...]
     prompt_hashes: tuple[str, ...]
     target_hashes: tuple[str, ...]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fp8pipe.config import EvalSuite, GatePolicy, Recipe, ResolvedRelease
-from fp8pipe.errors import InputError
+from fp8pipe.errors import InputError, SourceChanged
 from fp8pipe.progress import Overlap, Progress, quiet
 from fp8pipe.records import (
     RECORD_DIR,
@@ -112,24 +112,28 @@ def quantize_snapshot(
     folder: Path,
     *,
     calibration: Calibration | None,
+    device: str = "cpu",
     progress: Progress = quiet,
 ) -> tuple[Checkpoint, Snapshot]:
     """The checkpoint in `folder`, with the records it was made from, and the snapshot on this machine.
 
-    A snapshot that is still on the Hub is downloaded meanwhile: a shard is quantized as soon as it has arrived."""
-    from fp8pipe.quantize import quantize
+    A snapshot that is still on the Hub is downloaded meanwhile: a shard is quantized as soon as it has arrived.
+    `device`: cpu, auto (the CPU too), cuda or cuda:<n>; the bytes are the same."""
+    from fp8pipe.quantize import device_for, quantize
     from fp8pipe.source import download_iter, local_snapshot
 
-    trusted = plan.trust_remote_code
+    on, trusted = device_for(device), plan.trust_remote_code
     if plan.settings.keep_bf16 is not None and calibration is not None:
         plan = plan_snapshot(snapshot, plan.settings, trust_remote_code=trusted, keep=calibration.kept)
     if snapshot.root is not None:
-        checkpoint = quantize(snapshot, plan, folder, calibration=calibration, progress=progress)
+        checkpoint = quantize(snapshot, plan, folder, calibration=calibration, device=on, progress=progress)
     else:
         both = Overlap(progress, "quantize")
         arriving = download_iter(snapshot, trust_remote_code=trusted, progress=both.earlier)
         here = local_snapshot(snapshot, trust_remote_code=trusted)
-        checkpoint = quantize(here, plan, folder, calibration=calibration, arriving=arriving, progress=both.later)
+        checkpoint = quantize(
+            here, plan, folder, calibration=calibration, arriving=arriving, device=on, progress=both.later
+        )
     snapshot = fetch(
         snapshot, trust_remote_code=trusted
     )  # there already, unless the checkpoint was and the cache was not
@@ -138,19 +142,26 @@ def quantize_snapshot(
 
 
 def quantize_model(
-    model: str, recipe: Recipe, folder: Path, *, device: str = "auto", progress: Progress = quiet
+    model: str,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress = quiet,
 ) -> Checkpoint:
     """Everything from a model's name to a checkpoint folder."""
-    from fp8pipe.quantize import preload
+    from fp8pipe.quantize import device_for, preload
 
+    device_for(device)  # an unknown one is refused before anything is asked of the Hub
     snapshot = pin(model)
-    plan = plan_snapshot(snapshot, recipe, meanwhile=preload)
+    plan = plan_snapshot(snapshot, recipe, trust_remote_code=trust_remote_code, meanwhile=preload)
     calibration = None
     if recipe.needs_calibration:
-        snapshot = fetch(snapshot, progress=progress)
+        snapshot = fetch(snapshot, trust_remote_code=trust_remote_code, progress=progress)
         workspace = Workspace(folder.parent / f".{folder.name}.work")
         calibration = calibrate_snapshot(snapshot, plan, recipe, workspace, device=device, progress=progress)
-    return quantize_snapshot(snapshot, plan, folder, calibration=calibration, progress=progress)[0]
+    return quantize_snapshot(snapshot, plan, folder, calibration=calibration, device=device, progress=progress)[0]
 
 
 def show_sensitivity(folder: Path) -> tuple[Calibration, Path | None]:
@@ -271,7 +282,7 @@ def evaluate_baseline(
         role="baseline",
         model_id=snapshot.model_id,
         fingerprint=snapshot.commit,
-        share=looks[look - 1],
+        looks=looks[:look],
         progress=progress,
     )
 
@@ -281,11 +292,13 @@ def evaluate_candidate(
     suite: EvalSuite,
     folder: Path,
     *,
+    baseline: EvalReport | None = None,
     looks: tuple[float, ...] = (1.0,),
     look: int = 1,
     progress: Progress = quiet,
 ) -> EvalReport:
-    """The checkpoint's measurement up to this look, served as its recipe means it to be."""
+    """The checkpoint's measurement up to this look, served as its recipe means it to be, and with what the engine of
+    its `baseline` had to do without: FP8 may fit where BF16 did not, and then the two could not be compared."""
     from fp8pipe.evaluate import evaluate
     from fp8pipe.plan import Plan
 
@@ -299,7 +312,8 @@ def evaluate_candidate(
         model_id=checkpoint.model_id,
         fingerprint=checkpoint.fingerprint,
         kv_cache_dtype="fp8" if recipe.kv_cache is not None else "auto",
-        share=looks[look - 1],
+        looks=looks[:look],
+        retries=baseline.retries if baseline is not None else (),
         progress=progress,
     )
 
@@ -371,11 +385,17 @@ def decide_release(
 def gate_reports(
     baseline: Path, candidate: Path, policy: GatePolicy, *, checkpoint: Path | None = None
 ) -> GateDecision:
-    """Decide by hand between two folders, each written by `evaluate` or by lm-eval with `--log_samples`."""
+    """Decide by hand between two folders, each written by `evaluate` or by lm-eval with `--log_samples`.
+
+    A checkpoint that was an attempt of a ladder stays that attempt: its alpha is not made larger by asking again.
+    """
     from fp8pipe.evaluate.request import EvalRequest
     from fp8pipe.gate.foreign import read_report
+    from fp8pipe.identity import folder_identity
 
     ours, theirs = read_report(baseline, role="baseline"), read_report(candidate, role="candidate")
+    if checkpoint is not None and theirs.folder_identity not in {None, folder_identity(checkpoint)}:
+        raise SourceChanged(f"{checkpoint}: not what {candidate} measured, or altered since then; evaluate it again")
     asked = EvalRequest.load_if_present(baseline / "request.json")
     share = asked.share if asked is not None else 1.0
     if share not in policy.looks:
@@ -389,7 +409,21 @@ def gate_reports(
         suite=asked.suite if asked is not None else None,
         checkpoint_folder=checkpoint,
         look=policy.looks.index(share) + 1,
+        **_attempt_of(checkpoint, policy),
     )
+
+
+def _attempt_of(checkpoint: Path | None, policy: GatePolicy) -> dict[str, Any]:  # Any: arguments of `decide_release`
+    """Which attempt of a ladder the checkpoint was, as its decision says."""
+    before = GateDecision.load_if_present(evidence(checkpoint, "gate")) if checkpoint is not None else None
+    if before is None:
+        return {}
+    if before.max_attempts > policy.max_attempts:
+        raise InputError(
+            f"{checkpoint}: attempt {before.attempt} of {before.max_attempts}, policy {policy.name} has max_attempts: "
+            f"{policy.max_attempts}; decide with the policy of the release"
+        )
+    return {"attempt": before.attempt, "attempts": before.max_attempts, "earlier": before.earlier}
 
 
 def _write_evidence(

@@ -34,7 +34,13 @@ def evaluate_candidate(
     progress, recipe = reporter("evaluate candidate", job.suite.name), job.recipe.name
     with engine_slot():
         report = stages.evaluate_candidate(
-            checkpoint_folder, job.suite, folder, looks=job.policy.looks, look=look, progress=progress
+            checkpoint_folder,
+            job.suite,
+            folder,
+            baseline=baseline,
+            looks=job.policy.looks,
+            look=look,
+            progress=progress,
         )
     key = artifact_key("evaluation", report.model_id, recipe)
     table = show.markdown(show.evaluation_sheet(baseline, report))

@@ -151,6 +151,42 @@ def test_disk_too_small_for_the_plan(tmp_path):
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_device_that_is_none_is_refused_before_anything_is_read(tmp_path):
+    answer = fp8pipe("quantize", tmp_path / "no-model", "--output", tmp_path / "out", "--device", "xyz")
+    assert_refused(answer, 2, "device 'xyz'", "expected auto, cpu, cuda")
+
+
+def test_a_gpu_that_is_asked_for_by_name_must_be_there(tmp_path):
+    model = write_model(tmp_path / "llama", llama_tensors(CONFIG))
+    answer = fp8pipe("quantize", model, "--output", tmp_path / "out", "--device", "cuda:99")
+    assert_refused(answer, 4, "NoSuitableDevice", "cuda:99")
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own-model"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_is_told_of_an_option_that_there_is(tmp_path):
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config = CONFIG | {"model_type": "own-model", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
+    model = write_model(tmp_path / "own", llama_tensors(CONFIG), config)
+    (model / "own.py").write_text(OWN_CODE)
+    cache = {"FP8PIPE_CACHE": str(tmp_path / "cache"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    assert_refused(fp8pipe("plan", model, **cache), 2, "--trust-remote-code lets it")
+    trusted = fp8pipe("plan", model, "--trust-remote-code", "--json", **cache)
+    assert trusted.returncode == 0, trusted.stderr
+    assert json.loads(trusted.stdout)["trust_remote_code"]
+    out = tmp_path / "out"
+    made = fp8pipe("quantize", model, "--output", out, "--trust-remote-code", **cache)
+    assert made.returncode == 0, made.stderr
+    assert (out / "own.py").exists()
+
+
 def test_pickled_weights_only(tmp_path):
     folder = tmp_path / "pickled"
     folder.mkdir()

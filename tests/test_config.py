@@ -115,6 +115,13 @@ def test_a_task_has_one_metric_or_a_list_of_them(tmp_path):
         config.load_policy(written(tmp_path, "name: p\n"))
 
 
+@pytest.mark.parametrize("metric", ["word_perplexity", "byte_perplexity", "perplexity", "bits_per_byte"])
+def test_a_likelihood_among_the_scores_is_refused_with_where_it_belongs(tmp_path, metric):
+    text = f"name: p\ntasks: {{a: {{metric: {metric}, margin: 0.02}}}}\n"
+    with pytest.raises(ConfigError, match=f"{metric} is a likelihood, not a score: put the task under `perplexity`"):
+        config.load_policy(written(tmp_path, text))
+
+
 def test_a_policy_that_uses_nothing_new_has_the_digest_it_always_had(tmp_path):
     text = "name: p\ntasks: {a: {metric: acc, margin: 0.02}}\nperplexity: {b: {max_increase: 0.01}}\n"
     # Written out: approvals and decisions on record name the digest.

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from fp8pipe.config import EvalSuite, TaskSpec
 from fp8pipe.errors import ConfigError, EngineFailed, InputError, ModelNotFound, SourceChanged
 from fp8pipe.evaluate import baseline_key, evaluate
+from fp8pipe.evaluate.request import EvalRequest
 from fp8pipe.evaluate.supervise import Ending, supervise
 from fp8pipe.evaluate.tasks import permutation
 from fp8pipe.progress import ProgressEvent
-from fp8pipe.records import EvalReport
+from fp8pipe.records import EvalReport, Retry
 
 # ---------------------------------------------------------------------------------------------- supervision
 
@@ -97,6 +98,13 @@ def test_supervise_does_not_call_a_command_that_logs_stalled(tmp_path: Path) -> 
     code = "import time\nfor i in range(12): print(i, flush=True); time.sleep(0.25)"
     ending = supervise([sys.executable, "-c", code], log=tmp_path / "log", stall_s=2.0)
     assert ending.succeeded
+
+
+def test_supervise_ends_a_command_that_does_nothing_but_log_as_stalled(tmp_path: Path) -> None:
+    command, pids = family(tmp_path, "[(print(i, flush=True), time.sleep(0.2)) for i in range(3000)]")
+    ending = supervise(command, log=tmp_path / "log", stall_s=1.0)
+    assert ending.reason == "stalled"
+    assert all_gone(pids_in(pids))
 
 
 def test_supervise_kills_a_command_that_ignores_term(tmp_path: Path) -> None:
@@ -274,7 +282,7 @@ def test_data_that_hold_what_the_suite_says_are_measured(task_dir: Path) -> None
 def test_documents_and_sub_tasks_are_counted_where_the_suite_does_not_tell(task_dir: Path, tmp_path: Path) -> None:
     from fp8pipe.evaluate.documents import count_documents
 
-    suite = make_suite(task_dir, tiny_group=TaskSpec(), tiny_choose=TaskSpec(documents=24, samples=5))
+    suite = make_suite(task_dir, tiny_group=TaskSpec(samples=32), tiny_choose=TaskSpec(documents=24, samples=5))
     found = count_documents(suite, tmp_path)
     assert (found.counts, found.subtasks) == ({"tiny_group": 32, "tiny_choose": 5}, {"tiny_group": 2})
     (tmp_path / "request.json").unlink()
@@ -469,6 +477,19 @@ def test_description_and_place_of_a_suite_are_no_reason_to_measure_again(model: 
     assert baseline_key("sha", suite) != baseline_key("another", suite)
 
 
+def test_changed_data_are_measured_again(tmp_path: Path) -> None:
+    suite = make_suite(make_tasks(tmp_path / "tasks"))
+    before = suite.digest()
+    data = tmp_path / "tasks" / "tiny_choose.jsonl"
+    aside = tmp_path / "elsewhere.jsonl"
+    task = tmp_path / "tasks" / "tiny_choose.yaml"
+    task.write_text(task.read_text().replace(str(data), str(aside)) + "process_docs: !function utils.nothing\n")
+    shutil.copy(data, aside)
+    elsewhere = suite.digest()
+    aside.write_text(aside.read_text() + "\n")
+    assert len({before, elsewhere, suite.digest()}) == 3
+
+
 def test_unfinished_run_leaves_no_report_of_an_earlier_one(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "evaluation"
     run(model, folder, python=interpreter(tmp_path, REPORT))
@@ -508,6 +529,15 @@ if len((path.parent / "started").read_text()) < 3:
     assert "max_model_len" not in first
     assert second["max_model_len"] == 2048
     run(model, tmp_path / "evaluation", python=interpreter(tmp_path, "sys.exit(1)"))  # finished: not started again
+
+
+def test_a_candidate_begins_with_what_its_baseline_had_to_do_without(model: Path, tmp_path: Path) -> None:
+    python, folder = interpreter(tmp_path, REPORT), tmp_path / "evaluation"
+    assert run(model, folder, python=python).retries == ()
+    needed = (Retry(cause="out of memory", changed={"max_model_len": 512}),)
+    assert run(model, folder, python=python, retries=needed).retries == needed
+    assert EvalRequest.load(folder / "request.json").reduced == {"max_model_len": 512}
+    assert run(model, folder, python=interpreter(tmp_path, "sys.exit(1)"), retries=needed).retries == needed
 
 
 @pytest.mark.parametrize(

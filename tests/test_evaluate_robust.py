@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -12,9 +13,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 from evaluate_fixtures import make_suite, make_tasks, make_tiny_llama, processes_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,16 +70,24 @@ def test_parts_are_found_as_a_chain_from_the_first_document(tmp_path: Path) -> N
     parts = Parts(tmp_path, "me")
     for one in (part([1.0, 0.0], 0), part([1.0], 2), part([0.0], 4)):
         parts.save("a/t", one)
-    assert [(p.start, p.stop) for p in parts.find("a/t", 10)] == [(0, 2), (2, 3)]
-    assert [(p.start, p.stop) for p in parts.find("a/t", 2)] == [(0, 2)]
-    assert parts.find("a/t", 1) == []
+    assert [(p.start, p.stop) for p in parts.find("a/t", [10])] == [(0, 2), (2, 3)]
+    assert [(p.start, p.stop) for p in parts.find("a/t", [2])] == [(0, 2)]
+    assert parts.find("a/t", [1]) == []
+
+
+def test_parts_whose_prompts_depend_on_one_go_are_found_where_one_looked(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, "me")
+    for one in (part([1.0, 0.0], 0), part([1.0], 2), part([0.0] * 3, 0)):
+        parts.save("t", one)
+    places = [[(p.start, p.stop) for p in parts.find("t", stops, whole_looks=True)] for stops in ([3], [2, 3], [1, 3])]
+    assert places == [[(0, 3)], [(0, 2), (2, 3)], []]
 
 
 def test_parts_of_another_measurement_or_task_are_not_used(tmp_path: Path) -> None:
     Parts(tmp_path, "other").save("t", part([1.0], 0, identity="other"))
     Parts(tmp_path, "me").save("t-2", part([1.0], 0))
     (tmp_path / "t-0-9.json").write_text("{half")
-    assert Parts(tmp_path, "me").find("t", 10) == []
+    assert Parts(tmp_path, "me").find("t", [10]) == []
 
 
 @given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=5), min_size=1, max_size=4))
@@ -97,6 +108,8 @@ def test_joined_perplexity_weighs_documents_by_their_words() -> None:
         part([-2.0], 1, metric="word_perplexity", weights=(30.0,)),
     ]
     assert joined(pieces).metrics[0].mean == pytest.approx(math.exp(70 / 40))
+    plain = [part([-1.0], 0, metric="perplexity"), part([-2.0, -3.0], 1, metric="perplexity")]
+    assert joined(plain).metrics[0].mean == pytest.approx(math.exp(2))
 
 
 def test_joined_standard_error_is_lm_evals() -> None:
@@ -181,7 +194,29 @@ def test_retries_ask_for_smaller_batches_first_and_for_half_the_context_then(tmp
 
 def test_a_cache_that_holds_no_whole_context_asks_for_half_of_it_at_once(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert smaller({"max_model_len": 32768}, MESSAGES[2], 1, tmp_path)["max_model_len"] == 16384
+    first = smaller({"max_model_len": 32768}, MESSAGES[2], 1, tmp_path)
+    assert first["max_model_len"] == 16384
+    assert smaller(first, MESSAGES[2], 2, tmp_path)["max_model_len"] == 8192
+
+
+def test_an_engine_that_fails_while_it_is_timed_ends_every_request() -> None:
+    from fp8pipe.evaluate.serving import _Requests
+
+    class Engine:
+        def add_request(self, *_: object) -> None: ...
+
+        def has_unfinished_requests(self) -> bool:
+            return True
+
+        def step(self) -> list[Any]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    async def ask() -> list[object]:
+        requests, one = _Requests(Engine()), SimpleNamespace(output_len=4, ignore_eos=True, prompt_len=2, prompt=[1, 2])
+        asked = [requests(cast(Any, one), cast(Any, None)) for _ in range(3)]
+        return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
+
+    assert [type(answer) for answer in asyncio.run(ask())] == [torch.OutOfMemoryError] * 3
 
 
 # ---------------------------------------------------------------------------------------------- real vLLM

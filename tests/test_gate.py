@@ -487,6 +487,15 @@ def test_extra_samples_on_both_sides_are_vetoed() -> None:
     assert vetoes(*pair(2001), suite=suite(2000)) == ("completeness",)
 
 
+def test_where_nothing_tells_how_many_samples_there_are_completeness_is_unchecked() -> None:
+    all_of_it = EvalSuite(name="unit", tasks={"qa": TaskSpec()})
+    assert "completeness" in full(*pair(), suite=all_of_it).unchecked
+    known = [change_task(side, 0, available=2000) for side in pair()]
+    assert "completeness" not in full(*known, suite=all_of_it).unchecked
+    part = [change_task(side, 0, available=3000) for side in pair()]
+    assert vetoes(*part, suite=all_of_it) == ("completeness",)
+
+
 def test_the_look_decides_how_many_samples_are_asked_for() -> None:
     rules = policy(looks=(0.25, 1.0))
     assert full(*pair(500, right=450), rules, suite=suite(2000), look=1).vetoed == ()

@@ -123,6 +123,25 @@ def test_failed_extractions_are_read_from_the_filters_answer(tmp_path):
     assert none.extraction_failed == ()
 
 
+def test_a_text_with_other_ends_of_line_is_one_line(tmp_path):
+    def odd(rows: Rows, results: dict[str, Any]) -> None:
+        rows[3]["resps"] = [["one\u2028two\u2029three\u0085four"]]
+
+    folder = write(tmp_path, values(90, 100), odd)
+    (samples,) = folder.rglob("samples_*")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    samples.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))  # as lm-eval writes it
+    assert len(read_report(folder, role="baseline").tasks[0].doc_ids) == 100
+
+
+def test_a_samples_file_that_is_cut_off_is_an_error_that_names_it(tmp_path):
+    folder = write(tmp_path, values(90, 100))
+    (samples,) = folder.rglob("samples_*")
+    samples.write_text(samples.read_text()[:-9])
+    with pytest.raises(InputError, match=rf"{samples.name}: not JSON"):
+        read_report(folder, role="baseline")
+
+
 def repeat(rows: Rows, results: dict[str, Any]) -> None:
     rows.extend([row for row in rows if row["doc_id"] == 7])
 

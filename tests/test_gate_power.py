@@ -253,8 +253,15 @@ def test_a_suite_too_small_for_its_policy_is_an_error_that_says_what_would_do():
         plan.require()
 
 
+def test_several_metrics_are_planned_to_be_accepted_together_at_the_last_look():
+    rules = {name: limits() for name in ("a", "b")}
+    together = plan_evaluation(policy(tasks=rules, looks=(0.5, 1.0)), "unit", {"a": 1319, "b": 1319})
+    alone = Design(rules["a"].discordance, 0.025).power(1319, rules["a"].margin)
+    assert [task.power for task in together.tasks] == [pytest.approx(alone)] * 2
+
+
 def write(folder: Path, samples: int) -> list[str]:
-    (folder / "s.yaml").write_text(f"name: s\ntasks: {{qa: {{samples: {samples}}}}}\n")
+    (folder / "s.yaml").write_text(f"name: s\ntasks: {{qa: {{documents: {samples}}}}}\n")
     (folder / "p.yaml").write_text("name: p\ntasks: {qa: {metric: acc, margin: 0.02}}\n")
     return ["plan-eval", "--policy", str(folder / "p.yaml"), "--suite", str(folder / "s.yaml")]
 

@@ -20,7 +20,7 @@ from fp8pipe import stages
 from fp8pipe.card import render_card
 from fp8pipe.config import ReleaseSpec, ResolvedRelease, load_recipe
 from fp8pipe.demo.model import BASE_ID
-from fp8pipe.errors import ConfigError
+from fp8pipe.errors import ConfigError, InputError, SourceChanged
 from fp8pipe.gate import decide
 from fp8pipe.records import EarlierAttempt, EvalReport, GateDecision, Outcome
 from fp8pipe.workspace import Workspace
@@ -50,6 +50,26 @@ def test_a_ladder_has_no_more_rungs_than_the_policy_lets_try_and_alpha_is_split_
     assert [rung.recipe.name for rung in rungs] == ["fp8-static-kv", "fp8-dynamic"]
     assert rungs[0].attempts == 2
     assert [rung.attempts for rung in job(()).ladder()] == [1]
+
+
+def test_a_checkpoint_that_was_an_attempt_is_no_first_one_when_it_is_asked_again(tmp_path: Path) -> None:
+    rejected = EarlierAttempt(recipe="fp8-static-kv", fingerprint="a" * 64, reason="drop 5 points")
+    before = decide(*pair(), policy(max_attempts=3), attempt=2, attempts=3, earlier=[rejected])
+    before.save(stages.evidence(tmp_path, "gate"))
+    assert stages._attempt_of(tmp_path, policy(max_attempts=3)) == {"attempt": 2, "attempts": 3, "earlier": (rejected,)}
+    assert stages._attempt_of(tmp_path / "new", policy()) == {}
+    with pytest.raises(InputError, match="attempt 2 of 3, policy unit has max_attempts: 2"):
+        stages._attempt_of(tmp_path, policy(max_attempts=2))
+
+
+def test_a_checkpoint_that_was_not_what_was_measured_is_not_gated(tmp_path: Path) -> None:
+    for side in pair():
+        side.model_copy(update={"folder_identity": "a" * 64}).save(tmp_path / side.role / "report.json")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(SourceChanged, match=r"checkpoint: not what .*candidate measured, or altered since then"):
+        stages.gate_reports(tmp_path / "baseline", tmp_path / "candidate", policy(), checkpoint=folder)
 
 
 def test_a_fallback_is_published_under_its_own_ending() -> None:
@@ -187,9 +207,9 @@ def test_a_later_look_appends_and_both_sides_are_asked_the_same(tmp_path: Path) 
     measured = make_suite(tmp_path / "tasks")
     model = make_tiny_llama(tmp_path / "model")
     fields: dict[str, Any] = {"role": "baseline", "model_id": "tiny", "fingerprint": "0" * 40}
-    half = evaluate(model, measured, tmp_path / "out", share=0.5, **fields)
-    whole = evaluate(model, measured, tmp_path / "out", **fields)
-    again = evaluate(model, measured, tmp_path / "out", share=0.5, **fields)
+    half = evaluate(model, measured, tmp_path / "out", looks=(0.5,), **fields)
+    whole = evaluate(model, measured, tmp_path / "out", looks=(0.5, 1.0), **fields)
+    again = evaluate(model, measured, tmp_path / "out", looks=(0.5,), **fields)
     assert again == half
     for before, after in zip(half.tasks, whole.tasks, strict=True):
         n = len(before.doc_ids)

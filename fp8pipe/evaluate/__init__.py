@@ -26,8 +26,12 @@ from fp8pipe.records import EvalReport, Retry
 
 __all__ = ["baseline_key", "evaluate"]
 
+_SHORTAGE_LINES = 400
+"""How far back in the log memory may have run out: a worker of the engine says so, then its parent's long traceback."""
+
 STALL_S = 1800.0
-"""Neither progress nor a line in the log for this long is a hang. Loading and compiling a large model stays below."""
+"""Neither progress nor a line in the log for this long is a hang; nor is four times this long without progress.
+Loading and compiling a large model stays below."""
 
 
 def evaluate(
@@ -41,7 +45,8 @@ def evaluate(
     kv_cache_dtype: str = "auto",
     online: str | None = None,
     limit: int | None = None,
-    share: float = 1.0,
+    looks: tuple[float, ...] = (1.0,),
+    retries: tuple[Retry, ...] = (),
     python: str | None = None,
     timeout_s: float | None = None,
     stall_s: float = STALL_S,
@@ -51,10 +56,11 @@ def evaluate(
 
     A finished report of the same request (fingerprint, suite, engine arguments, versions, device class) is returned
     without starting anything. `online` quantizes while loading (vLLM's `quantization`), `limit` scores the first N
-    documents of each task's permutation, `share` that part of them, `python` is an interpreter that has vLLM, lm-eval
-    and fp8pipe installed. Tasks that an interrupted run finished, and documents that a smaller `limit` or `share`
-    scored, are not scored again. An engine that runs out of memory is started anew with smaller batches, then with less
-    context; the report says so.
+    documents of each task's permutation; `looks` are the shares of them at which a gate looks, the last one now.
+    `python` is an interpreter that has vLLM, lm-eval and fp8pipe installed. Tasks that an interrupted run finished, and
+    documents of earlier looks, are not scored again; nor are those of a smaller `limit`, unless examples are drawn for
+    them. An engine that runs out of memory is started anew with smaller batches, then with less context; the report
+    says so. `retries` are those that the other side needed: this side begins with the same engine.
 
     EngineFailed when vLLM does not start, dies, hangs or takes longer than `timeout_s`; InputError for a task or a
     model that cannot be measured as asked; HubUnreachable when task data cannot be fetched; SourceChanged when the
@@ -72,7 +78,8 @@ def evaluate(
         suite=suite,
         suite_digest=suite.digest(),
         limit=limit,
-        share=share,
+        looks=looks,
+        retries=retries,
         engine=engine_arguments(suite, kv_cache_dtype=kv_cache_dtype, online=online, on_cpu=where.on_cpu),
         versions=where.versions,
         device_class=where.device_class,
@@ -84,7 +91,7 @@ def evaluate(
     if role == "candidate" and folder_identity(model) != request.folder_identity:
         (folder / "report.json").unlink()
         raise SourceChanged(f"{model}: altered while it was measured; the measurement is void, run it again")
-    if share < 1:
+    if request.share < 1:
         report.save(_look_path(folder, request))
     return report
 
@@ -92,11 +99,17 @@ def evaluate(
 def _finished(folder: Path, request: EvalRequest) -> EvalReport | None:
     """The report of an equal request that ran to its end here; that of a look also after the next has begun."""
     if request.share < 1:
-        return EvalReport.load_if_present(_look_path(folder, request))
-    earlier = EvalRequest.load_if_present(folder / "request.json")
-    if earlier is None or earlier.identity() != request.identity():
-        return None
-    return EvalReport.load_if_present(folder / "report.json")
+        report = EvalReport.load_if_present(_look_path(folder, request))
+    else:
+        earlier = EvalRequest.load_if_present(folder / "request.json")
+        if earlier is None or earlier.identity() != request.identity():
+            return None
+        report = EvalReport.load_if_present(folder / "report.json")
+    return report if report is not None and _begins_with(report.retries, request.retries) else None
+
+
+def _begins_with(retries: tuple[Retry, ...], given: tuple[Retry, ...]) -> bool:
+    return retries[: len(given)] == given
 
 
 def _look_path(folder: Path, request: EvalRequest) -> Path:
@@ -108,7 +121,8 @@ def _run_worker(
 ) -> EvalReport:
     """Run the worker to its report; started anew with less when memory runs out."""
     earlier = EvalRequest.load_if_present(folder / "request.json")
-    if earlier is not None and earlier.identity() == request.identity():
+    known = earlier is not None and earlier.identity() == request.identity()
+    if earlier is not None and known and _begins_with(earlier.retries, request.retries):
         request = request.model_copy(update={"retries": earlier.retries})  # what did not fit then does not fit now
     while True:
         # The old report goes before the new request comes: the two in the folder never belong to different runs.
@@ -117,7 +131,7 @@ def _run_worker(
         ending = _run_once(request, folder, python, timeout_s, stall_s, progress)
         if ending.succeeded:
             return EvalReport.load(folder / "report.json")
-        cause = shortage(ending.tail(), ending.returncode) if ending.reason == "exited" else None
+        cause = shortage(ending.tail(_SHORTAGE_LINES), ending.returncode) if ending.reason == "exited" else None
         if cause is None or len(request.retries) == MAX_RETRIES:
             raise EngineFailed(_explain(request, ending))
         changed = smaller(request.engine | request.reduced, cause, len(request.retries) + 1, Path(request.model))

@@ -1,6 +1,6 @@
 """How many documents a suite scores, before any engine starts: suite in, DocumentCounts out.
 
-A task whose `samples` or `documents` the suite names needs no look at its data. For the others the tasks are loaded as
+A task whose `documents` the suite names needs no look at its data. For the others the tasks are loaded as
 the worker loads them, in a child process: `python -m fp8pipe.evaluate.documents request.json`, counts in
 `documents.json` beside.
 """
@@ -40,7 +40,8 @@ def count_documents(suite: EvalSuite, folder: Path, *, python: str | None = None
     """
     request = DocumentsRequest(suite=suite, suite_digest=suite.digest())
     named = {name: spec.scored for name, spec in suite.tasks.items() if spec.scored is not None}
-    if len(named) == len(suite.tasks):
+    # `samples` alone does not tell whether they come from sub-tasks, of which there can be too few to settle anything.
+    if all(spec.documents is not None for spec in suite.tasks.values()):
         subtasks = {name: spec.subtasks for name, spec in suite.tasks.items() if spec.subtasks is not None}
         return DocumentCounts(suite_digest=request.suite_digest, counts=named, subtasks=subtasks)
     known = DocumentCounts.load_if_present(folder / "documents.json")

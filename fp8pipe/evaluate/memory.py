@@ -30,7 +30,7 @@ def shortage(log_tail: str, returncode: int) -> str | None:
 
 
 def smaller(engine: dict[str, Any], cause: str, attempt: int, model: Path) -> dict[str, int | float]:
-    """Engine arguments for retry number `attempt` (from 1): those that change, with their new values.
+    """Engine arguments for retry number `attempt` (from 1) after `engine`: those that change, with their new values.
 
     First fewer sequences, fewer tokens in a step and some room beside the engine's own pool (prompt logprobs are
     allocated there); then, or at once where the KV cache is what does not fit, half the context each time.
@@ -41,9 +41,9 @@ def smaller(engine: dict[str, Any], cause: str, attempt: int, model: Path) -> di
         "max_num_batched_tokens": min(int(engine.get("max_num_batched_tokens", 8192)), 2048 // 2 ** (attempt - 1)),
     }
     if _CONTEXT.search(cause):
-        return changed | {"max_model_len": _context(engine, model) // 2**attempt}
+        return changed | {"max_model_len": _context(engine, model) // 2}
     changed["gpu_memory_utilization"] = round(min(pool, max(0.1, pool - 0.1 * attempt)), 2)
-    return changed if attempt == 1 else changed | {"max_model_len": _context(engine, model) // 2 ** (attempt - 1)}
+    return changed if attempt == 1 else changed | {"max_model_len": _context(engine, model) // 2}
 
 
 def _context(engine: dict[str, Any], model: Path) -> int:

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict
 
+from fp8pipe.config import LIKELIHOODS
 from fp8pipe.errors import EngineFailed
-from fp8pipe.records import MetricSamples, Record, ServingFigures, TaskResult
+from fp8pipe.records import MetricSamples, Record, ServingFigures, TaskResult, mean_of_samples
 
 ROWS = ("results", "groups", "versions", "n-shot", "higher_is_better", "group_subtasks")
 """What lm-eval's table is drawn from."""
@@ -48,10 +51,18 @@ class Parts:
     folder: Path
     identity: str
 
-    def find(self, task: str, documents: int) -> list[Part]:
-        """Parts that follow each other from document 0 on and do not go beyond `documents`; longest first choice."""
+    def find(self, task: str, stops: Sequence[int], *, whole_looks: bool = False) -> list[Part]:
+        """Parts that follow each other from document 0 on and do not go beyond the last of `stops`; longest first
+        choice. whole_looks: only parts that begin and end where one looks, since their prompts depend on it."""
         found = [part for path in self._paths(task) if (part := Part.load_if_present(path)) is not None]
-        usable = [part for part in found if part.identity == self.identity and part.stop <= documents]
+        looks = set(pairwise((0, *stops)))
+        usable = [
+            part
+            for part in found
+            if part.identity == self.identity
+            and part.stop <= stops[-1]
+            and (not whole_looks or (part.start, part.stop) in looks)
+        ]
         chain: list[Part] = []
         while following := [part for part in usable if part.start == (chain[-1].stop if chain else 0)]:
             chain.append(max(following, key=lambda part: part.stop))
@@ -106,18 +117,10 @@ def _joined_metric(parts: list[Part], metric: str, filter_name: str) -> MetricSa
             "values": values,
             "weights": weights,
             "extraction_failed": tuple(failed for piece in found for failed in piece.extraction_failed),
-            "mean": _joined_mean(metric, values, weights),
-            "stderr": None if weights else _standard_error(values),
+            "mean": mean_of_samples(metric, values, weights),
+            "stderr": None if weights or metric in LIKELIHOODS else _standard_error(values),
         }
     )
-
-
-def _joined_mean(metric: str, values: tuple[float, ...], weights: tuple[float, ...]) -> float:
-    """Over documents; a likelihood spread over words or bytes is aggregated as lm-eval does it."""
-    if not weights:
-        return math.fsum(values) / len(values)
-    nats = -math.fsum(value * weight for value, weight in zip(values, weights, strict=True)) / math.fsum(weights)
-    return nats / math.log(2) if metric == "bits_per_byte" else math.exp(nats)
 
 
 def _standard_error(values: tuple[float, ...]) -> float | None:

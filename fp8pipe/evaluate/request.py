@@ -31,8 +31,8 @@ class EvalRequest(Record):
     """Digest of the suite with the content of its task files, when the request was made."""
     limit: int | None
     """Score only the first N documents of each task's permutation."""
-    share: float = 1.0
-    """Score only this share of them, rounded up: a look of a gate that takes several."""
+    looks: tuple[float, ...] = (1.0,)
+    """Shares of them at which a gate looks, up to this look: each look's documents are asked in a go of their own."""
     engine: dict[str, Any]  # Any: values of vLLM's engine arguments
     """Arguments for vLLM, after defaults."""
     versions: dict[str, str]
@@ -40,6 +40,11 @@ class EvalRequest(Record):
     device_class: str
     retries: tuple[Retry, ...] = ()
     """What has been tried already and needed more memory than there is."""
+
+    @property
+    def share(self) -> float:
+        """The share of the documents that is scored, rounded up."""
+        return self.looks[-1]
 
     @property
     def reduced(self) -> dict[str, int | float]:
@@ -52,7 +57,7 @@ class EvalRequest(Record):
 
     def subject(self) -> str:
         """Digest of what is measured and how, whatever the number of documents: parts of equal ones can be joined."""
-        asked = self.model_dump(mode="json", exclude={"model", "suite", "limit", "share", "retries"})
+        asked = self.model_dump(mode="json", exclude={"model", "suite", "limit", "looks", "retries"})
         return digest_of([asked, self.reduced.get("max_model_len")])
 
 

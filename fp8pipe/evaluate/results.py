@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8pipe.errors import EngineFailed, InputError
 from fp8pipe.evaluate.tasks import Subject
-from fp8pipe.records import MetricSamples, TaskResult
+from fp8pipe.records import MetricSamples, TaskResult, mean_of_samples
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -43,6 +43,7 @@ def task_result(subject: Subject, results: Results, cut: set[tuple[str, int]]) -
         prompt_hashes=tuple(example["prompt_hash"] for example in examples),
         target_hashes=tuple(example["target_hash"] for example in examples),
         clusters=tuple(leaf for leaf, _ in subject.picks) if len(subject.leaves) > 1 else (),
+        available=subject.documents,
         truncated=tuple((leaf, positions[leaf][d]) in cut for leaf, d in subject.picks) if generates else (),
         metrics=tuple(_metric(subject, cell, logged, results) for cell in cells),
     )
@@ -107,8 +108,9 @@ def _metric(
     failed = (_no_answer(example, fallbacks[leaf]) for (leaf, _), example in zip(subject.picks, examples, strict=True))
     reported = results["results"].get(subject.name, {})
     mean, stderr = reported.get(f"{metric},{filter_name}"), reported.get(f"{metric}_stderr,{filter_name}")
+    weights = _units([example[metric] for example in examples])
     if len(subject.leaves) > 1:
-        mean = math.fsum(values) / len(values)  # over documents; a group's own figure may weight its leaves alike
+        mean = mean_of_samples(metric, values, weights)  # a group's own figure may weight its leaves alike
     if mean is None:
         raise EngineFailed(f"{subject.name}: lm-eval reports no {metric},{filter_name}")
     return MetricSamples(
@@ -118,7 +120,7 @@ def _metric(
         mean=float(mean),
         stderr=float(stderr) if isinstance(stderr, int | float) else None,
         values=values,
-        weights=_units([example[metric] for example in examples]),
+        weights=weights,
         extraction_failed=tuple(failed) if any(fallbacks.values()) else (),
     )
 

@@ -125,6 +125,8 @@ class _Requests:
         finished = False
         while not finished:
             output = await outputs.get()
+            if isinstance(output, Exception):
+                raise output
             now = time.perf_counter()
             new, finished = len(output.outputs[0].token_ids), output.finished
             if new and not result.output_tokens:
@@ -147,10 +149,15 @@ class _Requests:
         return self._waiting[name]
 
     async def _step(self) -> None:
-        """Run the engine while it has requests; between two steps those who wait for tokens come to their turn."""
-        while self._engine.has_unfinished_requests():
-            for output in self._engine.step():
-                self._waiting[output.request_id].put_nowait(output)
-                if output.finished:
-                    del self._waiting[output.request_id]
-            await asyncio.sleep(0)
+        """Run the engine while it has requests; between two steps those who wait for tokens come to their turn. An
+        error of the engine goes to all who wait: nobody awaits this task."""
+        try:
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    self._waiting[output.request_id].put_nowait(output)
+                    if output.finished:
+                        del self._waiting[output.request_id]
+                await asyncio.sleep(0)
+        except Exception as error:
+            for queue in self._waiting.values():
+                queue.put_nowait(error)

@@ -34,6 +34,9 @@ CHANNEL = "SUPERVISE_CHANNEL"
 
 _PR_SET_PDEATHSIG = 1
 _TICK_S = 0.25
+_PATIENCE = 4
+"""How many times longer a command may log without telling of progress than be silent altogether: an engine of which one
+process hangs goes on to log that it waits for it."""
 _LINGER_S = 2.0
 """Time for what tidies up once the others are gone; it takes milliseconds."""
 
@@ -72,7 +75,8 @@ def supervise(
     stall_s: float | None = None,
     grace_s: float = 10.0,
 ) -> Ending:
-    """Run `command` to its end, or end it: after `timeout_s`, or when it told and logged nothing for `stall_s`.
+    """Run `command` to its end, or end it: after `timeout_s`, or when it told and logged nothing for `stall_s`, or told
+    nothing for four times that long.
 
     However this function is left, by an exception too (KeyboardInterrupt, a cancelled task), no process of the group
     stays behind, stopped or not, and no shared memory of theirs: TERM first, KILL after `grace_s`. `on_message` runs in
@@ -107,7 +111,9 @@ def supervise(
                 return Ending("exited", guard.returncode, now - started, log)
             if timeout_s is not None and now - started > timeout_s:
                 return Ending("timeout", -1, now - started, log)
-            if stall_s is not None and now - reader.last_sign > stall_s:
+            if stall_s is not None and (
+                now - reader.last_sign > stall_s or now - reader.last_told > _PATIENCE * stall_s
+            ):
                 return Ending("stalled", -1, now - started, log)
 
 
@@ -115,7 +121,7 @@ class _Reader:
     """The parent's end of the message pipe, and the clock of the last sign of life."""
 
     def __init__(self, messages: io.FileIO, log: Path, on_message: Callable[[Message], None]) -> None:
-        self.last_sign = time.monotonic()
+        self.last_sign = self.last_told = time.monotonic()
         self._messages, self._log, self._on_message = messages, log, on_message
         self._buffer, self._log_size, self._open = b"", 0, True
         self._selector = selectors.DefaultSelector()
@@ -135,7 +141,7 @@ class _Reader:
         self._open = bool(chunk)
         *lines, self._buffer = (self._buffer + chunk).split(b"\n")
         for line in lines:
-            self.last_sign = time.monotonic()
+            self.last_sign = self.last_told = time.monotonic()
             self._on_message(json.loads(line))
         return bool(chunk)
 

@@ -41,6 +41,22 @@ class Subject:
     """What lm-eval scores, by name; the task itself when it is no group."""
     group: Group | None
     picks: tuple[Pick, ...]
+    stops: tuple[int, ...]
+    """Numbers of picks after which a gate looks, ascending; the last is all of them. A stretch is asked in one go."""
+
+    @property
+    def documents(self) -> int:
+        """Documents that the task has, scored or not."""
+        return sum(len(task.eval_docs) for task in self.leaves.values())
+
+    @property
+    def draws_examples(self) -> bool:
+        """Whether the examples of a prompt are drawn, one document after the other: then a prompt depends on which
+        documents are asked in the same go."""
+        from lm_eval.api.samplers import FirstNSampler
+
+        samplers = [getattr(task, "sampler", None) for task in self.leaves.values()]
+        return self.num_fewshot > 0 and not all(isinstance(sampler, FirstNSampler) for sampler in samplers)
 
     def sample_ids(self) -> dict[str, list[int]]:
         """Document ids per leaf, ascending.
@@ -61,7 +77,7 @@ class Subject:
         return [self.leaves[leaf] for leaf in ids]
 
 
-def load_subjects(suite: EvalSuite, *, limit: int | None, share: float = 1.0) -> list[Subject]:
+def load_subjects(suite: EvalSuite, *, limit: int | None, looks: tuple[float, ...] = (1.0,)) -> list[Subject]:
     """Load every task with its data; InputError for what lm-eval does not know or cannot do, HubUnreachable."""
     import datasets
 
@@ -78,9 +94,11 @@ def load_subjects(suite: EvalSuite, *, limit: int | None, share: float = 1.0) ->
             raise ConfigError(f"suite {suite.name}: {name} and {seen[0]} share tasks; name each task once")
         sizes = {leaf: len(task.eval_docs) for leaf, task in leaves.items()}
         _check_counts(name, spec, sizes)
-        picks = permutation(sizes, suite.seed)[: _wanted(name, sum(sizes.values()), spec.samples, limit, share)]
+        total = _wanted(name, sum(sizes.values()), spec.samples, limit)
+        stops = tuple(dict.fromkeys(math.ceil(total * share) for share in looks))
+        picks = permutation(sizes, suite.seed)[: stops[-1]]
         group = loaded.get("groups", {}).get(name)
-        subjects.append(Subject(name, spec.num_fewshot, leaves, group, picks))
+        subjects.append(Subject(name, spec.num_fewshot, leaves, group, picks, stops))
     return subjects
 
 
@@ -191,12 +209,12 @@ def _check_counts(name: str, spec: TaskSpec, sizes: dict[str, int]) -> None:
         )
 
 
-def _wanted(name: str, total: int, samples: int | None, limit: int | None, share: float) -> int:
-    """How many documents to score."""
+def _wanted(name: str, total: int, samples: int | None, limit: int | None) -> int:
+    """How many documents to score at the last look."""
     if samples is not None and samples > total:
         raise InputError(f"task {name}: the suite asks for {samples} samples, the task has {total} documents")
     wanted = total if samples is None else samples
-    return math.ceil((wanted if limit is None else min(wanted, limit)) * share)
+    return wanted if limit is None else min(wanted, limit)
 
 
 def permutation(sizes: dict[str, int], seed: int) -> tuple[Pick, ...]:

@@ -54,7 +54,7 @@ def measure(request: EvalRequest, tell: Tell, folder: Path) -> EvalReport:
     prepare_process()
     from fp8pipe.evaluate.tasks import load_subjects
 
-    subjects = load_subjects(request.suite, limit=request.limit, share=request.share)
+    subjects = load_subjects(request.suite, limit=request.limit, looks=request.looks)
     tell({"note": "starting vLLM"})
     lm = _start_engine(request, tell)
     ready = time.monotonic()
@@ -91,12 +91,13 @@ def measure_with(lm: MeteredVLLM, request: EvalRequest, subjects: list[Subject],
 
 
 def _scored(request: EvalRequest, subject: Subject, lm: MeteredVLLM, parts: Parts) -> list[Part]:
-    """All parts of one suite entry; what is not there yet is scored now, in one stretch."""
-    chain = parts.find(subject.name, len(subject.picks))
-    start = chain[-1].stop if chain else 0
-    if start < len(subject.picks):
-        lm.doing = f"{subject.name} ({list(request.suite.tasks).index(subject.name) + 1} of {len(request.suite.tasks)})"
-        chain.append(_score(request, subject, lm, parts, start, len(subject.picks)))
+    """All parts of one suite entry; what is not there yet is scored now, look by look."""
+    chain = parts.find(subject.name, subject.stops, whole_looks=subject.draws_examples)
+    lm.doing = f"{subject.name} ({list(request.suite.tasks).index(subject.name) + 1} of {len(request.suite.tasks)})"
+    for stop in subject.stops:
+        start = chain[-1].stop if chain else 0
+        if start < stop:
+            chain.append(_score(request, subject, lm, parts, start, stop))
     return chain
 
 
@@ -133,7 +134,7 @@ def _flips(
     for subject, chain in zip(subjects, chains, strict=True):
         if not request.suite.tasks[subject.name].repeat:
             continue
-        known = {(part.start, part.stop): part for part in again.find(subject.name, len(subject.picks))}
+        known = {(part.start, part.stop): part for part in again.find(subject.name, subject.stops)}
         second: list[Part] = []
         lm.doing = f"{subject.name} again, in other batches"
         lm.shuffle = random.Random(request.suite.seed)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from fp8pipe.config import EvalSuite, GatePolicy, PerplexityPolicy, Recipe, TaskPolicy
-from fp8pipe.records import Checkpoint, EvalReport, MetricSamples, TaskResult
+from fp8pipe.records import Checkpoint, EvalReport, MetricSamples, TaskResult, mean_of_samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +72,8 @@ def comparable(ours: MetricSamples | None, theirs: MetricSamples | None) -> bool
 
 
 def mean_of(metric: MetricSamples) -> float:
-    """The mean that a metric's samples have; perplexities are means of log-likelihood per unit, exponentiated."""
-    weights = metric.weights or (1.0,) * len(metric.values)
-    mean = math.fsum(map(operator.mul, metric.values, weights)) / math.fsum(weights)
-    if metric.metric.endswith("perplexity"):
-        return math.exp(-mean)
-    return -mean / math.log(2) if metric.metric == "bits_per_byte" else mean
+    """The mean that a metric's samples have."""
+    return mean_of_samples(metric.metric, metric.values, metric.weights)
 
 
 def settled(problems: Iterable[str], otherwise: str) -> Outcome:

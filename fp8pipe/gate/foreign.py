@@ -135,7 +135,7 @@ def _flat(name: str, results: Results) -> Iterator[str]:
 def _leaf(name: str, results: Results, path: Path) -> TaskResult:
     if not path.is_file():
         raise InputError(f"{path}: no samples of {name}; run lm-eval with --log_samples")
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = _rows(path)
     by_filter: dict[str, list[Row]] = {}
     for row in rows:
         by_filter.setdefault(row.get("filter", "none"), []).append(row)
@@ -155,6 +155,13 @@ def _leaf(name: str, results: Results, path: Path) -> TaskResult:
         unrecorded=("truncated generations",) if _generates(name, results) else (),
         metrics=tuple(_metric(name, cell, some, results) for cell, some in cells.items()),
     )
+
+
+def _rows(path: Path) -> list[Row]:
+    try:  # lines end with \n alone: a text may hold other ends of line as they are
+        return [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON, line by line: {error}; the file is cut off or not lm-eval's") from error
 
 
 def _check_complete(name: str, by_filter: dict[str, list[Row]], results: Results, path: Path) -> None:

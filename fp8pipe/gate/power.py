@@ -131,9 +131,12 @@ def plan_evaluation(
     """Per task of the policy `samples`, the documents that the suite scores at its last look, and their `subtasks`."""
     alpha = policy.alpha / (len(policy.looks) * attempts)
     power = _each(policy.power, len(policy.gated))
+    # Several metrics must be accepted at one and the same look: only the last is counted, so that the power is at
+    # least what is said.
+    looks = policy.looks if len(policy.gated) == 1 else (1.0,)
     tasks = []
     for name, wanted in policy.gated:
-        design, assumes = _design(wanted, subtasks.get(name), alpha, policy.looks)
+        design, assumes = _design(wanted, subtasks.get(name), alpha, looks)
         tasks.append(
             TaskPlan(
                 task=name,

@@ -137,14 +137,18 @@ def completeness(evidence: Evidence) -> Outcome:
     if evidence.suite is None:
         return unchecked("the suite was not given, so the number of samples it asks for is not known")
     share = evidence.policy.looks[evidence.look - 1]
-    problems = []
+    problems, unknown = [], []
     for name, ours, theirs in evidence.pairs():
         spec = evidence.suite.tasks.get(name)
         if spec is None:
             problems.append(f"suite {evidence.suite.name} has no task {name}")
-        elif spec.scored is not None:
-            wanted = math.ceil(spec.scored * share)
+        elif (all_of_it := spec.scored or ours.available) is None:
+            unknown.append(name)
+        else:
+            wanted = math.ceil(all_of_it * share)
             for role, task in (("baseline", ours), ("candidate", theirs)):
                 if len(task.doc_ids) != wanted:
                     problems.append(f"{name}: {role} scored {len(task.doc_ids)} samples, the suite asks for {wanted}")
+    if unknown and not problems:
+        return unchecked(f"neither suite nor baseline tells how many documents {few(unknown)} has")
     return settled(problems, f"every task has the samples that suite {evidence.suite.name} asks for")
