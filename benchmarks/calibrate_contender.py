@@ -59,11 +59,12 @@ def ours(source: Path, data: Path, output: Path) -> Spent:
     from fp8pipe import stages
     from fp8pipe.calibrate import calibrate, forward  # noqa: F401
     from fp8pipe.config import load_recipe
-    from fp8pipe.quantize import quantize, run  # noqa: F401
+    from fp8pipe.quantize import preload, quantize
 
     recipe = load_recipe("fp8-static-kv")
     changes = {"dataset": str(data), "num_samples": len(_texts(data)), "max_seq_len": 1 << 20}
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=changes)})
+    preload()
     snapshot = stages.pin(str(source))
     spent = clock()
     plan = stages.plan_snapshot(snapshot, recipe)
@@ -76,8 +77,9 @@ def datafree(source: Path, data: Path, output: Path) -> Spent:
     """The same weights, one scale per tensor, with dynamic activations."""
     from fp8pipe import stages
     from fp8pipe.config import load_recipe
-    from fp8pipe.quantize import quantize, run  # noqa: F401
+    from fp8pipe.quantize import preload, quantize
 
+    preload()
     snapshot, recipe = stages.pin(str(source)), load_recipe("autofp8-dynamic")
     spent = clock()
     quantize(snapshot, stages.plan_snapshot(snapshot, recipe), output)

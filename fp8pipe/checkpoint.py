@@ -368,6 +368,7 @@ class OutputShard:
             self._handle = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             stack.callback(os.close, self._handle)
             os.posix_fallocate(self._handle, 0, self.size)
+            os.ftruncate(self._handle, self.size)  # what an earlier run left may be longer
         self.write_at(0, memoryview(header))
 
     def write_at(self, offset: int, data: memoryview, what: str = "") -> None:

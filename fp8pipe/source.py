@@ -107,8 +107,21 @@ def _resolve_folder(folder: Path) -> Snapshot:
         for path in paths
         if path.is_file()
     )
-    commit = f"local-{folder_identity(folder)[:40]}"
-    return Snapshot(model_id=folder.name, commit=commit, files=files, root=str(folder))
+    return Snapshot(model_id=folder.name, commit=_local_commit(folder), files=files, root=str(folder))
+
+
+def _local_commit(folder: Path) -> str:
+    return f"local-{folder_identity(folder)[:40]}"
+
+
+def require_unchanged(snapshot: Snapshot) -> None:
+    """SourceChanged unless a local folder is still what `resolve` saw: content of its small files; header, size and
+    time of its weights. No weight is read. A commit of the Hub stays what it is."""
+    if snapshot.is_local and _local_commit(snapshot.path) != snapshot.commit:
+        raise SourceChanged(
+            f"{snapshot.path}: expected the state {snapshot.commit}, the folder has changed since; run again from the "
+            "start once it is at rest, so that plan and calibration are of the weights that are quantized"
+        )
 
 
 def _is_hidden(path: Path) -> bool:

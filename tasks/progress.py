@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
+from contextvars import copy_context
 from dataclasses import replace
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.logging import get_logger
 
 from fp8pipe.progress import Progress, ProgressEvent, describe, quiet
 
@@ -35,7 +38,10 @@ def artifact_key(*parts: str) -> str:
 
 
 class _Reporter:
-    """Renames the room's events to the task's stage, and keeps one progress artifact, updated every few seconds."""
+    """Renames the room's events to the task's stage, and keeps one progress artifact, updated every few seconds.
+
+    Events come from any thread; those of a pool know nothing of the task that Prefect would link the artifact to. A
+    Prefect that does not answer costs the artifact, not the work."""
 
     def __init__(self, stage: str, subject: str) -> None:
         self.stage = stage
@@ -44,11 +50,25 @@ class _Reporter:
         self.updated = 0.0
         self.started = time.monotonic()
         self.before: float | None = None
+        self.task = copy_context()
+        self.lock = threading.Lock()
+        self.failed = False
 
     def __call__(self, event: ProgressEvent) -> None:
         _terminal(replace(event, stage=self.stage))
         if not event.total:
             return
+        with self.lock:
+            try:
+                self.task.copy().run(self._keep_artifact, event)  # a copy: two threads cannot be in one context
+                self.failed = False
+            except Exception as error:  # whatever a server, a network or a client can do wrong: it is progress only
+                if not self.failed:
+                    get_logger(__name__).warning("%s: progress is not shown: %s", self.stage, error)
+                self.failed = True
+
+    def _keep_artifact(self, event: ProgressEvent) -> None:
+        assert event.total
         if self.before is None and event.unit:
             self.before = event.done
         percent = min(100.0, 100.0 * event.done / event.total)

@@ -231,6 +231,19 @@ def test_a_written_shard_is_hidden_until_it_is_whole_and_then_loads(tmp_path: Pa
     assert not partial_path(path).exists()
 
 
+def test_what_an_earlier_run_left_longer_is_cut_to_the_planned_size(tmp_path: Path) -> None:
+    placed = lay_out("x.safetensors", [("w", "F8_E4M3", (2, 3))])
+    path = tmp_path / "x.safetensors"
+    partial_path(path).write_bytes(b"\xff" * 10_000)
+    with ExitStack() as stack:
+        shard = OutputShard(path, placed, stack)
+        shard.write_at(placed[0].begin, memoryview(bytes(6)))
+        shard.finish()
+    assert path.stat().st_size == placed[0].end
+    with safe_open(path, "pt") as file:
+        assert file.get_tensor("w").float().sum() == 0
+
+
 def test_the_index_maps_every_tensor_and_counts_data_bytes() -> None:
     placed = lay_out("x.safetensors", [("w", "BF16", (2, 3))])
     assert json.loads(index_bytes(placed)) == {"metadata": {"total_size": 12}, "weight_map": {"w": "x.safetensors"}}

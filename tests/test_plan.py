@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import architecture_of, plan_of, recipe
+from torch import Tensor
 
 from fp8pipe.architecture import ExpertLayout, TensorRole
 from fp8pipe.checkpoint import read_headers
@@ -116,6 +119,18 @@ def test_an_entry_that_matches_nothing_is_an_error_with_near_misses(
     assert field in str(caught.value) and entry.removeprefix("re:").replace("\\", "\\\\") in str(caught.value)
     if "down" in entry:
         assert re.search(r"near: .*mlp\.down_proj[,;]", str(caught.value))
+
+
+def test_every_entry_that_matches_nothing_is_named_at_once(model_folder: Models) -> None:
+    targets, ignore = ["Linear", "re:.*q_projj", "re:.*up_projj"], ["re:.*k_projj", "lm_head"]
+    with pytest.raises(UnmatchedEntry) as caught:
+        plan_of(model_folder("llama"), recipe(targets=targets, ignore=ignore))
+    lines = str(caught.value).splitlines()
+    assert [line.split(" matches ")[0] for line in lines] == [
+        "targets: 're:.*q_projj'",
+        "targets: 're:.*up_projj'",
+        "ignore: 're:.*k_projj'",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +292,19 @@ def test_experts_in_one_tensor_are_split_into_what_vllm_loads(tmp_path: Path, mo
     assert made == {output.name: output.shape for output in whole.outputs if ".experts." in output.name}
 
 
+def test_experts_that_lie_beside_their_module_on_disk_get_its_name(model_folder: Models) -> None:
+    plan = plan_of(model_folder("granitemoe"), recipe())
+    made = {output.name for output in plan.outputs if output.role == "weight" and output.slice is not None}
+    assert made == {
+        f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{leaf}_proj.weight"
+        for layer in (0, 1)
+        for expert in range(4)
+        for leaf in ("gate", "up", "down")
+    }
+    spared = plan_of(model_folder("granitemoe"), recipe(ignore=["re:.*block_sparse_moe"]))
+    assert r"re:.*layers\.0\.block_sparse_moe\.experts\..*" in spared.quantization_config["ignore"]
+
+
 def test_transposed_and_interleaved_experts_know_their_rows(tmp_path: Path, model_folder: Models) -> None:
     snapshot = resolve(str(model_folder("gpt-oss")))
     found = architecture_of(model_folder("gpt-oss"))
@@ -303,8 +331,6 @@ def test_a_disk_too_small_is_told_with_both_numbers(model_folder: Models, tmp_pa
 
 def fp8_source(folder: Path, origin: Path, method: str = "fp8") -> Path:
     """A block-quantized copy of a tiny Llama, as DeepSeek publishes its models."""
-    import json
-
     shutil.copytree(origin, folder)
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
@@ -332,6 +358,56 @@ def test_a_source_that_is_fp8_is_refused_or_requantized_as_the_recipe_says(
     down = outputs["model.layers.0.mlp.down_proj.weight"]
     assert (down.role, down.dtype) == ("dequantize", "BF16")
     assert not any(name.endswith("scale_inv") for name in outputs)
+
+
+O_PROJ = "model.layers.0.self_attn.o_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("block", "scale", "names"),
+    [
+        ([128, 128], torch.ones(4, 4), r"weight_scale_inv: F32 \[4, 4\] for a weight of \[256, 512\], .* \[2, 4\]"),
+        ([128, 128], torch.ones(1, 1), r"F32 \[1, 1\] .*\[2, 4\]"),
+        ([128, 128], torch.ones(4, 2), r"F32 \[4, 2\] .*\[2, 4\]"),
+        ([128, 128], torch.ones(8), r"F32 \[8\] .*\[2, 4\]"),
+        ([128, 128], torch.ones(2, 4, dtype=torch.uint8), r"U8 \[2, 4\] .*F32, BF16"),
+        ([128, 128], torch.ones(2, 4, dtype=torch.float64), "F64"),
+        (None, torch.ones(2, 4), r"F32 \[2, 4\] .*\[256, 1\] \(config.json has no weight_block_size\)"),
+        (None, torch.ones(512), r"F32 \[512\] "),
+        ([128], torch.ones(2, 4), r"weight_block_size is \[128\], expected two sizes"),
+        ([0, 128], torch.ones(2, 4), "expected two sizes"),
+        ("128", torch.ones(2, 4), "expected two sizes"),
+    ],
+)
+def test_scales_that_do_not_fit_their_fp8_weight_are_refused_by_name(
+    model_folder: Models, tmp_path: Path, block: Any, scale: Tensor, names: str
+) -> None:
+    wide = model_folder("llama", shard_size="1GB", hidden_size=256, num_attention_heads=8, head_dim=64)
+    folder = fp8_source(tmp_path / "fp8", wide)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, columns = tensors[name].shape
+        shape = (-(-rows // 128), -(-columns // 128)) if block is not None else (rows, 1)
+        tensors[name + "_scale_inv"] = torch.ones(shape)
+    tensors[O_PROJ + "_scale_inv"] = scale
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"} | ({} if block is None else {"weight_block_size": block})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=names) as caught:
+        plan_of(folder, recipe(fp8_source="requantize"))
+    assert O_PROJ in str(caught.value) or "weight_block_size is" in str(caught.value)
+
+
+@pytest.mark.parametrize("leaf", ["gate_up_proj", "gate_up_proj.weight"])
+def test_fp8_experts_in_one_tensor_are_refused_by_name(model_folder: Models, tmp_path: Path, leaf: str) -> None:
+    folder = fp8_source(tmp_path / "fp8", model_folder("llama", shard_size="1GB"))
+    tensors = load_file(folder / "model.safetensors")
+    name = f"model.layers.0.mlp.experts.{leaf}"
+    tensors |= {name: torch.zeros(2, 128, 64).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(2, 1, 1)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=rf"{re.escape(name)}: F8_E4M3 \[2, 128, 64\].*2-D"):
+        plan_of(folder, recipe(fp8_source="requantize"))
 
 
 def test_a_source_quantized_by_other_means_is_refused(model_folder: Models, tmp_path: Path) -> None:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import io
+import logging
+import threading
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 from rich.console import Console
 
+import tasks.progress as task_progress
 from fp8pipe.progress import Overlap, ProgressEvent, describe, human_bytes, human_seconds
 from fp8pipe.terminal import StageDisplay
 
@@ -52,6 +60,56 @@ def test_a_download_beside_the_quantization_is_its_note_until_it_is_complete() -
         "1/9 tensors",
     ]
     assert [event.done for event in told] == [0, 5e5, 5e5]
+
+
+RUN: ContextVar[str] = ContextVar("RUN", default="none")
+"""Stands for what Prefect keeps of the run that a thread is in."""
+
+
+def in_threads(*calls: Callable[[], None]) -> None:
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_events_of_other_threads_belong_to_the_task_that_made_the_listener(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[str] = []
+
+    def create(**_: Any) -> UUID:
+        runs.append(RUN.get())
+        return uuid4()
+
+    def update(*_: Any, **__: Any) -> None:
+        runs.append(RUN.get())
+
+    monkeypatch.setattr(task_progress, "create_progress_artifact", create)
+    monkeypatch.setattr(task_progress, "update_progress_artifact", update)
+    token = RUN.set("the task")
+    report = task_progress.reporter("quantize", "model")
+    RUN.reset(token)
+    done = partial(report, ProgressEvent("quantize", 2, 2, "B"))
+    in_threads(done, done, done)
+    assert runs == ["the task"] * 3
+
+
+def test_a_prefect_that_does_not_answer_costs_the_artifact_and_not_the_work(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def create(**_: Any) -> UUID:
+        raise ConnectionError("no server")
+
+    told: list[ProgressEvent] = []
+    monkeypatch.setattr(task_progress, "create_progress_artifact", create)
+    monkeypatch.setattr(task_progress, "_terminal", told.append)
+    report = task_progress.reporter("quantize", "model")
+    prefect_logger = logging.getLogger("prefect")
+    monkeypatch.setattr(prefect_logger, "propagate", True)
+    for _ in range(3):
+        report(ProgressEvent("quantize", 2, 2, "B"))
+    assert len(told) == 4
+    assert [record.getMessage() for record in caplog.records] == ["quantize: progress is not shown: no server"]
 
 
 def shown(*events: ProgressEvent, error: type[Exception] | None = None) -> str:

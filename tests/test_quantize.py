@@ -21,17 +21,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_numerics import reference_amax, reference_codes
-from tiny_models import calibration_for, make_model, plan_of, recipe
+from tiny_models import architecture_of, calibration_for, make_model, plan_of, recipe
 from torch import Tensor
 
 from fp8pipe import quantize as quantize_module
+from fp8pipe import stages
+from fp8pipe.architecture import TensorRole
 from fp8pipe.calibrate import KVRange
+from fp8pipe.checkpoint import read_headers
 from fp8pipe.config import Recipe
-from fp8pipe.errors import EnvironmentFault, InputError, NonFiniteWeight, SourceChanged
+from fp8pipe.errors import EnvironmentFault, InputError, NonFiniteWeight, NoSuitableDevice, SourceChanged
 from fp8pipe.numerics import SHRINKS
-from fp8pipe.plan import Plan
+from fp8pipe.plan import Plan, make_plan
 from fp8pipe.progress import ProgressEvent
 from fp8pipe.quantize import engine, fingerprint, quantize, views
+from fp8pipe.quantize import run as run_module
 from fp8pipe.records import Checkpoint
 from fp8pipe.source import resolve
 
@@ -193,6 +197,39 @@ def test_a_gpu_writes_the_bytes_of_the_cpu(model_folder: Models, tmp_path: Path,
     assert bytes_of(tmp_path / "cpu") == bytes_of(tmp_path / "cuda")
 
 
+@pytest.mark.parametrize(
+    ("asked", "used"), [("auto", "cpu"), ("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda:1"), (None, "cpu")]
+)
+def test_a_gpu_that_a_command_names_is_the_one_that_quantizes(
+    model_folder: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, used: str
+) -> None:
+    devices: list[str] = []
+
+    def record(*arguments: Any, device: str, **options: Any) -> Checkpoint:
+        devices.append(device)
+        return quantize(*arguments, **options)
+
+    monkeypatch.setattr(quantize_module, "quantize", record)
+    source = model_folder("llama")
+    options = {} if asked is None else {"device": asked}
+    plan = plan_of(source, recipe())
+    stages.quantize_snapshot(resolve(str(source)), plan, tmp_path / "out", calibration=None, **options)
+    assert devices == [used]
+
+
+@pytest.mark.parametrize("device", ["xyz", "cuda:", "cuda:x", "mps", ""])
+def test_a_device_that_is_none_is_refused(model_folder: Models, tmp_path: Path, device: str) -> None:
+    with pytest.raises(InputError, match="expected auto, cpu, cuda"):
+        make(model_folder("llama"), recipe(), tmp_path / "out", device=device)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpu_that_is_not_there_is_no_suitable_device(model_folder: Models, tmp_path: Path) -> None:
+    with pytest.raises(NoSuitableDevice, match=r"cuda:99: torch finds \d+ GPUs"):
+        make(model_folder("llama"), recipe(), tmp_path / "out", device="cuda:99")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("scheme", ["block", "channel mse", "block mse"])
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
 def test_experts_equal_the_reference_under_every_scheme(
@@ -205,11 +242,38 @@ def test_experts_equal_the_reference_under_every_scheme(
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-tied", "qwen2", "qwen3-moe", "mixtral", "gemma3-text", "phi3", "opt", "deepseek-v2", "gpt-oss"]
+    "name",
+    [
+        "llama-tied",
+        "qwen2",
+        "qwen3-moe",
+        "mixtral",
+        "gemma3-text",
+        "phi3",
+        "opt",
+        "deepseek-v2",
+        "gpt-oss",
+        "granitemoe",
+    ],
 )
 def test_every_architecture_equals_the_reference(model_folder: Models, tmp_path: Path, name: str) -> None:
     plan, _ = make(model_folder(name), recipe(), tmp_path / "out")
     assert_equals_reference(tensors_of(model_folder(name)), tensors_of(tmp_path / "out"), plan)
+
+
+@pytest.mark.vllm
+def test_vllm_has_a_place_for_every_tensor_of_experts_that_lie_beside_their_module(
+    model_folder: Models, tmp_path: Path
+) -> None:
+    from fp8pipe.validate.oracle import ask_vllm
+
+    source = model_folder("granitemoe", hidden_size=256, intermediate_size=128)
+    made = {name: tmp_path / name for name in ("fp8-dynamic", "autofp8-dynamic", "fp8-block", "fp8-static")}
+    for name, folder in made.items():
+        make(source, recipe(name), folder)
+    answers = ask_vllm(list(made.values()))
+    assert len(answers) == 4
+    assert [(answer.refusal, answer.mismatches) for answer in answers.values()] == [("", ())] * 4
 
 
 # ---------------------------------------------------------------------------------------------- experts in one tensor
@@ -390,6 +454,103 @@ def test_unfinished_work_of_another_recipe_is_replaced(model_folder: Models, tmp
     assert bytes_of(out) == bytes_of(tmp_path / "clean")
 
 
+ALL = 1000
+
+
+@pytest.mark.parametrize("goes_on_as", ["fp8-dynamic", "fp8-block"])
+@pytest.mark.parametrize("removed", [0, 1, 3, ALL])
+def test_killed_while_unfinished_work_of_another_recipe_is_replaced_either_can_go_on(
+    model_folder: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: int, goes_on_as: str
+) -> None:
+    source, out = model_folder("llama"), tmp_path / "out"
+    snapshot, some = resolve(str(source)), sorted(source.glob("*.safetensors"))[:-1]
+    with pytest.raises(EnvironmentFault, match="did not arrive"):
+        quantize(snapshot, plan_of(source, recipe("fp8-block")), out, arriving=some)
+    assert list(out.glob("*.safetensors")) and journalled(out)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        kill_after_removing(patch, removed)
+        make(source, recipe(), out)
+    make(source, recipe(goes_on_as), out)
+    make(source, recipe(goes_on_as), tmp_path / "clean")
+    assert bytes_of(out) == bytes_of(tmp_path / "clean")
+
+
+def kill_after_removing(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Raise in place of the removal after the next `count`, or before the new journal if that is ALL."""
+    unlink, left = Path.unlink, count
+
+    def remove(path: Path, missing_ok: bool = False) -> None:
+        nonlocal left
+        if path.exists() and path.name.endswith((".safetensors", ".partial", ".json")):
+            left -= 1
+            if left < 0:
+                raise RuntimeError("killed")
+        unlink(path, missing_ok=missing_ok)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise RuntimeError("killed")
+
+    patch.setattr(Path, "unlink", remove)
+    if count == ALL:
+        patch.setattr(run_module, "open_journal", stop)
+
+
+def test_unfinished_work_of_another_model_leaves_none_of_its_files(model_folder: Models, tmp_path: Path) -> None:
+    theirs, ours, out = tmp_path / "theirs", tmp_path / "ours", tmp_path / "out"
+    shutil.copytree(model_folder("llama"), theirs)
+    shutil.copytree(model_folder("llama", shard_size="1GB"), ours)
+    (theirs / "merges.txt").write_text("theirs")
+    plan = plan_of(theirs, recipe("fp8-static"))
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("stop")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stop"):
+        patch.setattr(run_module, "write_config", stop)
+        quantize(resolve(str(theirs)), plan, out, calibration=calibration_for(plan))
+    assert (out / "merges.txt").exists() and (out / "model.safetensors.index.json").exists()
+    (out / "own notes.txt").write_text("of the user")
+    make(ours, recipe(), out)
+    make(ours, recipe(), tmp_path / "clean")
+    assert bytes_of(out).keys() - bytes_of(tmp_path / "clean").keys() == {"own notes.txt"}
+
+
+def test_names_in_a_journal_that_lead_out_of_the_folder_remove_nothing(model_folder: Models, tmp_path: Path) -> None:
+    (tmp_path / "out" / "fp8pipe").mkdir(parents=True)
+    (tmp_path / "precious").write_text("of the user")
+    names = ["../precious", str(tmp_path / "precious"), 3]
+    journal = tmp_path / "out" / "fp8pipe" / "quantize.journal"
+    journal.write_text(json.dumps({"identity": "x", "files": names}) + "\n")
+    make(model_folder("llama"), recipe(), tmp_path / "out")
+    assert (tmp_path / "precious").exists()
+
+
+def test_another_plan_of_the_same_recipe_and_commit_does_not_go_on_with_the_work_of_the_first(
+    model_folder: Models, tmp_path: Path
+) -> None:
+    """As after an upgrade of transformers between a kill and the next run."""
+    source, out = model_folder("llama"), tmp_path / "out"
+    snapshot, some = resolve(str(source)), sorted(source.glob("*.safetensors"))[:-1]
+    first, architecture = plan_of(source, recipe()), architecture_of(source)
+    with pytest.raises(EnvironmentFault, match="did not arrive"):
+        quantize(snapshot, first, out, arriving=some)
+    flipped = next(name for name in sorted(journalled(out)) if name.endswith("down_proj.weight"))
+    roles = architecture.tensors | {flipped: TensorRole(kind="parameter", reason="flipped")}
+    changed = architecture.model_copy(update={"tensors": roles})
+    second = make_plan(snapshot, read_headers(snapshot), recipe(), changed)
+    assert first.work_digest() != second.work_digest()
+    made = quantize(snapshot, second, out)
+    clean = quantize(snapshot, second, tmp_path / "clean")
+    assert bytes_of(out) == bytes_of(tmp_path / "clean")
+    assert made.fingerprint == clean.fingerprint == fingerprint(snapshot, recipe(), None)
+
+
+def test_words_of_a_plan_are_no_part_of_its_work(model_folder: Models) -> None:
+    plan = plan_of(model_folder("llama"), recipe())
+    tensors = tuple(tensor.model_copy(update={"reason": "said otherwise"}) for tensor in plan.tensors)
+    assert plan.model_copy(update={"tensors": tensors, "notes": ("x",)}).work_digest() == plan.work_digest()
+
+
 class Stop:
     """A listener that fails: the way a run ends that nobody planned."""
 
@@ -436,6 +597,45 @@ def test_a_nonfinite_weight_is_named_with_its_index_and_leaves_no_model(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+KEPT = {
+    "model.embed_tokens.weight": (95, 63),
+    "lm_head.weight": (0, 1),
+    "model.norm.weight": (7,),
+    "model.layers.1.mlp.down_proj.weight": (3, 100),
+}
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
+@pytest.mark.parametrize("stripe", [1000, 4 << 20])
+@pytest.mark.parametrize("name", KEPT)
+def test_a_nonfinite_kept_weight_is_named_with_its_index_and_leaves_no_model(
+    model_folder: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stripe: int, bad: float
+) -> None:
+    monkeypatch.setattr(engine, "STRIPE_BYTES", stripe)
+    source = tmp_path / "source"
+    shutil.copytree(model_folder("llama", shard_size="1GB"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors[name][KEPT[name]] = bad
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteWeight, match=re.escape(f"{name}{list(KEPT[name])} is {bad}")):
+        make(source, recipe(ignore=["re:.*layers.1.mlp"]), tmp_path / "out")
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_kept_experts_must_be_finite_and_buffers_need_not(model_folder: Models, tmp_path: Path) -> None:
+    source, name = tmp_path / "source", "model.layers.1.mlp.experts.gate_up_proj"
+    shutil.copytree(model_folder("gpt-oss", shard_size="1GB"), source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.self_attn.masked_bias"] = torch.full((4,), -math.inf)
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    make(source, recipe(), tmp_path / "masked")
+    assert bool(tensors_of(tmp_path / "masked")["model.layers.0.self_attn.masked_bias"].isneginf().all())
+    tensors[name][2, 5, 7] = math.inf
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NonFiniteWeight, match=re.escape(f"{name}[2, 5, 7] is inf")):
+        make(source, recipe(), tmp_path / "out")
+
+
 def test_a_source_that_changes_while_it_is_read_stops_the_run(model_folder: Models, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(model_folder("llama"), source)
@@ -451,6 +651,30 @@ def test_a_source_that_changes_while_it_is_read_stops_the_run(model_folder: Mode
     with pytest.raises(SourceChanged):
         quantize(snapshot, plan, tmp_path / "out", arriving=arriving())
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("change", ["weights", "header", "config", "removed"])
+def test_a_source_that_changed_since_it_was_pinned_is_refused_and_nothing_is_written(
+    model_folder: Models, tmp_path: Path, change: str
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model_folder("llama"), source)
+    plan, snapshot = plan_of(source, recipe()), resolve(str(source))
+    shard = source / plan.tensors[0].shard
+    content, stat = bytearray(shard.read_bytes()), shard.stat()
+    if change == "weights":
+        content[-2:] = bytes(2)
+        shard.write_bytes(content)
+    elif change == "header":  # of the same length and time
+        shard.write_bytes(content.replace(b"BF16", b"F16 ").replace(b'F16 "', b'F16" '))
+        os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change == "config":
+        (source / "config.json").write_text((source / "config.json").read_text() + " ")
+    else:
+        shard.unlink()
+    with pytest.raises(SourceChanged, match="has changed since"):
+        quantize(snapshot, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("scheme", ["channel", "tensor", "block mse"])
@@ -818,6 +1042,21 @@ def test_an_fp8_source_is_dequantized_and_quantized_anew(model_folder: Models, t
         scale = reference_amax(weight, "channel") / 448
         assert torch.equal(made[f"{name}_scale"], scale)
         assert torch.equal(made[name].view(torch.uint8), reference_codes(weight, scale).view(torch.uint8))
+
+
+def test_a_kept_weight_of_an_fp8_source_that_is_not_finite_is_named(model_folder: Models, tmp_path: Path) -> None:
+    source, name = tmp_path / "fp8", "model.layers.0.mlp.down_proj.weight"
+    shutil.copytree(model_folder("llama", shard_size="1GB"), source)
+    tensors = load_file(source / "model.safetensors")
+    codes = torch.zeros(tensors[name].shape).to(torch.float8_e4m3fn)
+    codes.view(torch.uint8)[11, 13] = 0x7F
+    tensors |= {name: codes, f"{name}_scale": torch.ones(())}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(NonFiniteWeight, match=re.escape(f"{name}[11, 13] is nan")):
+        make(source, recipe(fp8_source="requantize", ignore=["re:.*down_proj"]), tmp_path / "out")
 
 
 @pytest.mark.parametrize("shape", [(), (1,)])

@@ -48,6 +48,13 @@ def encode_blocks(weight: Tensor, scale: Tensor, codes: Tensor, block: tuple[int
     _encode_blocks(values, scale.detach().contiguous().numpy(), codes.view(torch.uint8).numpy(), *block)
 
 
+def load() -> None:
+    """Have the loops for bf16 ready. To read them from the cache takes half a second, once in a process."""
+    weight, codes = torch.zeros(1, 1, dtype=torch.bfloat16), torch.empty(1, 1, dtype=torch.float8_e4m3fn)
+    encode_blocks(weight, torch.ones(1, 1), codes, (1, 1))
+    amax_blocks(weight, (1, 1))
+
+
 @_intrinsic
 def _widen(_context: Any, value: Any) -> Any:
     """float32 of a bf16 (its bits, uint16), of an fp16 (its bits, int16), or of itself."""

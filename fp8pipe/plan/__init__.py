@@ -15,7 +15,7 @@ from fp8pipe.architecture import Architecture
 from fp8pipe.checkpoint import Headers, TensorInfo, require_disk
 from fp8pipe.config import Recipe
 from fp8pipe.errors import UnsupportedArchitecture
-from fp8pipe.plan.choose import Choice, choose, unmatched_ignore
+from fp8pipe.plan.choose import Choice, choose, source_block, unmatched_ignore
 from fp8pipe.plan.layout import file_sizes, output_tensors, quantization_config
 from fp8pipe.plan.record import FP8, OutputTensor, Plan, PlannedTensor, Role, Slice, SummaryRow
 from fp8pipe.records import Snapshot
@@ -53,7 +53,6 @@ def make_plan(
             f"{snapshot.model_id}: recipe {recipe.name} quantizes none of its tensors: {'; '.join(reasons)}"
         )
     outputs = output_tensors(headers, recipe, architecture, choices)
-    block = (architecture.source_quantization or {}).get("weight_block_size")
     return Plan(
         model_id=snapshot.model_id,
         source_commit=snapshot.commit,
@@ -61,7 +60,7 @@ def make_plan(
         settings=recipe,
         tensors=tuple(_planned(info, choices[info.name]) for info in headers.tensors.values()),
         outputs=outputs,
-        source_block=tuple(block) if block else None,
+        source_block=source_block(architecture),
         quantization_config=quantization_config(headers, recipe, architecture, choices, outputs),
         source_bytes=headers.nbytes,
         output_bytes=sum(file_sizes(outputs).values()),

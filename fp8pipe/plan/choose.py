@@ -23,6 +23,9 @@ SCALE_NAMES = ("weight_scale_inv", "weight_scale")
 SPENT_NAMES = (*SCALE_NAMES, "input_scale", "activation_scale", "k_scale", "v_scale", "kv_scale")
 """Leaf names of the scales of a source that is FP8 already."""
 
+SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
+"""Dtypes that the scales of an FP8 source may have."""
+
 _EXPERT_KINDS = frozenset(("expert", "fused_experts"))
 
 
@@ -45,7 +48,8 @@ def choose(
     targets = _Entries(recipe.targets, "targets", headers, architecture)
     ignore = _Entries(recipe.ignore, "ignore", headers, architecture)
     if targets.unmatched or (ignore.unmatched and recipe.unmatched_ignore == "error"):
-        raise UnmatchedEntry(next(iter((*targets.unmatched, *ignore.unmatched))))
+        at_fault = ignore.unmatched if recipe.unmatched_ignore == "error" else ()
+        raise UnmatchedEntry("\n".join((*targets.unmatched, *at_fault)))
     misfits = _misfits(headers, recipe, architecture)
     cannot = {name: why for name in headers.tensors if (why := _why_not(name, headers, architecture, scales, misfits))}
     targets.require_quantizable(cannot)
@@ -98,10 +102,16 @@ def unmatched_ignore(headers: Headers, recipe: Recipe, architecture: Architectur
 
 
 def experts_holder(name: str, role: TensorRole) -> str:
-    """`model.layers.0.mlp.experts` of `model.layers.0.mlp.experts.3.up_proj.weight` or `...experts.gate_up_proj`."""
+    """`model.layers.0.mlp.experts` of `model.layers.0.mlp.experts.3.up_proj.weight` or `...experts.gate_up_proj`: where
+    vLLM's loaders look for `<expert>.<projection>`.
+
+    Granite MoE has its `block_sparse_moe.input_linear.weight` beside the experts that transformers and vLLM make of
+    it."""
     if role.expert is not None:
         return re.sub(rf"\.{role.expert}\.[^.]+\.weight$", "", name)
-    return name.removesuffix(".weight").rpartition(".")[0]
+    holder = name.removesuffix(".weight").rpartition(".")[0]
+    is_beside = role.module.endswith(".experts") and not holder.endswith(".experts")
+    return f"{holder}.experts" if is_beside else holder
 
 
 # ---------------------------------------------------------------------------------------------- targets and ignore
@@ -264,11 +274,48 @@ def _source_scales(headers: Headers, recipe: Recipe, architecture: Architecture)
             "the source is FP8 already; start from the unquantized model, or set fp8_source: requantize in the recipe "
             "to dequantize and quantize it anew (a second rounding)"
         )
-    scales = {}
-    for name in weights:
-        module = name.removesuffix(".weight")
-        found = next((f"{module}.{leaf}" for leaf in SCALE_NAMES if f"{module}.{leaf}" in headers.tensors), None)
-        if found is None:
-            raise InputError(f"{name}: FP8 without {' or '.join(SCALE_NAMES)}; its values cannot be known")
-        scales[name] = found
-    return scales
+    block = source_block(architecture)
+    codes = [info for info in headers.tensors.values() if _is_codes(info)]
+    return {info.name: _scale_of(info, headers, block).name for info in codes}
+
+
+def source_block(architecture: Architecture) -> tuple[int, int] | None:
+    """Block shape of the scales of an FP8 source; None for scales per tensor or row. InputError if it is none."""
+    block = (architecture.source_quantization or {}).get("weight_block_size")
+    if block is None:
+        return None
+    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
+        raise InputError(f"config.json: weight_block_size is {block!r}, expected two sizes such as [128, 128]")
+    return block[0], block[1]
+
+
+def _is_codes(info: TensorInfo) -> bool:
+    return info.dtype.startswith("F8_") and info.name.rpartition(".")[2] not in SPENT_NAMES
+
+
+def _scale_of(info: TensorInfo, headers: Headers, block: tuple[int, int] | None) -> TensorInfo:
+    """The tensor with the scales of FP8 weight `info`, of a dtype and shape that leave no doubt what they scale."""
+    if info.dtype != FP8 or len(info.shape) != 2 or not info.name.endswith(".weight"):
+        raise InputError(
+            f"{info.name}: {info.dtype} {list(info.shape)}; of an FP8 source only 2-D {FP8} tensors called "
+            ".weight can be read; start from the unquantized model"
+        )
+    module = info.name.removesuffix(".weight")
+    found = next(
+        (headers.tensors[name] for leaf in SCALE_NAMES if (name := f"{module}.{leaf}") in headers.tensors), None
+    )
+    if found is None:
+        raise InputError(f"{info.name}: FP8 without {' or '.join(SCALE_NAMES)}; its values cannot be known")
+    rows, columns = info.shape
+    if block is not None:
+        shapes = [(-(-rows // block[0]), -(-columns // block[1]))]
+    else:
+        shapes = [(), (1,), (1, 1), (rows,), (rows, 1)]
+    if found.dtype not in SCALE_DTYPES or found.shape not in shapes:
+        layout = f"blocks of {list(block)}" if block is not None else "config.json has no weight_block_size"
+        expected = " or ".join(str(list(shape)) for shape in shapes)
+        raise InputError(
+            f"{found.name}: {found.dtype} {list(found.shape)} for a weight of {list(info.shape)}, expected "
+            f"{', '.join(SCALE_DTYPES)} of shape {expected} ({layout}); the source does not fit its config.json"
+        )
+    return found

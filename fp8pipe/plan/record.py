@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -129,6 +130,12 @@ class Plan(Record):
             for (action, reason), found in rows.items()
         ]
         return tuple(sorted(made, key=lambda row: (row.action != "quantize", -row.source_bytes, row.reason)))
+
+    def work_digest(self) -> str:
+        """sha256 of what is read, made and written where; reasons, notes and config.json are no part of it."""
+        places = {"name", "dtype", "shape", "shard", "begin", "end", "scale"}
+        wanted = {"outputs": True, "tensors": {"__all__": places}, "source_block": True}
+        return hashlib.sha256(self.model_dump_json(include=wanted).encode()).hexdigest()
 
     def calibrated_modules(self) -> tuple[str, ...]:
         """Modules whose input range the recipe needs, by name on disk; empty for dynamic activations."""

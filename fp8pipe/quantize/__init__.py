@@ -15,11 +15,13 @@ Importing this costs nothing; torch is loaded when `quantize` has work to do.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8pipe.config import Recipe
+from fp8pipe.errors import InputError
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.records import RECORD_DIR, Checkpoint, Snapshot, digest_of
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from fp8pipe.calibrate import Calibration
     from fp8pipe.plan import Plan
 
-__all__ = ["ENGINE_VERSION", "fingerprint", "preload", "quantize"]
+__all__ = ["ENGINE_VERSION", "device_for", "fingerprint", "preload", "quantize"]
 
 ENGINE_VERSION = 1
 """Raised whenever the same input would give other bytes."""
@@ -49,10 +51,22 @@ def fingerprint(snapshot: Snapshot, recipe: Recipe, calibration_digest: str | No
     )
 
 
+def device_for(asked: str) -> str:
+    """Where weights are quantized when a command asks for device `asked`: on a GPU that it names, else on the CPU,
+    which disks seldom outrun. Imports nothing. InputError for what is no device."""
+    if asked in {"auto", "cpu"}:
+        return "cpu"
+    if re.fullmatch(r"cuda(:\d+)?", asked):
+        return asked
+    raise InputError(f"device {asked!r}: expected auto, cpu, cuda or cuda:<n>")
+
+
 def preload() -> None:
-    """Import what a run needs. It takes seconds, which a caller that waits for something else can spend on it."""
-    import fp8pipe.numerics.kernels
+    """Load the code of a run. It takes seconds, which a caller that waits for something else can spend on it."""
     import fp8pipe.quantize.run  # noqa: F401
+    from fp8pipe.numerics import kernels
+
+    kernels.load()
 
 
 def quantize(
@@ -73,9 +87,9 @@ def quantize(
     bytes as a result; it has tests, and has not been run on a GPU yet. config.json is written last, then
     DIR/fp8pipe/checkpoint.json.
 
-    Raises NonFiniteWeight (tensor and index), SourceChanged, DiskTooSmall, InputError for a missing or non-finite
-    range or a folder that holds something else. Killed at any moment and run again, the bytes are those of an
-    undisturbed run."""
+    Raises NonFiniteWeight (tensor and index), SourceChanged, DiskTooSmall, NoSuitableDevice, InputError for a missing
+    or non-finite range or a folder that holds something else. Killed at any moment and run again, the bytes are those
+    of an undisturbed run."""
     from fp8pipe.quantize.scales import refuse_impossible
 
     refuse_impossible(calibration)

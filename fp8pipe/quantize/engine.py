@@ -6,9 +6,10 @@ they are read twice. Memory is one stripe and its codes per thread, whatever the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,12 +17,16 @@ from fp8pipe import numerics
 from fp8pipe.checkpoint import ITEM_BYTES, OutputShard, SourceFiles, TensorInfo
 from fp8pipe.errors import NonFiniteWeight
 from fp8pipe.plan import OutputTensor, Plan
+from fp8pipe.plan.choose import FLOATS
 from fp8pipe.progress import Progress
 from fp8pipe.quantize.journal import Journal
 from fp8pipe.quantize.meter import Meter
 from fp8pipe.quantize.pool import Pool, Task
 from fp8pipe.quantize.units import Unit, Weight, units_of, zero_units
 from fp8pipe.quantize.views import DTYPES, STRIPE_BYTES, Views, WeightView, Workbench
+
+_EXPERTS = ("_proj", "_proj_bias")
+"""How the names of weights end that hold all experts in one tensor: `experts.gate_up_proj`."""
 
 
 class Engine:
@@ -70,15 +75,28 @@ class Engine:
     # ------------------------------------------------------------------------------------------ kept tensors
 
     def _start_copy(self, info: TensorInfo, output: OutputTensor) -> None:
-        spans = [(at, min(at + STRIPE_BYTES, info.nbytes)) for at in range(0, info.nbytes, STRIPE_BYTES)]
+        item = ITEM_BYTES[info.dtype]
+        step = max(1, STRIPE_BYTES // item) * item  # whole elements
+        spans = [(at, min(at + step, info.nbytes)) for at in range(0, info.nbytes, step)]
         tasks = [partial(self._copy, info, output, begin, end) for begin, end in spans]
         self._pool.add(tasks, then=partial(self._finish_copy, info, output), urgent=True)
 
     def _copy(self, info: TensorInfo, output: OutputTensor, begin: int, end: int) -> None:
         raw = self._bench.raw(end - begin)
         self._files.read_into(info.shard, info.begin + begin, raw, info.name)
+        if _must_be_finite(info):
+            self._refuse_nonfinite_copy(info, raw, begin)
         self._shards[output.shard].write_at(output.begin + begin, raw, output.name)
         self._meter.add(end - begin)
+
+    def _refuse_nonfinite_copy(self, info: TensorInfo, raw: memoryview, begin: int) -> None:
+        values = torch.frombuffer(raw, dtype=torch.uint8).view(DTYPES[info.dtype])
+        if bool(torch.isfinite(numerics.tensor_amax(values.view(1, -1)))):
+            return
+        found = numerics.first_nonfinite(values)
+        assert found is not None
+        index = np.unravel_index(begin // ITEM_BYTES[info.dtype] + found[0], info.shape)
+        raise _nonfinite(info, map(int, index), float(values[found]))
 
     def _finish_copy(self, info: TensorInfo, output: OutputTensor) -> None:
         self._files.check_unchanged(info.shard)
@@ -90,6 +108,7 @@ class Engine:
 
     def _dequantize(self, view: WeightView, output: OutputTensor, start: int, end: int) -> None:
         stripe = view.read(self._files, start, end, self._bench).to(DTYPES[output.dtype])
+        self._refuse_nonfinite(view, stripe, start, numerics.tensor_amax(stripe))
         raw = stripe.view(torch.uint8).numpy().reshape(-1).data
         place = output.begin + start * view.columns * ITEM_BYTES[output.dtype]
         self._shards[output.shard].write_at(place, raw, output.name)
@@ -208,12 +227,7 @@ class Engine:
             return
         found = numerics.first_nonfinite(stripe)
         assert found is not None
-        value = float(stripe[found])
-        index = list(view.index_of(start + found[0], found[1]))
-        info = view.info
-        raise NonFiniteWeight(
-            f"{info.shard}: {info.name}{index} is {value}; the source is broken, nothing can be made of it"
-        )
+        raise _nonfinite(view.info, view.index_of(start + found[0], found[1]), float(stripe[found]))
 
     def _finish_weight(self, weight: Weight) -> None:
         self._files.check_unchanged(weight.view.info.shard)
@@ -227,3 +241,14 @@ class Engine:
         self._journal.add_finished(output.name, zeros)
         self._meter.finish_tensor()
         self._on_finished(output)
+
+
+def _must_be_finite(info: TensorInfo) -> bool:
+    """Whether a kept tensor is a weight or bias. Buffers, such as masks, may hold what they like: -inf, mostly."""
+    leaf = info.name.rpartition(".")[2]
+    return info.dtype in FLOATS and (leaf in {"weight", "bias"} or leaf.endswith(_EXPERTS))
+
+
+def _nonfinite(info: TensorInfo, index: Iterable[int], value: float) -> NonFiniteWeight:
+    place = f"{info.shard}: {info.name}{list(index)}"
+    return NonFiniteWeight(f"{place} is {value}; the source is broken, nothing can be made of it")

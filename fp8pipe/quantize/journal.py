@@ -11,8 +11,8 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fp8pipe.errors import InputError
@@ -59,20 +59,46 @@ class Journal:
         os.close(self._handle)
 
 
-def open_journal(path: Path, identity: str, *, is_safe: Callable[[str], bool]) -> tuple[Journal, bool]:
-    """The journal of the run called `identity`, and whether it goes on with an earlier one.
+def void_unless(path: Path, identity: str) -> tuple[str, ...] | None:
+    """None for the journal of the run called `identity`; that of another run is made void, and names its files.
 
-    `is_safe(name)`: the shard of output tensor `name` was renamed, so its bytes are on disk even if the machine died.
-    """
+    To be done before those files are removed: whoever is killed in between leaves a journal that no run goes on with,
+    and that still names them."""
+    head = _head(path)
+    if head.get("identity") == identity:
+        return None
+    files = head.get("files")
+    names = [name for name in files if _is_inside(name)] if isinstance(files, list) else []
+    if path.exists():
+        _write(path, [{"identity": None, "files": names}])
+    return tuple(names)
+
+
+def open_journal(path: Path, identity: str, *, files: Iterable[str], is_safe: Callable[[str], bool]) -> Journal:
+    """The journal of the run called `identity`, which goes on with what the file says it has finished.
+
+    `files`: names of all that the run writes beside its records. `is_safe(name)`: the shard of output tensor `name`
+    was renamed, so its bytes are on disk even if the machine died."""
     head, *entries = _read(path) or [{}]
-    goes_on = head.get("identity") == identity
-    if not goes_on:
+    if head.get("identity") != identity:
         entries = []
     elif head.get("boot") != _boot():
         entries = [entry for entry in entries if "weight" in entry and is_safe(entry["weight"])]
-    lines = [{"identity": identity, "boot": _boot()}, *entries]
+    _write(path, [{"identity": identity, "boot": _boot(), "files": sorted(files)}, *entries])
+    return Journal(path, entries)
+
+
+def _head(path: Path) -> dict[str, Any]:
+    return next(iter(_read(path)), {})
+
+
+def _write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     write_atomically(path, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-    return Journal(path, entries), goes_on
+
+
+def _is_inside(name: Any) -> bool:
+    """Whether this is a file of the folder itself: what a journal names is removed."""
+    return isinstance(name, str) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

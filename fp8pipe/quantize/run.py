@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8pipe.checkpoint import INDEX_NAME, OutputShard, SourceFiles, sync_folder
-from fp8pipe.errors import EnvironmentFault, Fp8PipeError, InputError
+from fp8pipe import source
+from fp8pipe.checkpoint import INDEX_NAME, OutputShard, SourceFiles, partial_path, sync_folder
+from fp8pipe.errors import EnvironmentFault, Fp8PipeError, InputError, NoSuitableDevice
 from fp8pipe.plan import OutputTensor, Plan, check_disk
 from fp8pipe.progress import Progress
-from fp8pipe.quantize import ENGINE_VERSION, JOURNAL_NAME, LOCK_NAME, fingerprint
+from fp8pipe.quantize import ENGINE_VERSION, JOURNAL_NAME, LOCK_NAME, device_for, fingerprint
 from fp8pipe.quantize.engine import Engine
-from fp8pipe.quantize.journal import FolderLock, Journal, open_journal
+from fp8pipe.quantize.journal import FolderLock, Journal, open_journal, void_unless
 from fp8pipe.quantize.meter import WORK
 from fp8pipe.quantize.package import companions, write_companions, write_config
 from fp8pipe.quantize.pool import Pool
 from fp8pipe.quantize.scales import calibrated_scales
-from fp8pipe.records import RECORD_DIR, Checkpoint, Snapshot
+from fp8pipe.records import RECORD_DIR, Checkpoint, Snapshot, digest_of
 
 if TYPE_CHECKING:
     from fp8pipe.calibrate import Calibration
@@ -48,6 +49,8 @@ def run(
     started = time.monotonic()
     if snapshot.commit != plan.source_commit:
         raise InputError(f"the plan is of {plan.source_commit}, the source is {snapshot.commit} now; plan again")
+    device = _present(device)
+    source.require_unchanged(snapshot)  # both names are of the time when it was pinned
     scales = calibrated_scales(plan, calibration)  # fails before anything is written
     identity = fingerprint(snapshot, plan.settings, calibration.digest() if calibration is not None else None)
     records = folder / RECORD_DIR
@@ -69,19 +72,39 @@ def run(
     return checkpoint
 
 
+def _present(asked: str) -> str:
+    """The device to quantize on; NoSuitableDevice when it is not there."""
+    device = torch.device(device_for(asked))
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise NoSuitableDevice(f"device {asked}: torch finds {torch.cuda.device_count()} GPUs here; use --device cpu")
+    return str(device)
+
+
 def _begin(snapshot: Snapshot, plan: Plan, folder: Path, identity: str, stack: ExitStack) -> Journal:
     """The journal to write on, in a folder that holds nothing but this run's own work."""
     _require_own_folder(snapshot, folder)  # again, now that no other run can write here
     _sweep(snapshot, plan, folder)
     path = folder / RECORD_DIR / JOURNAL_NAME
+    work = digest_of([identity, plan.work_digest()])  # the plan may change where the fingerprint does not: transformers
+    stale = void_unless(path, work)
+    if stale is not None:
+        _remove_unfinished(folder, stale)
     shard_of = {output.name: output.shard for output in plan.outputs}
-    journal, goes_on = open_journal(path, identity, is_safe=lambda name: (folder / shard_of[name]).exists())
+    files = (*plan.shards(), *companions(snapshot, plan), INDEX_NAME)
+    journal = open_journal(path, work, files=files, is_safe=lambda name: (folder / shard_of[name]).exists())
     stack.callback(journal.close)
-    if not goes_on:  # what lies here is the unfinished work of another plan
-        for stale in (*folder.glob("*.safetensors"), *folder.glob(".*.partial"), folder / "config.json"):
-            stale.unlink(missing_ok=True)
     check_disk(plan, folder)
     return journal
+
+
+def _remove_unfinished(folder: Path, names: Iterable[str]) -> None:
+    """Remove the work of another plan: its records, its config, its shards, and `names`, the files it was writing."""
+    records = [folder / RECORD_DIR / name for name in ("checkpoint.json", "plan.json", "calibration.json")]
+    written = [folder / name for name in (*names, INDEX_NAME)]
+    shards = [*folder.glob("*.safetensors"), *folder.glob(".*.partial")]
+    for stale in (*records, folder / "config.json", *shards, *written, *map(partial_path, written)):
+        stale.unlink(missing_ok=True)
+    sync_folder(folder)  # gone before a journal speaks of new ones
 
 
 def _require_own_folder(snapshot: Snapshot, folder: Path) -> None:

@@ -87,9 +87,10 @@ class SourceScale:
     """Scales of a source weight that is FP8 already: one, one per row, or one per block."""
 
     info: TensorInfo
-    block: tuple[int, int]
+    block: tuple[int, int] | None
+    """Rows and columns that one scale serves; None: one scale for all, or one per row."""
     values: Tensor | None = None
-    """float32 [block rows, block columns]; None until first used."""
+    """float32 [block rows, block columns], [rows, 1] or [1, 1], as the plan has checked; None until first used."""
 
     def of_rows(self, files: SourceFiles, start: int, end: int, columns: int) -> Tensor:
         """Scales of rows [start, end), broadcastable to [end - start, columns]."""
@@ -99,7 +100,7 @@ class SourceScale:
             flat = torch.frombuffer(raw, dtype=DTYPES[self.info.dtype]).float()
             self.values = flat.view(self.info.shape if len(self.info.shape) == 2 else (-1, 1))
         values = self.values
-        if values.shape[1] == 1 and columns > self.block[1]:  # one per tensor or row, not a narrow matrix of blocks
+        if self.block is None:
             return values if len(values) == 1 else values[start:end]
         rows, width = self.block
         return values[torch.arange(start, end) // rows].repeat_interleave(width, 1)[:, :columns]
@@ -206,9 +207,10 @@ class Views:
 
     def __init__(self, plan: Plan) -> None:
         self.sources = {tensor.name: tensor.info for tensor in plan.tensors}
-        block = plan.source_block or (1, 1)
         self._scales = {
-            tensor.name: SourceScale(self.sources[tensor.scale], block) for tensor in plan.tensors if tensor.scale
+            tensor.name: SourceScale(self.sources[tensor.scale], plan.source_block)
+            for tensor in plan.tensors
+            if tensor.scale
         }
 
     def of(self, output: OutputTensor) -> WeightView:
