@@ -3,9 +3,9 @@
     python -m benchmarks.giants [--folder DIR] [--oracles]
 
 Two layouts: Llama 3 70B quantized by fp8-dynamic, and DeepSeek-V3 671B as it is published (FP8 blocks, 256 experts a
-layer). Times of `fp8pipe validate` by headers: inside, whole process, and of Llama over HTTP from a Hub on loopback,
-as many tensors and shards at a 64th of the width; with --oracles also of transformers' and vLLM's own model on the meta
-device.
+layer, a 62nd layer that predicts a second token). Times of `fp8pipe validate` by headers: inside, whole process, and of
+Llama over HTTP from a Hub on loopback, as many tensors and shards at a 64th of the width; with --oracles also of
+transformers' and vLLM's own model on the meta device.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ DEEPSEEK_V3: dict[str, Any] = {
     "intermediate_size": 18432,
     "moe_intermediate_size": 2048,
     "num_hidden_layers": 61,
+    "num_nextn_predict_layers": 1,
     "num_attention_heads": 128,
     "num_key_value_heads": 128,
     "n_shared_experts": 1,
@@ -94,10 +95,11 @@ def llama_70b(folder: Path, *, shrink: int = 1) -> Path:
     return _write(folder, config | {"quantization_config": quantization}, tensors, SHARD_BYTES // shrink**2)
 
 
-def deepseek_v3(folder: Path) -> Path:
-    """DeepSeek-V3, without the layer that predicts a second token."""
-    tensors = dict(_quantized(deepseek_tensors(DEEPSEEK_V3), block=128))
-    return _write(folder, DEEPSEEK_V3 | {"quantization_config": BLOCKS}, tensors, SHARD_BYTES)
+def deepseek_v3(folder: Path, *, predictor: bool = True) -> Path:
+    """DeepSeek-V3, with or without the layer that predicts a second token, which vLLM's main model drops."""
+    config = DEEPSEEK_V3 | {"num_nextn_predict_layers": int(predictor)}
+    tensors = dict(_quantized(deepseek_tensors(config), block=128))
+    return _write(folder, config | {"quantization_config": BLOCKS}, tensors, SHARD_BYTES)
 
 
 def llama_tensors(config: Mapping[str, Any]) -> Tensors:
@@ -119,8 +121,10 @@ def deepseek_tensors(config: Mapping[str, Any]) -> Tensors:
     rope, nope, value = config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
     query = config["q_lora_rank"]
     tensors = _outer(hidden, config["vocab_size"])
-    for layer in range(config["num_hidden_layers"]):
+    for layer in range(config["num_hidden_layers"] + config["num_nextn_predict_layers"]):
         at = f"model.layers.{layer}"
+        if layer >= config["num_hidden_layers"]:
+            tensors |= _predictor(at, hidden, config["vocab_size"])
         shapes = {
             "q_a_proj": (query, hidden),
             "q_a_layernorm": (query,),
@@ -141,6 +145,19 @@ def deepseek_tensors(config: Mapping[str, Any]) -> Tensors:
         for name in ("shared_experts", *(f"experts.{expert}" for expert in range(experts))):
             tensors |= _mlp(f"{at}.mlp.{name}", hidden, config["moe_intermediate_size"])
     return tensors
+
+
+def _predictor(at: str, hidden: int, vocabulary: int) -> Tensors:
+    """What the layer that predicts a second token has beside those of any other layer: none of it is quantized."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed_tokens": (vocabulary, hidden),
+        "enorm": (hidden,),
+        "hnorm": (hidden,),
+        "eh_proj": (hidden, 2 * hidden),
+        "shared_head.norm": (hidden,),
+        "shared_head.head": (vocabulary, hidden),
+    }
+    return {f"{at}.{name}.weight": ("BF16", shape) for name, shape in shapes.items()}
 
 
 def _outer(hidden: int, vocabulary: int) -> Tensors:
@@ -164,7 +181,7 @@ def _norms(at: str, hidden: int) -> Tensors:
 def _quantized(tensors: Tensors, block: int | None) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
     """FP8 codes and their scales in place of every projection: by row, or by blocks as the fp8 method names them."""
     for name, (dtype, shape) in tensors.items():
-        if "_proj" not in name:
+        if "_proj" not in name or "eh_proj" in name:
             yield name, (dtype, shape)
             continue
         yield name, ("F8_E4M3", shape)

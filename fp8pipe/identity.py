@@ -8,6 +8,7 @@ README, licence, records and dotfiles are no part of it: writing the card does n
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ BEHAVIOUR_PATTERNS = ("*.json", "*.jinja", "*.model", "*.py", "merges.txt", "voc
 
 _MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself. More is not a header."""
+_CHUNK = 1 << 20
+"""Bytes of a file in hand at a time."""
 
 
 def folder_identity(folder: Path) -> str:
@@ -26,7 +29,7 @@ def folder_identity(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for path in _sorted(folder, behaviour_files(folder)):
-        _update(digest, path.relative_to(folder).as_posix(), path.read_bytes())
+        _update_with_file(digest, path.relative_to(folder).as_posix(), path)
     for path in _sorted(folder, safetensors_files(folder)):
         stat = path.stat()
         size_and_time = f"{stat.st_size} {stat.st_mtime_ns}".encode()
@@ -61,3 +64,11 @@ def _update(digest: hashlib._Hash, name: str, content: bytes) -> None:
     """Name and content with their lengths, so that no two folders spell the same stream."""
     digest.update(f"{name}\0{len(content)}\0".encode())
     digest.update(content)
+
+
+def _update_with_file(digest: hashlib._Hash, name: str, path: Path) -> None:
+    """The same of a whole file, in pieces: a stranger's config.json may be of any size."""
+    with path.open("rb") as file:
+        digest.update(f"{name}\0{os.fstat(file.fileno()).st_size}\0".encode())
+        while piece := file.read(_CHUNK):
+            digest.update(piece)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import json
+import logging
 import os
+import random
 import resource
 import shutil
 import subprocess
@@ -20,16 +23,18 @@ import reference_checkpoints as reference
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from malformed import INDEX, edit_quantization, shards_of
+from malformed import INDEX, edit_config, edit_quantization, edit_tensors, shards_of
 from safetensors.torch import load_file, save_file
 from test_validate import ids
 from tiny_models import architecture_of, calibration_for, make_model, plan_of, recipe
 
 from fp8pipe.architecture import Architecture
+from fp8pipe.errors import EngineFailed
+from fp8pipe.identity import folder_identity
 from fp8pipe.quantize import quantize
-from fp8pipe.records import Snapshot, ValidationReport
+from fp8pipe.records import Checkpoint, Snapshot, ValidationReport
 from fp8pipe.source import resolve
-from fp8pipe.validate import validate
+from fp8pipe.validate import oracle, place, validate
 from fp8pipe.validate.patterns import Patterns
 from fp8pipe.validate.untrusted import MAX_JSON_TOKENS, parse_json
 
@@ -321,10 +326,94 @@ def test_hostile_json_becomes_findings_that_can_be_saved(good: Path, tmp_path: P
     assert ValidationReport.load(report.save(tmp_path / "validation.json")) == report
 
 
+# ---------------------------------------------------------------------------------------------- oracles
+
+
+def spoil_headers(folder: Path) -> None:
+    """One tensor in two files, and metadata that is null: a fault of the first, which vLLM reads all the same."""
+    first, second = shards_of(folder)
+    save_file(load_file(first) | dict([load_file(second).popitem()]), first, metadata={"format": "pt"})
+    whole = second.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    text = json.dumps(json.loads(whole[8 : 8 + length]) | {"__metadata__": None}).encode()
+    second.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length :])
+
+
+def test_vllm_is_asked_about_what_can_be_read_of_broken_headers(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = reference.copy(good, tmp_path / "checkpoint")
+    spoil_headers(folder)
+    asked: list[dict[str, Any]] = []
+
+    def answer(requests: list[dict[str, Any]], _: Path) -> list[dict[str, Any]]:
+        asked.extend(requests)
+        return [{"parameters": [], "landings": [], "mismatches": [], "refusal": "no"}]
+
+    monkeypatch.setattr(oracle, "_run", answer)
+    monkeypatch.setattr(oracle, "is_available", lambda: True)
+    report = validate(folder, architecture=architecture_of(good), depth="headers", oracles=True)
+    assert {"F4", "R1"} <= ids(report)
+    assert len(asked[0]["tensors"]) == report.tensors
+
+
+def test_child_of_vllm_that_dies_costs_its_own_check_alone(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def die(*_: object) -> None:
+        raise EngineFailed("vLLM ended while it built the model: killed")
+
+    monkeypatch.setattr(oracle, "_run", die)
+    monkeypatch.setattr(oracle, "is_available", lambda: True)
+    report = validate(good, architecture=architecture_of(good), depth="headers", oracles=True)
+    assert report.sound and "F1" in report.checks and "R1" not in report.checks
+    assert "R1 did not run: vLLM ended while it built the model: killed" in caplog.text
+
+
+@pytest.mark.parametrize("case", ["hub", "no config", "no shard"])
+def test_vllm_that_cannot_be_asked_is_said(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, case: str
+) -> None:
+    folder = reference.copy(good, tmp_path / "checkpoint")
+    architecture = architecture_of(good)
+    monkeypatch.setattr(oracle, "_run", None)
+    monkeypatch.setattr(oracle, "is_available", lambda: True)
+    caplog.set_level(logging.WARNING)
+    checkpoint: Path | Snapshot = folder
+    if case == "hub":
+        local = resolve(str(folder))
+        checkpoint = local.model_copy(update={"root": None, "commit": "0" * 40})
+        monkeypatch.setattr(
+            place.source, "read_range", lambda _, name, begin, end: (folder / name).read_bytes()[begin:end]
+        )
+    elif case == "no config":
+        (folder / "config.json").write_bytes(b"[" * 100_000)
+    else:
+        shards_of(folder)[0].unlink()
+    report = validate(checkpoint, architecture=architecture, depth="headers", oracles=True)
+    assert "R1" not in report.checks
+    reason = {"hub": "on the Hub: download it first", "no config": "config.json: ", "no shard": "F2"}[case]
+    assert "R1 did not run" in caplog.text and reason in caplog.text
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("change", [{"num_attention_heads": 0}, {"hidden_size": -3}], ids=["zero", "negative"])
+def test_config_on_which_vllm_stumbles_is_a_finding(good: Path, tmp_path: Path, change: dict[str, int]) -> None:
+    """The first ends in a ZeroDivisionError, the second in an exception of huggingface_hub's own."""
+    folder = reference.copy(good, tmp_path / "checkpoint")
+    edit_config(folder, lambda config: config.update(change))
+    report = validate(folder, architecture=architecture_of(good), depth="headers", oracles=True)
+    assert "R1" in ids(report)
+
+
 # ---------------------------------------------------------------------------------------------- time and memory
 
 
-REFUSED_PATTERNS = ["re:(?=(a+)+b)", r"re:(a+)\1+b+", "re:a{65000}{65000}", "re:" + "x" * 100_000]
+REFUSED_PATTERNS = [
+    *("re:(?=(a+)+b)", r"re:(a+)\1+b+", "re:a{65000}{65000}", "re:" + "x" * 100_000),
+    *(r"re:\b(?:a|aa)*!", r"re:\b(?:a?){60}a{60}", r"re:\b" + "(?:a|ab)" * 60 + "!", r"re:\b(?:\b){4000000000}!"),
+    "re:" + "(" * 333 + "a" + ")*" * 333,
+]
 HOSTILE_PATTERNS = [
     *REFUSED_PATTERNS,
     "re:(a+)+$",
@@ -334,6 +423,8 @@ HOSTILE_PATTERNS = [
     "re:(model|m.*|mo.*l|.*)*Q",
     "re:" + "(" * 400 + "Q" + ")" * 400,
     "re:(?P<n>a)(?(n)b|c)",
+    "re:(?:(?:){4000000000}){4000000000}!",
+    r"re:\b.*.*!",
 ]
 
 
@@ -344,7 +435,60 @@ def test_patterns_that_would_backtrack_for_ever_are_matched_or_refused_at_once(g
     assert "C5" in ids(validate(folder, depth="headers"))
     patterns = Patterns(HOSTILE_PATTERNS)
     assert not patterns.matches("model." * 500 + "!")
+    assert set(patterns.matching("a" * 60)) == {"re:(a+)+$"}
     assert set(patterns.refused) == set(REFUSED_PATTERNS)
+
+
+@pytest.mark.parametrize("body", ["|" * 900, "a" + "(?:)" * 200], ids=["branches", "groups"])
+def test_automaton_of_patterns_without_steps_is_not_built_for_ever(body: str) -> None:
+    patterns = Patterns(f"re:(?:{body}){{{19_000 + number}}}!" for number in range(1000))
+    assert not patterns.matches("ab" * 500)
+    assert "more patterns than any real list has" in patterns.refused.values()
+
+
+MATCH_RANDOM_NAMES = """
+import random, sys
+from fp8pipe.validate.patterns import Patterns
+heavy, slow = [f"re:.*a.{{{900 - i}}}x" for i in range(22)], [rf"re:\\b[ab]*?[ac]*?x{i}" for i in range(16)]
+patterns = Patterns([*heavy, *slow, "re:.*lm_head$"])
+random.seed(1)
+for _ in range(1000):
+    patterns.matches("".join(random.choices("ab", k=1000)))
+assert set(heavy) <= set(patterns.refused) and "re:.*lm_head$" not in patterns.refused
+assert patterns.matches("lm_head")
+for _ in range(1000):
+    patterns.matches("a" * 1000)
+assert set(slow) <= set(patterns.refused)
+"""
+
+
+def test_patterns_that_make_a_new_state_of_every_character_are_refused_before_time_and_memory_are_gone() -> None:
+    assert in_child(MATCH_RANDOM_NAMES) < 400
+
+
+def test_pattern_too_costly_for_the_names_is_a_finding_that_names_it(good: Path, tmp_path: Path) -> None:
+    folder = reference.copy(good, tmp_path / "checkpoint")
+    names = ["".join(random.Random(seed).choices("ab", k=1000)) for seed in range(20)]
+    edit_tensors(folder, lambda tensors: tensors.update({f"{name}.weight": torch.ones(1) for name in names}))
+    heavy = [f"re:.*a.{{{900 - i}}}x" for i in range(22)]
+    edit_quantization(folder, lambda quant: quant["ignore"].extend(heavy))
+    told = [finding.found for finding in validate(folder, depth="headers").errors if finding.check == "C5"]
+    assert any(heavy[0] in found and "steps to match the names" in found for found in told), told
+    assert not any("lm_head" in found for found in told)
+
+
+def test_patterns_of_real_models_are_matched_however_many_names_there_are() -> None:
+    entries = [
+        *("re:.*lm_head", r"re:.*mlp\.gate$", r"re:^(?!.*experts).*norm$", r"re:.*(?<!shared_)experts\.0\..*$"),
+        *("re:(?i).*VISUAL.*", r"re:^(?!.*mtp)model\.layers\.\d+\.mlp\.experts\.\d+\.(gate|up|down)_proj\b"),
+        *(rf"re:.*layers\.{layer}\.mlp\.gate$" for layer in range(500)),
+    ]
+    patterns = Patterns(entries)
+    for layer in range(60):
+        for expert in range(128):
+            found = patterns.matching(f"model.layers.{layer}.mlp.experts.{expert}.gate_proj")
+            assert set(found) == {entries[5], *([entries[3]] if expert == 0 else [])}
+    assert not patterns.refused
 
 
 TAILS = ["", "$", "b", "(a|b)", "[^a]", "a{1,3}", ".*c", r"\d?", "(ab)*"]
@@ -355,7 +499,8 @@ TAILS = ["", "$", "b", "(a|b)", "[^a]", "a{1,3}", ".*c", r"\d?", "(ab)*"]
 def test_patterns_match_what_re_matches(name: str, tail: str) -> None:
     import re
 
-    for head in ("", "a", ".*", "(a|ab)", "[ab.]+?", r"\w*\.", "^a?", "(?:b|c.){0,2}", "(?!a)"):
+    heads = ("", "a", ".*", "(a|ab)", "[ab.]+?", r"\w*\.", "^a?", "(?:b|c.){0,2}", "(?!a)", "(?i)A", r"[^\d_b-d]")
+    for head in heads:
         pattern = head + tail
         found = Patterns([f"re:{pattern}"])
         assert not found.refused
@@ -363,8 +508,8 @@ def test_patterns_match_what_re_matches(name: str, tail: str) -> None:
 
 
 def in_child(code: str, *arguments: str) -> int:
-    """Peak memory in MB of a process that runs `code`."""
-    code += "\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)"
+    """Peak memory in MB of a process that runs `code`; its rusage would count the process that forked it, too."""
+    code += "\nprint(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1000)"
     child = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
@@ -376,7 +521,7 @@ def in_child(code: str, *arguments: str) -> int:
 
 
 READ_SHELF = """
-import resource, sys
+import sys
 from pathlib import Path
 from fp8pipe.validate.place import place_of
 from fp8pipe.validate.shelf import open_shelf
@@ -400,8 +545,53 @@ def test_header_of_100_mb_costs_little_more_memory_than_itself(tmp_path: Path, m
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
     (tmp_path / "config.json").write_text("{}")
-    baseline = in_child("import resource, sys\nimport fp8pipe.validate.shelf")
+    baseline = in_child("import sys\nimport fp8pipe.validate.shelf")
     assert in_child(READ_SHELF, str(tmp_path)) - baseline < 600
+
+
+READ_RECORDS = """
+import sys
+from pathlib import Path
+from fp8pipe.validate.evidence import read_evidence
+from fp8pipe.validate.place import place_of
+print(read_evidence(place_of(Path(sys.argv[1]))).unreadable)
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"outputs": [' + "[]," * 13_000_000 + "[]]}",
+        '{"outputs": [' + "{}," * 300_000 + "{}]}",
+        '{"settings": {' + ",".join(f'"{number:x}": 1' for number in range(600_000)) + "}}",
+        "{" + ",".join(f'"{number:x}": 1' for number in range(600_000)) + "}",
+        '{"outputs": [{"shape": [' + '"a",' * 600_000 + '"a"]}]}',
+    ],
+    ids=["lists", "objects", "settings", "keys", "shape"],
+)
+def test_record_of_mistakes_costs_little_memory(tmp_path: Path, text: str) -> None:
+    numbers = {"engine_version": 1, "source_bytes": 1, "output_bytes": 1, "quantized_tensors": 1, "kept_tensors": 1}
+    texts = dict.fromkeys(("fingerprint", "model_id", "source_commit", "recipe", "recipe_digest"), "x")
+    record = Checkpoint.model_validate(numbers | texts | {"seconds": 1, "calibration_digest": None})
+    (tmp_path / "fp8pipe").mkdir()
+    record.save(tmp_path / "fp8pipe" / "checkpoint.json")
+    (tmp_path / "fp8pipe" / "plan.json").write_text(text)
+    baseline = in_child("import sys\nimport fp8pipe.validate.evidence")
+    assert in_child(READ_RECORDS, str(tmp_path)) - baseline < 300
+
+
+def test_identity_of_a_huge_config_is_taken_in_pieces(tmp_path: Path) -> None:
+    with (tmp_path / "config.json").open("wb") as file:
+        file.truncate(1_000_000_000)
+    code = "import sys\nfrom pathlib import Path\nfrom fp8pipe.identity import folder_identity\n"
+    assert in_child(f"{code}folder_identity(Path(sys.argv[1]))", str(tmp_path)) - in_child(code) < 100
+
+
+def test_identity_is_the_digest_of_names_lengths_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"{}")
+    (tmp_path / "merges.txt").write_bytes(b"x" * 3_000_000)
+    stream = b"config.json\0" + b"2\0{}" + b"merges.txt\0" + b"3000000\0" + b"x" * 3_000_000
+    assert folder_identity(tmp_path) == hashlib.sha256(stream).hexdigest()
 
 
 def test_json_with_more_marks_than_any_real_file_is_refused_before_it_is_parsed() -> None:

@@ -6,11 +6,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import reference_checkpoints as reference
 import torch
-from malformed import alter, edit_tensors, shards_of
+from malformed import alter, drop, edit_tensors, shards_of
 from safetensors.torch import load_file, save_file
 from test_validate import ids
 from tiny_models import architecture_of, calibration_for, plan_of, recipe
@@ -39,6 +41,9 @@ KINDS: list[tuple[str, str, dict[str, object], set[str]]] = [
     ("llama-tied", "autofp8-static", {}, {"C9"}),
     ("qwen2", "autofp8-dynamic", {}, {"C9"}),
     ("phi3", "fp8-dynamic", {}, set()),
+    ("phi3", "fp8-static-kv", {}, set()),
+    ("gpt-neox", "fp8-static-kv", {"kv_cache": {"strategy": "head"}}, set()),
+    ("opt", "fp8-static-kv", {}, set()),
     ("gemma3-text", "fp8-static-kv", {}, set()),
     ("qwen3-moe", "fp8-dynamic", {}, set()),
     ("qwen3-moe", "fp8-static-kv", {}, set()),
@@ -176,6 +181,128 @@ def test_record_that_cannot_be_read_is_said_and_the_rest_is_judged(made: tuple[P
     report = judge(folder, source)
     assert ([finding.check for finding in report.findings], report.sound) == (["P7"], True)
     assert "D7" not in report.checks and "D1" in report.checks
+
+
+# ---------------------------------------------------------------------------------------------- a source that is FP8
+
+
+def fp8_twin(model: Path, folder: Path, *, block: bool) -> Path:
+    """The model with FP8 projections of quant_method fp8: by blocks, or with one scale each."""
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors[name].float()
+        rows, columns = weight.shape
+        if block:
+            padded = torch.nn.functional.pad(weight.abs(), (0, -columns % 128, 0, -rows % 128))
+            scale = padded.view(len(padded) // 128, 128, -1, 128).amax((1, 3)) / 448
+            full = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+        else:
+            scale = full = weight.abs().amax() / 448
+        tensors |= {name: (weight / full).to(torch.float8_e4m3fn), f"{name}_scale{'_inv' if block else ''}": scale}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    quantization: dict[str, object] = {"quant_method": "fp8", "activation_scheme": "dynamic" if block else "static"}
+    config["quantization_config"] = quantization | ({"weight_block_size": [128, 128]} if block else {})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(params=[True, False], ids=["blocks", "per tensor"])
+def requantized(request: pytest.FixtureRequest, model_folder: Models, tmp_path: Path) -> tuple[Path, Path]:
+    """FP8 source and the checkpoint made of it, in which down_proj stays unquantized."""
+    source = fp8_twin(
+        model_folder("llama", shard_size="1GB", hidden_size=200), tmp_path / "source", block=request.param
+    )
+    make(source, tmp_path / "fp8", recipe(fp8_source="requantize", ignore=["re:.*down_proj"]))
+    return source, tmp_path / "fp8"
+
+
+def test_checkpoint_of_an_fp8_source_has_no_finding_and_is_compared(requantized: tuple[Path, Path]) -> None:
+    source, folder = requantized
+    report = judge(folder, source)
+    assert ids(report) <= {"K10"}, [finding.sentence() for finding in report.findings]
+    o_proj = "model.layers.1.self_attn.o_proj.weight"
+    alter(folder, o_proj, lambda codes: codes.view(torch.uint8).flip(0).view(torch.float8_e4m3fn))
+    assert {("D1", o_proj), ("D7", o_proj)} <= {(f.check, f.tensor) for f in judge(folder, source).errors}
+
+
+def test_weight_that_an_fp8_source_s_scales_give_back_is_known_to_the_last_bit(requantized: tuple[Path, Path]) -> None:
+    source, folder = requantized
+    name = "model.layers.1.mlp.down_proj.weight"
+    flip(folder, name, index=401)
+    (finding,) = (finding for finding in judge(folder, source).errors if finding.check != "P8")  # the file is rewritten
+    assert (finding.check, finding.tensor, "at 401 of" in finding.found) == ("D4", name, True)
+
+
+# ---------------------------------------------------------------------------------------------- what a layer lacks
+
+
+@pytest.fixture(scope="module")
+def deep(model_folder: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Sources of four layers and their checkpoints."""
+    root = tmp_path_factory.mktemp("deep")
+    made = {}
+    for model in ("llama", "qwen3-moe"):
+        source = model_folder(model, num_hidden_layers=4)
+        make(source, root / model, recipe())
+        made[model] = (source, root / model)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("model", "part", "missing"),
+    [
+        ("llama", "layers.3.self_attn.q_proj.", "model.layers.3.self_attn.q_proj.weight"),
+        ("llama", "layers.0.mlp.up_proj.", "model.layers.0.mlp.up_proj.weight"),
+        ("llama", "layers.2.input_layernorm.", "model.layers.2.input_layernorm.weight"),
+        ("qwen3-moe", "layers.1.mlp.experts.*.up_proj.", "model.layers.1.mlp.experts.*.up_proj.weight"),
+        ("qwen3-moe", "layers.1.mlp.gate.", "model.layers.1.mlp.gate.weight"),
+    ],
+)
+def test_what_all_layers_but_one_have_is_missed_without_a_source(
+    deep: dict[str, tuple[Path, Path]], tmp_path: Path, model: str, part: str, missing: str
+) -> None:
+    source, made = deep[model]
+    folder = Path(shutil.copytree(made, tmp_path / "fp8"))
+    drop(folder, *(name for name in reference.read(folder)[0] if fnmatchcase(name, f"*{part}*")))
+    for depth in ("headers", "values"):
+        found = {(finding.check, finding.tensor) for finding in validate(folder, depth=depth).errors}
+        assert found - {("P8", None)} == {("K1", missing)}
+    report = validate(folder, architecture=architecture_of(source), depth="headers")
+    named = {finding.tensor for finding in report.errors if finding.check in ("K1", "K6")}
+    wanted = [missing.replace("*", str(expert)) for expert in range(4 if "*" in missing else 1)]
+    assert set(wanted) <= named
+
+
+def test_norm_behind_the_layers_is_missed_with_a_record(deep: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    source, made = deep["llama"]
+    folder = Path(shutil.copytree(made, tmp_path / "fp8"))
+    drop(folder, "model.norm.weight")
+    report = validate(folder, architecture=architecture_of(source), depth="headers")
+    assert ("K1", "model.norm.weight") in {(finding.check, finding.tensor) for finding in report.errors}
+
+
+def test_first_layer_may_do_without_a_norm_of_its_own(deep: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """As that of ModernBERT does."""
+    folder = Path(shutil.copytree(deep["llama"][1], tmp_path / "fp8"))
+    drop(folder, "model.layers.0.input_layernorm.weight")
+    assert not [finding for finding in validate(folder, depth="headers").errors if finding.check == "K1"]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_record_without_its_source_knows_the_experts(model_folder: Models, tmp_path: Path, fused: bool) -> None:
+    source = model_folder("qwen3-moe", shard_size="1GB")
+    source = fuse_experts(source, tmp_path / "source", False, False) if fused else source
+    architecture = with_layout(architecture_of(source), False, False) if fused else architecture_of(source)
+    snapshot = resolve(str(source))
+    quantize(snapshot, make_plan(snapshot, read_headers(snapshot), recipe(), architecture), tmp_path / "fp8")
+    assert not validate(tmp_path / "fp8", architecture=architecture).findings
+    names = reference.read(tmp_path / "fp8")[0]
+    drop(tmp_path / "fp8", *(name for name in names if "layers.1" in name and "up_proj" in name))
+    report = validate(tmp_path / "fp8", architecture=architecture, depth="headers")
+    missing = {finding.tensor for finding in report.errors if finding.check == "K6"}
+    assert missing == {f"model.layers.1.mlp.experts.{expert}.up_proj.weight" for expert in range(4)}
 
 
 # ---------------------------------------------------------------------------------------------- experts in one tensor

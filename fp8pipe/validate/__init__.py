@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.checkpoint import Headers
-from fp8pipe.errors import InputError, ModelNotFound
+from fp8pipe.errors import EngineFailed, InputError, ModelNotFound
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.records import Snapshot, SourceFile, ValidationReport
 from fp8pipe.validate import config as config_room
@@ -69,8 +69,8 @@ def validate(
     place = place_of(checkpoint)
     depth = _depth(place, source, depth)
     subject = _read(place, source, architecture, oracles=oracles)
-    if oracles and place.root is not None and not UNREADABLE & subject.shelf.faults.keys():
-        subject.vllm = _ask_vllm(place.root)
+    if oracles:
+        subject.vllm = _ask_vllm(subject)
     checks = _runnable(subject, depth)
     if depth != "headers":
         from fp8pipe.validate.measure import measure
@@ -130,14 +130,17 @@ def _read(place: Place, source: Snapshot | None, architecture: Architecture | No
     config, problem = _read_object(shelf, config_room.CONFIG)
     source_config = _read_object(theirs, config_room.CONFIG)[0] if theirs else None
     quantization, file = _quantization(shelf, config)
+    scheme, layout = read_scheme(quantization), _layout(theirs or shelf, source_config or config, architecture)
+    if scheme is not None and layout is not None:
+        scheme.match_all(layout.modules)
     return Subject(
         shelf=shelf,
         config=config,
         config_problem=problem,
         quantization=quantization,
         quantization_file=file,
-        scheme=read_scheme(quantization),
-        layout=_layout(theirs or shelf, source_config or config, architecture),
+        scheme=scheme,
+        layout=layout,
         source=theirs,
         source_config=source_config,
         source_commit=source.commit if source else None,
@@ -164,14 +167,26 @@ def _as_snapshot(place: Place) -> Snapshot:
     return Snapshot(model_id="checkpoint", commit="local-checkpoint", files=files, root=str(place.root))
 
 
-def _ask_vllm(folder: Path) -> tuple[Mismatch, ...] | None:
-    """What vLLM's loader disagrees with; None where vLLM is not installed."""
+def _ask_vllm(subject: Subject) -> tuple[Mismatch, ...] | None:
+    """What vLLM's loader disagrees with; None where it cannot be asked, which is said."""
     from fp8pipe.validate.oracle import is_available, parity
 
+    folder, reason = subject.shelf.place.root, ""
     if not is_available():
-        log.warning("vLLM is not installed here: its own loader was not asked")
-        return None
-    return parity(folder)
+        reason = "vLLM is not installed here"
+    elif folder is None:
+        reason = "it reads a folder, and this checkpoint is on the Hub: download it first (--depth values)"
+    elif subject.config is None:
+        reason = f"{config_room.CONFIG}: {subject.config_problem} (C1)"
+    elif broken := sorted(UNREADABLE & subject.shelf.faults.keys()):
+        reason = f"there is no whole set of weight files ({', '.join(broken)})"
+    else:
+        try:
+            return parity(folder, subject.shelf.tensors)
+        except EngineFailed as error:
+            reason = str(error)
+    log.warning("vLLM's own loader gave no answer, R1 did not run: %s", reason)
+    return None
 
 
 def _read_object(shelf: Shelf, name: str) -> tuple[dict[str, Any] | None, str | None]:

@@ -18,6 +18,7 @@ from fp8pipe.validate.scheme import (
     MODELOPT_ALGORITHMS,
     Spec,
     format_of,
+    fused_names,
     ignored_layers,
     is_attention_group,
     is_block,
@@ -276,12 +277,13 @@ def _unmatched(subject: Subject) -> Iterator[Fault]:
     assert subject.scheme is not None and subject.layout is not None
     modules, patterns = subject.layout.modules, subject.scheme.patterns
     matched = {entry for module in modules for entry in patterns.matching(module)} | patterns.refused.keys()
+    known = {*modules, *(fused for module in modules for fused in fused_names(module))}  # vLLM looks for both
     kin = set() if subject.layout.from_record else {(layer_of(f"{m}."), split_name(m)[1]) for m in modules}
     for entry in subject.scheme.ignore:
         is_readable = not entry.startswith("re:") or subject.scheme.method != "fp8"
         if (layer_of(f"{entry}."), split_name(entry)[1]) in kin:
             continue  # transformers' name of a module of that layer, perhaps
-        if is_readable and entry not in modules and entry not in matched and not entry.endswith("lm_head"):
+        if is_readable and entry not in known and entry not in matched and not entry.endswith("lm_head"):
             found = clip(entry)
             yield Fault("an entry that matches a module", found, file=subject.quantization_file, severity="warning")
 

@@ -8,19 +8,33 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from fp8pipe.checkpoint import TensorInfo
 from fp8pipe.validate.findings import Fault, check
-from fp8pipe.validate.layout import KV_SCALES, SCALES, UNWANTED, WEIGHTS, Layout, expert_of, layer_of, split_name
-from fp8pipe.validate.scheme import Scheme
+from fp8pipe.validate.layout import (
+    KV_SCALES,
+    SCALES,
+    UNWANTED,
+    WEIGHTS,
+    Layout,
+    expert_of,
+    is_beside_decoder,
+    layer_of,
+    place_in_decoder,
+    split_name,
+    unquantized_names,
+)
+from fp8pipe.validate.scheme import Scheme, quantization_config
 
 if TYPE_CHECKING:
     from fp8pipe.validate.subject import Subject
 
 FLOATS = {"BF16", "F16", "F32", "F64"}
+SOURCE_SCALES = ("weight_scale_inv", "weight_scale")
+"""Leaf names of an FP8 source's scales."""
 ALIASES = {
     "weight_scale": ("weight_scale_inv",),
     "weight_scale_inv": ("weight_scale",),
@@ -36,6 +50,19 @@ KEEP_THEIR_ROUTERS = frozenset((
 ))  # fmt: skip
 """Model types whose router is never quantized, by vLLM 0.32 or by transformers' fp8 method, whatever config.json says;
 DeepSeek-V3 is published without an ignore list."""
+_EMBEDDING = re.compile(
+    r"(^|\.)(embed|embed_tokens|embed_in|embeddings?|tok_embeddings|word_embeddings|wte|shared)\.weight$"
+)
+"""The embedding of tokens, by the names that released models give it."""
+_NO_PARAMETER = re.compile(r"scale|zero|inv_freq")
+"""Leaf names of what not every layer of a kind has: scales, which unknown formats spell otherwise, and buffers."""
+_LEFT_BY_MODELOPT = re.compile("vision_tower|vision_model|vit_large_projector")
+"""Towers that vLLM never quantizes under this method, whatever is excluded."""
+_EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
+MIN_SIBLINGS = 2
+"""Layers of one kind that say what another of that kind lacks."""
+MAX_LAYERS = 512
+"""Of more, which no model has, none is held against the others: the time would grow with their square."""
 
 
 def _parts(subject: Subject) -> Layout:
@@ -48,28 +75,77 @@ def _parts(subject: Subject) -> Layout:
 
 @check(
     "K1",
-    "Every tensor of the source (without one: of the architecture) is there.",
+    "Every tensor of the source is there; without one, of the architecture record, and what all other decoder layers "
+    "of a kind have.",
     consequence="vLLM leaves the weight uninitialised, without a word",
     remedy="quantize again from the complete source",
 )
 def nothing_is_missing(subject: Subject) -> Iterator[Fault]:
     if subject.layout is None:
         return
-    for name in sorted(_required(subject)):
-        if not _is_stored(subject, name) and not subject.is_counted_expert(split_name(name)[0]):
+    missing = {name for name in _required(subject) if not _is_stored(subject, name)}
+    for name in sorted(missing):
+        if not subject.is_counted_expert(split_name(name)[0]):
             yield Fault("the tensor", "missing", tensor=name)
+    for name in sorted(_lacking_beside_siblings(subject) - missing):
+        yield Fault("the tensor, as in the other layers of this kind", "missing", tensor=name)
 
 
 def _required(subject: Subject) -> Iterable[str]:
     layout = _parts(subject)
+    dropped = {"lm_head.weight"} if layout.tied else set()
+    split = {piece.tensor for piece in layout.pieces.values()}
     if subject.source is not None:
-        dropped = {"lm_head.weight"} if layout.tied else set()
-        split = {piece.tensor for piece in layout.pieces.values()}
         whole = (name for name in subject.source.tensors if name not in split or name in subject.shelf.tensors)
         return (name for name in whole if name not in dropped and not is_scale(name))
-    if subject.shelf.blind or any(name.endswith("embed_tokens.weight") for name in layout.names):
+    if subject.shelf.blind:
+        return ()
+    if layout.from_record:
+        return layout.required - split - dropped
+    if any(_EMBEDDING.search(name) for name in layout.names):
         return ()
     return ("model.embed_tokens.weight",)  # known of every decoder, whatever else is not
+
+
+def _lacking_beside_siblings(subject: Subject) -> set[str]:
+    """Tensors that a decoder layer lacks and all others of its kind have; nothing where the source tells.
+
+    A layer's kind is what it holds: hybrid models mix several. One that is unlike all others, and would be like at
+    least two of them with a few tensors more, lacks those. The first and the last layer may do without a norm that
+    stands beside them, as in ModernBERT; models that were pruned block by block are not judged.
+    """
+    pruned = (subject.config or {}).get("block_configs") is not None
+    if subject.source is not None or subject.shelf.blind or subject.shelf.lost or pruned:
+        return set()
+    layers = _held_by_layer(subject)
+    if len(layers) > MAX_LAYERS:
+        return set()
+    kinds = Counter((stack, frozenset(held)) for (stack, _), held in layers.items())
+    common = [(stack, kind) for (stack, kind), count in kinds.items() if count >= MIN_SIBLINGS]
+    last = dict(sorted(layers))
+    found = set[str]()
+    for (stack, layer), held in layers.items():
+        if kinds[stack, frozenset(held)] > 1:
+            continue
+        fuller = [kind for other, kind in common if other == stack and held < kind]
+        lacking = min((kind - held for kind in fuller), key=len, default=frozenset[str]())
+        if layer in (0, last[stack]):
+            parts = {name.partition(".")[0] for name in held}
+            lacking = {name for name in lacking if name.partition(".")[0] in parts}
+        found |= {f"{stack}{layer}.{name}" for name in lacking}
+    return found
+
+
+def _held_by_layer(subject: Subject) -> dict[tuple[str, int], set[str]]:
+    """(name up to the number, number) of each decoder layer -> names within it, those of all experts as one."""
+    behind = _parts(subject).num_layers
+    layers: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for name in unquantized_names(subject.shelf.tensors):
+        place = place_in_decoder(name)
+        if place is not None and not _NO_PARAMETER.search(split_name(name)[1]):
+            stack = name.removesuffix(f"{place[0]}.{place[1]}")
+            layers[stack, place[0]].add(_EXPERT_NUMBER.sub(".experts.*.", f".{place[1]}")[1:])
+    return {at: held for at, held in layers.items() if behind is None or at[1] < behind}
 
 
 def is_scale(name: str) -> bool:
@@ -184,7 +260,21 @@ def scales_have_their_weight(subject: Subject) -> Iterator[Fault]:
 
 def is_of_source(subject: Subject, name: str) -> bool:
     """An unquantized model may have parameters of such names itself; then they are in the source."""
-    return subject.source is not None and name in subject.source.tensors
+    return subject.source is not None and name in subject.source.tensors and not is_source_quantized(subject)
+
+
+def is_source_quantized(subject: Subject) -> bool:
+    """The source has a quantization_config of its own: its scales are not the model's."""
+    return subject.source_config is not None and quantization_config(subject.source_config) is not None
+
+
+def source_scale(subject: Subject, name: str) -> TensorInfo | None:
+    """The scales of an FP8 weight of the source, with which its values are known; None for all other tensors."""
+    theirs = subject.source.tensors if subject.source else {}
+    module, leaf = split_name(name)
+    if leaf != "weight" or name not in theirs or theirs[name].dtype != "F8_E4M3" or len(theirs[name].shape) != 2:
+        return None
+    return next((found for one in SOURCE_SCALES if (found := theirs.get(f"{module}.{one}"))), None)
 
 
 def _instead_of(leaf: str, expected: tuple[str, ...]) -> str:
@@ -201,7 +291,8 @@ def _is_quantized_on_disk(subject: Subject, module: str) -> bool:
 
 @check(
     "K4",
-    "Nothing is quantized that is no Linear or expert: embeddings, routers, norms, convolutions, lm_head unless named.",
+    "Nothing is quantized that is no weight of a Linear or expert: embeddings, routers, norms, convolutions, biases, "
+    "lm_head unless named.",
     needs=("scheme",),
     consequence="vLLM has no FP8 form of it: it stops, or casts the codes and drops the scale",
     remedy="keep the tensor in the source's dtype",
@@ -211,11 +302,11 @@ def only_linears_are_quantized(subject: Subject) -> Iterator[Fault]:
     layout = _parts(subject)
     for name, entry in subject.shelf.tensors.items():
         module, leaf = split_name(name)
-        if leaf not in WEIGHTS or module in layout.is_quantizable or not _holds_codes(entry):
+        if not holds_codes(entry) or (leaf in WEIGHTS and module in layout.is_quantizable):
+            continue  # the second is K5's
+        if _same_in_source(subject, name) or (_is_head(subject, module) and subject.scheme.quantizes_head(module)):
             continue
-        if _same_in_source(subject, name) or subject.scheme.quantizes_head(module):
-            continue
-        if _is_surplus_expert(subject, name):
+        if _is_surplus_expert(subject, name) or _is_scaled_block(subject, entry):
             continue
         yield Fault("the source's dtype", entry.dtype, file=entry.shard, tensor=name)
     embedded = (module for module in layout.modules if re.search(r"(^|\.)embed_tokens$", module))
@@ -224,9 +315,24 @@ def only_linears_are_quantized(subject: Subject) -> Iterator[Fault]:
         yield Fault("targets that match Linears alone", f"a target matches {caught[0]}", file=file)
 
 
-def _holds_codes(entry: TensorInfo) -> bool:
-    """FP8, or packed FP4."""
-    return entry.dtype.startswith("F8_E") or entry.name.endswith(".weight_packed")
+def holds_codes(entry: TensorInfo) -> bool:
+    """FP8 or packed FP4 in what is no scale; the exponents' dtype only in place of a weight."""
+    leaf = split_name(entry.name)[1]
+    is_scale_of_block = leaf.endswith(("_scale", "_scale_inv", "_scale_2"))  # experts.gate_up_proj_scale_inv
+    if is_scale_of_block or leaf in (*SCALES, *KV_SCALES, *UNWANTED):
+        return False
+    is_code = entry.dtype.startswith("F8_E") and (leaf in WEIGHTS or entry.dtype != "F8_E8M0")
+    return is_code or leaf == "weight_packed"
+
+
+def _is_head(subject: Subject, module: str) -> bool:
+    return module.endswith("lm_head") or f"{module}.weight" in _parts(subject).heads
+
+
+def _is_scaled_block(subject: Subject, entry: TensorInfo) -> bool:
+    """All experts of a layer in one tensor with its scales beside it: a form that vLLM loads too."""
+    scales = (f"{entry.name}_{leaf}" for leaf in ("scale", "scale_inv"))
+    return len(entry.shape) == 3 and any(name in subject.shelf.tensors for name in scales)
 
 
 def _is_surplus_expert(subject: Subject, name: str) -> bool:
@@ -251,17 +357,67 @@ def _same_in_source(subject: Subject, name: str) -> bool:
 )
 def dtypes_follow_the_config(subject: Subject) -> Iterator[Fault]:
     assert subject.scheme is not None
+    left: list[TensorInfo] = []
     for module in _parts(subject).quantizable:
         entry, spec = subject.weight(module), subject.specs.get(module)
         if entry is None:
             continue
-        if spec is not None and entry.dtype in FLOATS:
+        if spec is not None and entry.dtype in FLOATS and module in _parts(subject).optional:
+            if layer_of(f"{module}.") is not None:  # vLLM keeps what joins these layers unquantized in some formats
+                left.append(entry)
+        elif spec is not None and entry.dtype in FLOATS and module in _parts(subject).towers:
+            yield from _unquantized_tower(subject, module, entry)
+        elif spec is not None and entry.dtype in FLOATS:
             expected = f"{spec.format.codes.dtype}, as {subject.quantization_file} says"
             yield Fault(expected, entry.dtype, entry.shard, entry.name)
         elif spec is not None and not entry.name.endswith(f".{spec.weight}"):
             yield Fault(f"the name {spec.weight}", split_name(entry.name)[1], entry.shard, entry.name)
-        elif spec is None and _holds_codes(entry) and not _same_in_source(subject, entry.name):
+        elif spec is None and holds_codes(entry) and not _same_in_source(subject, entry.name):
             yield Fault("the source's dtype in an ignored module", entry.dtype, entry.shard, entry.name)
+    if left:
+        yield Fault(
+            "layers that predict a second token in the ignore list, or quantized",
+            f"{len(left)} weights of {left[0].dtype}, and no entry that matches them",
+            left[0].shard,
+            left[0].name,
+            severity="warning",
+            consequence="none as long as vLLM does not speculate; with these layers as its draft it reads them as FP8 "
+            "without a scale, and no draft is accepted",
+            remedy="name these layers in ignore",
+        )
+
+
+def _unquantized_tower(subject: Subject, module: str, entry: TensorInfo) -> Iterator[Fault]:
+    """A Linear of a tower that the config says is quantized and is not."""
+    assert subject.scheme is not None
+    is_left_by_vllm = subject.scheme.method == "modelopt" and _LEFT_BY_MODELOPT.search(module)
+    if is_left_by_vllm or _is_ignored_otherwise(subject.scheme, module):
+        return
+    yield Fault(
+        "a tower in the ignore list, or quantized",
+        f"{entry.dtype}, and no entry that matches it",
+        entry.shard,
+        entry.name,
+        severity="error" if subject.scheme.method == "compressed-tensors" else "warning",
+        consequence="vLLM builds it as an FP8 layer where its class hands the tower the config (Qwen-VL, SigLIP, "
+        "Pixtral): it reads this weight as FP8 with scale -3.4e38, without a word",
+        remedy="name the tower's Linears in ignore (re:.*visual.*, re:.*vision_tower.*, re:.*projector.*)",
+    )
+
+
+def _is_ignored_otherwise(scheme: Scheme, module: str) -> bool:
+    """Ignored under another name of the same module: those on disk, of transformers and of vLLM differ in towers."""
+    plain = module.removeprefix("model.")
+    spelled = {name.replace(".vision_model.", ".") for name in (plain, f"model.{plain}")} | {plain, f"model.{plain}"}
+    if any(scheme.ignores(name) for name in spelled):
+        return True
+    return any(_kin(entry) == _kin(module) for entry in scheme.ignore if is_beside_decoder(entry))
+
+
+def _kin(module: str) -> tuple[str, ...]:
+    """First number in a name, and its last two parts."""
+    numbers = re.findall(r"\.(\d+)\.", module)
+    return (*numbers[:1], *module.split(".")[-2:])
 
 
 # ---------------------------------------------------------------------------------------------- counted things
@@ -283,12 +439,11 @@ def _layer_gaps(subject: Subject) -> Iterator[Fault]:
     layout = _parts(subject)
     if layout.num_layers is None or subject.shelf.blind or subject.shelf.lost:
         return
-    found = {layer for name in subject.shelf.tensors if (layer := layer_of(name)) is not None}
-    source = subject.source.tensors if subject.source else {}
-    known = {layer for name in source if (layer := layer_of(name)) is not None}
+    found = _decoder_layers(subject.shelf.tensors)
+    known = _decoder_layers(subject.source.tensors if subject.source else ())
     if missing := sorted(set(range(layout.num_layers)) - found - (known and set(range(layout.num_layers)))):
         yield Fault(f"layers 0 to {layout.num_layers - 1}", f"layer {missing[0]} has no tensor")
-    extra = sorted(found - set(range(layout.num_layers)) - known)
+    extra = sorted(found - set(range(layout.num_layers + layout.num_predictors)) - known)
     for layer in extra if not known else ():
         yield Fault(
             f"layers 0 to {layout.num_layers - 1}",
@@ -297,12 +452,16 @@ def _layer_gaps(subject: Subject) -> Iterator[Fault]:
         )
 
 
+def _decoder_layers(names: Iterable[str]) -> set[int]:
+    return {place[0] for name in names if (place := place_in_decoder(name)) is not None}
+
+
 def _expert_gaps(subject: Subject) -> Iterator[Fault]:
     layout = _parts(subject)
     if layout.num_experts is None:
         return
     blocks: dict[str, set[str]] = defaultdict(set)
-    for name in layout.names | subject.shelf.tensors.keys():
+    for name in layout.names | layout.required | subject.shelf.tensors.keys():
         if place := expert_of(split_name(name)[0]):
             blocks[place[0]].add(place[2])
     surplus = _surplus_experts(subject, layout.num_experts)
@@ -378,7 +537,8 @@ def head_follows_tying(subject: Subject) -> Iterator[Fault]:
         file = tensors["lm_head.weight"].shard
         yield Fault("no lm_head in a tied model", "one", file, "lm_head.weight", "warning", "vLLM unties the model")
     stored = any(subject.shelf.has(name) for name in layout.heads)
-    if not layout.tied and not stored and _head_expected(subject) and not source_has_head:
+    is_required = source_has_head or not layout.required.isdisjoint(layout.heads)  # then K1 speaks of it
+    if not layout.tied and not stored and _head_expected(subject) and not is_required:
         yield Fault("lm_head.weight in an untied model", "missing", tensor="lm_head.weight")
 
 
@@ -396,7 +556,9 @@ def _head_expected(subject: Subject) -> bool:
     remedy="shorten the ignore list, if this was not meant",
 )
 def most_is_quantized(subject: Subject) -> Iterator[Fault]:
-    weights = {m: entry for m in _parts(subject).quantizable if (entry := subject.weight(m)) is not None}
+    layout = _parts(subject)
+    counted = layout.is_quantizable - layout.optional - layout.towers
+    weights = {m: entry for m in sorted(counted) if (entry := subject.weight(m)) is not None}
     packing = {module: spec.format.codes.per_byte for module, spec in subject.specs.items()}
     sizes = {module: math.prod(entry.shape) * packing.get(module, 1) for module, entry in weights.items()}
     total, done = sum(sizes.values()), sum(size for module, size in sizes.items() if module in subject.specs)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from fp8pipe.validate.coverage import is_of_source
 from fp8pipe.validate.findings import Fault, check
-from fp8pipe.validate.layout import KV_SCALES, Layout, split_name
+from fp8pipe.validate.layout import KV_SCALES, Layout, attention_of, split_name
 
 if TYPE_CHECKING:
     from fp8pipe.validate.subject import Subject
@@ -64,7 +64,8 @@ def _missing_kv(subject: Subject, present: dict[str, str]) -> Iterator[Fault]:
 
 def _misplaced_kv(subject: Subject, present: dict[str, str]) -> Iterator[Fault]:
     assert subject.scheme is not None
-    attention = set(_layout(subject).attention)
+    layout = _layout(subject)
+    attention = {*layout.attention, *filter(None, map(attention_of, layout.optional))}
     for name, module in present.items():
         file = subject.shelf.tensors[name].shard
         if module not in attention:

@@ -11,22 +11,16 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from fp8pipe.architecture.rules import FUSED
 from fp8pipe.checkpoint import TensorInfo
+from fp8pipe.plan.choose import experts_holder
 
 if TYPE_CHECKING:
     from fp8pipe.architecture import Architecture, ExpertLayout
-
-FUSED_BY_VLLM = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-)
-"""Sibling projections that vLLM loads into one parameter."""
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 """The output head on disk, where no record names it: GPT-NeoX has the second."""
@@ -47,14 +41,22 @@ WEIGHTS = ("weight", "weight_packed")
 """Leaf names of the weight itself."""
 
 _STAYS = re.compile(
-    r"(^|\.)(embed\w*|wte|wpe|shared|lm_head|score|classifier|\w*norm\w*|\w*router\w*|gate|shared_expert_gate|conv\w*|"
-    r"in_proj_ba|in_proj_a|in_proj_b|x_proj|dt_proj|weights_proj|patch_embed\w*|rel\w*|visual|vision\w*|\w*projector|mtp)(\.|$)"
+    r"(^|\.)(embed\w*|wte|wpe|shared|lm_head|score|classifier|(?!norm_attn_norm\.)\w*norm\w*|\w*router\w*|gate|shared_expert_gate|conv\w*|"
+    r"in_proj_ba|in_proj_a|in_proj_b|x_proj|dt_proj|weights_proj|patch_embed\w*|rel\w*|eh_proj|shared_head)(\.|$)"
 )
 """Parts of a module name that mean: not an FP8 Linear in vLLM."""
+_TOWER = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|speech\w*|sam_model|\w*projector)(\.|$)")
+"""Parts that mean: beside the text decoder, with layers of its own."""
+_PREDICTOR = re.compile(r"(^|\.)mtp(\.|$)")
+"""Layers that predict a second token, where they are not counted on from the decoder's."""
+_NUMBERED = re.compile(r"\.\d+\.")
 _ROUTER = re.compile(r"\.(gate|\w*router\w*|shared_expert_gate)$")
-_LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(^|\.)(?:layers|transformer\.(?:h|blocks))\.(\d+)\.")
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)$")
-_ATTENTION = re.compile(r"^(.*\.(?:self_attn|attn|attention|self_attention))\.[kv]_proj$")
+_ATTENTION = re.compile(
+    r"^(.*\.(?:self_attn|attn|attention|self_attention|mixer))\."
+    r"(?:[kv]_proj|qkv_proj|query_key_value|W?qkv|wqkv|W_pack|c_attn)$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,10 @@ class Layout:
     """Every tensor of the unquantized model, as far as known."""
     quantizable: tuple[str, ...]
     """Modules whose weight vLLM quantizes unless ignored: Linears and experts, without lm_head."""
+    optional: frozenset[str]
+    """Of them, those of layers that predict a second token: most tools leave them as they are."""
+    towers: frozenset[str]
+    """Of them, those beside the text decoder: not every class of vLLM's hands its towers the quantization config."""
     fused: tuple[tuple[str, ...], ...]
     """Groups that vLLM loads into one parameter."""
     routers: frozenset[str]
@@ -90,6 +96,8 @@ class Layout:
     tied: bool | None
     """lm_head shares the embedding's weight; None where the config leaves it to the model class."""
     num_layers: int | None
+    num_predictors: int
+    """Layers numbered on from the decoder's, that predict a second token."""
     num_experts: int | None
     from_record: bool
     """From the architecture record, not from names and shapes."""
@@ -99,6 +107,10 @@ class Layout:
     """Modules whose weight is a part of a larger tensor of the source: experts in three dimensions."""
     heads: tuple[str, ...] = HEADS
     """Names that the output head's weight may have on disk."""
+    required: frozenset[str] = frozenset()
+    """Tensors that the record says every checkpoint of this model has, under their unquantized names."""
+    kv_heads: Mapping[str, int] = field(default_factory=dict)
+    """Attention module -> heads that it caches, where the record says so."""
 
     @cached_property
     def modules(self) -> frozenset[str]:
@@ -126,18 +138,26 @@ def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any])
     """What names and shapes tell, from the source's headers or, without them, the checkpoint's own."""
     names = frozenset(name for name in tensors if not _is_companion(name))
     modules = {module for module in map(_module_of_weight, names) if module}
-    linears = tuple(sorted(module for module in modules if _looks_linear(module, tensors)))
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     assert isinstance(text, dict)
+    num_layers = _count(text, "num_hidden_layers", "n_layer")
+    matrices = {module for module in modules if _is_matrix(module, tensors) and not _STAYS.search(module)}
+    towers = frozenset(module for module in matrices if _is_in_tower(module))
+    optional = frozenset(module for module in matrices - towers if is_in_predictor(module, num_layers))
+    decoder = {module for module in matrices - towers - optional if layer_of(f"{module}.") is not None}
+    linears = tuple(sorted(decoder | optional | towers))
     return Layout(
         names=names,
         quantizable=linears,
+        optional=optional,
+        towers=towers,
         fused=tuple(_fused_groups(linears)),
         routers=frozenset(module for module in modules if _ROUTER.search(module)),
-        attention=tuple(sorted({match[1] for match in map(_ATTENTION.match, linears) if match})),
+        attention=tuple(sorted({place for place in map(attention_of, decoder) if place})),
         tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings")),
-        num_layers=_count(text, "num_hidden_layers", "n_layer"),
-        num_experts=_count(text, "num_experts", "num_local_experts", "n_routed_experts"),
+        num_layers=num_layers,
+        num_predictors=_count(text, "num_nextn_predict_layers") or 0,
+        num_experts=_count(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
         from_record=False,
         other_names=frozenset(),
         pieces={},
@@ -147,9 +167,11 @@ def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any])
 def layout_from_architecture(
     architecture: Architecture, tensors: Mapping[str, TensorInfo], config: dict[str, Any]
 ) -> Layout:
-    """What the architecture record knows, `tensors` being the source's."""
+    """What the architecture record knows, `tensors` being the source's; without one, the checkpoint's own."""
     linears, routers = [], []
     pieces: dict[str, Piece] = {}
+    by_names = layout_from_names(tensors, config)
+    optional, towers, required = set[str](), set[str](), set[str]()
     for name, role in architecture.tensors.items():
         module = _module_of_weight(name)
         if role.kind in {"linear", "expert"} and module:
@@ -157,28 +179,43 @@ def layout_from_architecture(
         elif role.kind in {"router", "gate"} and module:
             routers.append(module)
         elif role.kind == "fused_experts" and role.layout and name in tensors and len(tensors[name].shape) == 3:
-            pieces |= _pieces(tensors[name], role.layout)
+            pieces |= _pieces(tensors[name], experts_holder(name, role), role.layout)
+        elif role.kind == "fused_experts" and role.layout and name not in tensors:
+            holder = experts_holder(name, role)  # split already: the source is not at hand
+            linears.extend(one for one in by_names.quantizable if (place := expert_of(one)) and place[0] == holder)
+            required |= {f"{holder}.0.{projection}.weight" for projection in role.layout.projections}
+            continue
+        elif role.kind == "unused" and module and module in by_names.optional:
+            optional.add(module)
+        elif role.kind == "outside" and module and module in by_names.towers:
+            towers.add(module)
+        if role.kind != "unused" and not _is_companion(name):
+            required.add(name)
     linears.extend(pieces)
-    by_names = layout_from_names(tensors, config)
+    linears.extend(optional | towers)
     return Layout(
         names=frozenset(architecture.tensors),
         quantizable=tuple(sorted(linears)),
+        optional=frozenset(optional),
+        towers=frozenset(towers),
         fused=tuple(_fused_groups(linears)),
         routers=frozenset(routers),
         attention=tuple(layer.name for layer in architecture.attention if not layer.mla),
         tied=architecture.tied_embeddings,
         heads=tuple(name for name, role in architecture.tensors.items() if role.kind == "lm_head") or HEADS,
         num_layers=architecture.num_layers,
+        num_predictors=by_names.num_predictors,
         num_experts=by_names.num_experts,
         from_record=True,
         other_names=frozenset(role.module for role in architecture.tensors.values() if role.module),
         pieces=pieces,
+        required=frozenset(required),
+        kv_heads={layer.name: layer.num_kv_heads for layer in architecture.attention},
     )
 
 
-def _pieces(tensor: TensorInfo, layout: ExpertLayout) -> dict[str, Piece]:
-    """Per-expert modules of a 3-D tensor, as vLLM's loaders name them on disk."""
-    parent = tensor.name.removesuffix(".weight").rpartition(".")[0]
+def _pieces(tensor: TensorInfo, parent: str, layout: ExpertLayout) -> dict[str, Piece]:
+    """Per-expert modules of a 3-D tensor, below `parent`, as vLLM's loaders name them on disk."""
     count, rows, columns = tensor.shape
     if layout.transposed:
         rows, columns = columns, rows
@@ -199,9 +236,28 @@ def expert_of(module: str) -> tuple[str, int, str] | None:
 
 
 def layer_of(name: str) -> int | None:
-    """Index of the decoder layer in a name."""
+    """Index of the layer in a name, of whichever stack."""
     match = _LAYER.search(name)
     return int(match[2]) if match and len(match[2]) < 8 else None
+
+
+def place_in_decoder(name: str) -> tuple[int, str] | None:
+    """(index of the decoder's layer, name within the layer); None for what lies elsewhere."""
+    match = _LAYER.search(name)
+    if match is None or len(match[2]) >= 8 or is_beside_decoder(name) or _PREDICTOR.search(name):
+        return None
+    return int(match[2]), name[match.end() :]
+
+
+def is_beside_decoder(name: str) -> bool:
+    """A name in a tower, or in the projector behind it."""
+    return _TOWER.search(name) is not None
+
+
+def attention_of(module: str) -> str | None:
+    """The attention module that a projection of keys or values belongs to."""
+    match = _ATTENTION.match(module)
+    return match[1] if match else None
 
 
 def unquantized_names(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -232,9 +288,23 @@ def _module_of_weight(name: str) -> str | None:
     return module if module and leaf in WEIGHTS else None
 
 
-def _looks_linear(module: str, tensors: Mapping[str, TensorInfo]) -> bool:
+def _is_matrix(module: str, tensors: Mapping[str, TensorInfo]) -> bool:
     weight = next(found for leaf in WEIGHTS if (found := tensors.get(f"{module}.{leaf}")))
-    return len(weight.shape) == 2 and layer_of(module + ".") is not None and not _STAYS.search(module)
+    return len(weight.shape) == 2
+
+
+def _is_in_tower(module: str) -> bool:
+    """A Linear of a tower's layers, or of the projector behind it; what is not numbered may be looked up instead."""
+    match = _TOWER.search(module)
+    is_projector = match is not None and match[2].endswith("projector")
+    return match is not None and "embed" not in module and (is_projector or _NUMBERED.search(f"{module}.") is not None)
+
+
+def is_in_predictor(module: str, num_layers: int | None) -> bool:
+    """Whether a module lies in the layers that predict a second token: behind the decoder's, or under `mtp`."""
+    layer = layer_of(f"{module}.")
+    is_behind = num_layers is not None and layer is not None and layer >= num_layers
+    return is_behind or _PREDICTOR.search(module) is not None
 
 
 def _fused_groups(modules: Iterable[str]) -> Iterable[tuple[str, ...]]:
@@ -243,7 +313,8 @@ def _fused_groups(modules: Iterable[str]) -> Iterable[tuple[str, ...]]:
         parent, _, leaf = module.rpartition(".")
         siblings[parent].add(leaf)
     for parent, leaves in sorted(siblings.items()):
-        yield from (tuple(f"{parent}.{leaf}" for leaf in group) for group in FUSED_BY_VLLM if set(group) <= leaves)
+        groups = (tuple(f"{parent}.{leaf}" for leaf in group if leaf in leaves) for group in FUSED)
+        yield from (group for group in groups if len(group) > 1)
 
 
 def _count(config: dict[str, Any], *keys: str) -> int | None:

@@ -8,7 +8,7 @@ first places, never arrays of its size: memory is bounded by tiles and the units
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,9 +23,10 @@ import torch
 
 from fp8pipe.checkpoint import ITEM_BYTES, SourceFiles, TensorInfo
 from fp8pipe.progress import Progress, ProgressEvent
-from fp8pipe.validate.compare import TILE, Comparison
+from fp8pipe.validate.compare import KINDS, TILE, Comparison
+from fp8pipe.validate.coverage import FLOATS, source_scale
 from fp8pipe.validate.layout import KV_SCALES, Piece, split_name
-from fp8pipe.validate.scheme import Spec
+from fp8pipe.validate.scheme import Spec, is_block, quantization_config
 from fp8pipe.validate.shapes import FLOAT_SCALES
 from fp8pipe.validate.shelf import Shelf
 from fp8pipe.validate.units import FLOAT_BITS, Array, is_coarse, magnitudes, scale_values, unit_rows, unit_tops, unpack
@@ -108,6 +109,8 @@ class Measured:
     """Quantized weights against the source."""
     altered: dict[str, int] = field(default_factory=dict)
     """Tensors that should equal the source, with the byte offset of the first difference."""
+    uncompared: dict[str, str] = field(default_factory=dict)
+    """Quantized weights that nothing in the source was held against, with the source's dtype."""
     bytes_read: int = 0
 
     def in_order_of(self, entries: Iterable[TensorInfo]) -> Measured:
@@ -118,6 +121,7 @@ class Measured:
             _sorted(self.scales, place),
             _sorted(self.comparisons, place),
             _sorted(self.altered, place),
+            _sorted(self.uncompared, place),
             self.bytes_read,
         )
 
@@ -210,8 +214,11 @@ class Reader:
         scale = self._scale_of(module, spec, shape)
         twin = self._twin(module, shape)
         comparison = None
-        if scale is not None and twin is not None:
-            comparison = Comparison(entry, twin.info.dtype, spec, shape)
+        is_copy = isinstance(twin, _Dequantized) and scale is not None and scale.equal(twin.scales)
+        if scale is not None and twin is not None and not is_copy:
+            comparison = Comparison(entry, twin.dtype, spec, shape)
+        elif twin is None and self._theirs is not None:
+            self._note_uncompared(entry, module)
         seen = Magnitudes(entry, spec)
         sign = 8 if spec.format.codes.per_byte == 2 else 0x80
         tops: list[torch.Tensor] = []
@@ -225,6 +232,8 @@ class Reader:
             tops.append(part) if spec.strategy == "tensor" else _note_units(seen, part, units)
             if comparison is not None and twin is not None and units is not None:
                 comparison.add(row, tile, twin.rows(row, len(codes)), units)
+            elif is_copy and isinstance(twin, _Dequantized):
+                self._note_altered(entry, row * shape[1], codes.reshape(-1), twin.codes(row, len(codes)))
         if spec.strategy == "tensor" and tops:
             _note_units(seen, torch.stack(tops).amax(0), scale.rows(0, 1) if scale is not None else None)
         self.measured.tensors[entry.name] = seen
@@ -288,36 +297,72 @@ class Reader:
     # ------------------------------------------------------------------------------------------ all others
 
     def _read_other(self, entry: TensorInfo) -> None:
-        twin = None
-        if self._theirs is not None and self.subject.source is not None:
-            twin = self.subject.source.tensors.get(entry.name)
-            is_quantized = split_name(entry.name)[0] in self.subject.specs and entry.name.endswith(".weight")
-            if twin is not None and (is_quantized or (twin.dtype, twin.shape) != (entry.dtype, entry.shape)):
-                twin = None  # K5's, S2's or S4's
+        expected = self._expected(entry)
         is_float = entry.dtype in FLOAT_BITS
         seen = Magnitudes(entry, None)
-        for offset in range(0, entry.nbytes, TILE_BYTES) if is_float or twin is not None else ():
+        for offset in range(0, entry.nbytes, TILE_BYTES) if is_float or expected is not None else ():
             size = min(TILE_BYTES, entry.nbytes - offset)
             tile = self._piece(self._ours, entry, offset, size)
-            if twin is not None and entry.name not in self.measured.altered:
-                other = self._piece(self._source(), twin, offset, size)
-                if not np.array_equal(tile, other):
-                    self.measured.altered[entry.name] = offset + int(np.flatnonzero(tile != other)[0])
+            if expected is not None and entry.name not in self.measured.altered:
+                self._note_altered(entry, offset, tile, expected(offset, size))
             if is_float:
                 _note_floats(seen, magnitudes(tile, entry.dtype), offset // ITEM_BYTES[entry.dtype])
         if is_float and entry.nbytes:
             self.measured.tensors[entry.name] = seen
 
+    def _expected(self, entry: TensorInfo) -> Callable[[int, int], Array] | None:
+        """What the tensor's bytes (offset, size) must be; None where they are not known, or another check speaks."""
+        source, module = self.subject.source, split_name(entry.name)[0]
+        if self._theirs is None or source is None or (twin := source.tensors.get(entry.name)) is None:
+            return None
+        if twin.shape != entry.shape or (module in self.subject.specs and not self._is_left(entry)):
+            return None  # S2's or K5's
+        if twin.dtype == entry.dtype:
+            return partial(self.source, twin)
+        known = self._dequantized(twin) if entry.dtype in KINDS else None
+        return partial(known.cast, KINDS[entry.dtype]) if known is not None else None  # else S4's or K4's
+
+    def _is_left(self, entry: TensorInfo) -> bool:
+        """Floats where the config would have codes and need not."""
+        module, leaf = split_name(entry.name)
+        layout = self.subject.layout
+        is_free = layout is not None and (module in layout.optional or module in layout.towers)
+        return leaf != "weight" or (is_free and entry.dtype in FLOATS)
+
+    def _note_altered(self, entry: TensorInfo, begin: int, ours: Array, theirs: Array) -> None:
+        if entry.name not in self.measured.altered and not np.array_equal(ours, theirs):
+            self.measured.altered[entry.name] = begin + int(np.flatnonzero(ours != theirs)[0])
+
+    def _note_uncompared(self, entry: TensorInfo, module: str) -> None:
+        """Only what other checks do not speak of: S2 does of shapes, K8 of weights that the source does not have."""
+        source, shape = self.subject.source, self.subject.source_shape(module)
+        spec = self.subject.specs[module]
+        if source is not None and shape is not None and spec.stored(shape) == entry.shape:
+            layout = self.subject.layout
+            piece = layout.pieces.get(module) if layout else None
+            self.measured.uncompared[entry.name] = source.tensors[piece.tensor if piece else f"{module}.weight"].dtype
+
     # ------------------------------------------------------------------------------------------ bytes
 
-    def _twin(self, module: str, shape: tuple[int, int]) -> _Twin | None:
-        """The source's weight of a module, if it has the same shape and a dtype to quantize from."""
+    def _twin(self, module: str, shape: tuple[int, int]) -> _Twin | _Dequantized | None:
+        """The source's weight of a module, if it has the same shape and values that are known."""
         source, layout = self.subject.source, self.subject.layout
         if self._theirs is None or source is None or layout is None or self.subject.source_shape(module) != shape:
             return None
         piece = layout.pieces.get(module)
         info = source.tensors.get(piece.tensor if piece else f"{module}.weight")
-        return _Twin(self, info, piece) if info is not None and info.dtype in FLOAT_SCALES else None
+        if info is not None and info.dtype in FLOAT_SCALES:
+            return _Twin(self, info, piece)
+        return self._dequantized(info) if info is not None and piece is None else None
+
+    def _dequantized(self, info: TensorInfo) -> _Dequantized | None:
+        """An FP8 weight of the source with its scales; None when they are missing, or in a form that is not known."""
+        scale = source_scale(self.subject, info.name)
+        if scale is None or scale.dtype not in FLOAT_SCALES:
+            return None
+        block: Any = (quantization_config(self.subject.source_config or {}) or {}).get("weight_block_size")
+        units = _source_units(info, scale, (block[0], block[1]) if is_block(block) else None)
+        return _Dequantized(self, info, scale, *units) if units is not None else None
 
     def _source(self) -> SourceFiles:
         assert self._theirs is not None
@@ -356,6 +401,10 @@ class _Scales:
         self._held = self._held.reshape(self._grid)
         return bool(self._held.numel() and torch.isfinite(self._held).all() and (self._held > 0).all())
 
+    def equal(self, values: torch.Tensor) -> bool:
+        """Whether these are the multipliers, whatever their shape; never of groups."""
+        return self._held is not None and torch.equal(self._held.reshape(-1), values.reshape(-1))
+
     def rows(self, row: int, rows: int) -> torch.Tensor:
         """float32 multipliers of the units of these rows of the weight; groups that do not divide are NaN."""
         if self._held is not None:
@@ -372,6 +421,8 @@ class _Twin:
 
     def __init__(self, reader: Reader, info: TensorInfo, piece: Piece | None) -> None:
         self.info = info
+        self.dtype = info.dtype
+        """Of the bytes."""
         self._reader, self._piece = reader, piece
         self._item = ITEM_BYTES[info.dtype]
         self._panel: tuple[int, Array] | None = None
@@ -408,6 +459,55 @@ class _Twin:
             for row in range(piece.columns)
         ]
         return np.stack(runs).reshape(piece.columns, last - first, self._item)
+
+
+class _Dequantized:
+    """A weight [out, in] of a source that is FP8 itself, by rows: codes times scales, in float32."""
+
+    dtype = "F32"
+
+    def __init__(
+        self, reader: Reader, info: TensorInfo, scale: TensorInfo, grid: tuple[int, int], block: tuple[int, int]
+    ) -> None:
+        self._reader, self._info, self._block = reader, info, block
+        self.scales = scale_values(reader.source(scale, 0, scale.nbytes), scale.dtype).reshape(grid)
+
+    def codes(self, row: int, rows: int) -> Array:
+        """Bytes of these rows as they are stored, flat."""
+        width = self._info.shape[1]
+        return self._reader.source(self._info, row * width, rows * width)
+
+    def rows(self, row: int, rows: int) -> Array:
+        """Bytes of the float32 values of these rows, flat."""
+        return self._values(row, rows).view(torch.uint8).reshape(-1).numpy()
+
+    def cast(self, dtype: torch.dtype, offset: int, size: int) -> Array:
+        """Bytes from `offset` on of the whole weight in another dtype, as it is kept unquantized."""
+        run = self._info.shape[1] * dtype.itemsize
+        first, last = offset // run, -(-(offset + size) // run)
+        whole = self._values(first, last - first).to(dtype).view(torch.uint8).reshape(-1).numpy()
+        return whole[offset - first * run :][:size]
+
+    def _values(self, row: int, rows: int) -> torch.Tensor:
+        width = self._info.shape[1]
+        codes = torch.from_numpy(self.codes(row, rows)).view(torch.float8_e4m3fn).view(rows, width)
+        high, wide = self._block
+        units = self.scales[torch.arange(row, row + rows) // high]
+        return codes.float().mul_(units.repeat_interleave(wide, 1)[:, :width])
+
+
+def _source_units(
+    weight: TensorInfo, scale: TensorInfo, block: tuple[int, int] | None
+) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """(grid of units, rows and columns of one) of an FP8 weight [out, in]: a whole weight, a row, a block."""
+    rows, columns = weight.shape
+    if scale.shape in ((), (1,), (1, 1)):
+        return (1, 1), (max(1, rows), max(1, columns))
+    if scale.shape in ((rows,), (rows, 1)) and (block is None or columns > block[1]):
+        return (rows, 1), (1, max(1, columns))
+    if block is None or scale.shape != (grid := (-(-rows // block[0]), -(-columns // block[1]))):
+        return None
+    return grid, block
 
 
 # ---------------------------------------------------------------------------------------------- noting

@@ -14,12 +14,15 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fp8pipe.errors import EngineFailed
+
+if TYPE_CHECKING:
+    from fp8pipe.checkpoint import TensorInfo
 
 _START_S, _EACH_S = 300, 900
 """Time limits of the child: to start, and for each model."""
@@ -91,12 +94,9 @@ def ask_vllm(folders: Sequence[Path], *, follow: bool = True) -> dict[Path, Answ
     read, and the answer holds parameters alone. Raises EngineFailed when vLLM is not installed or does not start,
     MalformedCheckpoint for headers that are not sound.
     """
-    if not is_available():
-        raise EngineFailed("vLLM is not installed, so its model cannot be asked; install the cpu or gpu extra")
-    requests = [_request(folder, follow) for folder in folders]
-    with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:
-        lines = _run(requests, Path(name)) if requests else []
-    return {folder: _answer(line) for folder, line in zip(folders, lines, strict=True)}
+    _require_vllm()
+    requests = [_request(folder, _tensors(folder) if follow else {}) for folder in folders]
+    return dict(zip(folders, _ask(requests), strict=True))
 
 
 def vllm_parameters(folders: Sequence[Path]) -> dict[Path, tuple[Parameter, ...]]:
@@ -104,23 +104,55 @@ def vllm_parameters(folders: Sequence[Path]) -> dict[Path, tuple[Parameter, ...]
     return {folder: answer.parameters for folder, answer in ask_vllm(folders, follow=False).items()}
 
 
-def parity(folder: Path) -> tuple[Mismatch, ...]:
+def parity(folder: Path, tensors: Mapping[str, TensorInfo] | None = None) -> tuple[Mismatch, ...]:
     """Every disagreement between the checkpoint in `folder` and vLLM's model; empty means that each tensor lands whole
-    in a parameter of fitting dtype, and each parameter is filled."""
-    answer = ask_vllm([folder])[folder]
-    if answer.refusal:
-        return (Mismatch("refused", "", "", "a model that vLLM can build", answer.refusal),)
-    return answer.mismatches
+    in a parameter of fitting dtype, and each parameter is filled.
+
+    `tensors`: the checkpoint's, as far as its headers can be read. Without it they are read here, and those that are
+    not sound raise MalformedCheckpoint. Raises EngineFailed when vLLM is not installed, does not start, or is killed.
+    """
+    _require_vllm()
+    try:
+        answer = _ask([_request(folder, _tensors(folder) if tensors is None else tensors)])[0]
+    except _Ended as error:
+        return (_refused(error.words),)
+    return (_refused(answer.refusal),) if answer.refusal else answer.mismatches
+
+
+def _refused(words: str) -> Mismatch:
+    return Mismatch("refused", "", "", "a model that vLLM can build", words)
 
 
 # ---------------------------------------------------------------------------------------------- the child
 
 
-def _request(folder: Path, follow: bool) -> dict[str, Any]:
+class _Ended(EngineFailed):
+    """The child had started; an exception that nobody expects of vLLM ended it while it built a model."""
+
+    def __init__(self, message: str, words: str) -> None:
+        super().__init__(message)
+        self.words = words
+        """Of the exception."""
+
+
+def _require_vllm() -> None:
+    if not is_available():
+        raise EngineFailed("vLLM is not installed, so its model cannot be asked; install the cpu or gpu extra")
+
+
+def _tensors(folder: Path) -> Mapping[str, TensorInfo]:
     from fp8pipe.checkpoint import read_folder_headers
 
-    tensors = read_folder_headers(folder).tensors if follow else {}
+    return read_folder_headers(folder).tensors
+
+
+def _request(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
     return {"folder": str(folder.resolve()), "tensors": {t.name: [t.dtype, t.shape] for t in tensors.values()}}
+
+
+def _ask(requests: list[dict[str, Any]]) -> list[Answer]:
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:
+        return [_answer(line) for line in _run(requests, Path(name))] if requests else []
 
 
 def _run(requests: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
@@ -143,7 +175,10 @@ def _run(requests: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
     if child.returncode or len(lines) != len(requests):
         tail = log.read_text(errors="replace").strip().splitlines()[-5:]
         at = requests[min(len(lines), len(requests) - 1)]["folder"]
-        raise EngineFailed(f"{at}: vLLM ended while it built the model: {' | '.join(tail)}")
+        message = f"{at}: vLLM ended while it built the model: {' | '.join(tail)}"
+        if child.returncode > 0 and answers.exists() and tail:
+            raise _Ended(message, tail[-1])
+        raise EngineFailed(message)
     return [json.loads(line) for line in lines]
 
 

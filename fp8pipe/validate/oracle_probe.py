@@ -34,7 +34,7 @@ _FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 """Dtypes that vLLM may cast into one another without changing what the numbers mean."""
 
 FOREIGN = (
-    *(AssertionError, AttributeError, ImportError, IndexError, KeyError, NotImplementedError, OSError),
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, IndexError, KeyError, NotImplementedError, OSError),
     *(RuntimeError, StopIteration, TypeError, ValueError),
 )
 """What vLLM raises on a checkpoint that it does not like: its own classes, or whatever it stumbles on."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fp8pipe.validate.findings import Fault, check, clip
+from fp8pipe.validate.layout import is_in_predictor
 
 if TYPE_CHECKING:
     from fp8pipe.validate.subject import Subject
@@ -31,7 +32,10 @@ CONSEQUENCES = {
     remedy="quantize again; if the source itself does so, vLLM does not serve this architecture as it is",
 )
 def vllm_reads_every_tensor(subject: Subject) -> Iterator[Fault]:
+    num_layers = subject.layout.num_layers if subject.layout is not None else None
     for mismatch in subject.vllm or ():
+        if mismatch.kind == "unread" and is_in_predictor(mismatch.tensor.rpartition(".")[0], num_layers):
+            continue  # vLLM builds these layers as a model of their own, when it is told to speculate
         entry = subject.shelf.tensors.get(mismatch.tensor)
         yield Fault(
             mismatch.expected,

@@ -12,8 +12,8 @@ Values are looked up in tuples, not in sets: what should be a string may be a li
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal, TypeGuard
@@ -28,6 +28,13 @@ KNOWN_ELSEWHERE = (
     "awq", "gptq", "bitsandbytes", "mxfp4", "mxfp8", "fp_quant", "fbgemm_fp8", "quark", "torchao",
 )  # fmt: skip
 """Methods that vLLM loads and this validator does not know; said, never passed."""
+
+FUSED_NAMES = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+"""vLLM's names of layers that are several Linears on disk."""
 
 Strategy = Literal["tensor", "channel", "block", "group"]
 _TENSOR, _CHANNEL, _BLOCK, _GROUP = "tensor", "channel", "block", "group"
@@ -79,6 +86,10 @@ class Format:
 
 FP8 = Format("FP8", E4M3, ("F32", "BF16", "F16"), (0.035, 0.06), 0.998, (0.5, 1.01), 0x7D, 0.02)
 MXFP8 = Format("MXFP8", E4M3, ("U8",), (0.04, 0.07), 0.997, (0.5, 2.01), 0x76, 0.02)
+FP8_BY_POWERS = replace(
+    FP8, rel_l2=MXFP8.rel_l2, min_cosine=MXFP8.min_cosine, amax_ratio=MXFP8.amax_ratio, top=MXFP8.top
+)
+"""FP8 whose scales are powers of two, in floats: `scale_fmt` ue8m0 of quant_method fp8."""
 NVFP4 = Format("NVFP4", E2M1, ("F8_E4M3",), (0.12, 0.2), 0.96, (0.5, 1.07), 7, 0.25)
 MXFP4 = Format("MXFP4", E2M1, ("U8",), (0.16, 0.25), 0.95, (0.5, 2.01), 6, 0.25)
 
@@ -165,19 +176,6 @@ class Group:
     targets: tuple[str, ...]
     spec: Spec
 
-    @cached_property
-    def names(self) -> Patterns:
-        """Targets that are patterns."""
-        return Patterns(target for target in self.targets if target.startswith("re:"))
-
-    def catches(self, module: str) -> bool:
-        """Whether a Linear (or expert) `module` is of this group."""
-        return "Linear" in self.targets or self.names_it(module)
-
-    def names_it(self, module: str) -> bool:
-        """Whether a target other than a class names `module`."""
-        return module in self.targets or self.names.matches(module)
-
 
 @dataclass(frozen=True)
 class Scheme:
@@ -189,35 +187,63 @@ class Scheme:
     kv: Literal["tensor", "attn_head"] | None
 
     def spec_of(self, module: str) -> Spec | None:
-        """How the weight of a Linear (or expert) `module` is stored; None when it stays as it was."""
+        """How the weight of a Linear (or expert) `module` is stored; None when it stays as it was.
+
+        As in vLLM the first target that names the module counts, and a class only where none does."""
         if self.ignores(module):
             return None
-        return next((group.spec for group in self.groups if group.catches(module)), None)
+        named = [target for target in (*self.target_patterns.matching(module), module) if target in self._targets]
+        if named:
+            return self._targets[min(named, key=self._order.__getitem__)]
+        return self._targets.get("Linear")
 
     def ignores(self, module: str) -> bool:
         """Whether `module` is in the ignore list, as the method reads it."""
-        if module in self._exact:
+        if self.method == "modelopt":
+            return module in self._exact or any(e in module or fnmatchcase(module, e) for e in self.ignore)
+        if any(self._lists(name) for name in (module, *fused_names(module))):
             return True
-        if self.method == "compressed-tensors":
-            return self.patterns.matches(module)
-        if self.method == "fp8":
-            place = expert_of(module)
-            return place is not None and place[0] in self._experts
-        return any(entry in module or fnmatchcase(module, entry) for entry in self.ignore)
+        place = expert_of(module)
+        return self.method == "fp8" and place is not None and place[0] in self._experts
+
+    def _lists(self, name: str) -> bool:
+        """Whether an ignore entry names exactly this module; to quant_method fp8 a pattern is a name like others."""
+        return name in self._exact or (self.method == "compressed-tensors" and self.patterns.matches(name))
 
     def names_head(self, module: str) -> bool:
         """Whether a target other than a class names `module`: the only way that lm_head is quantized."""
-        return any(group.names_it(module) for group in self.groups)
+        return module in self._targets or self.target_patterns.matches(module)
 
     def quantizes_head(self, module: str) -> bool:
-        """Whether vLLM builds `module`, an lm_head, as a quantized layer."""
+        """Whether vLLM builds `module`, the output head, as a quantized layer."""
         named = self.method == "modelopt" or self.names_head(module)
         return named and not self.ignores(module)
+
+    def match_all(self, modules: Iterable[str]) -> None:
+        """Match every name once. Patterns that cost too much for these names are refused from then on, so that no check
+        sees them matched and another refused."""
+        for module in modules:
+            self.patterns.matches(module)
+            self.target_patterns.matches(module)
 
     @cached_property
     def patterns(self) -> Patterns:
         """Ignore entries that are patterns; quant_method fp8 knows none."""
         return Patterns(entry for entry in self.ignore if entry.startswith("re:"))
+
+    @cached_property
+    def target_patterns(self) -> Patterns:
+        """Targets that are patterns."""
+        return Patterns(target for target in self._targets if target.startswith("re:"))
+
+    @cached_property
+    def _targets(self) -> dict[str, Spec]:
+        """As vLLM holds them: in the order of the config; what two groups target is the last one's."""
+        return {target: group.spec for group in self.groups for target in group.targets}
+
+    @cached_property
+    def _order(self) -> dict[str, int]:
+        return {target: place for place, target in enumerate(self._targets)}
 
     @cached_property
     def _experts(self) -> frozenset[str]:
@@ -227,6 +253,14 @@ class Scheme:
     @cached_property
     def _exact(self) -> frozenset[str]:
         return frozenset(self.ignore)
+
+
+def fused_names(module: str) -> Iterator[str]:
+    """Names of the layer that vLLM fuses `module` into, which an ignore list may hold instead of the members'. Experts
+    are no members: vLLM has one layer for all of them."""
+    parent, _, leaf = module.rpartition(".")
+    if expert_of(module) is None:
+        yield from (f"{parent}.{fused}" for fused, members in FUSED_NAMES.items() if leaf in members)
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -286,7 +320,8 @@ def _read_fp8(quant: dict[str, Any]) -> Scheme | None:
         return Scheme("fp8", (Group(("Linear",), Spec(FP8, _TENSOR, None, inputs)),), ignored, None)
     if inputs == "static":
         return None
-    spec = Spec(FP8, _BLOCK, (block[0], block[1]), inputs, scale="weight_scale_inv")
+    format = FP8_BY_POWERS if quant.get("scale_fmt") == "ue8m0" else FP8
+    spec = Spec(format, _BLOCK, (block[0], block[1]), inputs, scale="weight_scale_inv")
     return Scheme("fp8", (Group(("Linear",), spec),), ignored, None)
 
 

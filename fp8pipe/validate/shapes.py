@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fp8pipe.checkpoint import TensorInfo
-from fp8pipe.validate.coverage import FLOATS
+from fp8pipe.validate.coverage import FLOATS, holds_codes, is_scale, is_source_quantized, source_scale
 from fp8pipe.validate.findings import Fault, check
 from fp8pipe.validate.kv import kv_scales
 from fp8pipe.validate.layout import split_name
+from fp8pipe.validate.scheme import text_config
 
 if TYPE_CHECKING:
     from fp8pipe.validate.subject import Subject
@@ -47,10 +48,18 @@ def shapes_equal_source(subject: Subject) -> Iterator[Fault]:
         elif (shape := subject.source_shape(module)) is not None:
             is_packed = entry.dtype == spec.format.codes.dtype
             yield from _other_shape(entry, spec.stored(shape) if is_packed else shape)
-    for name, twin in subject.source.tensors.items() if subject.source else ():
+    for name, twin in _kept_in_source(subject):
         entry = subject.shelf.tensors.get(name)
         if entry is not None and subject.spec_of_weight(entry) is None:
             yield from _other_shape(entry, twin.shape)
+
+
+def _kept_in_source(subject: Subject) -> Iterator[tuple[str, TensorInfo]]:
+    """The source's tensors without the scales of one that is quantized itself: new ones take their place."""
+    has_scales = is_source_quantized(subject)
+    for name, twin in subject.source.tensors.items() if subject.source else ():
+        if not (has_scales and is_scale(name)):
+            yield name, twin
 
 
 def _other_shape(entry: TensorInfo, shape: tuple[int, ...]) -> Iterator[Fault]:
@@ -89,11 +98,23 @@ def _scale_form(scale: TensorInfo, shapes: tuple[tuple[int, ...], ...], dtypes: 
 
 def _kv_form(subject: Subject) -> Iterator[Fault]:
     assert subject.scheme is not None and subject.layout is not None
-    heads = (subject.config or {}).get("num_key_value_heads") or (subject.config or {}).get("num_attention_heads")
-    per_head = ((heads, 1, 1), (heads,)) if subject.scheme.kv == "attn_head" and type(heads) is int else None
     for name, module in kv_scales(subject).items():
-        if module in subject.layout.attention and split_name(name)[1] in ("k_scale", "v_scale", "kv_scale"):
-            yield from _scale_form(subject.shelf.tensors[name], per_head or ((1,), ()), FLOAT_SCALES)
+        if module not in subject.layout.attention or split_name(name)[1] not in ("k_scale", "v_scale", "kv_scale"):
+            continue
+        scale, shapes = subject.shelf.tensors[name], ((1,), ())
+        if subject.scheme.kv == "attn_head":
+            heads = _kv_heads(subject, module)
+            shapes = ((heads, 1, 1), (heads,)) if heads is not None else (scale.shape,)
+        yield from _scale_form(scale, shapes, FLOAT_SCALES)
+
+
+def _kv_heads(subject: Subject, attention: str) -> int | None:
+    """Heads whose keys and values a layer caches; None where neither record nor config says."""
+    assert subject.layout is not None
+    config = subject.config or {}
+    text = text_config(config) or config
+    known = (subject.layout.kv_heads.get(attention), text.get("num_key_value_heads"), text.get("num_attention_heads"))
+    return next((heads for heads in known if type(heads) is int and heads > 0), None)
 
 
 @check(
@@ -105,12 +126,37 @@ def _kv_form(subject: Subject) -> Iterator[Fault]:
 )
 def kept_tensors_keep_their_dtype(subject: Subject) -> Iterator[Fault]:
     assert subject.source is not None
-    weights = {f"{module}.weight" for module in subject.specs}
-    for name, theirs in subject.source.tensors.items():
+    free = subject.layout.optional | subject.layout.towers if subject.layout else frozenset[str]()
+    weights = {f"{module}.weight" for module in subject.specs if module not in free}
+    for name, theirs in _kept_in_source(subject):
         ours = subject.shelf.tensors.get(name)
-        if ours is None or name in weights or ours.dtype == theirs.dtype or ours.dtype.startswith("F8_E"):
+        if ours is None or name in weights or ours.dtype == theirs.dtype or holds_codes(ours):
             continue  # FP8 where there should be none is K4's or K5's
+        if ours.dtype in FLOAT_SCALES and source_scale(subject, name) is not None:
+            continue  # an FP8 weight of the source that stays: its values, without their scale
         yield Fault(theirs.dtype, ours.dtype, ours.shard, name)
+
+
+@check(
+    "D8",
+    "Every quantized weight has values in the source to be compared with.",
+    depth="fidelity",
+    severity="warning",
+    needs=("scheme", "source"),
+    consequence="none in vLLM; nobody can tell whether these weights are the source's",
+    remedy="name the unquantized source, or one whose FP8 weights have weight_scale_inv or weight_scale beside them",
+)
+def weights_can_be_compared(subject: Subject) -> Iterator[Fault]:
+    """Said once: in a source of a format that is not known here, it holds for every weight."""
+    assert subject.measured is not None
+    uncompared = subject.measured.uncompared
+    if uncompared:
+        first = min(uncompared)
+        found = (
+            f"{len(uncompared)} weights of {', '.join(sorted(set(uncompared.values())))}, whose values are not known"
+        )
+        expected = "source weights of F32, BF16 or F16, or FP8 ones with their scales"
+        yield Fault(expected, found, subject.shelf.tensors[first].shard, first)
 
 
 @check(
@@ -129,7 +175,9 @@ def fused_blocks_are_aligned(subject: Subject) -> Iterator[Fault]:
             continue
         for module in group[:-1]:
             entry = subject.weight(module)
-            if entry is not None and len(entry.shape) == 2 and entry.shape[0] % spec.block[0]:
+            if entry is None or entry.dtype in FLOATS:  # floats are K5's
+                continue
+            if len(entry.shape) == 2 and entry.shape[0] % spec.block[0]:
                 found = f"{entry.shape[0]} rows"
                 yield Fault(f"a multiple of {spec.block[0]} rows", found, entry.shard, entry.name)
 
@@ -143,6 +191,8 @@ def fused_blocks_are_aligned(subject: Subject) -> Iterator[Fault]:
 )
 def columns_are_whole_groups(subject: Subject) -> Iterator[Fault]:
     for _, entry, spec in subject.quantized_weights():
+        if entry.dtype in FLOATS:  # K5's
+            continue
         if spec.strategy == "group" and spec.block is not None and len(entry.shape) == 2:
             columns = spec.unpacked(entry.shape)[1]
             if columns % spec.block[1]:
