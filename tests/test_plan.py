@@ -17,7 +17,14 @@ from torch import Tensor
 
 from fp8pipe.architecture import ExpertLayout, TensorRole
 from fp8pipe.checkpoint import read_headers
-from fp8pipe.errors import ConfigError, DiskTooSmall, InputError, UnmatchedEntry, UnsupportedArchitecture
+from fp8pipe.errors import (
+    ConfigError,
+    DiskTooSmall,
+    InputError,
+    MalformedCheckpoint,
+    UnmatchedEntry,
+    UnsupportedArchitecture,
+)
 from fp8pipe.plan import Plan, check_disk, make_plan
 from fp8pipe.source import resolve
 
@@ -41,6 +48,33 @@ def test_a_plan_reads_no_weight(model_folder: Models, tmp_path: Path) -> None:
             file.truncate(end)
             file.truncate(size)
     assert plan_of(folder, recipe()).outputs == expected.outputs
+
+
+def without(tensors: dict[str, Tensor]) -> None:
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+
+
+def cut(tensors: dict[str, Tensor]) -> None:
+    tensors["model.layers.0.input_layernorm.weight"] = tensors["model.layers.0.input_layernorm.weight"][:-1].clone()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (without, r"model\.layers\.1\.mlp\.down_proj\.weight: not on disk"),
+        (cut, r"model\.layers\.0\.input_layernorm\.weight: \[\d+\] on disk, \[\d+\] in the model"),
+    ],
+)
+def test_weights_that_are_not_the_models_are_refused_from_headers(
+    model_folder: Models, tmp_path: Path, damage: Callable[[dict[str, Tensor]], None], says: str
+) -> None:
+    shutil.copytree(model_folder("llama", shard_size="1GB"), tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    damage(tensors)
+    save_file(tensors, path)
+    with pytest.raises(MalformedCheckpoint, match=rf"{says}.*download the model again"):
+        plan_of(tmp_path / "model", recipe())
 
 
 def test_every_source_tensor_is_accounted_for_once(model_folder: Models) -> None:

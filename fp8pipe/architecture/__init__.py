@@ -47,7 +47,7 @@ unused: transformers has no such tensor (multi-token prediction)."""
 
 QUANTIZABLE: frozenset[Kind] = frozenset(("linear", "expert", "fused_experts"))
 
-PROBE_VERSION = 3
+PROBE_VERSION = 4
 """Raised whenever the probe or its rules answer differently: cached records of another version are not used."""
 
 _PROBE_TIMEOUT_S = 600
@@ -116,6 +116,8 @@ class Architecture(Record):
     """The model's own code was run."""
     source_quantization: dict[str, Any] | None = None
     """`quantization_config` of the source, None for an unquantized model."""
+    misfits: tuple[str, ...] = ()
+    """Tensors of another shape than the model's parameter, and parameters of the decoder's layers that none fills."""
 
     def modules(self) -> dict[str, str]:
         """Names on disk of the quantizable 2-D weights' modules -> transformers' names of the modules."""

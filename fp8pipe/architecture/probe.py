@@ -66,6 +66,7 @@ def examine(folder: Path, shapes: Mapping[str, list[int]], trust_remote_code: bo
         and not any(role.kind == "lm_head" for role in roles.values()),
         "trust_remote_code": trust_remote_code,
         "source_quantization": source_quantization,
+        "misfits": survey.misfits(shapes, targets),
     }
 
 
@@ -241,6 +242,21 @@ class Survey:
             projections=rules.PROJECTIONS[attribute],
         )
         return TensorRole(kind="fused_experts", parameter=attribute, layout=layout)
+
+    def misfits(self, shapes: Mapping[str, list[int]], targets: Mapping[str, Target]) -> list[str]:
+        """Tensors of another shape than their parameter, and parameters of the layers that no tensor fills."""
+        state = self.model.state_dict()
+        direct = ((name, list(state[t.name].shape)) for name, t in targets.items() if t.converter is None)
+        found = [
+            f"{name}: {shapes[name]} on disk, {shape} in the model" for name, shape in direct if shapes[name] != shape
+        ]
+        filled = {name for target in targets.values() for name in target.all_names()}
+        optional = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
+        for name, _ in self.model.named_parameters():  # a tied one comes once
+            wanted = name.startswith(f"{self.layers_name}.") and name not in filled
+            if wanted and not any(pattern.search(name) for pattern in optional):
+                found.append(f"{name}: not on disk")
+        return found
 
     def attention(self, roles: Mapping[str, TensorRole]) -> list[AttentionLayer]:
         """Attention modules with a KV cache of their own, in layer order."""

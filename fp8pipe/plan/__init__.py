@@ -14,7 +14,7 @@ from pathlib import Path
 from fp8pipe.architecture import Architecture
 from fp8pipe.checkpoint import Headers, TensorInfo, require_disk
 from fp8pipe.config import Recipe
-from fp8pipe.errors import UnsupportedArchitecture
+from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
 from fp8pipe.plan.choose import Choice, choose, source_block, unmatched_ignore
 from fp8pipe.plan.layout import file_sizes, output_tensors, quantization_config
 from fp8pipe.plan.record import FP8, OutputTensor, Plan, PlannedTensor, Role, Slice, SummaryRow
@@ -44,9 +44,16 @@ def make_plan(
     """Decide for every tensor. Pure: reads no file. keep: source tensors that a calibration keeps -> why.
 
     Raises UnmatchedEntry for an entry of targets or ignore that matches nothing, ConfigError for a recipe that vLLM
-    could not serve on this model, UnsupportedArchitecture when nothing can be quantized.
+    could not serve on this model, UnsupportedArchitecture when nothing can be quantized, MalformedCheckpoint when
+    tensors of the model's layers are missing or have another shape.
     """
     choices = choose(headers, recipe, architecture, keep)
+    if architecture.misfits:
+        more = f" and {len(architecture.misfits) - 3} more" if len(architecture.misfits) > 3 else ""
+        raise MalformedCheckpoint(
+            f"{snapshot.model_id}: {'; '.join(architecture.misfits[:3])}{more}: the weights are not those of "
+            f"config.json ({architecture.model_class}); download the model again"
+        )
     if not any(choice.action == "quantize" for choice in choices.values()):
         reasons = sorted({choice.reason for choice in choices.values()})
         raise UnsupportedArchitecture(
