@@ -350,11 +350,11 @@ def fuse_experts(model: Path, folder: Path, transposed: bool, interleaved: bool)
 
 
 def with_layout(architecture: Architecture, transposed: bool, interleaved: bool) -> Architecture:
-    """The record, told how its experts lie."""
+    """The record, told how its experts lie, in a model whose parameters lie so too."""
     roles = dict(architecture.tensors)
     for name, role in architecture.tensors.items():
         if role.kind == "fused_experts" and role.layout is not None:
             is_both = len(role.layout.projections) == 2
             layout = {"transposed": transposed, "interleaved": interleaved and is_both}
             roles[name] = role.model_copy(update={"layout": role.layout.model_copy(update=layout)})
-    return architecture.model_copy(update={"tensors": roles})
+    return architecture.model_copy(update={"tensors": roles, "misfits": ()})
