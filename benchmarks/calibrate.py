@@ -1,12 +1,13 @@
 """Calibrating against llm-compressor's oneshot and against the plain forward pass, alternating on one machine.
 
-    python -m benchmarks.calibrate [--rounds 3] [--folder DIR] [--page FILE] [--no-peer] [--quick] [--data 16x256:3]
+    python -m benchmarks.calibrate [--rounds 3] [--data 16x256:3] [--no-peer [64x512]] [--folder DIR] [--page FILE]
     python -m benchmarks.calibrate --compare-scales [--fixtures DIR]
     python -m benchmarks.calibrate --through-weights MODEL TEXTS
 
 Source: the synthetic Llama of benchmarks.quantize, with 16 samples of 256 tokens and 64 of 512. Every contender is a
 process of its own; one round runs all of them once, and a ratio is taken within its round. On a CPU without bf16
-instructions (AVX512-BF16, AMX) a round takes many minutes, most of them the peer's: begin there with --no-peer.
+instructions (AVX512-BF16, AMX) a round takes many minutes, most of them the peer's: begin there with --no-peer, or
+leave the peer out of the longer samples.
 
 ours       calibrate, quantize and save: fp8-static-kv
 datafree   the same weights without calibration
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="where the models and the outputs go")
     parser.add_argument("--page", type=Path, default=None, help=f"page to put the tables on, as {PAGE.name}")
-    parser.add_argument("--no-peer", action="store_true", help="leave out llm-compressor")
+    parser.add_argument("--no-peer", nargs="*", choices=DATA, help="leave out llm-compressor, or on these samples")
     parser.add_argument("--data", action="append", type=_asked, help="only these samples; :N for N rounds of them")
     parser.add_argument("--quick", action="store_true", help="a model of 20 MB: the command, not the figures")
     parser.add_argument("--compare-scales", action="store_true", help="scales of tiny models beside the peer's")
@@ -83,10 +84,13 @@ def _asked(text: str) -> tuple[str, int | None]:
 
 
 def _measure(scratch: Path, options: Any) -> None:
-    arena = Arena(scratch, None if options.no_peer else peer.interpreter(), quick=options.quick)
     counts = {title: count or options.rounds for title, count in options.data or [(title, None) for title in DATA]}
     sizes = {title: QUICK if options.quick else DATA[title] for title in counts}
-    rounds = {title: arena.rounds(*sizes[title], count) for title, count in counts.items()}
+    alone = set(sizes if options.no_peer == [] else options.no_peer or ())
+    arena = Arena(scratch, peer.interpreter() if sizes.keys() - alone else None, quick=options.quick)
+    rounds = {
+        title: arena.rounds(*sizes[title], count, with_peer=title not in alone) for title, count in counts.items()
+    }
     doubled = {title: arena.doubled(*size) for title, size in sizes.items()}
     section = report(rounds, doubled)
     print(section)
@@ -105,11 +109,11 @@ class Arena:
         self._layers = 2 if quick else 16
         self._source = self._make_llama(self._layers)
 
-    def rounds(self, samples: int, tokens: int, count: int) -> list[dict[str, Timing]]:
+    def rounds(self, samples: int, tokens: int, count: int, *, with_peer: bool) -> list[dict[str, Timing]]:
         """`count` rounds after a warm-up that fills the page cache and the architecture record."""
         data = self._make_data(samples, tokens)
         self._contend("datafree", self._source, data)
-        contenders = ("ours", "floor", "datafree", *(("peer",) if self._peer_python else ()))
+        contenders = ("ours", "floor", "datafree", *(("peer",) if with_peer else ()))
         found = []
         for number in range(1, count + 1):
             found.append({what: self._contend(what, self._source, data) for what in contenders})
@@ -216,10 +220,10 @@ def _seconds(rounds: Mapping[str, Sequence[Mapping[str, Timing]]]) -> str:
             ("fp8pipe whole", "ours", "whole"),
             ("peer whole", "peer", "whole"),
         )
-        if all(what in one for found in rounds.values() for one in found)
+        if any(what in one for found in rounds.values() for one in found)
     ]
     rows = [
-        [title, *(_spread([one[what][field] for one in found]) for _, what, field in columns)]
+        [title, *(_spread([one[what][field] for one in found if what in one]) for _, what, field in columns)]
         for title, found in rounds.items()
     ]
     return table(["seconds", *(title for title, _, _ in columns)], rows)
@@ -244,12 +248,14 @@ def _memory(rounds: Mapping[str, Sequence[Mapping[str, Timing]]], doubled: Mappi
         samples, tokens = DATA[title]
         flying = samples * tokens * 2048 * 2 / 1e6
         base = max(one["ours"]["peak_mb"] for one in found)
-        theirs = f"{max(one['peer']['peak_mb'] for one in found):.0f}" if "peer" in found[0] else ""
+        theirs = f"{max(one['peer']['peak_mb'] for one in found):.0f}" if "peer" in found[0] else "not run"
         rows.append([title, f"{base:.0f}", f"{doubled[title]:.0f}", f"{1200 + flying:.0f}", theirs])
     return table(["peak MB", "model", "twice the layers", "at most", "peer"], rows)
 
 
 def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "not run"
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
