@@ -39,9 +39,10 @@ from fp8pipe.calibrate.batches import micro_batches, smaller
 from fp8pipe.calibrate.lockstep import Lockstep
 from fp8pipe.calibrate.ranges import observer_for
 from fp8pipe.calibrate.resume import Bookmark
+from fp8pipe.calibrate.rows import load_rows
 from fp8pipe.calibrate.weights import OnDisk
 from fp8pipe.checkpoint import SourceFiles, read_headers
-from fp8pipe.config import ActivationScheme, Recipe, WeightScheme
+from fp8pipe.config import ActivationScheme, CalibrationSpec, Recipe, WeightScheme
 from fp8pipe.errors import CalibrationDataError, NonFiniteActivation, SourceChanged, UnsupportedArchitecture
 from fp8pipe.localhub import LocalHub
 from fp8pipe.numerics import dequantize
@@ -411,6 +412,19 @@ def test_lines_of_jsonl_end_with_a_line_feed_alone(llama: Path, tmp_path: Path) 
     rows = [json.dumps({"text": f"one\u2028two\u0085{i}"}, ensure_ascii=False) for i in range(5)]
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     assert len(run_calibration(llama, with_data(STATIC_KV, tmp_path / "data.jsonl"), tmp_path / "out").inputs) == 28
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_the_line_feed_at_the_end_makes_no_row(tmp_path: Path, suffix: str) -> None:
+    written = [json.dumps({"text": text}) if suffix == ".jsonl" else text for text in TEXTS]
+    for name, end in (("without", ""), ("with", "\n")):
+        (tmp_path / f"{name}{suffix}").write_text("\n".join(written) + end)
+    (tmp_path / f"empty{suffix}").write_text("")
+    rows = [
+        load_rows(CalibrationSpec(dataset=str(tmp_path / f"{name}{suffix}")), "")
+        for name in ("without", "with", "empty")
+    ]
+    assert [len(found) for found in rows] == [len(TEXTS), len(TEXTS), 0]
 
 
 def test_a_missing_file_is_named(llama: Path, tmp_path: Path) -> None:

@@ -137,7 +137,8 @@ def _read(path: Path, suffix: str | None = None) -> Rows:
         return _ParquetRows(path)
     try:
         text = path.read_text()
-        lines = text.split("\n")  # not splitlines: texts may hold other ends of line
+        # not splitlines: texts may hold other ends of line
+        lines = text.removesuffix("\n").split("\n") if text else []
         if suffix == ".txt":
             return [{"text": line} for line in lines]
         rows = [json.loads(line) for line in lines if line.strip()] if suffix == ".jsonl" else json.loads(text)
