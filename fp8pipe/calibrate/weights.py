@@ -16,22 +16,7 @@ from torch import Tensor
 
 from fp8pipe.checkpoint import SourceFiles, TensorInfo
 from fp8pipe.errors import MalformedCheckpoint
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Types that parameters and buffers of transformers' models have."""
+from fp8pipe.numerics.dtypes import DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +29,13 @@ class OnDisk:
     def __getitem__(self, index: object) -> Tensor:
         """All of it: the loader asks for `[...]`. Raises SourceChanged, EnvironmentFault, MemoryError."""
         info = self.info
-        if info.dtype not in _DTYPES:
+        if info.dtype not in DTYPES:
             raise MalformedCheckpoint(f"{info.name}: no model of transformers has parameters of dtype {info.dtype}")
         if not info.nbytes:
-            return torch.empty(info.shape, dtype=_DTYPES[info.dtype])
+            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
         memory = _map(info.nbytes)
         self.files.read_into(info.shard, info.begin, memoryview(memory), info.name)
-        return torch.frombuffer(memory, dtype=_DTYPES[info.dtype]).view(info.shape)
+        return torch.frombuffer(memory, dtype=DTYPES[info.dtype]).view(info.shape)
 
 
 def _map(size: int) -> mmap.mmap:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fp8pipe import numerics
 from fp8pipe.checkpoint import ITEM_BYTES, OutputShard, SourceFiles, TensorInfo
 from fp8pipe.errors import NonFiniteWeight
+from fp8pipe.numerics.dtypes import DTYPES
 from fp8pipe.plan import OutputTensor, Plan
 from fp8pipe.plan.choose import FLOATS
 from fp8pipe.progress import Progress
@@ -23,7 +24,7 @@ from fp8pipe.quantize.journal import Journal
 from fp8pipe.quantize.meter import Meter
 from fp8pipe.quantize.pool import Pool, Task
 from fp8pipe.quantize.units import Unit, Weight, units_of, zero_units
-from fp8pipe.quantize.views import DTYPES, STRIPE_BYTES, Views, WeightView, Workbench
+from fp8pipe.quantize.views import STRIPE_BYTES, Views, WeightView, Workbench
 
 _EXPERTS = ("_proj", "_proj_bias")
 """How the names of weights end that hold all experts in one tensor: `experts.gate_up_proj`."""

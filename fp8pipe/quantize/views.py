@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fp8pipe.checkpoint import ITEM_BYTES, SourceFiles, TensorInfo
+from fp8pipe.numerics.dtypes import DTYPES
 from fp8pipe.plan import OutputTensor, Plan, Slice
 
 STRIPE_BYTES = 4 << 20
@@ -22,14 +23,6 @@ small."""
 
 TRANSPOSED_STRIPE_BYTES = 16 << 20
 """The same where the weight lies transposed: each input row gives a short run, and short runs make slow reads."""
-
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu,
-}
 
 
 class Workbench(threading.local):
