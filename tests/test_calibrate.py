@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from transformers import DynamicCache
 from fp8pipe import hub as hub_client
 from fp8pipe.calibrate import Calibration, calibrate, calibration_key, products
 from fp8pipe.calibrate.batches import micro_batches, smaller
+from fp8pipe.calibrate.embeddings import Embeddings
 from fp8pipe.calibrate.lockstep import Lockstep
 from fp8pipe.calibrate.ranges import observer_for
 from fp8pipe.calibrate.resume import Bookmark
@@ -276,6 +277,57 @@ def test_passes_that_take_different_layers_are_refused() -> None:
     forwards = [lambda name=name: layers[name](torch.tensor(1.0)) for name in layers]
     with pytest.raises(UnsupportedArchitecture, match="order of layers"), Lockstep(layers, forwards) as steps:
         next(iter(steps))
+
+
+_ENDS: dict[str, Callable[..., torch.Tensor]] = {
+    "nothing": lambda embeddings, hidden: hidden,
+    "its operator": lambda embeddings, hidden: hidden + embeddings,
+    "an argument": lambda embeddings, hidden: torch.add(hidden, other=embeddings),
+    "a list": lambda embeddings, hidden: torch.cat([hidden, embeddings]),
+    "its shape": lambda embeddings, hidden: hidden.new_ones(embeddings.shape) + hidden.shape[0],
+    "its method": lambda embeddings, hidden: embeddings.sum() + hidden,
+}
+
+
+class _Adds(nn.Module):
+    def forward(self, hidden: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return 2 * hidden + other
+
+
+@pytest.mark.parametrize("change", [False, True], ids=["", "changed"])
+@pytest.mark.parametrize("end", _ENDS)
+def test_embeddings_are_given_up_behind_the_first_layer_and_there_when_they_are_read(end: str, change: bool) -> None:
+    embedding, layers = nn.Embedding(10, 4), {"a": _Adds(), "b": _Adds()}
+    samples = [torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])]
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        embeddings = embedding(ids)
+        if change:
+            embeddings *= 3
+        hidden = layers["a"](embeddings, 0 * embeddings)
+        hidden = layers["b"](hidden, other=embeddings) if end == "its operator" else layers["b"](hidden, hidden)
+        return _ENDS[end](embeddings, hidden)
+
+    with torch.inference_mode():
+        expected = [forward(ids) for ids in samples]
+    rooms, results, given = [Embeddings(embedding) for _ in samples], {}, []
+
+    def run(index: int) -> None:
+        with rooms[index]:
+            results[index] = forward(samples[index])
+
+    with Lockstep(layers, [lambda index=index: run(index) for index in range(2)]) as steps:
+        for step in steps:
+            for lane, room in zip(step.lanes, rooms, strict=True):
+                if step.layer == "a":
+                    given.append(lane.hidden)
+                room.recall(lane.args, lane.kwargs)
+                lane.proceed(step.compute(lane))
+                room.release()
+            if step.layer == "a" and end != "its operator":
+                assert [values.numel() for values in given] == ([12, 12] if change else [0, 0])
+    assert all(torch.equal(results[index], expected[index]) for index in range(2))
+    assert not embedding._forward_hooks
 
 
 # ---------------------------------------------------------------------------------------------- reuse and resume

@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fp8pipe.calibrate.batches import TOKENS, give_back_freed, is_out_of_memory, micro_batches, smaller
+from fp8pipe.calibrate.embeddings import Embeddings, embedding_of
 from fp8pipe.calibrate.experts import check_observable, is_observable
 from fp8pipe.calibrate.lockstep import Lane, Lockstep, Step
 from fp8pipe.calibrate.observe import LayerModules, LayerWatch, ObservingCache, Schemes
@@ -72,9 +73,9 @@ def _attempt(
     bookmark: Bookmark,
     progress: Progress,
 ) -> Ranges:
-    passes = [_forward(skeleton, [token_ids[index] for index in batch]) for batch in batches]
+    passes = [_Pass(skeleton, [token_ids[index] for index in batch]) for batch in batches]
     with Lockstep(skeleton.layers, passes) as steps:
-        return _over(steps, skeleton, watches, batches, bookmark, progress)
+        return _over(steps, passes, skeleton, watches, batches, bookmark, progress)
 
 
 def _fewer(batches: Batches, token_ids: Sequence[Sequence[int]], error: BaseException) -> int:
@@ -101,17 +102,31 @@ def _free_memory(skeleton: Skeleton) -> None:
         torch.cuda.empty_cache()
 
 
-def _forward(skeleton: Skeleton, ids: Sequence[Sequence[int]]) -> Callable[[], object]:
-    def forward() -> object:
-        input_ids = torch.tensor(ids, device=skeleton.device)
-        cache = ObservingCache(skeleton.model.config)
-        return skeleton.decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
+class _Pass:
+    """The decoder's forward over some samples of equal length."""
 
-    return forward
+    def __init__(self, skeleton: Skeleton, ids: Sequence[Sequence[int]]) -> None:
+        self._skeleton, self._ids = skeleton, ids
+        self._embeddings = Embeddings(embedding_of(skeleton.decoder))
+
+    def __call__(self) -> object:
+        input_ids = torch.tensor(self._ids, device=self._skeleton.device)
+        cache = ObservingCache(self._skeleton.model.config)
+        with self._embeddings:
+            return self._skeleton.decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
+
+    def advance(self, step: Step, lane: Lane) -> Any:
+        """Compute the layer and go on to the next; its output."""
+        self._embeddings.recall(lane.args, lane.kwargs)
+        output = step.compute(lane)
+        lane.proceed(output)
+        self._embeddings.release()
+        return output
 
 
 def _over(
     steps: Iterable[Step],
+    passes: Sequence[_Pass],
     skeleton: Skeleton,
     watches: _Watches,
     batches: Batches,
@@ -137,19 +152,18 @@ def _over(
             outputs = []  # those of the last layer are in the lanes, each until this layer has replaced it
             watch = watches.of(step.layer)
             with skeleton.loaded(step.layer), watch, fast_products(skeleton.dtype, skeleton.device):
-                outputs = _compute(step, len(done), len(skeleton.layers), progress)
+                outputs = _compute(step, passes, len(done), len(skeleton.layers), progress)
                 watch.finish()
             ranges = ranges.joined(watch.ranges())
         done.append(step.layer)
     return ranges
 
 
-def _compute(step: Step, done: int, layers: int, progress: Progress) -> list[Any]:
+def _compute(step: Step, passes: Sequence[_Pass], done: int, layers: int, progress: Progress) -> list[Any]:
     """Run every sample through the layer, each on to the next layer."""
     outputs = []
-    for count, lane in enumerate(step.lanes, start=1):
-        outputs.append(output := step.compute(lane))
-        lane.proceed(output)
+    for count, (lane, one) in enumerate(zip(step.lanes, passes, strict=True), start=1):
+        outputs.append(one.advance(step, lane))
         progress(ProgressEvent("calibrate", done + count / len(step.lanes), layers, "layers", step.layer))
     return outputs
 
