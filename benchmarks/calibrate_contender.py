@@ -1,6 +1,6 @@
 """One contender of the calibration benchmark in a process of its own, run by the interpreter of its environment.
 
-    python -m benchmarks.calibrate_contender WHAT SOURCE DATA OUTPUT
+    python -m benchmarks.calibrate_contender WHAT SOURCE DATA OUTPUT [DEVICE]
 
     ours       calibrate, quantize and save
     datafree   the same weights without calibration
@@ -9,9 +9,10 @@
     scales     the same with static_minmax and without propagated error, traced layer by layer (pipeline sequential);
                prints the scales of activations and cache. untraced: by one plain pass (pipeline basic)
 
-DATA is a .jsonl of texts, every one a sample. `inside` is seconds without imports and without reading the data, `cpu`
-the CPU seconds that all threads spent meanwhile; `peak_mb` the process's largest resident set. Nothing is imported
-before its contender needs it."""
+DATA is a .jsonl of texts, every one a sample. DEVICE, for ours and the floor: cpu (default) or cuda. `inside` is
+seconds without imports and without reading the data, `calibrate` the part of them that calibration took, `cpu` the CPU
+seconds that all threads spent meanwhile; `peak_mb` is the process's largest resident set, `device_mb` the most memory
+on a GPU. Nothing is imported before its contender needs it."""
 
 from __future__ import annotations
 
@@ -27,23 +28,22 @@ from benchmarks.contender import peak_mb
 KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 Spent = dict[str, float]
-"""inside and cpu, in seconds."""
+"""inside and cpu in seconds; ours calibrate in seconds as well."""
 
 
 def main() -> None:
-    what, *paths = sys.argv[1:]
-    contenders: dict[str, Callable[[Path, Path, Path], Spent]] = {
-        "ours": ours,
-        "datafree": datafree,
-        "floor": floor,
-        "peer": peer,
-    }
+    what, source, data, output, device = *sys.argv[1:5], (sys.argv[5:] or ["cpu"])[0]
+    paths = Path(source), Path(data), Path(output)
     if what in {"scales", "untraced"}:
-        source, data, output = map(Path, paths)
-        print(json.dumps(scales(source, data, output, pipeline="sequential" if what == "scales" else "basic")))
+        print(json.dumps(scales(*paths, pipeline="sequential" if what == "scales" else "basic")))
         return
-    spent = contenders[what](*map(Path, paths))
-    print(json.dumps(spent | {"peak_mb": peak_mb()}))
+    contenders: dict[str, Callable[[], Spent]] = {
+        "ours": lambda: ours(*paths, device),
+        "datafree": lambda: datafree(*paths),
+        "floor": lambda: floor(*paths, device),
+        "peer": lambda: peer(*paths),
+    }
+    print(json.dumps(contenders[what]() | {"peak_mb": peak_mb(), "device_mb": device_mb(device)}))
 
 
 def clock() -> Callable[[], Spent]:
@@ -52,7 +52,16 @@ def clock() -> Callable[[], Spent]:
     return lambda: {"inside": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
-def ours(source: Path, data: Path, output: Path) -> Spent:
+def device_mb(device: str) -> float:
+    """Most memory that tensors took on the GPU; 0 on a CPU."""
+    if device == "cpu":
+        return 0.0
+    import torch
+
+    return torch.cuda.max_memory_allocated() / 1e6
+
+
+def ours(source: Path, data: Path, output: Path, device: str) -> Spent:
     """From the plan to the fsynced checkpoint."""
     import transformers  # noqa: F401  imports count for the whole process, not the inside
 
@@ -68,9 +77,9 @@ def ours(source: Path, data: Path, output: Path) -> Spent:
     snapshot = stages.pin(str(source))
     spent = clock()
     plan = stages.plan_snapshot(snapshot, recipe)
-    ranges = calibrate(snapshot, plan, recipe, output.parent / "ranges")
+    ranges = calibrate(snapshot, plan, recipe, output.parent / "ranges", device=device)
     quantize(snapshot, plan, output, calibration=ranges)
-    return spent()
+    return spent() | {"calibrate": ranges.seconds}
 
 
 def datafree(source: Path, data: Path, output: Path) -> Spent:
@@ -86,7 +95,7 @@ def datafree(source: Path, data: Path, output: Path) -> Spent:
     return spent()
 
 
-def floor(source: Path, data: Path, output: Path) -> Spent:
+def floor(source: Path, data: Path, output: Path, device: str) -> Spent:
     """Every sample through the decoder stack, one at a time, all weights in memory, no lm_head.
 
     In float32 where the CPU has no bf16 instructions: there that is four times as fast."""
@@ -95,13 +104,16 @@ def floor(source: Path, data: Path, output: Path) -> Spent:
 
     from fp8pipe.calibrate.products import is_emulated
 
-    emulated = is_emulated(torch.bfloat16, torch.device("cpu"))
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32 if emulated else torch.bfloat16)
+    dtype = torch.float32 if is_emulated(torch.bfloat16, torch.device(device)) else torch.bfloat16
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model = model.to(device)
     samples = _token_ids(source, data)
     spent = clock()
     with torch.inference_mode():
         for ids in samples:
-            model.model(input_ids=torch.tensor([ids]), use_cache=False)
+            model.model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+    if device != "cpu":
+        torch.cuda.synchronize()
     return spent()
 
 
