@@ -78,6 +78,13 @@ LINEAR_ATTENTION = {
     "shared_expert_intermediate_size": 32,
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
 }
+SHARED_LAYERS = {
+    "layers_block_type": ["mamba", "hybrid"] * 2,
+    "attention_head_dim": 32,
+    "n_mamba_heads": 8,
+    "mamba_headdim": 16,
+    "mamba_d_state": 16,
+}
 LLAMA4 = {
     "head_dim": 16,
     "intermediate_size_mlp": 96,
@@ -90,6 +97,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3NextForCausalLM", MOE | LINEAR_ATTENTION),
     "llama4": ("Llama4ForCausalLM", MOE | LLAMA4),
     "granitemoe": ("GraniteMoeForCausalLM", MOE),
+    "zamba2": ("Zamba2ForCausalLM", DENSE | SHARED_LAYERS),
 }
 """Not in the table of references."""
 

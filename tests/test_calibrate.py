@@ -34,10 +34,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from fp8pipe import hub as hub_client
-from fp8pipe.calibrate import Calibration, calibrate, calibration_key, products
+from fp8pipe.calibrate import Calibration, calibrate, calibration_key, forward, products
 from fp8pipe.calibrate.batches import micro_batches, smaller
-from fp8pipe.calibrate.embeddings import Embeddings
-from fp8pipe.calibrate.lockstep import Lockstep
+from fp8pipe.calibrate.held import Alike, Beginning
+from fp8pipe.calibrate.lockstep import Lane, Lockstep
 from fp8pipe.calibrate.ranges import observer_for
 from fp8pipe.calibrate.resume import Bookmark
 from fp8pipe.calibrate.rows import load_rows
@@ -279,55 +279,125 @@ def test_passes_that_take_different_layers_are_refused() -> None:
         next(iter(steps))
 
 
-_ENDS: dict[str, Callable[..., torch.Tensor]] = {
-    "nothing": lambda embeddings, hidden: hidden,
-    "its operator": lambda embeddings, hidden: hidden + embeddings,
-    "an argument": lambda embeddings, hidden: torch.add(hidden, other=embeddings),
-    "a list": lambda embeddings, hidden: torch.cat([hidden, embeddings]),
-    "its shape": lambda embeddings, hidden: hidden.new_ones(embeddings.shape) + hidden.shape[0],
-    "its method": lambda embeddings, hidden: embeddings.sum() + hidden,
-}
-
-
 class _Adds(nn.Module):
-    def forward(self, hidden: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, other: torch.Tensor, **_: Any) -> torch.Tensor:
         return 2 * hidden + other
 
 
-@pytest.mark.parametrize("change", [False, True], ids=["", "changed"])
+class _Decoder:
+    """Two layers behind an embedding; `begin` makes the first hidden states, `end` may read what was begun with."""
+
+    def __init__(self, begin: Callable[..., Any], end: Callable[..., Any], *, hands_on: bool = False) -> None:
+        self.embedding = nn.Embedding(10, 4).requires_grad_(False)
+        self.layers: dict[str, nn.Module] = {"a": _Adds(), "b": _Adds()}
+        self._begin, self._end, self._hands_on = begin, end, hands_on
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        embeddings = self.embedding(ids)
+        begun = self._begin(embeddings)
+        hidden = self.layers["a"](begun, 0 * begun)
+        hidden = self.layers["b"](hidden, other=embeddings if self._hands_on else hidden)
+        return self._end(embeddings, begun, hidden)
+
+    def in_lockstep(self, samples: Sequence[torch.Tensor], look: Callable[[str, Sequence[torch.Tensor]], None]) -> Any:
+        """Results of all samples; `look` is shown what each pass began with, behind each layer."""
+        results: dict[int, torch.Tensor] = {}
+        begun: list[torch.Tensor] = []
+
+        def run(index: int) -> None:
+            results[index] = self.forward(samples[index])
+
+        passes = [Beginning(lambda index=index: run(index), self.embedding) for index in range(len(samples))]
+
+        def started(index: int, lane: Lane) -> None:
+            begun.append(lane.hidden)
+            passes[index].arrived(lane)
+            passes[index].release(lane)
+
+        with Lockstep(self.layers, passes, started) as steps:
+            for step in steps:
+                for lane, one in zip(step.lanes, passes, strict=True):
+                    one.recall(lane.args, lane.kwargs)
+                    lane.proceed(step.compute(lane))
+                    one.release(lane)
+                look(step.layer, begun)
+        return [results[index] for index in range(len(samples))]
+
+
+_BEGINS: dict[str, Callable[..., Any]] = {
+    "embeddings": lambda embeddings: embeddings,
+    "scaled": lambda embeddings: embeddings * 3,
+    "shifted": lambda embeddings: embeddings + torch.ones(4),
+}
+_ENDS: dict[str, Callable[..., Any]] = {
+    "nothing": lambda embeddings, begun, hidden: hidden,
+    "an operator": lambda embeddings, begun, hidden: hidden + embeddings + begun,
+    "an argument": lambda embeddings, begun, hidden: torch.add(hidden, other=begun),
+    "a list": lambda embeddings, begun, hidden: torch.cat([hidden, begun, embeddings]),
+    "shapes": lambda embeddings, begun, hidden: hidden.new_ones(embeddings.shape) + len(begun),
+    "a method": lambda embeddings, begun, hidden: begun.sum() + embeddings.mean() + hidden,
+    "in place": lambda embeddings, begun, hidden: begun.mul_(2) + embeddings.add_(1) + hidden,
+}
+_SAMPLES = [torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])]
+
+
+@pytest.mark.parametrize("hands_on", [False, True])
+@pytest.mark.parametrize("begin", _BEGINS)
 @pytest.mark.parametrize("end", _ENDS)
-def test_embeddings_are_given_up_behind_the_first_layer_and_there_when_they_are_read(end: str, change: bool) -> None:
-    embedding, layers = nn.Embedding(10, 4), {"a": _Adds(), "b": _Adds()}
-    samples = [torch.tensor([1, 2, 3]), torch.tensor([4, 5, 6])]
-
-    def forward(ids: torch.Tensor) -> torch.Tensor:
-        embeddings = embedding(ids)
-        if change:
-            embeddings *= 3
-        hidden = layers["a"](embeddings, 0 * embeddings)
-        hidden = layers["b"](hidden, other=embeddings) if end == "its operator" else layers["b"](hidden, hidden)
-        return _ENDS[end](embeddings, hidden)
-
+def test_what_a_pass_began_with_is_given_up_and_there_again_when_it_is_read(
+    begin: str, end: str, hands_on: bool
+) -> None:
+    decoder = _Decoder(_BEGINS[begin], _ENDS[end], hands_on=hands_on)
     with torch.inference_mode():
-        expected = [forward(ids) for ids in samples]
-    rooms, results, given = [Embeddings(embedding) for _ in samples], {}, []
+        expected = [decoder.forward(ids) for ids in _SAMPLES]
+    freed = []
 
-    def run(index: int) -> None:
-        with rooms[index]:
-            results[index] = forward(samples[index])
+    def look(layer: str, begun: Sequence[torch.Tensor]) -> None:
+        if layer == "a":
+            freed.extend(values.untyped_storage().nbytes() == 0 for values in begun)
 
-    with Lockstep(layers, [lambda index=index: run(index) for index in range(2)]) as steps:
-        for step in steps:
-            for lane, room in zip(step.lanes, rooms, strict=True):
-                if step.layer == "a":
-                    given.append(lane.hidden)
-                room.recall(lane.args, lane.kwargs)
-                lane.proceed(step.compute(lane))
-                room.release()
-            if step.layer == "a" and end != "its operator":
-                assert [values.numel() for values in given] == ([12, 12] if change else [0, 0])
-    assert all(torch.equal(results[index], expected[index]) for index in range(2))
-    assert not embedding._forward_hooks
+    results = decoder.in_lockstep(_SAMPLES, look)
+    assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+    assert freed == [not (hands_on and begin == "embeddings")] * 2
+    assert not decoder.embedding._forward_hooks
+
+
+@pytest.mark.parametrize("change", [lambda values: values.mul_(3), lambda values: values.clamp_(0)[:1]])
+def test_embeddings_that_were_changed_in_place_and_views_of_them_stay(change: Callable[..., Any]) -> None:
+    embeddings: list[torch.Tensor] = []
+
+    def begin(values: torch.Tensor) -> torch.Tensor:
+        embeddings.append(values)
+        change(values)
+        return values[:1]
+
+    decoder = _Decoder(begin, lambda values, begun, hidden: values.sum() + hidden)
+    with torch.inference_mode():
+        expected = [decoder.forward(ids) for ids in _SAMPLES]
+    del embeddings[:]
+    results = decoder.in_lockstep(_SAMPLES, lambda layer, begun: None)
+    assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
+    assert embeddings[0].numel() == 12
+
+
+def test_equal_masks_of_passes_are_held_once(tmp_path: Path) -> None:
+    lanes = []
+    for length, window in ((3, 2), (3, 2), (3, 3), (4, 2), (3, 3)):
+        lane = Lane(lambda: None)
+        mask = torch.ones(1, 1, length, length).tril().triu(1 - window)
+        lane.kwargs = {"attention_mask": mask, "position_embeddings": (torch.ones(length), torch.zeros(length))}
+        lane.kwargs["hidden_states"] = torch.ones(length)
+        lanes.append(lane)
+    before = [lane.kwargs["attention_mask"].clone() for lane in lanes]
+    alike = Alike()
+    for lane in lanes * 2:
+        alike.unite(lane)
+    masks = [lane.kwargs["attention_mask"] for lane in lanes]
+    assert all(torch.equal(mask, old) for mask, old in zip(masks, before, strict=True))
+    assert [mask.data_ptr() == masks[0].data_ptr() for mask in masks] == [True, True, False, False, False]
+    assert masks[2].data_ptr() == masks[4].data_ptr()
+    assert len({lane.kwargs["position_embeddings"][0].data_ptr() for lane in lanes}) == 2
+    assert len({lane.kwargs["hidden_states"].data_ptr() for lane in lanes}) == 5
 
 
 # ---------------------------------------------------------------------------------------------- reuse and resume
@@ -383,6 +453,21 @@ def test_finished_layers_are_not_repeated_after_kill_9(llama: Path, tmp_path: Pa
     assert {event.note for event in events} == {"model.layers.2", "model.layers.3"}
     assert resumed.digest() == run_calibration(llama, recipe, tmp_path / "undisturbed").digest()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["calibration.json"]
+
+
+def test_a_restart_begins_where_hidden_states_are_all_that_is_handed_on() -> None:
+    lane, output, shared = Lane(lambda: None), torch.ones(2, 3), dict[str, torch.Tensor]()
+    lane.args, lane.kwargs = (output,), {"rotary": {"main": torch.ones(3)}, "shared_kv_states": shared}
+    begun = [forward._mappings(lane)]
+
+    def handed_on(output: object) -> bool:
+        return forward._handed_on([lane], [output], [(0, 1)], begun)
+
+    assert handed_on(output)
+    assert not handed_on((output, torch.ones(1)))
+    assert not handed_on(output.clone())  # the model's own code did something in between
+    shared["full_attention"] = torch.ones(1)
+    assert not handed_on(output)
 
 
 def test_a_bookmark_of_other_samples_is_not_taken_up(tmp_path: Path) -> None:
@@ -883,9 +968,11 @@ def test_sixteen_bit_products_without_instructions_are_float32_rounded_once(
     values = torch.randint(-9, 10, (2, 3, 64)).float()
     expected = linear(values)
     assert (expected.to(dtype).float() != expected).any() or dtype == torch.float16  # bf16 does round some
-    with products.fast_products(dtype, torch.device("cpu")):
+    with products.fast_products(dtype, torch.device("cpu")) as mode:
         assert torch.equal(linear(values), expected)  # float32 is left alone
+        assert isinstance(mode, products._InFloat32) and not mode._rooms
         assert torch.equal(linear.to(dtype)(values.to(dtype)), expected.to(dtype))
+        assert mode._rooms  # it is what has multiplied
 
 
 def test_ranges_of_a_bf16_model_do_not_depend_on_the_instructions(
@@ -902,6 +989,15 @@ def test_ranges_of_a_bf16_model_do_not_depend_on_the_instructions(
 
 
 # ---------------------------------------------------------------------------------------------- other architectures
+
+
+def test_layers_that_share_weights_are_refused_before_any_is_read(tmp_path: Path) -> None:
+    make_model(tmp_path / "model", "zamba2")
+    recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"))
+    with pytest.raises(
+        UnsupportedArchitecture, match=r"layers\.3 and model\.layers\.1 share shared_transformer\..*weight"
+    ):
+        run_calibration(tmp_path / "model", recipe, tmp_path / "out")
 
 
 def test_layers_without_keys_and_values_are_named_with_the_reason(tmp_path: Path) -> None:

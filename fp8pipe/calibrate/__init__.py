@@ -8,7 +8,7 @@ ranges     observers: minmax, percentile, mse        noise      what FP8 costs e
 identity   equal keys, equal ranges                  rounding   weights and inputs as FP8 has them
 forward    all of it put together                    resume     finished layers survive a kill
 products   16-bit products on a CPU without them     weights    a layer's weights, read
-record     Calibration, the result                   embeddings given up behind the first layer
+record     Calibration, the result                   held       what passes hold besides, kept small
 """
 
 from __future__ import annotations

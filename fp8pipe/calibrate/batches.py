@@ -40,8 +40,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: torch's own error on a GPU; its CPU allocator raises a plain RuntimeError."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    words = ("can't allocate memory", "out of memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    words = ("can't allocate memory", "out of memory", "status_alloc_failed")  # the last is cuBLAS's and cuDNN's
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 def give_back_freed() -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fp8pipe.calibrate.batches import TOKENS, give_back_freed, is_out_of_memory, micro_batches, smaller
-from fp8pipe.calibrate.embeddings import Embeddings, embedding_of
 from fp8pipe.calibrate.experts import check_observable, is_observable
+from fp8pipe.calibrate.held import Alike, Beginning, embedding_of
 from fp8pipe.calibrate.lockstep import Lane, Lockstep, Step
 from fp8pipe.calibrate.observe import LayerModules, LayerWatch, ObservingCache, Schemes
 from fp8pipe.calibrate.products import fast_products
@@ -73,8 +73,10 @@ def _attempt(
     bookmark: Bookmark,
     progress: Progress,
 ) -> Ranges:
-    passes = [_Pass(skeleton, [token_ids[index] for index in batch]) for batch in batches]
-    with Lockstep(skeleton.layers, passes) as steps:
+    alike = Alike()
+    passes = [_Pass(skeleton, [token_ids[index] for index in batch], alike) for batch in batches]
+    runs = [one.beginning for one in passes]
+    with Lockstep(skeleton.layers, runs, lambda index, lane: passes[index].arrived(lane)) as steps:
         return _over(steps, passes, skeleton, watches, batches, bookmark, progress)
 
 
@@ -105,22 +107,30 @@ def _free_memory(skeleton: Skeleton) -> None:
 class _Pass:
     """The decoder's forward over some samples of equal length."""
 
-    def __init__(self, skeleton: Skeleton, ids: Sequence[Sequence[int]]) -> None:
-        self._skeleton, self._ids = skeleton, ids
-        self._embeddings = Embeddings(embedding_of(skeleton.decoder))
+    def __init__(self, skeleton: Skeleton, ids: Sequence[Sequence[int]], alike: Alike) -> None:
+        self._alike = alike
 
-    def __call__(self) -> object:
-        input_ids = torch.tensor(self._ids, device=self._skeleton.device)
-        cache = ObservingCache(self._skeleton.model.config)
-        with self._embeddings:
-            return self._skeleton.decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        def forward() -> object:
+            input_ids = torch.tensor(ids, device=skeleton.device)
+            cache = ObservingCache(skeleton.model.config)
+            return skeleton.decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
+
+        self.beginning = Beginning(forward, embedding_of(skeleton.decoder))
+        """What is run."""
+
+    def arrived(self, lane: Lane) -> None:
+        """It stands before its first layer."""
+        self._alike.unite(lane)
+        self.beginning.arrived(lane)
+        self.beginning.release(lane)
 
     def advance(self, step: Step, lane: Lane) -> Any:
         """Compute the layer and go on to the next; its output."""
-        self._embeddings.recall(lane.args, lane.kwargs)
+        self._alike.unite(lane)
+        self.beginning.recall(lane.args, lane.kwargs)
         output = step.compute(lane)
         lane.proceed(output)
-        self._embeddings.release()
+        self.beginning.release(lane)
         return output
 
 
@@ -137,13 +147,15 @@ def _over(
     finished, ranges, stored = bookmark.find() or ((), Ranges(), {})
     done: list[str] = []
     outputs: list[Any] = []
+    begun: list[Any] = []
     for step in steps:
+        begun = begun or [_mappings(lane) for lane in step.lanes]
         if step.layer in done:
             raise UnsupportedArchitecture(f"{step.layer} runs twice in one pass; calibration cannot follow")
         if len(done) == len(finished) and stored:
             _restore(step.lanes, batches, stored, skeleton.device)
             stored = {}
-        elif outputs and _handed_on(step.lanes, outputs, batches):
+        elif outputs and _handed_on(step.lanes, outputs, batches, begun):
             bookmark.set(done, ranges, {batch: lane.hidden for batch, lane in zip(batches, step.lanes, strict=True)})
         if len(done) < len(finished):
             for lane in step.lanes:
@@ -168,17 +180,21 @@ def _compute(step: Step, passes: Sequence[_Pass], done: int, layers: int, progre
     return outputs
 
 
-def _handed_on(lanes: Sequence[Lane], outputs: Sequence[Any], batches: Batches) -> bool:
+def _handed_on(lanes: Sequence[Lane], outputs: Sequence[Any], batches: Batches, begun: Sequence[Any]) -> bool:
     """Whether all that the coming layer gets from the last one is its output, so that a restart can begin here.
 
-    Not so where layers return more than hidden states, or share keys and values through a dictionary.
+    Not so where layers return more than hidden states, or have put keys and values for others into a dictionary.
     """
     return all(
-        lane.hidden is output
-        and len(output) == len(batch)
-        and not any(isinstance(value, MutableMapping) for value in lane.kwargs.values())
-        for lane, output, batch in zip(lanes, outputs, batches, strict=True)
+        lane.hidden is output and len(output) == len(batch) and _mappings(lane) == before
+        for lane, output, batch, before in zip(lanes, outputs, batches, begun, strict=True)
     )
+
+
+def _mappings(lane: Lane) -> dict[str, dict[Any, int]]:
+    """What is in the dictionaries among a layer's arguments, by identity."""
+    found = {name: value for name, value in lane.kwargs.items() if isinstance(value, MutableMapping)}
+    return {name: {key: id(value) for key, value in one.items()} for name, one in found.items()}
 
 
 def _restore(lanes: Sequence[Lane], batches: Batches, stored: Mapping[int, Tensor], device: torch.device) -> None:

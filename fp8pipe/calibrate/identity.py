@@ -61,7 +61,18 @@ def circumstances(device: str) -> dict[str, Any]:
         "device_class": class_of_capability(*torch.cuda.get_device_capability(device)) if on_gpu else "cpu",
         "versions": {"torch": torch.__version__, "transformers": version("transformers")},
         "threads": torch.get_num_threads(),
+        "instructions": None if on_gpu else _instructions(),
     }
+
+
+def _instructions() -> str:
+    """What this CPU multiplies with."""
+    import torch
+
+    from fp8pipe.calibrate.products import is_emulated
+
+    native = (dtype for dtype in (torch.bfloat16, torch.float16) if not is_emulated(dtype, torch.device("cpu")))
+    return " ".join((torch.backends.cpu.get_cpu_capability(), *(str(dtype).removeprefix("torch.") for dtype in native)))
 
 
 def resolved(device: str) -> str:

@@ -124,8 +124,14 @@ class Step:
 class Lockstep:
     """Context in which calling one of `layers` parks the calling pass; iterate it for the steps."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], forwards: Sequence[Callable[[], object]]) -> None:
-        self._layers = layers
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        forwards: Sequence[Callable[[], object]],
+        started: Callable[[int, Lane], object] = lambda index, lane: None,
+    ) -> None:
+        """started: told of each pass, by index, as soon as it stands before its first layer."""
+        self._layers, self._started = layers, started
         self._computes = {name: layer.forward for name, layer in layers.items()}
         self._lanes = [Lane(forward) for forward in forwards]
 
@@ -143,8 +149,10 @@ class Lockstep:
             del layer.forward  # the instance attribute: the class's method is back
 
     def __iter__(self) -> Iterator[Step]:
-        for lane in self._lanes:
+        for index, lane in enumerate(self._lanes):
             lane.start()
+            if lane.layer is not None:
+                self._started(index, lane)
         while (layer := self._common_layer()) is not None:
             yield Step(layer, self._lanes, self._computes[layer])
 

@@ -99,23 +99,26 @@ class LayerWatch:
         return ExpertWatch(module, inputs, names, minimum=schemes.min_expert_tokens, total=tokens)
 
     def __enter__(self) -> Self:
-        _current.append(self)
         self._look_at_weights()
-        for watch in self._experts:
-            self._entered.enter_context(watch)
-        for name, module in self._layer.linears.items():
-            hook = _input_hook(self._inputs[name,])
-            self._hook(module.register_forward_pre_hook(hook, with_kwargs=True))
-        for name, module in self._layer.attention.items():
-            self._hook(module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)))
-            self._hook(module.register_forward_hook(lambda *_: self._running.clear()))
+        with ExitStack() as entering:
+            _current.append(self)
+            entering.callback(_current.remove, self)
+            for watch in self._experts:
+                entering.enter_context(watch)
+            for name, module in self._layer.linears.items():
+                hook = _input_hook(self._inputs[name,])
+                entering.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            for name, module in self._layer.attention.items():
+                runs = module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name))
+                entering.callback(runs.remove)
+                entering.callback(module.register_forward_hook(lambda *_: self._running.clear()).remove)
+            self._entered = entering.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._entered.close()
-        _current.remove(self)
 
     @torch.inference_mode()
     def _look_at_weights(self) -> None:
@@ -205,9 +208,6 @@ class LayerWatch:
             )
         for observer, cached in zip(self._kv[name], (keys, values), strict=True):
             observer.update(cached.transpose(0, 1) if units > 1 else cached)
-
-    def _hook(self, handle: Any) -> None:  # torch.utils.hooks.RemovableHandle, untyped
-        self._entered.callback(handle.remove)
 
 
 class ObservingCache(DynamicCache):

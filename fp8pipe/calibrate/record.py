@@ -111,6 +111,8 @@ class Calibration(Ranges):
     """torch, transformers."""
     threads: int
     """Compute threads; results differ in the last bits between thread counts."""
+    instructions: str | None = None
+    """What the CPU multiplies with, and the 16-bit types that it has products of; they decide the last bits as well."""
     seconds: float
     """A figure for people, not identity."""
 

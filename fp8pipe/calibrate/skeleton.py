@@ -59,11 +59,25 @@ class Skeleton:
         self.decoder_name = _name_of(self.model, self.decoder)
         self.layers = _layers(self.model, self.decoder, self.decoder_name)
         self._meta = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        self._refuse_shared_layers()
         self._tensors, self._files = headers.tensors, files
         for shard in headers.shards:
             files.open(shard.name)
         self._groups = self._group()
         self._fill_computed_buffers()
+
+    def _refuse_shared_layers(self) -> None:
+        """Weights that two layers share would be dropped behind the first, and observed there alone."""
+        owners: dict[int, str] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            layer = self.layer_of(name)
+            first = owners.setdefault(id(parameter), layer) if layer is not None else layer
+            if first != layer:
+                shared = name.removeprefix(f"{layer}.")
+                raise UnsupportedArchitecture(
+                    f"{self.folder}: {layer} and {first} share {shared}; calibration goes layer by layer and cannot "
+                    "follow: use a data-free recipe such as fp8-dynamic"
+                )
 
     def load_outside(self) -> None:
         """Load embeddings, norms and whatever else lies between the layers."""

@@ -1,0 +1,156 @@
+"""What the frame of a pass holds beside its hidden states, kept small.
+
+A model's forward keeps what it began with in local variables until its last layer has run: embeddings, which over all
+samples are as much memory as the hidden states, masks and rotary tables, which are the same for every pass of one
+shape. The former are given up behind the first layer, and computed again should the model's own code read them; the
+latter are held once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fp8pipe.calibrate.lockstep import Lane
+
+_ALIKE = ("attention_mask", "position_embeddings")
+"""Arguments of layers that follow from the shape of a pass alone, since nothing is padded."""
+_KINDS = 8
+"""Different ones of one shape that are known: sliding and global, with their rotary tables."""
+
+
+class Beginning(TorchFunctionMode):
+    """What `embedding` gives to the thread that runs `forward`, and what the first layer is called with.
+
+    Called, it runs `forward`. Whatever that does with the two on its thread passes through here, so that they can be
+    filled again in time.
+    """
+
+    def __init__(self, forward: Callable[[], object], embedding: nn.Module | None) -> None:
+        super().__init__()
+        self._forward, self._embedding = forward, embedding
+        self._hook: Any = None  # torch.utils.hooks.RemovableHandle, untyped
+        self._held: dict[str, ref[Any]] = {}
+        self._given_up: dict[str, Tensor] = {}
+
+    def __call__(self) -> object:
+        with self:
+            return self._forward()
+
+    def __enter__(self) -> Self:
+        thread = threading.get_ident()
+
+        def given(_module: nn.Module, _args: Any, output: Any) -> None:
+            if threading.get_ident() == thread:
+                self._hook.remove()
+                self._hold("embeddings", output)
+
+        if self._embedding is not None:
+            self._hook = self._embedding.register_forward_hook(given)
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if self._hook is not None:
+            self._hook.remove()
+
+    def arrived(self, lane: Lane) -> None:
+        """`lane`, which runs this, stands before its first layer."""
+        self._hold("hidden", lane.hidden)
+
+    @torch.inference_mode()
+    def release(self, lane: Lane) -> None:
+        """Free what `lane` does not stand before its layer with, and what the model has not changed in place since."""
+        needed = {id(value) for value in _within((lane.args, lane.kwargs))}
+        held = {what: value for what, known in self._held.items() if (value := known()) is not None}
+        if not (free := held.keys() - {what for what, value in held.items() if id(value) in needed}):
+            return
+        again = self._computed_again()
+        for what in free:
+            del self._held[what]
+            if what in again and again[what] is not held[what] and torch.equal(held[what], again[what]):
+                held[what].data = held[what].new_empty(0)  # for every variable that refers to it
+                self._given_up[what] = held[what]
+
+    @torch.inference_mode()
+    def recall(self, *values: Any) -> None:
+        """Fill those again, and for good, that are among `values` or in what these contain."""
+        if not self._given_up:
+            return
+        wanted = {id(value) for value in _within(values)}
+        if asked := [what for what, value in self._given_up.items() if id(value) in wanted]:
+            again = self._computed_again()
+            for what in asked:
+                self._given_up.pop(what).data = again[what]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.recall(args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+    def _hold(self, what: str, value: Any) -> None:
+        """Not so as to keep it alive."""
+        if isinstance(value, Tensor) and all(known() is not value for known in self._held.values()):
+            self._held[what] = ref(value)
+
+    def _computed_again(self) -> dict[str, Tensor]:
+        """By a second run to the first layer."""
+        other = Beginning(self._forward, self._embedding)
+        lane = Lane(other)
+        try:
+            lane.start()
+            other.arrived(lane)
+            return {what: value for what, known in other._held.items() if (value := known()) is not None}
+        finally:
+            lane.abandon()
+
+
+class Alike:
+    """Masks and rotary tables of all passes: equal ones are kept once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    def unite(self, lane: Lane) -> None:
+        """Let the arguments of the layer before which `lane` stands share the memory of equal ones."""
+        for name in _ALIKE:
+            for place, value in enumerate(_within([lane.kwargs.get(name)])):
+                if isinstance(value, Tensor):
+                    self._share(value, self._known.setdefault((name, place, value.shape, value.dtype), []))
+
+    def _share(self, value: Tensor, known: list[Tensor]) -> None:
+        if any(one.data_ptr() == value.data_ptr() for one in known):
+            return
+        equal = next((one for one in known if torch.equal(one, value)), None)
+        if equal is not None:
+            value.data = equal
+        elif len(known) < _KINDS:
+            known.append(value)
+
+
+def embedding_of(decoder: Any) -> nn.Module | None:
+    """The module that looks up what the decoder begins with; None if it does not say."""
+    try:
+        found = decoder.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _within(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, Mapping):
+            yield from _within(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _within(value)
+        else:
+            yield value
