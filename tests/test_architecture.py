@@ -111,6 +111,17 @@ def test_fused_projections_on_disk_know_where_vllm_cuts_them(model_folder: Model
     assert tensors["model.layers.0.mlp.down_proj.weight"].parts == ()
 
 
+def test_gate_and_up_of_granites_shared_expert_are_cut_as_well(tmp_path: Path) -> None:
+    from tiny_models import SIZES
+    from transformers import GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM
+
+    config = GraniteMoeSharedConfig(**SIZES, shared_intermediate_size=96, num_local_experts=4, num_experts_per_tok=2)
+    GraniteMoeSharedForCausalLM(config).save_pretrained(tmp_path)
+    tensors = architecture_of(tmp_path).tensors
+    assert tensors["model.layers.0.shared_mlp.input_linear.weight"].parts == (96, 96)
+    assert tensors["model.layers.0.block_sparse_moe.input_linear.weight"].kind == "fused_experts"
+
+
 def test_vision_tower_projector_and_convolutions_are_kept(tmp_path: Path) -> None:
     from tiny_models import SIZES
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration

@@ -47,7 +47,7 @@ unused: transformers has no such tensor (multi-token prediction)."""
 
 QUANTIZABLE: frozenset[Kind] = frozenset(("linear", "expert", "fused_experts"))
 
-PROBE_VERSION = 4
+PROBE_VERSION = 5
 """Raised whenever the probe or its rules answer differently: cached records of another version are not used."""
 
 _PROBE_TIMEOUT_S = 600

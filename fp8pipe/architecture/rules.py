@@ -21,7 +21,7 @@ FUSED: tuple[tuple[str, ...], ...] = (
 models."""
 
 FUSED_QKV = frozenset(("qkv_proj", "query_key_value", "Wqkv", "wqkv", "qkv"))
-FUSED_GATE_UP = frozenset(("gate_up_proj", "dense_h_to_4h"))
+FUSED_GATE_UP = frozenset(("gate_up_proj", "dense_h_to_4h", "input_linear"))
 """Leaf names of Linears that are one tensor on disk and several shards in vLLM."""
 
 ROUTER_LEAVES = frozenset(("router", "gate", "gating"))
