@@ -61,7 +61,7 @@ def warm_up(device: str) -> None:
     some = torch.ones(256, 256, dtype=torch.bfloat16, device=device)
     heads = (some @ some).view(1, 4, 256, 64)
     torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
 
 
 def device_mb(device: str) -> float:
@@ -70,7 +70,7 @@ def device_mb(device: str) -> float:
         return 0.0
     import torch
 
-    return torch.cuda.max_memory_allocated() / 1e6
+    return torch.cuda.max_memory_allocated(device) / 1e6
 
 
 def ours(source: Path, data: Path, output: Path, device: str) -> Spent:
@@ -127,7 +127,7 @@ def floor(source: Path, data: Path, output: Path, device: str) -> Spent:
         for ids in samples:
             model.model(input_ids=torch.tensor([ids], device=device), use_cache=False)
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return spent()
 
 

@@ -21,6 +21,7 @@ from calibration_fixtures import (
     PEER_RECIPE,
     STATIC_KV,
     TEXTS,
+    calibrated,
     make_model,
     planned,
     run_calibration,
@@ -34,9 +35,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from fp8pipe import hub as hub_client
-from fp8pipe.calibrate import Calibration, calibrate, calibration_key, forward, products
-from fp8pipe.calibrate.batches import micro_batches, smaller
-from fp8pipe.calibrate.held import Alike, Beginning
+from fp8pipe.calibrate import Calibration, calibrate, calibration_key, forward, observe, products
+from fp8pipe.calibrate.batches import is_out_of_memory, micro_batches, smaller
+from fp8pipe.calibrate.held import Alike, Pass
 from fp8pipe.calibrate.lockstep import Lane, Lockstep
 from fp8pipe.calibrate.ranges import observer_for
 from fp8pipe.calibrate.resume import Bookmark
@@ -307,19 +308,17 @@ class _Decoder:
         def run(index: int) -> None:
             results[index] = self.forward(samples[index])
 
-        passes = [Beginning(lambda index=index: run(index), self.embedding) for index in range(len(samples))]
+        alike = Alike()
+        passes = [Pass(lambda index=index: run(index), self.embedding, alike) for index in range(len(samples))]
 
         def started(index: int, lane: Lane) -> None:
             begun.append(lane.hidden)
             passes[index].arrived(lane)
-            passes[index].release(lane)
 
         with Lockstep(self.layers, passes, started) as steps:
             for step in steps:
                 for lane, one in zip(step.lanes, passes, strict=True):
-                    one.recall(lane.args, lane.kwargs)
-                    lane.proceed(step.compute(lane))
-                    one.release(lane)
+                    one.advance(step, lane)
                 look(step.layer, begun)
         return [results[index] for index in range(len(samples))]
 
@@ -362,25 +361,58 @@ def test_what_a_pass_began_with_is_given_up_and_there_again_when_it_is_read(
     assert not decoder.embedding._forward_hooks
 
 
-@pytest.mark.parametrize("change", [lambda values: values.mul_(3), lambda values: values.clamp_(0)[:1]])
-def test_embeddings_that_were_changed_in_place_and_views_of_them_stay(change: Callable[..., Any]) -> None:
-    embeddings: list[torch.Tensor] = []
+class _ChangesItsInput(nn.Module):
+    def forward(self, hidden: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return hidden.mul_(3) + other
 
-    def begin(values: torch.Tensor) -> torch.Tensor:
-        embeddings.append(values)
-        change(values)
-        return values[:1]
 
-    decoder = _Decoder(begin, lambda values, begun, hidden: values.sum() + hidden)
+@pytest.mark.parametrize("begin", [lambda values: values, lambda values: values[:2]], ids=["the same", "a view"])
+def test_what_the_first_layer_changes_in_place_is_not_given_up(begin: Callable[..., Any]) -> None:
+    decoder = _Decoder(begin, lambda embeddings, begun, hidden: embeddings.sum() + begun + hidden)
+    decoder.layers["a"] = _ChangesItsInput()
     with torch.inference_mode():
         expected = [decoder.forward(ids) for ids in _SAMPLES]
-    del embeddings[:]
     results = decoder.in_lockstep(_SAMPLES, lambda layer, begun: None)
     assert all(torch.equal(one, other) for one, other in zip(results, expected, strict=True))
-    assert embeddings[0].numel() == 12
 
 
-def test_equal_masks_of_passes_are_held_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma3", "granitemoe"])
+def test_passes_keep_neither_what_they_began_with_nor_tables_of_their_own(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(tmp_path / "model", name)
+    passes: list[Pass] = []
+    lanes: list[Lane] = []
+    begun: list[torch.Tensor] = []
+    arrived = Pass.arrived
+
+    def arriving(self: Pass, lane: Lane) -> None:
+        arrived(self, lane)
+        passes.append(self)
+        lanes.append(lane)
+        begun.append(lane.hidden)
+
+    monkeypatch.setattr(Pass, "arrived", arriving)
+    sizes: set[int] = set()
+    tables: list[torch.Tensor] = []
+
+    def progress(event: ProgressEvent) -> None:
+        if event.note.endswith("layers.1") and not sizes:
+            sizes.update(hidden.untyped_storage().nbytes() for hidden in begun)
+            tables.extend(lane.kwargs["position_embeddings"][0] for lane in lanes[1:] if name != "opt")
+
+    text = {"text": "five equal samples"}
+    data = write_dataset(tmp_path / "data.jsonl", [text] * 5)
+    recipe = with_data(PEER_RECIPE, data, min_expert_tokens=4)
+    monkeypatch.setitem(forward.TOKENS, "cpu", 1)  # a pass for each
+    run_calibration(tmp_path / "model", recipe, tmp_path / "out", progress)
+    assert len(passes) == 5 and sizes == {0}
+    assert len({table.data_ptr() for table in tables}) == (name != "opt")
+    if name == "opt":  # its embeddings are not what its first layer is called with: they gain positions
+        assert all("embeddings" in one._given_up for one in passes)
+
+
+def test_equal_masks_of_passes_are_held_once() -> None:
     lanes = []
     for length, window in ((3, 2), (3, 2), (3, 3), (4, 2), (3, 3)):
         lane = Lane(lambda: None)
@@ -414,7 +446,9 @@ def test_a_matching_record_is_returned_and_a_changed_setting_makes_a_new_one(lla
     assert calls
 
 
-def test_the_key_follows_the_data_and_not_its_place(llama: Path, tmp_path: Path) -> None:
+def test_the_key_follows_data_and_instructions_and_not_the_place(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     snapshot = resolve(str(llama))
     here, there = write_dataset(tmp_path / "a.jsonl"), write_dataset(tmp_path / "b.jsonl")
     key = calibration_key(snapshot, with_data(STATIC_KV, here))
@@ -423,6 +457,9 @@ def test_the_key_follows_the_data_and_not_its_place(llama: Path, tmp_path: Path)
     assert calibration_key(snapshot, with_data(STATIC_KV, there)) != key
     renamed = with_data(STATIC_KV, here).model_copy(update={"name": "other"})
     assert calibration_key(snapshot, renamed) == key
+    was_native = not products.is_emulated(torch.bfloat16, torch.device("cpu"))
+    monkeypatch.setitem(products._NATIVE, torch.bfloat16, lambda: not was_native)
+    assert calibration_key(snapshot, with_data(STATIC_KV, here)) != key
 
 
 _KILLED = """
@@ -914,6 +951,36 @@ def test_less_is_run_at_once_when_memory_runs_out(wide: Path, tmp_path: Path) ->
     assert "trying again with at most" in answer.stderr
     found = Calibration.load(tmp_path / "little" / "calibration.json")
     assert found.inputs == pytest.approx(run_calibration(wide, recipe, tmp_path / "much").inputs, rel=CLOSE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+        "CUDA error: out of memory",
+    ],
+)
+def test_every_library_may_say_that_memory_ran_out(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(ValueError(text))
+    assert not is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"))
+
+
+@pytest.mark.parametrize("room, name", [("noise", "sample_rows"), ("ExpertWatch", "__enter__")])
+def test_a_layer_whose_watch_fails_to_begin_is_not_watched(
+    room: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(tmp_path / "model", "mixtral")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(getattr(observe, room), name, fail)
+    with pytest.raises(ZeroDivisionError):
+        calibrated(tmp_path, PEER_RECIPE)
+    assert not observe._current
 
 
 def test_a_sample_that_does_not_fit_alone_is_said(wide: Path, tmp_path: Path) -> None:

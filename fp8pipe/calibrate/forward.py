@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fp8pipe.calibrate.batches import TOKENS, give_back_freed, is_out_of_memory, micro_batches, smaller
 from fp8pipe.calibrate.experts import check_observable, is_observable
-from fp8pipe.calibrate.held import Alike, Beginning, embedding_of
+from fp8pipe.calibrate.held import Alike, Pass, embedding_of
 from fp8pipe.calibrate.lockstep import Lane, Lockstep, Step
 from fp8pipe.calibrate.observe import LayerModules, LayerWatch, ObservingCache, Schemes
 from fp8pipe.calibrate.products import fast_products
@@ -73,10 +73,10 @@ def _attempt(
     bookmark: Bookmark,
     progress: Progress,
 ) -> Ranges:
-    alike = Alike()
-    passes = [_Pass(skeleton, [token_ids[index] for index in batch], alike) for batch in batches]
-    runs = [one.beginning for one in passes]
-    with Lockstep(skeleton.layers, runs, lambda index, lane: passes[index].arrived(lane)) as steps:
+    embedding, alike = embedding_of(skeleton.decoder), Alike()
+    ids = ([token_ids[index] for index in batch] for batch in batches)
+    passes = [Pass(_forward(skeleton, some), embedding, alike) for some in ids]
+    with Lockstep(skeleton.layers, passes, lambda index, lane: passes[index].arrived(lane)) as steps:
         return _over(steps, passes, skeleton, watches, batches, bookmark, progress)
 
 
@@ -104,39 +104,18 @@ def _free_memory(skeleton: Skeleton) -> None:
         torch.cuda.empty_cache()
 
 
-class _Pass:
-    """The decoder's forward over some samples of equal length."""
+def _forward(skeleton: Skeleton, ids: Sequence[Sequence[int]]) -> Callable[[], object]:
+    def forward() -> object:
+        input_ids = torch.tensor(ids, device=skeleton.device)
+        cache = ObservingCache(skeleton.model.config)
+        return skeleton.decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
 
-    def __init__(self, skeleton: Skeleton, ids: Sequence[Sequence[int]], alike: Alike) -> None:
-        self._alike = alike
-
-        def forward() -> object:
-            input_ids = torch.tensor(ids, device=skeleton.device)
-            cache = ObservingCache(skeleton.model.config)
-            return skeleton.decoder(input_ids=input_ids, past_key_values=cache, use_cache=True)
-
-        self.beginning = Beginning(forward, embedding_of(skeleton.decoder))
-        """What is run."""
-
-    def arrived(self, lane: Lane) -> None:
-        """It stands before its first layer."""
-        self._alike.unite(lane)
-        self.beginning.arrived(lane)
-        self.beginning.release(lane)
-
-    def advance(self, step: Step, lane: Lane) -> Any:
-        """Compute the layer and go on to the next; its output."""
-        self._alike.unite(lane)
-        self.beginning.recall(lane.args, lane.kwargs)
-        output = step.compute(lane)
-        lane.proceed(output)
-        self.beginning.release(lane)
-        return output
+    return forward
 
 
 def _over(
     steps: Iterable[Step],
-    passes: Sequence[_Pass],
+    passes: Sequence[Pass],
     skeleton: Skeleton,
     watches: _Watches,
     batches: Batches,
@@ -171,7 +150,7 @@ def _over(
     return ranges
 
 
-def _compute(step: Step, passes: Sequence[_Pass], done: int, layers: int, progress: Progress) -> list[Any]:
+def _compute(step: Step, passes: Sequence[Pass], done: int, layers: int, progress: Progress) -> list[Any]:
     """Run every sample through the layer, each on to the next layer."""
     outputs = []
     for count, (lane, one) in enumerate(zip(step.lanes, passes, strict=True), start=1):

@@ -17,8 +17,9 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
-from fp8pipe.calibrate.lockstep import Lane
+from fp8pipe.calibrate.lockstep import Lane, Step
 
 _ALIKE = ("attention_mask", "position_embeddings")
 """Arguments of layers that follow from the shape of a pass alone, since nothing is padded."""
@@ -26,16 +27,17 @@ _KINDS = 8
 """Different ones of one shape that are known: sliding and global, with their rotary tables."""
 
 
-class Beginning(TorchFunctionMode):
-    """What `embedding` gives to the thread that runs `forward`, and what the first layer is called with.
+class Pass(TorchFunctionMode):
+    """One forward pass in lockstep: called, it runs `forward`.
 
-    Called, it runs `forward`. Whatever that does with the two on its thread passes through here, so that they can be
-    filled again in time.
+    What `embedding` gives to its thread, and what its first layer is called with, is freed in between. Whatever
+    `forward` does with them passes through here, so that they can be filled again in time.
     """
 
-    def __init__(self, forward: Callable[[], object], embedding: nn.Module | None) -> None:
+    def __init__(self, forward: Callable[[], object], embedding: nn.Module | None, alike: Alike) -> None:
+        """alike: of all passes that run together."""
         super().__init__()
-        self._forward, self._embedding = forward, embedding
+        self._forward, self._embedding, self._alike = forward, embedding, alike
         self._hook: Any = None  # torch.utils.hooks.RemovableHandle, untyped
         self._held: dict[str, ref[Any]] = {}
         self._given_up: dict[str, Tensor] = {}
@@ -66,14 +68,30 @@ class Beginning(TorchFunctionMode):
 
     def arrived(self, lane: Lane) -> None:
         """`lane`, which runs this, stands before its first layer."""
+        self._alike.unite(lane)
         self._hold("hidden", lane.hidden)
+        self._release(lane)
+
+    def advance(self, step: Step, lane: Lane) -> Any:
+        """Compute the layer and go on to the next; its output."""
+        self._alike.unite(lane)
+        self._recall(lane.args, lane.kwargs)
+        output = step.compute(lane)
+        lane.proceed(output)
+        self._release(lane)
+        return output
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._recall(args, kwargs)
+        return func(*args, **(kwargs or {}))
 
     @torch.inference_mode()
-    def release(self, lane: Lane) -> None:
-        """Free what `lane` does not stand before its layer with, and what the model has not changed in place since."""
-        needed = {id(value) for value in _within((lane.args, lane.kwargs))}
+    def _release(self, lane: Lane) -> None:
+        """Free what neither is among the arguments of the layer that `lane` stands before nor was changed in place."""
+        needed = {_address(value) for value in _within((lane.args, lane.kwargs)) if isinstance(value, Tensor)}
         held = {what: value for what, known in self._held.items() if (value := known()) is not None}
-        if not (free := held.keys() - {what for what, value in held.items() if id(value) in needed}):
+        free = [what for what, value in held.items() if _address(value) not in needed]
+        if not free:
             return
         again = self._computed_again()
         for what in free:
@@ -83,7 +101,7 @@ class Beginning(TorchFunctionMode):
                 self._given_up[what] = held[what]
 
     @torch.inference_mode()
-    def recall(self, *values: Any) -> None:
+    def _recall(self, *values: Any) -> None:
         """Fill those again, and for good, that are among `values` or in what these contain."""
         if not self._given_up:
             return
@@ -93,10 +111,6 @@ class Beginning(TorchFunctionMode):
             for what in asked:
                 self._given_up.pop(what).data = again[what]
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.recall(args, kwargs)
-        return func(*args, **(kwargs or {}))
-
     def _hold(self, what: str, value: Any) -> None:
         """Not so as to keep it alive."""
         if isinstance(value, Tensor) and all(known() is not value for known in self._held.values()):
@@ -104,11 +118,11 @@ class Beginning(TorchFunctionMode):
 
     def _computed_again(self) -> dict[str, Tensor]:
         """By a second run to the first layer."""
-        other = Beginning(self._forward, self._embedding)
+        other = Pass(self._forward, self._embedding, self._alike)
         lane = Lane(other)
         try:
             lane.start()
-            other.arrived(lane)
+            other._hold("hidden", lane.hidden)
             return {what: value for what, known in other._held.items() if (value := known()) is not None}
         finally:
             lane.abandon()
@@ -137,13 +151,19 @@ class Alike:
             known.append(value)
 
 
-def embedding_of(decoder: Any) -> nn.Module | None:
+def embedding_of(decoder: nn.Module) -> nn.Module | None:
     """The module that looks up what the decoder begins with; None if it does not say."""
-    try:
-        found = decoder.get_input_embeddings()
-    except (NotImplementedError, AttributeError):
+    if not isinstance(decoder, PreTrainedModel):  # a plain module of a model's own code
         return None
-    return found if isinstance(found, nn.Module) else None
+    try:
+        return decoder.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def _address(value: Tensor) -> int:
+    """Where its memory lies, which views share."""
+    return value.untyped_storage().data_ptr()
 
 
 def _within(values: Iterable[Any]) -> Iterator[Any]:
