@@ -13,8 +13,8 @@ from benchmarks import peer
 from benchmarks.page import table
 
 if TYPE_CHECKING:
-    from fp8pipe.calibrate import Calibration
     from fp8pipe.config import Recipe
+    from fp8pipe.records.calibration import Calibration
 
 TOLERANCE = 2**-8
 """What issue C allows: half a step of bf16."""

@@ -23,9 +23,9 @@ from typing import Any, Literal
 from benchmarks import page
 from fp8pipe import stages
 from fp8pipe.config import EvalSuite, TaskSpec, load_policy, load_recipe, load_suite
-from fp8pipe.demo import model, task
 from fp8pipe.evaluate import evaluate
 from fp8pipe.records import EvalReport, GateDecision, Record, TaskDecision, Verdict
+from fp8pipe.rehearsal.demo import model, task
 
 PAGE = Path(__file__).parent.parent / "docs" / "gate-damages.md"
 EVIDENCE = PAGE.with_suffix(".json")

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.page import table
-from fp8pipe import formats
-from fp8pipe.checkpoint import ITEM_BYTES, TensorInfo
 from fp8pipe.config import Recipe
 from fp8pipe.convert.draft import Draft, unchanged
 from fp8pipe.convert.record import METHODS
 from fp8pipe.convert.respell import respell
 from fp8pipe.errors import InputError
-from fp8pipe.plan.record import FP8
+from fp8pipe.model.headers import ITEM_BYTES, TensorInfo
+from fp8pipe.quantize import formats
+from fp8pipe.quantize.plan.record import FP8
 from fp8pipe.validate.scheme import read_scheme
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.checkpoint import ITEM_BYTES, TensorInfo, header_bytes, index_bytes
+from fp8pipe.model.headers import ITEM_BYTES, TensorInfo, header_bytes, index_bytes
 
 SHARD_BYTES = 5_000_000_000
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
@@ -85,7 +85,7 @@ BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", 
 def llama_70b(folder: Path, *, shrink: int = 1) -> Path:
     """Llama 3 70B under the recipe fp8-dynamic, every width divided by `shrink`."""
     from fp8pipe.config import load_recipe
-    from fp8pipe.formats import format_of
+    from fp8pipe.quantize.formats import format_of
 
     recipe = load_recipe("fp8-dynamic")
     widths = ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
@@ -252,7 +252,7 @@ def _measure(folder: Path, *, oracles: bool) -> None:
 
 
 def _over_http(scratch: Path) -> None:
-    from fp8pipe import localhub
+    from fp8pipe.rehearsal import localhub
 
     folder = llama_70b(scratch / "narrow", shrink=64)
     with localhub.start(scratch / "hub") as hub:

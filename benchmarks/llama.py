@@ -83,7 +83,7 @@ def make_giant(folder: Path, elements: int) -> Path:
     """An OPT of one layer whose two feed-forward weights hold `elements` each: one very tall, one
     very wide. All zeros and sparse, so that the source takes no disk; to a writer of bounded memory zeros are
     weights like any other."""
-    from fp8pipe.checkpoint import header_bytes, lay_out
+    from fp8pipe.model.headers import header_bytes, lay_out
 
     hidden, words, positions = 2048, 512, 64
     inner = elements // hidden

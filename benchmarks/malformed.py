@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.page import table
+from fp8pipe.hub.source import resolve
 from fp8pipe.records import Finding
-from fp8pipe.source import resolve
 from fp8pipe.validate import all_checks, validate
 
 ROOT = Path(__file__).parents[1]

@@ -127,7 +127,8 @@ def _quantize(what: str, recipe: str, source: str, output: Path) -> tuple[float,
 
     from fp8pipe import stages
     from fp8pipe.config import load_recipe
-    from fp8pipe.quantize import quantize, run  # noqa: F401
+    from fp8pipe.quantize import quantize
+    from fp8pipe.quantize.engine import run  # noqa: F401
 
     snapshot = stages.pin(source)
     imports_mb = peak_mb()
@@ -141,7 +142,7 @@ def _validate(what: str, recipe: str, source: str, output: Path) -> tuple[float,
     """Seconds without imports, and the peak after them; the report must be without an error."""
     import fp8pipe.validate.measure
     from fp8pipe import stages
-    from fp8pipe.architecture import inspect
+    from fp8pipe.oracle.transformers import inspect
     from fp8pipe.validate import all_checks, validate
 
     all_checks()

@@ -10,11 +10,11 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from flows.release_model import release_model
-from fp8pipe import show
 from fp8pipe.config import CollectionSpec, ReleaseSpec, load_collection
 from fp8pipe.errors import Fp8PipeError
 from fp8pipe.records import BatchEntry, BatchResult, Outcome
-from fp8pipe.workspace import Workspace
+from fp8pipe.release.workspace import Workspace
+from fp8pipe.ui import sheets
 from tasks.gate import plan_evaluation
 from tasks.progress import artifact_key
 
@@ -29,7 +29,7 @@ def release_collection(collection: CollectionSpec | str) -> State[BatchResult]:
     result = BatchResult(collection=spec.collection.title, entries=tuple(_release(one) for one in releases))
     key = artifact_key("collection", spec.collection.namespace, spec.collection.title)
     create_markdown_artifact(
-        show.markdown(show.batch_sheet(result)), key=key, description=f"Collection: {spec.collection.title}"
+        sheets.markdown(sheets.batch_sheet(result)), key=key, description=f"Collection: {spec.collection.title}"
     )
     broken = [entry for entry in result.entries if entry.error]
     if broken:

@@ -12,7 +12,7 @@ from fp8pipe import stages
 from fp8pipe.config import ReleaseSpec, ResolvedRelease
 from fp8pipe.quantize import fingerprint
 from fp8pipe.records import GateDecision, Outcome, Snapshot
-from fp8pipe.workspace import ReleaseFolder, Workspace
+from fp8pipe.release.workspace import ReleaseFolder, Workspace
 from tasks.evaluate import evaluate_baseline, evaluate_candidate
 from tasks.gate import ask, gate, plan_evaluation
 from tasks.publish import publish

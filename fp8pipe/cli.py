@@ -27,9 +27,9 @@ from fp8pipe.records import VERDICT_EXIT_CODES
 
 if TYPE_CHECKING:
     from fp8pipe.config import CollectionSpec, Recipe, ReleaseSpec
-    from fp8pipe.orchestrator import EmbeddedServer
+    from fp8pipe.machine.prefect_server import EmbeddedServer
     from fp8pipe.records import BatchResult, Outcome
-    from fp8pipe.terminal import StageDisplay
+    from fp8pipe.ui.terminal import StageDisplay
 
 app = typer.Typer(
     name="fp8pipe",
@@ -141,8 +141,8 @@ def plan(
 ) -> None:
     """Show what would become of every tensor, from headers alone; no weight is read."""
     from fp8pipe.config import load_recipe
-    from fp8pipe.show import plan_sheet, terminal
     from fp8pipe.stages import pin, plan_snapshot
+    from fp8pipe.ui.sheets import plan_sheet, terminal
 
     chosen = load_recipe(recipe)
     made = plan_snapshot(pin(model), chosen, trust_remote_code=trust_remote_code)
@@ -207,8 +207,8 @@ def validate(
     as_json: AsJson = False,
 ) -> int:
     """Check a checkpoint's structure and values, and against its source when given. Any FP8 checkpoint of the Hub."""
-    from fp8pipe.show import findings_sheet, terminal
     from fp8pipe.stages import validate_model
+    from fp8pipe.ui.sheets import findings_sheet, terminal
 
     with _stage_display("validate") as display:
         report = validate_model(model, source=source, depth=depth, oracles=oracles, progress=display)
@@ -234,8 +234,8 @@ def convert(
 ) -> None:
     """Rewrite an FP8 checkpoint in the other spelling, or mend its legacy names; no FP8 byte changes."""
     from fp8pipe.errors import InputError
-    from fp8pipe.show import conversion_sheet, terminal
     from fp8pipe.stages import convert_model
+    from fp8pipe.ui.sheets import conversion_sheet, terminal
 
     if to is None and not migrate:
         raise InputError("nothing asked for: give --to compressed-tensors, --to fp8, or --migrate")
@@ -251,8 +251,8 @@ def convert(
 @guarded
 def sensitivity(folder: Folder, as_json: AsJson = False) -> None:
     """Show what FP8 costs each Linear of a calibrated checkpoint: the ten worst, and a plot of all."""
-    from fp8pipe.show import sensitivity_sheet, terminal
     from fp8pipe.stages import show_sensitivity
+    from fp8pipe.ui.sheets import sensitivity_sheet, terminal
 
     calibration, plot = show_sensitivity(folder)
     if as_json:
@@ -278,8 +278,8 @@ def evaluate(
 ) -> None:
     """Measure a model or checkpoint with lm-eval in vLLM; writes report.json."""
     from fp8pipe.config import load_suite
-    from fp8pipe.show import measurement_notes
     from fp8pipe.stages import evaluate_model
+    from fp8pipe.ui.sheets import measurement_notes
 
     chosen = load_suite(suite)
     with _stage_display("evaluate") as display:
@@ -302,8 +302,8 @@ def plan_eval(
 ) -> None:
     """Show how many samples the policy's margins take, and whether the suite has them; exit 2 when it has not."""
     from fp8pipe.config import check_fit, load_policy, load_suite
-    from fp8pipe.show import eval_plan_sheet, terminal
     from fp8pipe.stages import plan_eval as stage
+    from fp8pipe.ui.sheets import eval_plan_sheet, terminal
 
     rules, measured = load_policy(policy), load_suite(suite)
     check_fit(rules, measured)
@@ -327,8 +327,8 @@ def gate(
 ) -> int:
     """Decide whether the candidate is non-inferior to the baseline; exit 0, 1 or 3."""
     from fp8pipe.config import load_policy
-    from fp8pipe.show import decision_sheet, terminal
     from fp8pipe.stages import gate_reports
+    from fp8pipe.ui.sheets import decision_sheet, terminal
 
     decision = gate_reports(baseline, candidate, load_policy(policy), checkpoint=checkpoint)
     if as_json:
@@ -356,8 +356,8 @@ def approve(
 @guarded
 def publish(folder: Folder, repo_id: RepoId, collection: Collection = None) -> None:
     """Publish an accepted checkpoint with its card and evidence, and verify it from the Hub's side."""
-    from fp8pipe.show import release_sheet, terminal
     from fp8pipe.stages import publish_folder
+    from fp8pipe.ui.sheets import release_sheet, terminal
 
     with _stage_display("publish") as display:
         release = publish_folder(folder, repo_id=repo_id, collection=collection, progress=display)
@@ -382,7 +382,7 @@ def release(
 ) -> int:
     """The whole way for one model: quantize, validate, evaluate, gate, publish. Here, now, under Prefect."""
     from fp8pipe.config import ReleaseSpec, validated
-    from fp8pipe.show import outcome_sheet, terminal
+    from fp8pipe.ui.sheets import outcome_sheet, terminal
 
     content = {
         "model": model,
@@ -408,7 +408,7 @@ def release(
 def batch(collection: Annotated[str, typer.Argument(help="Collection file, or name in configs/collections")]) -> int:
     """The whole way for every model and recipe of a collection. Here, now, under Prefect."""
     from fp8pipe.config import load_collection
-    from fp8pipe.show import batch_sheet, terminal
+    from fp8pipe.ui.sheets import batch_sheet, terminal
 
     spec = load_collection(collection)
     for one in spec.releases():
@@ -427,9 +427,9 @@ def worst_exit(codes: list[int]) -> int:
 @contextmanager
 def _flow_session(work_dir: Path, name: str, prefect_home: Path | None = None) -> Iterator[FlowSession]:
     """A quiet terminal with a stage display, and a Prefect server that starts in the background."""
-    from fp8pipe.orchestrator import prefect_api
-    from fp8pipe.terminal import StageDisplay, quiet_terminal
-    from fp8pipe.workspace import Workspace
+    from fp8pipe.machine.prefect_server import prefect_api
+    from fp8pipe.release.workspace import Workspace
+    from fp8pipe.ui.terminal import StageDisplay, quiet_terminal
 
     workspace = Workspace(work_dir)
     log = workspace.log(f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
@@ -476,7 +476,7 @@ class FlowSession:
 @contextmanager
 def _stage_display(name: str) -> Iterator[StageDisplay]:
     """A quiet terminal with a stage display, for one stage by hand."""
-    from fp8pipe.terminal import StageDisplay, quiet_terminal
+    from fp8pipe.ui.terminal import StageDisplay, quiet_terminal
 
     log = Path(tempfile.gettempdir()) / f"fp8pipe-{name}-{os.getpid()}.log"
     with quiet_terminal(log) as console, StageDisplay(console) as display:
@@ -493,11 +493,11 @@ def demo(
     sabotage: Annotated[bool, typer.Option("--sabotage", help="Calibrate badly, to see the gate reject")] = False,
 ) -> int:
     """The whole pipeline on a tiny model, a local Hub and real vLLM: about five minutes, nothing to set up."""
-    from fp8pipe import device
+    from fp8pipe.machine import device
 
     device.require()
-    from fp8pipe.demo.run import rehearse
-    from fp8pipe.show import outcome_sheet, terminal
+    from fp8pipe.rehearsal.demo.run import rehearse
+    from fp8pipe.ui.sheets import outcome_sheet, terminal
 
     outcome = rehearse(workdir, sabotage=sabotage, session=_flow_session)
     out.print(terminal(outcome_sheet(outcome)))
@@ -513,8 +513,8 @@ def status(
 ) -> None:
     """What is released, rejected or under way in a work folder."""
     from fp8pipe.config import load_collection
-    from fp8pipe.show import status_sheet, terminal
-    from fp8pipe.status import release_status
+    from fp8pipe.ui.sheets import status_sheet, terminal
+    from fp8pipe.ui.status import release_status
 
     spec = load_collection(collection) if collection else None
     rows = release_status(Path(spec.work_dir if spec else work_dir), spec)
@@ -528,8 +528,8 @@ def status(
 @guarded
 def doctor(as_json: AsJson = False) -> int:
     """Whether this machine can do the work: device, packages, Hub, disk, Prefect. Exit 4 when it cannot."""
-    from fp8pipe.doctor import examine
-    from fp8pipe.show import doctor_sheet, terminal
+    from fp8pipe.ui.doctor import examine
+    from fp8pipe.ui.sheets import doctor_sheet, terminal
 
     checks = examine()
     if as_json:
@@ -546,6 +546,6 @@ def serve(
     port: Annotated[int, typer.Option(help="Port on loopback")] = 8765,
 ) -> None:
     """Serve the Hub that lies in a folder, until interrupted."""
-    from fp8pipe.localhub import serve as serve_hub
+    from fp8pipe.rehearsal.localhub import serve as serve_hub
 
     serve_hub(root, port)

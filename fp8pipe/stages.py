@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fp8pipe.config import EvalSuite, GatePolicy, Recipe, ResolvedRelease
 from fp8pipe.errors import InputError, SourceChanged
+from fp8pipe.files import write_atomically
 from fp8pipe.progress import Overlap, Progress, quiet
 from fp8pipe.records import (
     RECORD_DIR,
@@ -25,34 +26,16 @@ from fp8pipe.records import (
     Release,
     Snapshot,
     ValidationReport,
-    write_atomically,
 )
-from fp8pipe.workspace import Workspace
+from fp8pipe.records.paths import evidence
+from fp8pipe.release.workspace import Workspace
 
 if TYPE_CHECKING:
-    from fp8pipe.calibrate import Calibration
     from fp8pipe.convert import Conversion, Method
     from fp8pipe.gate.power import EvalPlan
-    from fp8pipe.plan import Plan
+    from fp8pipe.quantize.plan import Plan
+    from fp8pipe.records.calibration import Calibration
     from fp8pipe.validate.findings import Depth
-
-EVIDENCE = {
-    "source": "source.json",
-    "plan": "plan.json",
-    "calibration": "calibration.json",
-    "checkpoint": "checkpoint.json",
-    "validation": "validation.json",
-    "policy": "policy.json",
-    "baseline": "baseline.json",
-    "candidate": "candidate.json",
-    "gate": "gate.json",
-}
-"""Files in DIR/fp8pipe/, written by the stages, published with the checkpoint."""
-
-
-def evidence(folder: Path, name: str) -> Path:
-    """Where a checkpoint folder keeps the record called `name`."""
-    return folder / RECORD_DIR / EVIDENCE[name]
 
 
 # ------------------------------------------------------------------------------------------ source, plan
@@ -60,14 +43,14 @@ def evidence(folder: Path, name: str) -> Path:
 
 def pin(model: str) -> Snapshot:
     """The model at one commit, nothing downloaded."""
-    from fp8pipe.source import resolve
+    from fp8pipe.hub.source import resolve
 
     return resolve(model)
 
 
 def fetch(snapshot: Snapshot, *, trust_remote_code: bool = False, progress: Progress = quiet) -> Snapshot:
     """The same snapshot with its files on this machine; its own Python code only when that is trusted."""
-    from fp8pipe.source import download
+    from fp8pipe.hub.download import download
 
     return download(snapshot, trust_remote_code=trust_remote_code, progress=progress)
 
@@ -84,9 +67,9 @@ def plan_snapshot(
 
     keep: tensors that a calibration keeps unquantized -> why. meanwhile: run beside the search for an architecture
     that is not on record."""
-    from fp8pipe.architecture import inspect
-    from fp8pipe.checkpoint import read_headers
-    from fp8pipe.plan import make_plan
+    from fp8pipe.hub.headers import read_headers
+    from fp8pipe.oracle.transformers import inspect
+    from fp8pipe.quantize.plan import make_plan
 
     headers = read_headers(snapshot)
     architecture = inspect(snapshot, headers=headers, trust_remote_code=trust_remote_code, meanwhile=meanwhile)
@@ -119,8 +102,8 @@ def quantize_snapshot(
 
     A snapshot that is still on the Hub is downloaded meanwhile: a shard is quantized as soon as it has arrived.
     `device`: cpu, auto (the CPU too), cuda or cuda:<n>; the bytes are the same."""
+    from fp8pipe.hub.download import download_iter, local_snapshot
     from fp8pipe.quantize import device_for, quantize
-    from fp8pipe.source import download_iter, local_snapshot
 
     on, trusted = device_for(device), plan.trust_remote_code
     if plan.settings.keep_bf16 is not None and calibration is not None:
@@ -166,8 +149,8 @@ def quantize_model(
 
 def show_sensitivity(folder: Path) -> tuple[Calibration, Path | None]:
     """What FP8 costs each Linear of a calibrated checkpoint, and its plot (PNG, with the SVG beside it), drawn anew."""
-    from fp8pipe.calibrate import Calibration
-    from fp8pipe.plots import write_sensitivity_plot
+    from fp8pipe.records.calibration import Calibration
+    from fp8pipe.release.plots import write_sensitivity_plot
 
     path = evidence(folder, "calibration")
     if not path.is_file():
@@ -181,7 +164,7 @@ def show_sensitivity(folder: Path) -> tuple[Calibration, Path | None]:
 
 def validate_checkpoint(folder: Path, *, source: Snapshot | None, progress: Progress = quiet) -> ValidationReport:
     """The report on `folder` as it is now; an earlier report on the same state is returned as it is."""
-    from fp8pipe.identity import folder_identity
+    from fp8pipe.model.identity import folder_identity
     from fp8pipe.validate import validate
 
     path = evidence(folder, "validation")
@@ -238,8 +221,8 @@ def convert_model(
 
     `output` defaults to the source's name and what was done, beside a source folder or here. A conversion without
     changes wrote nothing."""
-    from fp8pipe.checkpoint import read_headers
     from fp8pipe.convert import convert, plan_conversion
+    from fp8pipe.hub.headers import read_headers
 
     snapshot = pin(model)
     snapshot = fetch(snapshot, trust_remote_code=snapshot.is_local, progress=progress)
@@ -300,7 +283,7 @@ def evaluate_candidate(
     """The checkpoint's measurement up to this look, served as its recipe means it to be, and with what the engine of
     its `baseline` had to do without: FP8 may fit where BF16 did not, and then the two could not be compared."""
     from fp8pipe.evaluate import evaluate
-    from fp8pipe.plan import Plan
+    from fp8pipe.quantize.plan import Plan
 
     checkpoint = Checkpoint.load(evidence(checkpoint_folder, "checkpoint"))
     recipe = Plan.load(evidence(checkpoint_folder, "plan")).settings
@@ -369,7 +352,7 @@ def decide_release(
 ) -> GateDecision:
     """The verdict; with a checkpoint folder also its evidence, gate.json last, once nothing more is to be measured."""
     from fp8pipe.gate import decide
-    from fp8pipe.plan import Plan
+    from fp8pipe.quantize.plan import Plan
 
     asked: dict[str, Any] = {"suite": suite, "attempt": attempt, "attempts": attempts, "look": look, "earlier": earlier}
     if checkpoint_folder is None:
@@ -391,7 +374,7 @@ def gate_reports(
     """
     from fp8pipe.evaluate.request import EvalRequest
     from fp8pipe.gate.foreign import read_report
-    from fp8pipe.identity import folder_identity
+    from fp8pipe.model.identity import folder_identity
 
     ours, theirs = read_report(baseline, role="baseline"), read_report(candidate, role="candidate")
     if checkpoint is not None and theirs.folder_identity not in {None, folder_identity(checkpoint)}:
@@ -429,8 +412,8 @@ def _attempt_of(checkpoint: Path | None, policy: GatePolicy) -> dict[str, Any]: 
 def _write_evidence(
     folder: Path, baseline: EvalReport, candidate: EvalReport, policy: GatePolicy, decision: GateDecision
 ) -> None:
-    from fp8pipe.calibrate import Calibration
-    from fp8pipe.plots import write_plots, write_sensitivity_plot
+    from fp8pipe.records.calibration import Calibration
+    from fp8pipe.release.plots import write_plots, write_sensitivity_plot
 
     baseline.save(evidence(folder, "baseline"))
     candidate.save(evidence(folder, "candidate"))
@@ -446,7 +429,7 @@ def _write_evidence(
 
 def may_publish(folder: Path, decision: GateDecision) -> bool:
     """Accepted, or approved by a person where the policy lets people decide. `publish` itself checks everything."""
-    from fp8pipe.approval import objection
+    from fp8pipe.gate.approval import objection
 
     return decision.verdict == "accepted" or (
         decision.verdict == "inconclusive" and objection(folder, decision) is None
@@ -460,15 +443,15 @@ def is_question(decision: GateDecision, policy: GatePolicy) -> bool:
 
 def approve_folder(folder: Path, *, who: str, reason: str) -> Approval:
     """A person's decision to release what the gate left inconclusive."""
-    from fp8pipe.approval import approve
+    from fp8pipe.gate.approval import approve
 
     return approve(folder, who=who, reason=reason)
 
 
 def publish_folder(folder: Path, *, repo_id: str, collection: str | None, progress: Progress = quiet) -> Release:
     """Card, upload, verification, tag and collection item for an accepted checkpoint; idempotent."""
-    from fp8pipe.card import card_for_folder, collection_note
-    from fp8pipe.publish import load_evidence, publish
+    from fp8pipe.release.card import card_for_folder, collection_note
+    from fp8pipe.release.publish import load_evidence, publish
 
     proof = load_evidence(folder)
     card = card_for_folder(folder, repo_id=repo_id)

@@ -8,10 +8,11 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from fp8pipe import show, stages
+from fp8pipe import stages
 from fp8pipe.config import EvalSuite, ResolvedRelease
 from fp8pipe.records import EvalReport, Snapshot
-from fp8pipe.workspace import Workspace
+from fp8pipe.release.workspace import Workspace
+from fp8pipe.ui import sheets
 from tasks.policy import engine_slot
 from tasks.progress import artifact_key, reporter
 
@@ -43,6 +44,6 @@ def evaluate_candidate(
             progress=progress,
         )
     key = artifact_key("evaluation", report.model_id, recipe)
-    table = show.markdown(show.evaluation_sheet(baseline, report))
+    table = sheets.markdown(sheets.evaluation_sheet(baseline, report))
     create_markdown_artifact(table, key=key, description=f"Evaluation: {report.model_id}, {recipe}")
     return report

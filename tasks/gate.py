@@ -16,11 +16,12 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from prefect.settings import PREFECT_UI_URL
 
-from fp8pipe import show, stages
+from fp8pipe import stages
 from fp8pipe.config import ResolvedRelease
 from fp8pipe.gate.power import EvalPlan
 from fp8pipe.records import Approval, EvalReport, GateDecision, Outcome
-from fp8pipe.workspace import Workspace
+from fp8pipe.release.workspace import Workspace
+from fp8pipe.ui import sheets
 from tasks.policy import HUB_RETRIES, HUB_RETRY_DELAYS, is_transient
 from tasks.progress import artifact_key, reporter
 
@@ -42,7 +43,7 @@ def plan_evaluation(job: ResolvedRelease, workspace: Workspace) -> EvalPlan:
     folder = workspace.suite(job.suite.digest())
     made = stages.plan_eval(job.policy, job.suite, folder, attempts=len(job.ladder()))
     key = artifact_key("plan-eval", job.policy.name, job.suite.name)
-    table = show.markdown(show.eval_plan_sheet(made))
+    table = sheets.markdown(sheets.eval_plan_sheet(made))
     create_markdown_artifact(table, key=key, description=f"Policy {job.policy.name} on suite {job.suite.name}")
     made.require()
     return made
@@ -76,7 +77,7 @@ def gate(
     )
     recipe = job.recipe.name
     key = artifact_key("gate", candidate.model_id, recipe)
-    text = show.markdown(show.decision_sheet(decision)) + show.plots_markdown(checkpoint_folder)
+    text = sheets.markdown(sheets.decision_sheet(decision)) + sheets.plots_markdown(checkpoint_folder)
     create_markdown_artifact(text, key=key, description=f"Gate: {candidate.model_id}, {recipe}")
     emit_event(
         event=f"fp8pipe.gate.{decision.verdict}",
@@ -122,7 +123,7 @@ def ask(job: ResolvedRelease, checkpoint_folder: Path, decision: GateDecision) -
 def question(checkpoint_folder: Path) -> str:
     """What a person is asked to decide on, as Markdown."""
     decision = GateDecision.load(stages.evidence(checkpoint_folder, "gate"))
-    return show.markdown(show.decision_sheet(decision))
+    return sheets.markdown(sheets.decision_sheet(decision))
 
 
 @task(name="approve", task_run_name="approved by {who}", cache_policy=NO_CACHE)

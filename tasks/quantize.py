@@ -8,11 +8,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from fp8pipe import stages
-from fp8pipe.calibrate import Calibration
 from fp8pipe.config import Recipe
-from fp8pipe.plan import Plan
+from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Checkpoint, Snapshot
-from fp8pipe.workspace import Workspace
+from fp8pipe.records.calibration import Calibration
+from fp8pipe.release.workspace import Workspace
 from tasks.policy import HUB_RETRIES, HUB_RETRY_DELAYS, is_transient
 from tasks.progress import reporter
 

@@ -6,10 +6,11 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from fp8pipe import show, stages
+from fp8pipe import stages
 from fp8pipe.config import Recipe
-from fp8pipe.plan import Plan
+from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Snapshot
+from fp8pipe.ui import sheets
 from tasks.policy import HUB_RETRIES, HUB_RETRY_DELAYS, is_transient
 from tasks.progress import artifact_key, reporter
 
@@ -41,7 +42,7 @@ def plan(snapshot: Snapshot, recipe: Recipe, trust_remote_code: bool) -> Plan:
     reporter("plan", recipe.name)
     made = stages.plan_snapshot(snapshot, recipe, trust_remote_code=trust_remote_code)
     key = artifact_key("plan", snapshot.model_id, recipe.name)
-    table = show.markdown(show.plan_sheet(made))
+    table = sheets.markdown(sheets.plan_sheet(made))
     create_markdown_artifact(table, key=key, description=f"Plan: {snapshot.model_id}, {recipe.name}")
     return made
 

@@ -8,8 +8,9 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from fp8pipe import show, stages
+from fp8pipe import stages
 from fp8pipe.records import Snapshot, ValidationReport
+from fp8pipe.ui import sheets
 from tasks.progress import artifact_key, reporter
 
 
@@ -18,6 +19,6 @@ def validate(folder: Path, source: Snapshot, recipe: str) -> ValidationReport:
     """Structure, values and fidelity to the source. Findings are data; the flow decides."""
     report = stages.validate_checkpoint(folder, source=source, progress=reporter("validate", source.model_id))
     key = artifact_key("findings", source.model_id, recipe)
-    table = show.markdown(show.findings_sheet(report))
+    table = sheets.markdown(sheets.findings_sheet(report))
     create_markdown_artifact(table, key=key, description=f"Findings: {source.model_id}, {recipe}")
     return report

@@ -13,14 +13,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from fp8pipe.architecture import Architecture, probe
-from fp8pipe.calibrate import Calibration, calibrate
-from fp8pipe.checkpoint import read_headers
+from fp8pipe.calibrate import calibrate
 from fp8pipe.config import ActivationScheme, CalibrationSpec, KVCacheScheme, Recipe, WeightScheme
-from fp8pipe.plan import Plan, make_plan
+from fp8pipe.hub.headers import read_headers
+from fp8pipe.hub.source import resolve
+from fp8pipe.model.architecture import Architecture
+from fp8pipe.oracle import transformers_probe as probe
 from fp8pipe.progress import quiet
+from fp8pipe.quantize.plan import Plan, make_plan
 from fp8pipe.records import Snapshot
-from fp8pipe.source import resolve
+from fp8pipe.records.calibration import Calibration
 
 TEXTS = [
     "the quick brown fox",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8pipe.demo import model
+from fp8pipe.rehearsal.demo import model
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fp8pipe import localhub
-from fp8pipe.localhub import Fault, LocalHub
+from fp8pipe.rehearsal import localhub
+from fp8pipe.rehearsal.localhub import Fault, LocalHub
 
 
 @pytest.fixture(scope="session")

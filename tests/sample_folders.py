@@ -7,7 +7,7 @@ import json
 import struct
 from pathlib import Path
 
-from fp8pipe.identity import folder_identity
+from fp8pipe.model.identity import folder_identity
 from fp8pipe.records import Checkpoint, EngineFacts, EvalReport, GateDecision, ValidationReport
 
 FINGERPRINT = "ab12" * 16

@@ -21,13 +21,13 @@ from test_card import saved
 from typer.testing import CliRunner
 
 from fp8pipe import stages
-from fp8pipe.approval import approval_of
 from fp8pipe.cli import app
 from fp8pipe.errors import InputError, Refused
-from fp8pipe.hub import client
-from fp8pipe.identity import folder_identity
-from fp8pipe.localhub import LocalHub
+from fp8pipe.gate.approval import approval_of
+from fp8pipe.hub.client import client
+from fp8pipe.model.identity import folder_identity
 from fp8pipe.records import GateDecision
+from fp8pipe.rehearsal.localhub import LocalHub
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -109,7 +109,7 @@ PREFECT = str(Path(sys.executable).with_name("prefect"))
 @pytest.fixture(scope="module")
 def deployed(running_hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A Prefect server with the deployment `approve-release` and a worker that serves it: API address, worker's log."""
-    from fp8pipe.orchestrator import EmbeddedServer
+    from fp8pipe.machine.prefect_server import EmbeddedServer
 
     folder = tmp_path_factory.mktemp("prefect")
     server = EmbeddedServer(folder / "server.log", folder / "home")

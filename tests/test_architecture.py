@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from tiny_models import architecture_of
 
-from fp8pipe import architecture
-from fp8pipe.architecture import QUANTIZABLE, Architecture, inspect, rules
 from fp8pipe.errors import UnsupportedArchitecture
-from fp8pipe.source import resolve
+from fp8pipe.hub.source import resolve
+from fp8pipe.model import architecture
+from fp8pipe.model import names as rules
+from fp8pipe.model.architecture import QUANTIZABLE, Architecture
+from fp8pipe.oracle.transformers import inspect
 
 pytest_plugins = ["checkpoint_fixtures"]
 
@@ -149,7 +151,7 @@ def test_experts_with_biases_are_kept(model_folder: Models) -> None:
 
 
 def test_a_tensor_that_transformers_does_not_know_is_kept(model_folder: Models, tmp_path: Path) -> None:
-    from fp8pipe.architecture import probe
+    from fp8pipe.oracle import transformers_probe as probe
 
     shapes = {"model.layers.0.self_attn.q_proj.weight": [64, 64], "model.layers.2.self_attn.q_proj.weight": [64, 64]}
     answer = probe.examine(model_folder("llama"), shapes, False)

@@ -12,8 +12,8 @@ from tiny_models import architecture_of, make_model, plan_of, recipe
 from benchmarks.architectures.cells import LIMIT, Cell, make_cells, shipped_recipes
 from benchmarks.architectures.reference import relative_error
 from benchmarks.architectures.table import table
+from fp8pipe.hub.source import resolve
 from fp8pipe.quantize import quantize
-from fp8pipe.source import resolve
 from fp8pipe.validate import validate
 
 SERVED = {

@@ -34,8 +34,7 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import DynamicCache
 
-from fp8pipe import hub as hub_client
-from fp8pipe.calibrate import Calibration, calibrate, calibration_key, forward, observe, products
+from fp8pipe.calibrate import calibrate, calibration_key, forward, observe, products
 from fp8pipe.calibrate.batches import is_out_of_memory, micro_batches, smaller
 from fp8pipe.calibrate.held import Alike, Pass
 from fp8pipe.calibrate.lockstep import Lane, Lockstep
@@ -43,14 +42,17 @@ from fp8pipe.calibrate.ranges import observer_for
 from fp8pipe.calibrate.resume import Bookmark
 from fp8pipe.calibrate.rows import load_rows
 from fp8pipe.calibrate.weights import OnDisk
-from fp8pipe.checkpoint import SourceFiles, read_headers
 from fp8pipe.config import ActivationScheme, CalibrationSpec, Recipe, WeightScheme
 from fp8pipe.errors import CalibrationDataError, NonFiniteActivation, SourceChanged, UnsupportedArchitecture
-from fp8pipe.localhub import LocalHub
-from fp8pipe.numerics import dequantize
+from fp8pipe.hub import client as hub_client
+from fp8pipe.hub.headers import read_headers
+from fp8pipe.hub.source import resolve
+from fp8pipe.model.shards import SourceFiles
 from fp8pipe.progress import ProgressEvent
 from fp8pipe.quantize import quantize
-from fp8pipe.source import resolve
+from fp8pipe.quantize.numerics import dequantize
+from fp8pipe.records.calibration import Calibration
+from fp8pipe.rehearsal.localhub import LocalHub
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -508,7 +510,7 @@ def test_a_restart_begins_where_hidden_states_are_all_that_is_handed_on() -> Non
 
 
 def test_a_bookmark_of_other_samples_is_not_taken_up(tmp_path: Path) -> None:
-    from fp8pipe.calibrate.record import Ranges
+    from fp8pipe.records.calibration import Ranges
 
     hidden = {(1,): torch.ones(1, 3, 2), (0, 2): torch.stack([torch.zeros(5, 2), torch.full((5, 2), 2.0)])}
     Bookmark(tmp_path, "key", "tokens").set(["a"], Ranges(inputs={"m": 1.0}), hidden)
@@ -523,7 +525,7 @@ def test_a_bookmark_of_other_samples_is_not_taken_up(tmp_path: Path) -> None:
 def test_a_bookmark_that_cannot_be_read_or_written_costs_a_restart_and_no_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from fp8pipe.calibrate.record import Ranges
+    from fp8pipe.records.calibration import Ranges
 
     hidden = {(0,): torch.ones(1, 3, 2)}
     Bookmark(tmp_path / "a", "key", "tokens").set(["a"], Ranges(), hidden)

@@ -52,7 +52,7 @@ def test_cancelled_flow_run_leaves_no_process_of_its_evaluation(tmp_path: Path) 
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.states import Cancelling
 
-    from fp8pipe.orchestrator import EmbeddedServer
+    from fp8pipe.machine.prefect_server import EmbeddedServer
 
     make_tiny_llama(tmp_path / "model")
     make_tasks(tmp_path / "tasks")

@@ -28,8 +28,22 @@ from report_fixtures import (
     values,
 )
 
-from fp8pipe.calibrate.record import Calibration
-from fp8pipe.card import (
+from fp8pipe.config import GatePolicy, TaskPolicy
+from fp8pipe.errors import InputError, Refused
+from fp8pipe.gate import decide
+from fp8pipe.quantize.plan import SummaryRow
+from fp8pipe.records import (
+    Approval,
+    EvalReport,
+    Finding,
+    FlipRate,
+    GateDecision,
+    ServingFigures,
+    Snapshot,
+    ValidationReport,
+)
+from fp8pipe.records.calibration import Calibration
+from fp8pipe.release.card import (
     EVIDENCE,
     MAX_NOTE,
     PLOTS,
@@ -44,22 +58,8 @@ from fp8pipe.card import (
     render_card,
     summary_rows,
 )
-from fp8pipe.config import GatePolicy, TaskPolicy
-from fp8pipe.errors import InputError, Refused
-from fp8pipe.gate import decide
-from fp8pipe.plan import SummaryRow
-from fp8pipe.plots import changed_samples, write_plots
-from fp8pipe.records import (
-    Approval,
-    EvalReport,
-    Finding,
-    FlipRate,
-    GateDecision,
-    ServingFigures,
-    Snapshot,
-    ValidationReport,
-)
-from fp8pipe.show import decision_sheet
+from fp8pipe.release.plots import changed_samples, write_plots
+from fp8pipe.ui.sheets import decision_sheet
 
 SOURCE_CARD_TEXT = """---
 license: other
@@ -481,7 +481,7 @@ def test_metrics_in_their_own_unit_are_drawn_and_written_so(tmp_path: Path) -> N
 
 def saved(folder: Path) -> CardFacts:
     """A checkpoint folder's records, as the stages leave them."""
-    from fp8pipe.plan import Plan
+    from fp8pipe.quantize.plan import Plan
 
     facts = facts_of()
     records = folder / "fp8pipe"

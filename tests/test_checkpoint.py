@@ -12,20 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from fp8pipe import source
-from fp8pipe.checkpoint import (
-    ITEM_BYTES,
-    Headers,
-    OutputShard,
-    SourceFiles,
-    header_bytes,
-    index_bytes,
-    lay_out,
-    parse_header,
-    partial_path,
-    read_headers,
-)
 from fp8pipe.errors import EnvironmentFault, Fp8PipeError, MalformedCheckpoint, SourceChanged
+from fp8pipe.hub import source
+from fp8pipe.hub.headers import read_headers
+from fp8pipe.model.headers import ITEM_BYTES, Headers, header_bytes, index_bytes, lay_out, parse_header
+from fp8pipe.model.shards import OutputShard, SourceFiles, partial_path
 
 
 def blob(header: Any, data: bytes = b"", *, length: int | None = None) -> bytes:
@@ -308,7 +299,7 @@ def test_a_read_error_names_tensor_file_and_byte(tmp_path: Path) -> None:
 
 
 def test_index_states_every_tensor_and_the_sum_of_their_bytes_also_from_a_generator():
-    from fp8pipe.checkpoint import TensorInfo, index_bytes
+    from fp8pipe.model.headers import TensorInfo, index_bytes
 
     tensors = [
         TensorInfo("a", "BF16", (2, 3), "one.safetensors", 0, 12),

@@ -210,7 +210,7 @@ def test_json_is_one_object_on_stdout(tmp_path):
 
 
 def client():
-    from fp8pipe.hub import client
+    from fp8pipe.hub.client import client
 
     return client()
 

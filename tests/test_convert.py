@@ -18,18 +18,18 @@ from safetensors.torch import load_file, save_file
 from tiny_models import calibration_for, plan_of, recipe
 from typer.testing import CliRunner
 
-from fp8pipe.checkpoint import read_headers
 from fp8pipe.cli import app
 from fp8pipe.convert import Conversion, convert, plan_conversion
 from fp8pipe.convert import write as write_module
 from fp8pipe.errors import InputError, Refused, SourceChanged
-from fp8pipe.identity import folder_identity
-from fp8pipe.plan import Plan
+from fp8pipe.hub.headers import read_headers
+from fp8pipe.hub.source import resolve
+from fp8pipe.model.identity import folder_identity
 from fp8pipe.progress import ProgressEvent
-from fp8pipe.publish import load_evidence
 from fp8pipe.quantize import quantize
+from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Checkpoint
-from fp8pipe.source import resolve
+from fp8pipe.release.publish import load_evidence
 from fp8pipe.stages import convert_model
 from fp8pipe.validate import validate
 
@@ -665,10 +665,10 @@ def test_a_source_that_changes_is_noticed_and_leaves_no_model(llama: Path, tmp_p
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fp8pipe.checkpoint import read_headers
+from fp8pipe.model.headers import read_headers
 from fp8pipe.convert import convert, plan_conversion
 from fp8pipe.errors import Fp8PipeError
-from fp8pipe.source import resolve
+from fp8pipe.hub.source import resolve
 
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 snapshot = resolve(str(source))

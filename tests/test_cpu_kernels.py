@@ -18,8 +18,8 @@ from tiny_models import calibration_for, make_model, plan_of, recipe
 
 from fp8pipe.config import Recipe
 from fp8pipe.evaluate.cpu.quantize import dequantize, quantize_groups, scaled_fp8_quant
+from fp8pipe.hub.source import resolve
 from fp8pipe.quantize import quantize
-from fp8pipe.source import resolve
 
 # ---------------------------------------------------------------------------------------------- the plugin's arithmetic
 

@@ -28,9 +28,9 @@ from benchmarks.damages import (
     spoilt,
 )
 from fp8pipe.config import load_policy
-from fp8pipe.demo import model
 from fp8pipe.gate import decide
 from fp8pipe.records import GateDecision
+from fp8pipe.rehearsal.demo import model
 
 MEASURED = Cases.load(EVIDENCE)
 

@@ -21,11 +21,11 @@ import pytest
 from test_cli import FP8PIPE
 
 from benchmarks import damages
-from fp8pipe import localhub
 from fp8pipe.config import ReleaseSpec
-from fp8pipe.demo.model import BASE_ID
 from fp8pipe.records import EvalReport, GateDecision, Outcome
-from fp8pipe.workspace import Workspace
+from fp8pipe.rehearsal import localhub
+from fp8pipe.rehearsal.demo.model import BASE_ID
+from fp8pipe.release.workspace import Workspace
 
 pytestmark = [pytest.mark.vllm, pytest.mark.prefect]
 
@@ -231,7 +231,7 @@ def test_deployed_flow_releases_through_a_worker(demo, tmp_path):
         work_dir=str(demo.workspace.root),
     )
     prefect = str(Path(sys.executable).with_name("prefect"))
-    from fp8pipe.orchestrator import EmbeddedServer
+    from fp8pipe.machine.prefect_server import EmbeddedServer
 
     server = EmbeddedServer(tmp_path / "server.log", tmp_path / "prefect")
     with hub_of(demo) as environment:

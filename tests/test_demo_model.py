@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from fp8pipe.config import load_policy, load_recipe, load_suite
-from fp8pipe.demo import model, task
+from fp8pipe.rehearsal.demo import model, task
 
 pytest_plugins = ["demo_fixtures"]
 

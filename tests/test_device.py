@@ -2,8 +2,9 @@
 
 import pytest
 
-from fp8pipe import device, doctor
 from fp8pipe.errors import NoSuitableDevice
+from fp8pipe.machine import device
+from fp8pipe.ui import doctor
 
 OLD = "model name : Old CPU\nflags : fpu sse2 avx2\n"
 NEW = "model name : New CPU\nflags : fpu sse2 avx2 avx512f\n"

@@ -22,8 +22,8 @@ from fp8pipe.config import EvalSuite, TaskSpec
 from fp8pipe.errors import ConfigError, EngineFailed, InputError, ModelNotFound, SourceChanged
 from fp8pipe.evaluate import baseline_key, evaluate
 from fp8pipe.evaluate.request import EvalRequest
-from fp8pipe.evaluate.supervise import Ending, supervise
 from fp8pipe.evaluate.tasks import permutation
+from fp8pipe.machine.supervise import Ending, supervise
 from fp8pipe.progress import ProgressEvent
 from fp8pipe.records import EvalReport, Retry
 
@@ -70,7 +70,7 @@ def all_gone(pids: list[int]) -> bool:
 def test_supervise_tells_exit_status_log_and_messages(tmp_path: Path) -> None:
     script = tmp_path / "talker.py"
     script.write_text(
-        "from fp8pipe.evaluate.supervise import take_channel\n"
+        "from fp8pipe.machine.supervise import take_channel\n"
         "tell = take_channel()\ntell({'n': 1})\nprint('hello', flush=True)\n"
         "tell({'n': 2, 'pad': 'x' * 200_000})\nexit(3)"
     )
@@ -168,7 +168,7 @@ def test_supervise_leaves_nothing_of_a_command_that_ended_well(tmp_path: Path) -
 
 def test_supervise_ends_the_group_when_the_caller_is_interrupted(tmp_path: Path) -> None:
     command, pids = family(
-        tmp_path, "from fp8pipe.evaluate.supervise import take_channel; take_channel()({}); time.sleep(600)"
+        tmp_path, "from fp8pipe.machine.supervise import take_channel; take_channel()({}); time.sleep(600)"
     )
 
     def interrupt(message: dict[str, Any]) -> None:
@@ -186,7 +186,7 @@ def test_supervise_group_ends_when_its_parent_is_killed(tmp_path: Path, number: 
         [
             sys.executable,
             "-c",
-            "import sys; from pathlib import Path; from fp8pipe.evaluate.supervise import supervise\n"
+            "import sys; from pathlib import Path; from fp8pipe.machine.supervise import supervise\n"
             "supervise(sys.argv[2:], log=Path(sys.argv[1]), grace_s=0.5)",
             str(tmp_path / "log"),
             *command,
@@ -554,7 +554,7 @@ def test_evaluation_that_takes_too_long_or_hangs_fails(
 
 def test_error_of_the_worker_keeps_its_class(model: Path, tmp_path: Path) -> None:
     worker = """
-        from fp8pipe.evaluate.supervise import take_channel
+        from fp8pipe.machine.supervise import take_channel
         take_channel()({"error": "ConfigError", "message": "lm-eval knows no task 't'"})
         sys.exit(2)
     """

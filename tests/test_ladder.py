@@ -17,13 +17,13 @@ from test_cli import FP8PIPE
 from test_demo import Demo, demo, hub_of, on_the_hub
 
 from fp8pipe import stages
-from fp8pipe.card import render_card
 from fp8pipe.config import ReleaseSpec, ResolvedRelease, load_recipe
-from fp8pipe.demo.model import BASE_ID
 from fp8pipe.errors import ConfigError, InputError, SourceChanged
 from fp8pipe.gate import decide
 from fp8pipe.records import EarlierAttempt, EvalReport, GateDecision, Outcome
-from fp8pipe.workspace import Workspace
+from fp8pipe.rehearsal.demo.model import BASE_ID
+from fp8pipe.release.card import render_card
+from fp8pipe.release.workspace import Workspace
 
 __all__ = ["demo"]
 
@@ -184,7 +184,7 @@ from pathlib import Path
 from fp8pipe import stages
 from fp8pipe.calibrate import RECORD_NAME, calibration_key
 from fp8pipe.config import load_recipe
-from fp8pipe.workspace import Workspace
+from fp8pipe.release.workspace import Workspace
 
 recipe, workspace = load_recipe("demo-fp8-static-kv"), Workspace(Path({str(work)!r}))
 snapshot = stages.pin({BASE_ID!r})

@@ -35,7 +35,7 @@ def test_no_room_but_the_command_line_names_flows_or_tasks():
 
 
 def test_help_and_config_errors_import_nothing_heavy():
-    loaded = modules_after("import fp8pipe.cli, fp8pipe.config, fp8pipe.show")
+    loaded = modules_after("import fp8pipe.cli, fp8pipe.config, fp8pipe.ui.sheets")
     assert not loaded & set(HEAVY), loaded & set(HEAVY)
 
 

@@ -27,11 +27,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8pipe.errors import ServerFailed
-from fp8pipe.localhub import Fault, LocalHub, TokenOwner, start
-from fp8pipe.localhub.cards import check_card, read_card
-from fp8pipe.localhub.discussions import conflicting, merged
-from fp8pipe.localhub.disk import Entry
-from fp8pipe.localhub.markdown import render
+from fp8pipe.rehearsal.localhub import Fault, LocalHub, TokenOwner, start
+from fp8pipe.rehearsal.localhub.cards import check_card, read_card
+from fp8pipe.rehearsal.localhub.discussions import conflicting, merged
+from fp8pipe.rehearsal.localhub.disk import Entry
+from fp8pipe.rehearsal.localhub.markdown import render
 
 TOKENS = {
     "hf_ann": TokenOwner("ann", ("acme",)),
@@ -753,7 +753,7 @@ def test_a_hub_ends_with_the_process_that_started_it_but_not_with_the_thread(tmp
     code = """
 import sys, threading, time, urllib.request
 from pathlib import Path
-from fp8pipe.localhub import start
+from fp8pipe.rehearsal.localhub import start
 made = []
 thread = threading.Thread(target=lambda: made.append(start(Path(sys.argv[1]))))
 thread.start(); thread.join(); time.sleep(0.3)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fp8pipe import numerics
-from fp8pipe.numerics import observers
+from fp8pipe.quantize import numerics
+from fp8pipe.quantize.numerics import observers
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (3, 5), (64, 160), (129, 257), (1000, 300), (5, 300_000)]

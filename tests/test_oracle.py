@@ -15,14 +15,14 @@ from tiny_models import make_model, plan_of, recipe
 from torch import Tensor
 
 from benchmarks.giants import DEEPSEEK_V3, deepseek_tensors, deepseek_v3
-from fp8pipe.architecture import inspect
-from fp8pipe.checkpoint import Headers, TensorInfo
 from fp8pipe.errors import EngineFailed
+from fp8pipe.hub.source import resolve
+from fp8pipe.model.headers import Headers, TensorInfo
+from fp8pipe.oracle.landing import Follower, Origin, Region, covered, first_gap, overlapping, region_of
+from fp8pipe.oracle.transformers import inspect
+from fp8pipe.oracle.vllm import Answer, ask_vllm, parity, vllm_parameters
 from fp8pipe.quantize import quantize
-from fp8pipe.source import resolve
 from fp8pipe.validate import validate
-from fp8pipe.validate.landing import Follower, Origin, Region, covered, first_gap, overlapping, region_of
-from fp8pipe.validate.oracle import Answer, ask_vllm, parity, vllm_parameters
 
 # ---------------------------------------------------------------------------------------------- following copies
 

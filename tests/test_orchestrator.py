@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8pipe.orchestrator import configured_api
+from fp8pipe.machine.prefect_server import configured_api
 
 
 def test_api_is_found_in_the_environment_before_the_profile(tmp_path):
@@ -27,7 +27,7 @@ def test_no_api_is_configured_in_a_fresh_home(tmp_path):
 @pytest.mark.prefect
 def test_server_ends_when_its_starter_is_killed(tmp_path):
     program = (
-        "import time\nfrom pathlib import Path\nfrom fp8pipe.orchestrator import EmbeddedServer\n"
+        "import time\nfrom pathlib import Path\nfrom fp8pipe.machine.prefect_server import EmbeddedServer\n"
         f"server = EmbeddedServer(Path({str(tmp_path / 'log')!r}), Path({str(tmp_path / 'home')!r}))\n"
         "print(server._process.pid, flush=True)\ntime.sleep(600)\n"
     )

@@ -15,8 +15,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import architecture_of, plan_of, recipe
 from torch import Tensor
 
-from fp8pipe.architecture import ExpertLayout, TensorRole
-from fp8pipe.checkpoint import read_headers
 from fp8pipe.errors import (
     ConfigError,
     DiskTooSmall,
@@ -25,8 +23,10 @@ from fp8pipe.errors import (
     UnmatchedEntry,
     UnsupportedArchitecture,
 )
-from fp8pipe.plan import Plan, check_disk, make_plan
-from fp8pipe.source import resolve
+from fp8pipe.hub.headers import read_headers
+from fp8pipe.hub.source import resolve
+from fp8pipe.model.architecture import ExpertLayout, TensorRole
+from fp8pipe.quantize.plan import Plan, check_disk, make_plan
 
 pytest_plugins = ["checkpoint_fixtures"]
 

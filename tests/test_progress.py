@@ -16,7 +16,7 @@ from rich.console import Console
 
 import tasks.progress as task_progress
 from fp8pipe.progress import Overlap, ProgressEvent, describe, human_bytes, human_seconds
-from fp8pipe.terminal import StageDisplay
+from fp8pipe.ui.terminal import StageDisplay
 
 
 def test_a_line_says_how_much_how_fast_and_how_long_still() -> None:

@@ -15,12 +15,13 @@ from report_fixtures import policy
 from sample_folders import FINGERPRINT, accepted, measured, safetensors, validation, write_checkpoint
 
 from fp8pipe.errors import HubUnreachable, InputError, Refused
-from fp8pipe.hub import client
-from fp8pipe.localhub import Fault, LocalHub
+from fp8pipe.hub.client import client
+from fp8pipe.hub.download import download
+from fp8pipe.hub.source import resolve
 from fp8pipe.progress import ProgressEvent
-from fp8pipe.publish import load_evidence, publish
 from fp8pipe.records import Approval, Finding, GateDecision, Release
-from fp8pipe.source import download, resolve
+from fp8pipe.rehearsal.localhub import Fault, LocalHub
+from fp8pipe.release.publish import load_evidence, publish
 
 pytest_plugins = ["hub_fixtures"]
 

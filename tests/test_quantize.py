@@ -26,18 +26,20 @@ from torch import Tensor
 
 from fp8pipe import quantize as quantize_module
 from fp8pipe import stages
-from fp8pipe.architecture import TensorRole
-from fp8pipe.calibrate import KVRange
-from fp8pipe.checkpoint import read_headers
 from fp8pipe.config import Recipe
 from fp8pipe.errors import EnvironmentFault, InputError, NonFiniteWeight, NoSuitableDevice, SourceChanged
-from fp8pipe.numerics import SHRINKS
-from fp8pipe.plan import Plan, make_plan
+from fp8pipe.hub.headers import read_headers
+from fp8pipe.hub.source import resolve
+from fp8pipe.model.architecture import TensorRole
 from fp8pipe.progress import ProgressEvent
-from fp8pipe.quantize import engine, fingerprint, quantize, views
-from fp8pipe.quantize import run as run_module
+from fp8pipe.quantize import fingerprint, quantize
+from fp8pipe.quantize.engine import run as run_module
+from fp8pipe.quantize.engine import views
+from fp8pipe.quantize.engine import weights as engine
+from fp8pipe.quantize.numerics import SHRINKS
+from fp8pipe.quantize.plan import Plan, make_plan
 from fp8pipe.records import Checkpoint
-from fp8pipe.source import resolve
+from fp8pipe.records.calibration import KVRange
 
 pytest_plugins = ["checkpoint_fixtures"]
 
@@ -265,7 +267,7 @@ def test_every_architecture_equals_the_reference(model_folder: Models, tmp_path:
 def test_vllm_has_a_place_for_every_tensor_of_experts_that_lie_beside_their_module(
     model_folder: Models, tmp_path: Path
 ) -> None:
-    from fp8pipe.validate.oracle import ask_vllm
+    from fp8pipe.oracle.vllm import ask_vllm
 
     source = model_folder("granitemoe", hidden_size=256, intermediate_size=128)
     made = {name: tmp_path / name for name in ("fp8-dynamic", "autofp8-dynamic", "fp8-block", "fp8-static")}
@@ -286,8 +288,9 @@ def test_experts_in_one_tensor_are_split_row_for_row(
 ) -> None:
     from contextlib import ExitStack
 
-    from fp8pipe.checkpoint import SourceFiles, TensorInfo, parse_header
-    from fp8pipe.plan import Slice
+    from fp8pipe.model.headers import TensorInfo, parse_header
+    from fp8pipe.model.shards import SourceFiles
+    from fp8pipe.quantize.plan import Slice
 
     monkeypatch.setattr(views, "STRIPE_BYTES", 70)
     monkeypatch.setattr(views, "TRANSPOSED_STRIPE_BYTES", 70)
@@ -717,7 +720,7 @@ import resource, subprocess, sys
 from contextlib import suppress
 from pathlib import Path
 from fp8pipe.errors import Fp8PipeError
-from fp8pipe.plan import Plan
+from fp8pipe.quantize.plan import Plan
 from fp8pipe.quantize import quantize
 from fp8pipe.records import Snapshot
 
@@ -843,11 +846,11 @@ def test_progress_ends_with_all_bytes_and_tensors(model_folder: Models, tmp_path
 WRITER = """
 import os, sys, traceback
 from pathlib import Path
-from fp8pipe.plan import Plan
+from fp8pipe.quantize.plan import Plan
 from fp8pipe.quantize import quantize
 from fp8pipe.records import Snapshot
 from fp8pipe.calibrate import Calibration
-import fp8pipe.quantize.run
+import fp8pipe.quantize.engine.run
 
 def write():
     folder = Path(sys.argv[1])

@@ -13,18 +13,18 @@ from calibration_fixtures import MOE_NAMES, STATIC_KV, calibrated, make_model, p
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from fp8pipe.calibrate import Calibration, Sensitivity
 from fp8pipe.calibrate.noise import TokenSample, spread, together
 from fp8pipe.calibrate.ranges import observer_for
-from fp8pipe.checkpoint import read_headers
+from fp8pipe.calibrate.sensitivity import worst_modules
 from fp8pipe.cli import app
 from fp8pipe.config import ActivationScheme, KeepRule, Recipe, WeightScheme, validated
 from fp8pipe.errors import ConfigError, InputError
-from fp8pipe.plan import make_plan
-from fp8pipe.plots import write_sensitivity_plot
+from fp8pipe.hub.headers import read_headers
 from fp8pipe.quantize import fingerprint, quantize
-from fp8pipe.sensitivity import worst_modules
-from fp8pipe.show import sensitivity_sheet
+from fp8pipe.quantize.plan import make_plan
+from fp8pipe.records.calibration import Calibration, Sensitivity
+from fp8pipe.release.plots import write_sensitivity_plot
+from fp8pipe.ui.sheets import sensitivity_sheet
 
 
 def db(signal: Tensor, noise: Tensor) -> float:

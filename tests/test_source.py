@@ -23,10 +23,11 @@ from fp8pipe.errors import (
     SourceChanged,
     UnsafeWeights,
 )
-from fp8pipe.hub import client
-from fp8pipe.localhub import Fault, LocalHub
+from fp8pipe.hub.client import client
+from fp8pipe.hub.download import download, download_iter
+from fp8pipe.hub.source import needed_files, read_file, read_range, resolve, weight_files
 from fp8pipe.progress import ProgressEvent
-from fp8pipe.source import download, download_iter, needed_files, read_file, read_range, resolve, weight_files
+from fp8pipe.rehearsal.localhub import Fault, LocalHub
 
 pytest_plugins = ["hub_fixtures"]
 

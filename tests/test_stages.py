@@ -13,11 +13,11 @@ from tiny_models import make_model
 from fp8pipe import stages
 from fp8pipe.config import load_recipe
 from fp8pipe.errors import EnvironmentFault
-from fp8pipe.hub import client
-from fp8pipe.localhub import Fault, LocalHub
+from fp8pipe.hub.client import client
 from fp8pipe.progress import ProgressEvent
 from fp8pipe.quantize import JOURNAL_NAME
 from fp8pipe.records import RECORD_DIR
+from fp8pipe.rehearsal.localhub import Fault, LocalHub
 
 pytest_plugins = ["hub_fixtures"]
 

@@ -16,8 +16,8 @@ from suite_runner import DOCUMENTS, OTHERWISE
 
 from fp8pipe import config
 from fp8pipe.errors import InputError
-from fp8pipe.localhub import LocalHub, start
 from fp8pipe.records import EvalReport
+from fp8pipe.rehearsal.localhub import LocalHub, start
 
 SUITES = config.shipped("suites")
 EXPECTED = {"openllm-v1", "leaderboard-v2", "long-context", "perplexity", "gsm8k", "quick", "demo"}

@@ -31,11 +31,12 @@ from malformed import (
     shards_of,
 )
 
-from fp8pipe.checkpoint import TensorInfo
 from fp8pipe.errors import InputError
+from fp8pipe.hub.source import resolve
+from fp8pipe.model.headers import TensorInfo
+from fp8pipe.oracle import compressed_tensors as parser
 from fp8pipe.records import ValidationReport
-from fp8pipe.source import resolve
-from fp8pipe.validate import all_checks, parser, validate
+from fp8pipe.validate import all_checks, validate
 from fp8pipe.validate.layout import Layout, layout_from_names
 from fp8pipe.validate.measure import TILE_BYTES
 
@@ -392,7 +393,7 @@ def test_attention_is_known_by_its_projections(attention: str, projection: str) 
 
 
 def test_projections_that_the_engine_joins_are_fused_here_too() -> None:
-    from fp8pipe.architecture.rules import FUSED
+    from fp8pipe.model.names import FUSED
 
     for group in FUSED:
         modules = tuple(f"model.layers.0.linear_attn.{leaf}" for leaf in group)

@@ -28,15 +28,16 @@ from safetensors.torch import load_file, save_file
 from test_validate import ids
 from tiny_models import architecture_of, calibration_for, make_model, plan_of, recipe
 
-from fp8pipe.architecture import Architecture
 from fp8pipe.errors import EngineFailed
-from fp8pipe.identity import folder_identity
+from fp8pipe.hub.source import resolve
+from fp8pipe.model.architecture import Architecture
+from fp8pipe.model.identity import folder_identity
+from fp8pipe.model.untrusted import MAX_JSON_TOKENS, parse_json
+from fp8pipe.oracle import vllm as oracle
 from fp8pipe.quantize import quantize
 from fp8pipe.records import Checkpoint, Snapshot, ValidationReport
-from fp8pipe.source import resolve
-from fp8pipe.validate import oracle, place, validate
+from fp8pipe.validate import place, validate
 from fp8pipe.validate.patterns import Patterns
-from fp8pipe.validate.untrusted import MAX_JSON_TOKENS, parse_json
 
 LONG = bool(os.environ.get("FP8PIPE_LONG"))
 FLIPS = 2000 if LONG else 200
@@ -583,7 +584,7 @@ def test_record_of_mistakes_costs_little_memory(tmp_path: Path, text: str) -> No
 def test_identity_of_a_huge_config_is_taken_in_pieces(tmp_path: Path) -> None:
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(1_000_000_000)
-    code = "import sys\nfrom pathlib import Path\nfrom fp8pipe.identity import folder_identity\n"
+    code = "import sys\nfrom pathlib import Path\nfrom fp8pipe.model.identity import folder_identity\n"
     assert in_child(f"{code}folder_identity(Path(sys.argv[1]))", str(tmp_path)) - in_child(code) < 100
 
 

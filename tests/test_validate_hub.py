@@ -8,9 +8,9 @@ import pytest
 import reference_checkpoints as reference
 from malformed import O_PROJ, alter, drop, shards_of
 
-from fp8pipe.hub import client
-from fp8pipe.localhub import LocalHub
-from fp8pipe.source import resolve
+from fp8pipe.hub.client import client
+from fp8pipe.hub.source import resolve
+from fp8pipe.rehearsal.localhub import LocalHub
 from fp8pipe.stages import validate_model
 
 pytest_plugins = ["hub_fixtures"]

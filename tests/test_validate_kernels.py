@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fp8pipe.checkpoint import TensorInfo
+from fp8pipe.model.headers import TensorInfo
 from fp8pipe.validate import compare
 from fp8pipe.validate.compare import KINDS, Comparison
 from fp8pipe.validate.scheme import FP8, MXFP8, Spec

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_validate import ids
 
-from fp8pipe.source import resolve
+from fp8pipe.hub.source import resolve
 from fp8pipe.validate import validate
 
 PEER = Path(__file__).parent / "data" / "peer"

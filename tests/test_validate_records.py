@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from test_validate import ids
 from tiny_models import architecture_of, calibration_for, plan_of, recipe
 
-from fp8pipe.architecture import Architecture
-from fp8pipe.calibrate import Calibration
-from fp8pipe.checkpoint import read_headers
 from fp8pipe.config import Recipe
-from fp8pipe.plan import Plan, make_plan
+from fp8pipe.hub.headers import read_headers
+from fp8pipe.hub.source import resolve
+from fp8pipe.model.architecture import Architecture
 from fp8pipe.quantize import quantize
+from fp8pipe.quantize.plan import Plan, make_plan
 from fp8pipe.records import Checkpoint, FileHash, Manifest, ValidationReport
-from fp8pipe.source import resolve
+from fp8pipe.records.calibration import Calibration
 from fp8pipe.validate import validate
 
 pytest_plugins = ["checkpoint_fixtures"]

@@ -11,7 +11,7 @@ import torch
 from malformed import K_PROJ, O_PROJ, Q_PROJ, V_PROJ, edit_quantization, edit_tensors
 from test_validate import ids
 
-from fp8pipe.source import resolve
+from fp8pipe.hub.source import resolve
 from fp8pipe.validate import validate
 from fp8pipe.validate.scheme import read_scheme
 

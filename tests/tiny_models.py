@@ -6,12 +6,12 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.architecture import Architecture
-from fp8pipe.calibrate import Calibration, KVRange
-from fp8pipe.checkpoint import read_headers
 from fp8pipe.config import Recipe, load_recipe
-from fp8pipe.plan import Plan, make_plan
-from fp8pipe.source import resolve
+from fp8pipe.hub.headers import read_headers
+from fp8pipe.hub.source import resolve
+from fp8pipe.model.architecture import Architecture
+from fp8pipe.quantize.plan import Plan, make_plan
+from fp8pipe.records.calibration import Calibration, KVRange
 
 SIZES = {
     "hidden_size": 64,
@@ -87,7 +87,7 @@ def make_model(
 @functools.cache
 def architecture_of(folder: Path) -> Architecture:
     """The probe's answer, asked in this process: the child's imports would cost seconds for each model."""
-    from fp8pipe.architecture import probe
+    from fp8pipe.oracle import transformers_probe as probe
 
     headers = read_headers(resolve(str(folder)))
     shapes = {info.name: list(info.shape) for info in headers.tensors.values()}

@@ -26,10 +26,11 @@ from fp8pipe import stages
 from fp8pipe.config import CalibrationSpec, Recipe, load_recipe
 from fp8pipe.errors import InputError
 from fp8pipe.evaluate.environment import library_versions
-from fp8pipe.plan import Plan
+from fp8pipe.files import digest_of
 from fp8pipe.quantize import ENGINE_VERSION
-from fp8pipe.records import Record, digest_of
-from fp8pipe.workspace import Workspace
+from fp8pipe.quantize.plan import Plan
+from fp8pipe.records import Record
+from fp8pipe.release.workspace import Workspace
 
 LIMIT = 0.15
 """Largest relative L2 error of the centred logits that passes; a copy with doubled scales must exceed it."""
@@ -222,7 +223,7 @@ def _with_doubled_scales(folder: Path, plan: Plan, pattern: str) -> Path:
 
 def _with_parity(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Cell]]:
     """Those whose every tensor has its place in vLLM's model, counted; and finished cells of the others."""
-    from fp8pipe.validate.oracle import ask_vllm
+    from fp8pipe.oracle.vllm import ask_vllm
 
     answers = ask_vllm([candidate.folder for candidate in candidates])
     fitting, rejected = [], []

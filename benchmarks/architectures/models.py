@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8pipe.records import digest_of
+from fp8pipe.files import digest_of
 
 if TYPE_CHECKING:
     from torch import Tensor

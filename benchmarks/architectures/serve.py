@@ -25,7 +25,7 @@ from fp8pipe.evaluate.environment import (
     prepare_process,
     vllm_version,
 )
-from fp8pipe.validate.oracle_probe import FOREIGN
+from fp8pipe.oracle.vllm_probe import FOREIGN
 
 if TYPE_CHECKING:
     from torch import nn

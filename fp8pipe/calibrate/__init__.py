@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.calibrate.identity import circumstances, key_of, observers_of, resolved
-from fp8pipe.calibrate.record import Calibration, KVRange, LayerSensitivity, Ranges, Sensitivity
 from fp8pipe.config import Recipe
+from fp8pipe.files import digest_of
 from fp8pipe.progress import Progress, quiet
-from fp8pipe.records import Snapshot, digest_of
+from fp8pipe.records import Snapshot
+from fp8pipe.records.calibration import Calibration, KVRange, LayerSensitivity, Ranges, Sensitivity
 
 if TYPE_CHECKING:
-    from fp8pipe.architecture import Architecture
     from fp8pipe.calibrate.samples import Samples
     from fp8pipe.calibrate.skeleton import Skeleton
-    from fp8pipe.plan import Plan
+    from fp8pipe.model.architecture import Architecture
+    from fp8pipe.quantize.plan import Plan
 
 __all__ = ["Calibration", "KVRange", "LayerSensitivity", "Ranges", "Sensitivity", "calibrate", "calibration_key"]
 
@@ -54,13 +55,13 @@ def calibrate(
     NonFiniteActivation, UnsupportedArchitecture, MalformedCheckpoint, SourceChanged, and EnvironmentFault when memory
     does not suffice for one sample.
     """
-    from fp8pipe.architecture import inspect
     from fp8pipe.calibrate.forward import run
     from fp8pipe.calibrate.observe import Schemes
     from fp8pipe.calibrate.resume import Bookmark
     from fp8pipe.calibrate.rows import pin
+    from fp8pipe.calibrate.sensitivity import kept_by
     from fp8pipe.calibrate.targets import targets_of
-    from fp8pipe.sensitivity import kept_by
+    from fp8pipe.oracle.transformers import inspect
 
     start = time.monotonic()
     recipe, device = _with_samples(recipe, num_samples), resolved(device)
@@ -115,7 +116,8 @@ def _samples(snapshot: Snapshot, plan: Plan, recipe: Recipe, revision: str) -> S
 def _skeleton(snapshot: Snapshot, plan: Plan, device: str, stack: ExitStack) -> Skeleton:
     """The model without weights; those of a source that is FP8 already are dequantized when they are loaded."""
     from fp8pipe.calibrate.skeleton import Skeleton
-    from fp8pipe.checkpoint import SourceFiles, read_headers
+    from fp8pipe.hub.headers import read_headers
+    from fp8pipe.model.shards import SourceFiles
 
     scales = {tensor.name: tensor.scale for tensor in plan.tensors if tensor.scale}
     return Skeleton(

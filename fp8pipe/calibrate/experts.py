@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fp8pipe.calibrate.noise import Matrix, spread
-from fp8pipe.calibrate.record import ExpertTokens
 from fp8pipe.calibrate.targets import Place
 from fp8pipe.calibrate.watched import WatchedInput
 from fp8pipe.errors import UnsupportedArchitecture
+from fp8pipe.records.calibration import ExpertTokens
 
 IMPLEMENTATION = "fp8pipe_observed"
 

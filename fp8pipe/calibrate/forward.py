@@ -17,12 +17,12 @@ from fp8pipe.calibrate.held import Alike, Pass, embedding_of
 from fp8pipe.calibrate.lockstep import Lane, Lockstep, Step
 from fp8pipe.calibrate.observe import LayerModules, LayerWatch, ObservingCache, Schemes
 from fp8pipe.calibrate.products import fast_products
-from fp8pipe.calibrate.record import Ranges
 from fp8pipe.calibrate.resume import Bookmark
 from fp8pipe.calibrate.skeleton import Skeleton
 from fp8pipe.calibrate.targets import Place, Targets
 from fp8pipe.errors import EnvironmentFault, UnsupportedArchitecture
 from fp8pipe.progress import Progress, ProgressEvent, quiet
+from fp8pipe.records.calibration import Ranges
 
 _LATENT = "latent attention (MLA): vLLM has no KV scales for it"
 _BORROWS = "it reads the keys and values that another layer cached"

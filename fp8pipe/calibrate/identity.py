@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe
-from fp8pipe.records import Snapshot, digest_of
+from fp8pipe.files import digest_of
+from fp8pipe.records import Snapshot
 
 CALIBRATION_VERSION = 4
 """Raised whenever the same input would give another record."""
@@ -54,7 +55,7 @@ def circumstances(device: str) -> dict[str, Any]:
 
     import torch
 
-    from fp8pipe.device import class_of_capability
+    from fp8pipe.machine.device import class_of_capability
 
     on_gpu = device.startswith("cuda")
     return {

@@ -15,9 +15,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fp8pipe.calibrate.record import LayerSensitivity, Sensitivity
 from fp8pipe.calibrate.rounding import round_in_place, rounded_input, rounded_weight, shared_amax
 from fp8pipe.config import ActivationScheme, WeightScheme
+from fp8pipe.records.calibration import LayerSensitivity, Sensitivity
 
 WEIGHTS = 1 << 18
 """About so many weights of a matrix are looked at, in whole rows."""

@@ -22,11 +22,11 @@ from fp8pipe.calibrate import noise
 from fp8pipe.calibrate.experts import ExpertWatch, expert_matrix
 from fp8pipe.calibrate.noise import Matrix, RowSample, TokenSample
 from fp8pipe.calibrate.ranges import Observer, observer_for
-from fp8pipe.calibrate.record import ExpertTokens, KVRange, Ranges
 from fp8pipe.calibrate.targets import Place
 from fp8pipe.calibrate.watched import WatchedInput
 from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe, WeightScheme
 from fp8pipe.errors import CalibrationDataError, NonFiniteActivation, UnsupportedArchitecture
+from fp8pipe.records.calibration import ExpertTokens, KVRange, Ranges
 
 _log = logging.getLogger(__name__)
 

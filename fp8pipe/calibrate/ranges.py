@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fp8pipe.numerics.fp8 import E4M3_MAX
+from fp8pipe.quantize.numerics.fp8 import E4M3_MAX
 
 _BF16_CODES = 1 << 15
 """Codes of non-negative bf16 values, in increasing order of value."""

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fp8pipe.calibrate.record import Ranges
 from fp8pipe.records import Record
+from fp8pipe.records.calibration import Ranges
 
 _log = logging.getLogger(__name__)
 

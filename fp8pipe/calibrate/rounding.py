@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fp8pipe import numerics
 from fp8pipe.config import ActivationScheme, WeightScheme
+from fp8pipe.quantize import numerics
 
 _STRIPE_ROWS = 1024
 """Rows of a weight that are rounded at once: float32 copies stay small beside the layer itself."""

@@ -17,9 +17,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from fp8pipe import hub
 from fp8pipe.config import CalibrationSpec
 from fp8pipe.errors import CalibrationDataError, ModelNotFound, RevisionNotFound
+from fp8pipe.hub.client import cache_folder, client, endpoint, translated
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 
@@ -56,14 +56,14 @@ def load_rows(spec: CalibrationSpec, revision: str) -> Rows:
 
     parts = []
     for name in _files_of_split(spec, revision):
-        with hub.translated(f"calibration dataset {spec.dataset}@{revision}: {name}"):
+        with translated(f"calibration dataset {spec.dataset}@{revision}: {name}"):
             path = hf_hub_download(
                 spec.dataset,
                 name,
                 repo_type="dataset",
                 revision=revision,
-                endpoint=hub.endpoint(),
-                cache_dir=hub.cache_folder(),
+                endpoint=endpoint(),
+                cache_dir=cache_folder(),
             )
         parts.append(_read(Path(path), suffix=Path(name).suffix))
     return _Joined(parts)
@@ -75,11 +75,11 @@ def load_rows(spec: CalibrationSpec, revision: str) -> Rows:
 def _info(spec: CalibrationSpec, revision: str | None) -> Any:  # huggingface_hub.DatasetInfo, not imported for a type
     where = f"calibration dataset {spec.dataset}"
     try:
-        with hub.translated(where):
-            return hub.client().dataset_info(spec.dataset, revision=revision)
+        with translated(where):
+            return client().dataset_info(spec.dataset, revision=revision)
     except ModelNotFound as error:
         raise CalibrationDataError(
-            f"{where}: {hub.endpoint()} shows no such dataset; correct calibration.dataset, or name a local "
+            f"{where}: {endpoint()} shows no such dataset; correct calibration.dataset, or name a local "
             f"{', '.join(SUFFIXES)} file"
         ) from error
     except RevisionNotFound as error:

@@ -22,12 +22,13 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from fp8pipe import numerics
-from fp8pipe.architecture import probe
 from fp8pipe.calibrate.batches import is_out_of_memory
 from fp8pipe.calibrate.weights import OnDisk
-from fp8pipe.checkpoint import Headers, SourceFiles
 from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
+from fp8pipe.model.headers import Headers
+from fp8pipe.model.shards import SourceFiles
+from fp8pipe.oracle import transformers_probe as probe
+from fp8pipe.quantize import numerics
 
 _OUTSIDE = ""
 """Group of what the decoder needs besides its layers: embeddings, norms, rotary tables."""

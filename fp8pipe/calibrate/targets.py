@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fp8pipe.architecture import Architecture
-    from fp8pipe.plan import OutputTensor, Plan
+    from fp8pipe.model.architecture import Architecture
+    from fp8pipe.quantize.plan import OutputTensor, Plan
 
 Place = tuple[str, int]
 """Parameter of an experts module (gate_up_proj, up_proj, down_proj) and index of the expert."""
@@ -52,7 +52,7 @@ def targets_of(plan: Plan, architecture: Architecture) -> Targets:
 
 def units_of(plan: Plan, architecture: Architecture) -> dict[str, list[OutputTensor]]:
     """Weights that must have one precision: what vLLM fuses, all experts of a layer, or one alone."""
-    from fp8pipe.plan.choose import experts_holder
+    from fp8pipe.quantize.plan.choose import experts_holder
 
     units: dict[str, list[OutputTensor]] = {}
     for output in plan.outputs:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fp8pipe.checkpoint import SourceFiles, TensorInfo
 from fp8pipe.errors import MalformedCheckpoint
-from fp8pipe.numerics.dtypes import DTYPES
+from fp8pipe.model.dtypes import DTYPES
+from fp8pipe.model.headers import TensorInfo
+from fp8pipe.model.shards import SourceFiles
 
 
 @dataclass(frozen=True, slots=True)

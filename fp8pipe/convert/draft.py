@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from fp8pipe.checkpoint import TensorInfo
 from fp8pipe.convert.record import Change, Method
-from fp8pipe.plan.record import FP8
+from fp8pipe.model.headers import TensorInfo
+from fp8pipe.quantize.plan.record import FP8
 
 _EXPERT = re.compile(r"^(.*\.experts)(?:\.\d+\..*|\.[^.]+)$")
 _LOOKED_UP = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)$")

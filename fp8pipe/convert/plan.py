@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import fp8pipe
-from fp8pipe import source
-from fp8pipe.checkpoint import SINGLE_NAME, Headers, TensorInfo, lay_out
 from fp8pipe.convert.draft import Draft, Tensor, changes, unchanged
 from fp8pipe.convert.legacy import mend
 from fp8pipe.convert.record import METHODS, Conversion, Method
 from fp8pipe.convert.respell import respell
 from fp8pipe.errors import InputError
-from fp8pipe.plan import OutputTensor, Plan
-from fp8pipe.records import RECORD_DIR, Checkpoint, Snapshot, digest_of
+from fp8pipe.files import digest_of
+from fp8pipe.hub import source
+from fp8pipe.model.headers import SINGLE_NAME, Headers, TensorInfo, lay_out
+from fp8pipe.quantize.plan import OutputTensor, Plan
+from fp8pipe.records import RECORD_DIR, Checkpoint, Snapshot
 from fp8pipe.validate import validate
 from fp8pipe.validate.scheme import Scheme, method_of, quantization_config, read_scheme
 

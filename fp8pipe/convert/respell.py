@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from fp8pipe import formats
 from fp8pipe.config import Recipe, validated
 from fp8pipe.convert.draft import Draft, Tensor, expert_holder, renamed
 from fp8pipe.convert.record import Method
 from fp8pipe.errors import InputError
+from fp8pipe.quantize import formats
 from fp8pipe.validate.scheme import Scheme, Spec
 
 _FLOATS = ("F32", "BF16", "F16")

@@ -10,23 +10,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from fp8pipe import source
-from fp8pipe.checkpoint import (
-    INDEX_NAME,
-    OutputShard,
-    SourceFiles,
-    TensorInfo,
-    index_bytes,
-    require_disk,
-    sync_folder,
-)
 from fp8pipe.convert.plan import ConversionPlan, Placed
 from fp8pipe.convert.record import Conversion
 from fp8pipe.errors import InputError
+from fp8pipe.files import write_atomically
+from fp8pipe.hub import source
+from fp8pipe.model.headers import INDEX_NAME, TensorInfo, index_bytes
+from fp8pipe.model.shards import OutputShard, SourceFiles, require_disk, sync_folder
 from fp8pipe.progress import Progress, ProgressEvent
-from fp8pipe.quantize.journal import FolderLock
-from fp8pipe.quantize.package import companion_names
-from fp8pipe.records import RECORD_DIR, write_atomically
+from fp8pipe.quantize.engine.journal import FolderLock
+from fp8pipe.quantize.engine.package import companion_names
+from fp8pipe.records import RECORD_DIR
 
 RECORD = "conversion.json"
 JOURNAL = "convert.journal"

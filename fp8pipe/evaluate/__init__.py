@@ -19,8 +19,8 @@ from fp8pipe.config import EvalSuite
 from fp8pipe.errors import EngineFailed, Fp8PipeError, ModelNotFound, SourceChanged
 from fp8pipe.evaluate.memory import MAX_RETRIES, shortage, smaller
 from fp8pipe.evaluate.request import EvalRequest, baseline_key, engine_arguments, setting
-from fp8pipe.evaluate.supervise import Ending, Message, supervise
-from fp8pipe.identity import folder_identity
+from fp8pipe.machine.supervise import Ending, Message, supervise
+from fp8pipe.model.identity import folder_identity
 from fp8pipe.progress import Progress, ProgressEvent, quiet
 from fp8pipe.records import EvalReport, Retry
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from fp8pipe import errors
 from fp8pipe.config import EvalSuite
 from fp8pipe.errors import EngineFailed, Fp8PipeError
-from fp8pipe.evaluate.supervise import Message, supervise, take_channel
+from fp8pipe.machine.supervise import Message, supervise, take_channel
 from fp8pipe.records import Record
 
 

@@ -16,10 +16,11 @@ from lm_eval.models.utils import Collator
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from fp8pipe.device import class_of_capability, detect
 from fp8pipe.errors import EngineFailed
 from fp8pipe.evaluate import cpu_platform
-from fp8pipe.records import EngineFacts, digest_of
+from fp8pipe.files import digest_of
+from fp8pipe.machine.device import class_of_capability, detect
+from fp8pipe.records import EngineFacts
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from fp8pipe.config import EvalSuite
 from fp8pipe.errors import EngineFailed
 from fp8pipe.evaluate.environment import CPU_ENGINE_ARGUMENTS, is_cpu_build, library_versions
-from fp8pipe.records import Record, Retry, digest_of
+from fp8pipe.files import digest_of
+from fp8pipe.records import Record, Retry
 
 
 class EvalRequest(Record):
@@ -75,7 +76,7 @@ class Setting(Record):
 
 def setting(python: str | None = None) -> Setting:
     """Versions and device class, without importing torch or vLLM; EngineFailed when vLLM or lm-eval is missing."""
-    from fp8pipe.device import detect
+    from fp8pipe.machine.device import detect
 
     try:
         versions = library_versions(python)

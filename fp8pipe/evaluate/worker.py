@@ -22,7 +22,7 @@ from fp8pipe.errors import EngineFailed, Fp8PipeError
 from fp8pipe.evaluate.environment import library_versions, prepare_process, use_cpu_engine
 from fp8pipe.evaluate.parts import ROWS, Part, Parts, joined, table_rows
 from fp8pipe.evaluate.request import EvalRequest
-from fp8pipe.evaluate.supervise import take_channel
+from fp8pipe.machine.supervise import take_channel
 from fp8pipe.records import EngineFacts, EvalReport, FlipRate, SampleText, ServingFigures
 
 if TYPE_CHECKING:

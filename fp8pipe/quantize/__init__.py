@@ -15,56 +15,25 @@ Importing this costs nothing; torch is loaded when `quantize` has work to do.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8pipe.config import Recipe
-from fp8pipe.errors import InputError
 from fp8pipe.progress import Progress, quiet
-from fp8pipe.records import RECORD_DIR, Checkpoint, Snapshot, digest_of
+from fp8pipe.quantize.identity import ENGINE_VERSION, JOURNAL_NAME, LOCK_NAME, device_for, fingerprint
+from fp8pipe.records import RECORD_DIR, Checkpoint, Snapshot
 
 if TYPE_CHECKING:
-    from fp8pipe.calibrate import Calibration
-    from fp8pipe.plan import Plan
+    from fp8pipe.quantize.plan import Plan
+    from fp8pipe.records.calibration import Calibration
 
 __all__ = ["ENGINE_VERSION", "device_for", "fingerprint", "preload", "quantize"]
-
-ENGINE_VERSION = 1
-"""Raised whenever the same input would give other bytes."""
-
-JOURNAL_NAME = "quantize.journal"
-LOCK_NAME = "quantize.lock"
-"""Files in DIR/fp8pipe/ that exist while a run is unfinished."""
-
-
-def fingerprint(snapshot: Snapshot, recipe: Recipe, calibration_digest: str | None) -> str:
-    """What decides the bytes of a checkpoint: equal fingerprints, equal checkpoints."""
-    return digest_of(
-        {
-            "source": snapshot.commit,
-            "recipe": recipe.identity(),
-            "engine": ENGINE_VERSION,
-            "calibration": calibration_digest,
-        }
-    )
-
-
-def device_for(asked: str) -> str:
-    """Where weights are quantized when a command asks for device `asked`: on a GPU that it names, else on the CPU,
-    which disks seldom outrun. Imports nothing. InputError for what is no device."""
-    if asked in {"auto", "cpu"}:
-        return "cpu"
-    if re.fullmatch(r"cuda(:\d+)?", asked):
-        return asked
-    raise InputError(f"device {asked!r}: expected auto, cpu, cuda or cuda:<n>")
 
 
 def preload() -> None:
     """Load the code of a run. It takes seconds, which a caller that waits for something else can spend on it."""
-    import fp8pipe.quantize.run  # noqa: F401
-    from fp8pipe.numerics import kernels
+    import fp8pipe.quantize.engine.run  # noqa: F401
+    from fp8pipe.quantize.numerics import kernels
 
     kernels.load()
 
@@ -90,7 +59,7 @@ def quantize(
     Raises NonFiniteWeight (tensor and index), SourceChanged, DiskTooSmall, NoSuitableDevice, InputError for a missing
     or non-finite range or a folder that holds something else. Killed at any moment and run again, the bytes are those
     of an undisturbed run."""
-    from fp8pipe.quantize.scales import refuse_impossible
+    from fp8pipe.quantize.engine.scales import refuse_impossible
 
     refuse_impossible(calibration)
     digest = calibration.digest() if calibration is not None else None
@@ -104,7 +73,7 @@ def quantize(
             (folder / RECORD_DIR / name).unlink(missing_ok=True)
         return done
 
-    from fp8pipe.quantize.run import run
+    from fp8pipe.quantize.engine.run import run
 
     return run(
         snapshot,

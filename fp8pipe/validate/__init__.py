@@ -21,8 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from fp8pipe.checkpoint import Headers
 from fp8pipe.errors import EngineFailed, InputError, ModelNotFound
+from fp8pipe.model.headers import Headers
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.records import Snapshot, SourceFile, ValidationReport
 from fp8pipe.validate import config as config_room
@@ -35,8 +35,8 @@ from fp8pipe.validate.shelf import Shelf, open_shelf
 from fp8pipe.validate.subject import Subject
 
 if TYPE_CHECKING:
-    from fp8pipe.architecture import Architecture
-    from fp8pipe.validate.oracle import Mismatch
+    from fp8pipe.model.architecture import Architecture
+    from fp8pipe.oracle.vllm import Mismatch
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ def _read(place: Place, source: Snapshot | None, architecture: Architecture | No
 
 def _inspect(model: Snapshot, headers: Headers | None) -> Architecture | None:
     """The model's record; None when transformers cannot build it, and the report says `known_from: names`."""
-    from fp8pipe.architecture import inspect
+    from fp8pipe.oracle.transformers import inspect
 
     try:
         return inspect(model, headers=headers)
@@ -169,7 +169,7 @@ def _as_snapshot(place: Place) -> Snapshot:
 
 def _ask_vllm(subject: Subject) -> tuple[Mismatch, ...] | None:
     """What vLLM's loader disagrees with; None where it cannot be asked, which is said."""
-    from fp8pipe.validate.oracle import is_available, parity
+    from fp8pipe.oracle.vllm import is_available, parity
 
     folder, reason = subject.shelf.place.root, ""
     if not is_available():

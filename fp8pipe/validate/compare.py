@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fp8pipe.checkpoint import TensorInfo
+from fp8pipe.model.headers import TensorInfo
 from fp8pipe.validate.scheme import E4M3, FP8, Spec
 from fp8pipe.validate.units import (
     HALF_UNIT,

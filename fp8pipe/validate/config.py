@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fp8pipe.validate.findings import Fault, check, clip
+from fp8pipe.model.untrusted import clip
+from fp8pipe.validate.findings import Fault, check
 from fp8pipe.validate.layout import expert_of, layer_of, split_name
 from fp8pipe.validate.scheme import (
     FORMAT_NAMES,
@@ -178,7 +179,7 @@ def config_fits_compressed_tensors(subject: Subject) -> Iterator[Fault]:
     quant = _quant(subject)
     if method_of(quant) != "compressed-tensors":
         return
-    from fp8pipe.validate.parser import problems
+    from fp8pipe.oracle.compressed_tensors import problems
 
     known = {key: value for key, value in quant.items() if key not in {"sparsity_config", "transform_config"}}
     known["ignore"] = known["ignore"] if is_names(known.get("ignore")) else []  # C2 speaks of it

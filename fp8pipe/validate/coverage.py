@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from fp8pipe.checkpoint import TensorInfo
+from fp8pipe.model.headers import TensorInfo
 from fp8pipe.validate.findings import Fault, check
 from fp8pipe.validate.layout import (
     KV_SCALES,

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from fp8pipe.calibrate.record import Calibration
-from fp8pipe.plan.record import OutputTensor, Plan
+from fp8pipe.model.untrusted import clip, parse_json
+from fp8pipe.quantize.plan.record import OutputTensor, Plan
 from fp8pipe.records import RECORD_DIR, Checkpoint, Manifest, Record
-from fp8pipe.validate.findings import Fault, check, clip
+from fp8pipe.records.calibration import Calibration
+from fp8pipe.validate.findings import Fault, check
 from fp8pipe.validate.place import Place
-from fp8pipe.validate.untrusted import parse_json
 
 if TYPE_CHECKING:
     from fp8pipe.validate.compare import Comparison

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fp8pipe.validate.findings import Fault, check, clip
+from fp8pipe.model.untrusted import clip
+from fp8pipe.validate.findings import Fault, check
 from fp8pipe.validate.shelf import INDEX, MISTRAL
 
 if TYPE_CHECKING:

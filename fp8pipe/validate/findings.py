@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
+from fp8pipe.model.untrusted import clip
 from fp8pipe.records import Finding, Severity
 
 if TYPE_CHECKING:
@@ -21,10 +22,8 @@ if TYPE_CHECKING:
 
 Depth = Literal["headers", "values", "fidelity"]
 DEPTHS: tuple[Depth, ...] = ("headers", "values", "fidelity")
-
 Need = Literal["config", "scheme", "source", "records", "calibration", "manifest", "vllm"]
 """What a check cannot run without: a parsed config.json, an understood quantization_config, the engine's plan, ..."""
-
 MAX_FINDINGS_PER_CHECK = 1000
 """So that a hostile checkpoint cannot fill memory with its own faults; the rest is counted in one last finding."""
 
@@ -103,11 +102,3 @@ def check(
         return function
 
     return enter
-
-
-def clip(text: object, limit: int = 200) -> str:
-    """Text from an untrusted file: on one line, not too long, and encodable (JSON may spell lone surrogates)."""
-    shown = str(text)
-    if len(shown) > limit:
-        shown = f"{shown[:limit]}... ({len(shown)} characters)"
-    return " ".join(shown.encode("utf-8", "replace").decode().split())

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from fp8pipe.architecture.rules import FUSED
-from fp8pipe.checkpoint import TensorInfo
-from fp8pipe.plan.choose import experts_holder
+from fp8pipe.model.headers import TensorInfo
+from fp8pipe.model.names import FUSED
+from fp8pipe.quantize.plan.choose import experts_holder
 
 if TYPE_CHECKING:
-    from fp8pipe.architecture import Architecture, ExpertLayout
+    from fp8pipe.model.architecture import Architecture, ExpertLayout
 
 HEADS = ("lm_head.weight", "embed_out.weight")
 """The output head on disk, where no record names it: GPT-NeoX has the second."""

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 
-from fp8pipe.checkpoint import ITEM_BYTES, SourceFiles, TensorInfo
+from fp8pipe.model.headers import ITEM_BYTES, TensorInfo
+from fp8pipe.model.shards import SourceFiles
 from fp8pipe.progress import Progress, ProgressEvent
 from fp8pipe.validate.compare import KINDS, TILE, Comparison
 from fp8pipe.validate.coverage import FLOATS, source_scale

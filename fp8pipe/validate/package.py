@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fp8pipe.validate.findings import Fault, check, clip
+from fp8pipe.model.untrusted import clip
+from fp8pipe.validate.findings import Fault, check
 from fp8pipe.validate.place import same_content
 from fp8pipe.validate.shelf import Shelf
 

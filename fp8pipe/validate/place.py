@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from fp8pipe import source
-from fp8pipe.identity import folder_identity
+from fp8pipe.hub import source
+from fp8pipe.model.identity import folder_identity
 from fp8pipe.records import Snapshot
 
 _LFS = b"version https://git-lfs"

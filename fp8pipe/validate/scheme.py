@@ -18,7 +18,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal, TypeGuard
 
-from fp8pipe.validate.findings import clip
+from fp8pipe.model.untrusted import clip
 from fp8pipe.validate.layout import expert_of
 from fp8pipe.validate.patterns import Patterns
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fp8pipe.checkpoint import TensorInfo
+from fp8pipe.model.headers import TensorInfo
 from fp8pipe.validate.coverage import FLOATS, holds_codes, is_scale, is_source_quantized, source_scale
 from fp8pipe.validate.findings import Fault, check
 from fp8pipe.validate.kv import kv_scales

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from fp8pipe.checkpoint import INDEX_NAME, ITEM_BYTES, MAX_HEADER, TensorInfo
-from fp8pipe.validate.findings import MAX_FINDINGS_PER_CHECK, Fault, clip
+from fp8pipe.model.headers import INDEX_NAME, ITEM_BYTES, MAX_HEADER, TensorInfo
+from fp8pipe.model.untrusted import MAX_JSON_BYTES, clip, parse_json
+from fp8pipe.validate.findings import MAX_FINDINGS_PER_CHECK, Fault
 from fp8pipe.validate.place import Place
-from fp8pipe.validate.untrusted import MAX_JSON_BYTES, parse_json
 
 INDEX = INDEX_NAME
 

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from fp8pipe.checkpoint import TensorInfo
+from fp8pipe.model.headers import TensorInfo
 from fp8pipe.validate.layout import WEIGHTS, expert_of, split_name
 from fp8pipe.validate.shelf import Shelf
 
 if TYPE_CHECKING:
+    from fp8pipe.oracle.vllm import Mismatch
     from fp8pipe.validate.evidence import Evidence
     from fp8pipe.validate.findings import Need
     from fp8pipe.validate.layout import Layout
     from fp8pipe.validate.measure import Measured
-    from fp8pipe.validate.oracle import Mismatch
     from fp8pipe.validate.scheme import Scheme, Spec
 
 

@@ -1,0 +1,86 @@
+"""What people write, as YAML, and what it means: Recipe, EvalSuite, GatePolicy, ReleaseSpec, CollectionSpec.
+
+Unknown keys are errors, bounds are in the types, and every message names the file and the key. A name without a slash
+or suffix is looked up in `configs/`; anything else is a path.
+
+Nothing heavy is imported, so a config error answers at once."""
+
+from fp8pipe.config.base import Config
+from fp8pipe.config.collection import (
+    CollectionMeta,
+    CollectionSpec,
+    ModelEntry,
+    load_collection,
+)
+from fp8pipe.config.files import (
+    CONFIG_DIR,
+    Kind,
+    find,
+    load,
+    shipped,
+    validated,
+)
+from fp8pipe.config.policy import (
+    LIKELIHOODS,
+    GatePolicy,
+    PerplexityPolicy,
+    TaskPolicies,
+    TaskPolicy,
+    load_policy,
+)
+from fp8pipe.config.recipe import (
+    ActivationScheme,
+    CalibrationSpec,
+    KeepRule,
+    KVCacheScheme,
+    Recipe,
+    WeightScheme,
+    load_recipe,
+)
+from fp8pipe.config.release import (
+    ReleaseSpec,
+    ResolvedRelease,
+    check_fit,
+)
+from fp8pipe.config.suite import (
+    SAMPLE_PROMPTS,
+    EvalSuite,
+    ServingWorkload,
+    TaskSpec,
+    load_suite,
+)
+
+__all__ = [
+    "CONFIG_DIR",
+    "LIKELIHOODS",
+    "SAMPLE_PROMPTS",
+    "ActivationScheme",
+    "CalibrationSpec",
+    "CollectionMeta",
+    "CollectionSpec",
+    "Config",
+    "EvalSuite",
+    "GatePolicy",
+    "KVCacheScheme",
+    "KeepRule",
+    "Kind",
+    "ModelEntry",
+    "PerplexityPolicy",
+    "Recipe",
+    "ReleaseSpec",
+    "ResolvedRelease",
+    "ServingWorkload",
+    "TaskPolicies",
+    "TaskPolicy",
+    "TaskSpec",
+    "WeightScheme",
+    "check_fit",
+    "find",
+    "load",
+    "load_collection",
+    "load_policy",
+    "load_recipe",
+    "load_suite",
+    "shipped",
+    "validated",
+]

@@ -1,0 +1,20 @@
+"""The base of everything that people write as YAML."""
+
+from __future__ import annotations
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+)
+
+from fp8pipe.files import digest_of
+
+
+class Config(BaseModel):
+    """Base of everything read from YAML."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def digest(self) -> str:
+        """sha256 of the resolved content; part of identities."""
+        return digest_of(self.model_dump(mode="json"))

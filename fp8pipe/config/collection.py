@@ -1,0 +1,78 @@
+"""A collection: models times recipes, released together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import (
+    Field,
+)
+
+from fp8pipe.config.base import Config
+from fp8pipe.config.files import load, validated
+from fp8pipe.config.recipe import load_recipe
+from fp8pipe.config.release import ReleaseSpec
+
+
+class ModelEntry(Config):
+    """One model of a collection."""
+
+    id: str
+    revision: str | None = None
+    overrides: dict[str, Any] = Field(default={})
+    """Fields of ReleaseSpec for this model alone."""
+
+
+class CollectionMeta(Config):
+    """The Hub collection to fill."""
+
+    namespace: str
+    title: str = Field(max_length=59)
+    description: str = Field(default="", max_length=150)
+
+
+class CollectionSpec(Config):
+    """A list of models to release: the parameter of the flow `release_collection`."""
+
+    collection: CollectionMeta
+    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    recipes: tuple[str, ...] = Field(min_length=1)
+    suite: str
+    policy: str
+    repo_name: str = "{namespace}/{model}{suffix}"
+    """Where each release goes; {namespace}, {model} (the id's last part), {suffix} (the recipe's), {recipe}."""
+    schedule: str | None = None
+    """Cron line for the deployment; None: by hand."""
+    work_dir: str = "fp8pipe-work"
+
+    def releases(self) -> tuple[ReleaseSpec, ...]:
+        """Every model with every recipe, as release specs."""
+        specs = []
+        for entry in self.models:
+            for recipe_name in self.recipes:
+                specs.append(self._release(entry, recipe_name))
+        return tuple(specs)
+
+    def _release(self, entry: ModelEntry, recipe_name: str) -> ReleaseSpec:
+        recipe = load_recipe(recipe_name)
+        repo_id = self.repo_name.format(
+            namespace=self.collection.namespace,
+            model=entry.id.rstrip("/").rsplit("/", 1)[-1],
+            suffix=recipe.repo_suffix,
+            recipe=recipe.name,
+        )
+        fields = {
+            "model": entry.id if entry.revision is None else f"{entry.id}@{entry.revision}",
+            "recipe": recipe_name,
+            "suite": self.suite,
+            "policy": self.policy,
+            "repo_id": repo_id,
+            "collection": f"{self.collection.namespace}/{self.collection.title}",
+            "work_dir": self.work_dir,
+        }
+        return validated(ReleaseSpec, fields | entry.overrides, f"model {entry.id}")
+
+
+def load_collection(name: str) -> CollectionSpec:
+    """A shipped collection by name, or a collection file by path."""
+    return load(CollectionSpec, "collections", name)

@@ -1,0 +1,167 @@
+"""A recipe: what becomes of a model's weights, activations and KV cache."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from fp8pipe.config import llmcompressor
+from fp8pipe.config.base import Config
+from fp8pipe.config.files import _read, find, validated
+
+
+class WeightScheme(Config):
+    """How Linear weights become E4M3."""
+
+    format: Literal["e4m3"] = "e4m3"
+    strategy: Literal["tensor", "channel", "block"] = "channel"
+    """One scale per tensor, per output row, or per 128x128 block."""
+    observer: Literal["minmax", "mse"] = "minmax"
+    """minmax: scale = amax/448. mse: the shrink of amax that minimises the squared error."""
+    share_scales: bool = True
+    """Per-tensor only: one scale per fused group (q/k/v, gate/up), so that vLLM's requantization is the identity."""
+    block_shape: tuple[int, int] = (128, 128)
+
+
+class ActivationScheme(Config):
+    """How the inputs of quantized Linears become E4M3."""
+
+    mode: Literal["static", "dynamic"] = "dynamic"
+    strategy: Literal["tensor", "token", "group"] = "token"
+    """Static is per tensor. Dynamic is per token, per tensor, or per group of 128 (with block weights)."""
+    observer: Literal["minmax", "percentile", "mse"] = "minmax"
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    """Share of absolute values kept in range, for the percentile observer."""
+
+    @model_validator(mode="after")
+    def _static_is_per_tensor(self) -> ActivationScheme:
+        if self.mode == "static" and self.strategy != "tensor":
+            raise ValueError("static activations have one scale per tensor: set strategy: tensor")
+        return self
+
+
+class KVCacheScheme(Config):
+    """How keys and values are cached."""
+
+    strategy: Literal["tensor", "head"] = "tensor"
+    """One k_scale and v_scale per layer, or one per KV head."""
+    observer: Literal["minmax", "percentile", "mse"] = "minmax"
+    percentile: float = Field(default=99.99, gt=50, le=100)
+
+
+class CalibrationSpec(Config):
+    """Where activation and KV ranges come from."""
+
+    dataset: str = "HuggingFaceH4/ultrachat_200k"
+    """Hub id, or a local .json, .jsonl, .parquet or .txt file, with a `messages` or `text` column."""
+    revision: str | None = None
+    subset: str | None = None
+    """Hub dataset configuration, where it has several."""
+    split: str = "train_sft"
+    num_samples: int = Field(default=512, ge=1)
+    max_seq_len: int = Field(default=2048, ge=1)
+    seed: int = 42
+    chat_template: Literal["model", "none"] = "model"
+    """model: chat messages pass through the tokenizer's template. none: their contents are joined by newlines."""
+    quantized_weights: bool = False
+    """Observe activations through fake-quantized weights."""
+    min_expert_tokens: int = Field(default=128, ge=0)
+    """Tokens that every expert sees: one that the router gives fewer is shown others, for its range alone."""
+
+
+class KeepRule(Config):
+    """Which Linears stay in the source's dtype because calibration finds them sensitive."""
+
+    worst: float = Field(gt=0, le=0.5)
+    """Share of the Linears, worst output SQNR first: `2%` or 0.02. What vLLM fuses stays together, so that the last
+    group taken may exceed it; at least one group is kept."""
+
+    @field_validator("worst", mode="before")
+    @classmethod
+    def _percent(cls, value: Any) -> Any:
+        text = str(value).strip()
+        if not text.endswith("%"):
+            return value
+        try:
+            return round(float(text[:-1]) / 100, 12)
+        except ValueError as error:
+            raise ValueError("expected a share such as 2% or 0.02") from error
+
+
+class Recipe(Config):
+    """What becomes of a model's weights, activations and KV cache."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
+    description: str = ""
+    weights: WeightScheme = WeightScheme()
+    activations: ActivationScheme | None = ActivationScheme()
+    """None: weight-only."""
+    kv_cache: KVCacheScheme | None = None
+    """None: the cache keeps the model's dtype."""
+    targets: tuple[str, ...] = ("Linear",)
+    """`Linear` (every weight the architecture allows), exact module names, or `re:` patterns."""
+    ignore: tuple[str, ...] = ()
+    """Exact module names or `re:` patterns (match from the start) that stay in the source's dtype."""
+    unmatched_ignore: Literal["error", "note"] = "error"
+    """An entry of ignore that matches nothing is an error, or a note of the plan."""
+    keep_bf16: KeepRule | None = None
+    """The most sensitive Linears stay in the source's dtype: {worst: 2%}. Needs calibration data."""
+    checkpoint_format: Literal["compressed-tensors", "fp8"] = "compressed-tensors"
+    fp8_source: Literal["refuse", "requantize"] = "refuse"
+    """A source that is already FP8: refuse it, or dequantize and quantize anew."""
+    calibration: CalibrationSpec = CalibrationSpec()
+    fallback: tuple[str | dict[str, Any], ...] = ()
+    """What to try, in order, when the gate rejects this one: names of recipes, or fields to change in this one."""
+    repo_suffix: str = ""
+    """Ending of the published repository's name, as the field has it: -FP8, -FP8-dynamic, -FP8-KV, -FP8-block."""
+
+    @model_validator(mode="after")
+    def _format_can_spell_it(self) -> Recipe:
+        acts, weights = self.activations, self.weights
+        if self.checkpoint_format == "fp8" and weights.strategy == "channel":
+            raise ValueError(
+                "checkpoint_format fp8 has no per-channel scales: use tensor, block, or compressed-tensors"
+            )
+        if self.checkpoint_format == "fp8" and acts is None:
+            raise ValueError("checkpoint_format fp8 needs an activation scheme: static or dynamic")
+        if self.checkpoint_format == "fp8" and self.kv_cache is not None and self.kv_cache.strategy != "tensor":
+            raise ValueError("checkpoint_format fp8 has one KV scale per layer: set kv_cache.strategy: tensor")
+        if weights.strategy == "block" and acts is not None and acts.mode == "static":
+            raise ValueError("block weights take dynamic activations: vLLM has no kernel for block with static")
+        if weights.strategy == "block" and acts is None:
+            raise ValueError("block weights need dynamic activations: vLLM's loader asserts on block weights alone")
+        if acts is not None and acts.strategy == "group" and weights.strategy != "block":
+            raise ValueError("activations per group of 128 go with block weights")
+        return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether data must be run through the model."""
+        return self.kv_cache is not None or self.keep_bf16 is not None or self.static_activations
+
+    @property
+    def static_activations(self) -> bool:
+        """Whether inputs of Linears are quantized with ranges known in advance."""
+        return self.activations is not None and self.activations.mode == "static"
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bytes: everything but names, descriptions, fallbacks and unused calibration settings."""
+        fields = self.model_dump(
+            mode="json", exclude={"name", "description", "unmatched_ignore", "fallback", "repo_suffix"}
+        )
+        unused = {"calibration": not self.needs_calibration, "keep_bf16": self.keep_bf16 is None}
+        return {name: value for name, value in fields.items() if not unused.get(name)}
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by name, or a recipe file by path, ours or one of llm-compressor's."""
+    path = find("recipes", name)
+    content = _read(path)
+    if llmcompressor.is_recipe(content):
+        content = llmcompressor.recipe_fields(content, path)
+    return validated(Recipe, content, str(path))

@@ -1,0 +1,92 @@
+"""One release: a model, a recipe, a suite, a policy, and where to publish."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pydantic import (
+    Field,
+)
+
+from fp8pipe.config.base import Config
+from fp8pipe.config.files import validated
+from fp8pipe.config.policy import GatePolicy, load_policy
+from fp8pipe.config.recipe import Recipe, load_recipe
+from fp8pipe.config.suite import EvalSuite, load_suite
+from fp8pipe.errors import ConfigError
+
+
+class ReleaseSpec(Config):
+    """One model, one recipe, one release: the parameter of the flow `release_model`."""
+
+    model: str = Field(description="Hub id, Hub id@revision, or folder")
+    recipe: str = Field(default="fp8-dynamic", description="Name in configs/recipes or path")
+    suite: str = Field(default="quick", description="Name in configs/suites or path")
+    policy: str = Field(default="quick", description="Name in configs/gates or path")
+    repo_id: str = Field(description="Where to publish: namespace/name", pattern=r"^[\w.-]+/[\w.-]+$")
+    collection: str | None = Field(default=None, description="Collection: namespace/title, or a slug")
+    trust_remote_code: bool = Field(default=False, description="Let this model bring its own Python code")
+    work_dir: str = Field(default="fp8pipe-work", description="Folder for releases and baselines")
+    device: str = Field(default="auto", description="auto, cpu or cuda, for calibration")
+
+    def resolve(self) -> ResolvedRelease:
+        """Read the files that the spec names; ConfigError before anything is started, also when they do not fit."""
+        resolved = ResolvedRelease(self, load_recipe(self.recipe), load_suite(self.suite), load_policy(self.policy))
+        check_fit(resolved.policy, resolved.suite)
+        resolved.ladder()  # a fallback that is no recipe is an error now, not after hours
+        return resolved
+
+
+def check_fit(policy: GatePolicy, suite: EvalSuite) -> None:
+    """ConfigError when the policy gates on what the suite does not measure."""
+    missing = set(policy.gated_tasks) - set(suite.tasks)
+    if missing:
+        raise ConfigError(
+            f"policy {policy.name} gates on {', '.join(sorted(missing))}, which suite {suite.name} does not "
+            f"measure; it measures {', '.join(sorted(suite.tasks))}"
+        )
+    if policy.serving_limits and suite.serving is None:
+        raise ConfigError(
+            f"policy {policy.name} limits {', '.join(policy.serving_limits)}, and suite {suite.name} times nothing; "
+            "add `serving: {}` to the suite"
+        )
+
+
+@dataclass(frozen=True)
+class ResolvedRelease:
+    """A ReleaseSpec with the files it names read and checked against each other: one attempt of a release."""
+
+    spec: ReleaseSpec
+    recipe: Recipe
+    suite: EvalSuite
+    policy: GatePolicy
+    attempt: int = 1
+    attempts: int = 1
+    """How many recipes the ladder holds; the policy's alpha is divided over them."""
+
+    def ladder(self) -> tuple[ResolvedRelease, ...]:
+        """The release itself and what its recipe falls back to, as many as the policy lets try.
+
+        A fallback is published under its own ending where the repository's name has that of the first recipe.
+        """
+        recipes = (self.recipe, *(_fallback(self.recipe, index) for index in range(len(self.recipe.fallback))))
+        recipes = recipes[: self.policy.max_attempts]
+        return tuple(
+            replace(self, spec=self._named_for(recipe), recipe=recipe, attempt=index + 1, attempts=len(recipes))
+            for index, recipe in enumerate(recipes)
+        )
+
+    def _named_for(self, recipe: Recipe) -> ReleaseSpec:
+        suffix, repo_id = self.recipe.repo_suffix, self.spec.repo_id
+        if recipe.repo_suffix and suffix and repo_id.endswith(suffix):
+            repo_id = repo_id.removesuffix(suffix) + recipe.repo_suffix
+        return self.spec.model_copy(update={"repo_id": repo_id})
+
+
+def _fallback(recipe: Recipe, index: int) -> Recipe:
+    """What stands at this place of the recipe's fallback list, without a fallback of its own."""
+    entry = recipe.fallback[index]
+    if isinstance(entry, str):
+        return load_recipe(entry).model_copy(update={"fallback": ()})
+    content = recipe.model_dump(mode="json") | {"name": f"{recipe.name}-fallback-{index + 1}", "fallback": ()} | entry
+    return validated(Recipe, content, f"recipe {recipe.name}, fallback {index + 1}")

@@ -1,0 +1,46 @@
+"""Headers of a model's safetensors files, from its folder or from the Hub by HTTP ranges."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from fp8pipe.hub import source
+from fp8pipe.model.headers import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Headers,
+    ShardHeader,
+    _all_tensors,
+    _check_file_name,
+    check_index,
+    header_length,
+    parse_header,
+)
+from fp8pipe.records import Snapshot
+
+REQUESTS_AT_ONCE = 8
+_FIRST_READ = 1 << 18
+"""Bytes to ask for before the header's length is known: most headers fit, so that a remote one costs one request."""
+
+
+def read_headers(snapshot: Snapshot) -> Headers:
+    """Headers of every weight file of `snapshot`, local or remote; MalformedCheckpoint names file, tensor and
+    defect."""
+    names = source.weight_files(snapshot)
+    sizes = {file.name: file.size for file in snapshot.files}
+    for name in names:
+        _check_file_name(name, "list of weight files")
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="headers") as pool:  # on the Hub each is a round trip
+        shards = tuple(pool.map(lambda name: _read_header(snapshot, name, sizes[name]), names))
+    headers = Headers(shards, _all_tensors(shards))
+    if INDEX_NAME in sizes and list(names) != [SINGLE_NAME]:
+        check_index(source.read_file(snapshot, INDEX_NAME), headers)
+    return headers
+
+
+def _read_header(snapshot: Snapshot, name: str, size: int) -> ShardHeader:
+    head = source.read_range(snapshot, name, 0, min(size, _FIRST_READ))
+    end = 8 + header_length(name, size, head)
+    if end > len(head):
+        head += source.read_range(snapshot, name, len(head), end)
+    return parse_header(name, size, head)

@@ -1,0 +1,276 @@
+"""Where a model comes from: a Hub id or a folder goes in, a Snapshot pinned to one state comes out.
+
+`resolve` asks for names and sizes only. `read_file` and `read_range` read from the folder, or from the Hub by HTTP
+ranges, so that a plan needs no download. `download` brings what quantizing needs into the Hub cache, `download_iter`
+hands each file over as soon as it is there. Pickled weights are never fetched.
+"""
+
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+from fp8pipe.errors import (
+    InputError,
+    MalformedCheckpoint,
+    ModelNotFound,
+    SourceChanged,
+    UnsafeWeights,
+)
+from fp8pipe.hub.client import client, translated
+from fp8pipe.model.identity import folder_identity
+from fp8pipe.records import Snapshot, SourceFile
+
+INDEX = "model.safetensors.index.json"
+COMPANIONS = (
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm"),
+    *("readme.md", "license*", "licence*", "notice*", "use_policy*"),
+    "additional_chat_templates/*.jinja",
+)
+"""What a checkpoint needs beside its weights, in lower case."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TRAINING_STATE = ("training_args.bin", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*")
+"""Pickles that are no weights."""
+DUPLICATES = ("consolidated*", "adapter_model*")
+"""Safetensors at the top of a repository that are not the model in the layout of transformers."""
+
+# ---------------------------------------------------------------------------------------------- resolve
+
+
+def resolve(model: str) -> Snapshot:
+    """The state that `model` (a Hub id, `id@revision`, or a folder) means now. Downloads nothing.
+
+    An existing folder wins over a Hub id of the same spelling; what starts with `/`, `.` or `~` is always a folder.
+    Raises ModelNotFound, RevisionNotFound, AccessDenied, HubUnreachable; UnsafeWeights when all weights are pickles;
+    InputError when there are none, or no config.json.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        snapshot = _resolve_folder(folder.resolve())
+    elif model.startswith(("/", ".", "~")):
+        raise ModelNotFound(f"{model}: no such folder; give the folder that holds config.json, or a Hub id")
+    else:
+        snapshot = _resolve_on_hub(*_split(model))
+    _require_model(snapshot)
+    return snapshot
+
+
+def _split(model: str) -> tuple[str, str | None]:
+    model_id, at, revision = model.partition("@")
+    if at and not revision:
+        raise InputError(f"{model}: expected a revision after @; name a branch, tag or commit, or leave the @ out")
+    return model_id, revision or None
+
+
+def _resolve_on_hub(model_id: str, revision: str | None) -> Snapshot:
+    from huggingface_hub.hf_api import RepoFile
+
+    api = client()
+    with translated(f"model {model_id}" + (f"@{revision}" if revision else "")):
+        info = api.model_info(model_id, revision=revision)
+        assert info.sha is not None
+        if info.gated:  # its file list is public: find out now, not after the plan has been made
+            api.auth_check(model_id)
+        tree = api.list_repo_tree(model_id, revision=info.sha, recursive=True)
+        files = [
+            SourceFile(name=entry.path, size=entry.size, oid=entry.lfs.sha256 if entry.lfs else entry.blob_id)
+            for entry in tree
+            if isinstance(entry, RepoFile)
+        ]
+    return Snapshot(model_id=model_id, commit=info.sha, files=tuple(files))
+
+
+def _resolve_folder(folder: Path) -> Snapshot:
+    paths = [path for path in sorted(folder.rglob("*")) if not _is_hidden(path.relative_to(folder))]
+    for path in paths:
+        if path.is_symlink():
+            _require_inside(path, folder)
+    files = tuple(
+        SourceFile(name=path.relative_to(folder).as_posix(), size=path.stat().st_size)
+        for path in paths
+        if path.is_file()
+    )
+    return Snapshot(model_id=folder.name, commit=_local_commit(folder), files=files, root=str(folder))
+
+
+def _local_commit(folder: Path) -> str:
+    return f"local-{folder_identity(folder)[:40]}"
+
+
+def require_unchanged(snapshot: Snapshot) -> None:
+    """SourceChanged unless a local folder is still what `resolve` saw: content of its small files; header, size and
+    time of its weights. No weight is read. A commit of the Hub stays what it is."""
+    if snapshot.is_local and _local_commit(snapshot.path) != snapshot.commit:
+        raise SourceChanged(
+            f"{snapshot.path}: expected the state {snapshot.commit}, the folder has changed since; run again from the "
+            "start once it is at rest, so that plan and calibration are of the weights that are quantized"
+        )
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _require_inside(link: Path, folder: Path) -> None:
+    """A link may not lead out of its folder. In the Hub cache every file is one: there it may lead anywhere in the
+    cache (`models--x/snapshots/SHA/f` -> `models--x/blobs/...`, from there perhaps to the cache's shared `blobs/`)."""
+    in_hub_cache = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+    fence = folder.parents[2] if in_hub_cache else folder
+    target = link.resolve()
+    if not target.exists():
+        raise InputError(f"{link}: broken link, {target} does not exist; download the model again")
+    if not target.is_relative_to(fence):
+        raise InputError(f"{link}: leads out of the model's folder, to {target}; copy the file in its place")
+
+
+def _require_model(snapshot: Snapshot) -> None:
+    """A config, and weights that can be read without running code."""
+    names = [file.name for file in snapshot.files]
+    where = f"{snapshot.model_id}@{snapshot.commit}"
+    if not any(name.endswith(".safetensors") for name in names):
+        pickles = [name for name in names if _matches(name, PICKLES) and not _matches(name, TRAINING_STATE)]
+        if pickles:
+            raise UnsafeWeights(
+                f"{where}: weights are pickles only ({', '.join(pickles[:3])}); loading a pickle runs the code in it;"
+                " use a revision with safetensors, or convert the weights"
+            )
+        raise InputError(f"{where}: expected *.safetensors, found no weights among {len(names)} files")
+    if "config.json" not in names:
+        raise InputError(f"{where}: no config.json; is this a model for transformers, and not an adapter or a part?")
+
+
+# ---------------------------------------------------------------------------------------------- what belongs to a model
+
+
+def weight_files(snapshot: Snapshot) -> tuple[str, ...]:
+    """The safetensors files that make up the model: those of the index, else the single one. Sorted.
+
+    Raises MalformedCheckpoint when the index cannot be read, names a file outside the folder or one that is missing,
+    or when several files lie there without an index.
+    """
+    names = {file.name for file in snapshot.files}
+    if INDEX in names:
+        return _indexed_files(snapshot, names)
+    single = sorted(n for n in names if "/" not in n and n.endswith(".safetensors") and not _matches(n, DUPLICATES))
+    if "model.safetensors" in single:
+        return ("model.safetensors",)
+    if len(single) != 1:
+        found = ", ".join(single[:4]) or "none at the top of the repository"
+        raise MalformedCheckpoint(f"{snapshot.model_id}: expected {INDEX} or one safetensors file, found {found}")
+    return (single[0],)
+
+
+def _indexed_files(snapshot: Snapshot, names: set[str]) -> tuple[str, ...]:
+    where = f"{snapshot.model_id}: {INDEX}"
+    text = read_file(snapshot, INDEX)
+    try:
+        weight_map = json.loads(text)["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MalformedCheckpoint(f"{where}: expected a JSON object with weight_map, found {error!r}") from error
+    for shard in shards:
+        if not isinstance(shard, str) or not _is_plain(shard):
+            raise MalformedCheckpoint(f"{where}: {shard!r} is no file of this folder; an index may not lead elsewhere")
+        if shard not in names:
+            raise MalformedCheckpoint(f"{where}: names {shard}, which is not there; the upload is incomplete")
+    if not shards:
+        raise MalformedCheckpoint(f"{where}: weight_map is empty")
+    return tuple(shards)
+
+
+def _is_plain(name: str) -> bool:
+    """A relative path with `/` that stays where it starts and ends in .safetensors."""
+    path = PurePosixPath(name)
+    escapes = path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name
+    return not escapes and name == path.as_posix() and path.suffix == ".safetensors"
+
+
+def needed_files(snapshot: Snapshot, *, trust_remote_code: bool = False) -> tuple[SourceFile, ...]:
+    """What a quantized copy is made of: companions first, then the weights."""
+    weights = set(weight_files(snapshot))
+    return (
+        *companion_files(snapshot, trust_remote_code=trust_remote_code),
+        *sorted((file for file in snapshot.files if file.name in weights), key=lambda file: file.name),
+    )
+
+
+def companion_files(snapshot: Snapshot, *, trust_remote_code: bool = False) -> tuple[SourceFile, ...]:
+    """What lies beside the weights, the index too. Reads nothing. `*.py` only if `trust_remote_code`."""
+    patterns = (*COMPANIONS, "*.py") if trust_remote_code else COMPANIONS
+    return tuple(
+        file for file in snapshot.files if _matches(file.name, patterns) and not file.name.endswith(".bin.index.json")
+    )
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a pattern fits; one without a slash fits only at the top of the repository."""
+    return any(fnmatch(name.lower(), pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+
+
+# ---------------------------------------------------------------------------------------------- read
+
+
+def read_file(snapshot: Snapshot, name: str) -> bytes:
+    """A whole small file, such as config.json."""
+    return read_range(snapshot, name, 0, _entry(snapshot, name).size)
+
+
+def read_range(snapshot: Snapshot, name: str, begin: int, end: int) -> bytes:
+    """Bytes [begin, end) of a file: from disk, or by one HTTP range request.
+
+    Raises MalformedCheckpoint when the file is shorter, SourceChanged when it shrank since `resolve`.
+    """
+    size = _entry(snapshot, name).size
+    if not 0 <= begin <= end <= size:
+        raise MalformedCheckpoint(f"{name}: bytes {begin} to {end} were asked for, the file has {size}")
+    if begin == end:
+        return b""
+    if snapshot.root is not None:
+        data = _read_local(snapshot.path / name, begin, end)
+    else:
+        data = _read_remote(snapshot, name, begin, end)
+    if len(data) != end - begin:
+        raise SourceChanged(
+            f"{name}: expected {end - begin} bytes at {begin}, found {len(data)}; resolve the model again"
+        )
+    return data
+
+
+def _entry(snapshot: Snapshot, name: str) -> SourceFile:
+    for file in snapshot.files:
+        if file.name == name:
+            return file
+    raise InputError(f"{snapshot.model_id}@{snapshot.commit}: no file {name}")
+
+
+def _read_local(path: Path, begin: int, end: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            file.seek(begin)
+            return file.read(end - begin)
+    except FileNotFoundError:
+        raise SourceChanged(f"{path}: was there when the model was resolved, is gone now") from None
+
+
+def _read_remote(snapshot: Snapshot, name: str, begin: int, end: int) -> bytes:
+    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    api = client()
+    url = hf_hub_url(snapshot.model_id, name, revision=snapshot.commit, endpoint=api.endpoint)
+    headers = build_hf_headers(token=api.token) | {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+    with (
+        translated(f"{name} of {snapshot.model_id}@{snapshot.commit}"),
+        get_session().stream("GET", url, headers=headers) as response,
+    ):
+        hf_raise_for_status(response)
+        data = bytearray()
+        skip = (
+            0 if response.status_code == 206 else begin
+        )  # 200: ranges are not honoured, the file comes from its start
+        for chunk in response.iter_bytes():
+            data += chunk
+            if len(data) >= skip + end - begin:
+                break
+    return bytes(data[skip : skip + end - begin])

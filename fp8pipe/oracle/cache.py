@@ -1,0 +1,12 @@
+"""Where the answers of oracles are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Folder of architecture records: under $FP8PIPE_CACHE, by default ~/.cache/fp8pipe."""
+    root = os.environ.get("FP8PIPE_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "fp8pipe") / "architectures"

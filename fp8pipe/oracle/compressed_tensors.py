@@ -1,0 +1,103 @@
+"""What compressed-tensors' own parser says of a quantization_config (for check C3).
+
+In: a parsed JSON object. Out: (expected, found) for each thing that it refuses. The parser brings transformers with it,
+seconds and 400 MB of imports, so it runs in a child process, and its answer is kept as a record under $FP8PIPE_CACHE. A
+process that has the parser loaded asks it directly.
+
+    python -m fp8pipe.oracle.compressed_tensors ANSWER < QUANTIZATION_CONFIG
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fp8pipe.errors import EnvironmentFault
+from fp8pipe.files import write_atomically
+from fp8pipe.model.untrusted import clip
+from fp8pipe.oracle.cache import cache_dir
+from fp8pipe.oracle.lean import without
+
+RULES_VERSION = 1
+"""Raised whenever `ask_here` answers differently: records of another version are not used."""
+_TIMEOUT_S = 300
+_PARSER = "compressed_tensors.quantization"
+
+Problems = list[tuple[str, str]]
+
+
+def problems(quant: dict[str, Any]) -> Problems:
+    """What the parser refuses in `quant`, from the record, from this process, or from a child process."""
+    if _PARSER in sys.modules:
+        return ask_here(quant)
+    key = f"{RULES_VERSION}\0{version('compressed-tensors')}\0{json.dumps(quant)}"  # answers quote it in its order
+    path = cache_dir().with_name("parsed") / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    try:
+        return [(expected, found) for expected, found in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError):
+        return _kept(path, _ask_child(json.dumps(quant)))
+
+
+def ask_here(quant: dict[str, Any]) -> Problems:
+    """The same, in this process."""
+    from compressed_tensors.quantization import QuantizationConfig
+    from pydantic import ValidationError
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            QuantizationConfig.model_validate(quant)
+    except ValidationError as error:
+        return [
+            (f"{'.'.join(map(str, one['loc']))}: {clip(one['msg'])}", clip(repr(one["input"])))
+            for one in error.errors()
+        ]
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # its validators raise whatever they stumble on; depth and size of the object are bounded where it was read
+        return [("a config that compressed-tensors parses", clip(repr(error)))]
+    return []
+
+
+def _ask_child(text: str) -> Problems:
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:
+        answer = Path(name) / "answer.json"
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "fp8pipe.oracle.compressed_tensors", str(answer)]
+        environment = os.environ | quiet
+        try:
+            child = subprocess.run(
+                command, input=text.encode(), capture_output=True, env=environment, timeout=_TIMEOUT_S
+            )
+        except subprocess.TimeoutExpired:
+            raise EnvironmentFault(f"compressed-tensors' parser gave no answer within {_TIMEOUT_S} s") from None
+        if child.returncode or not answer.exists():
+            tail = child.stderr.decode(errors="replace").strip().splitlines()[-3:]
+            raise EnvironmentFault(f"compressed-tensors' parser gave no answer: {' | '.join(tail)}")
+        return [(expected, found) for expected, found in json.loads(answer.read_text())]
+
+
+def _kept(path: Path, found: Problems) -> Problems:
+    with contextlib.suppress(EnvironmentFault):  # a cache that cannot be written costs seconds, not the report
+        write_atomically(path, json.dumps(found).encode())
+    return found
+
+
+def main() -> None:
+    """The child."""
+    # transformers imports these where they are installed, which takes seconds
+    with without("sklearn", "scipy"):
+        import compressed_tensors.quantization  # noqa: F401
+    Path(sys.argv[1]).write_text(json.dumps(ask_here(json.load(sys.stdin))))
+
+
+if __name__ == "__main__":
+    main()

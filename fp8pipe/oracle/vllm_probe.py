@@ -1,0 +1,296 @@
+"""The child process that builds vLLM's models on the meta device and follows their loaders.
+
+    python -m fp8pipe.oracle.vllm_probe ANSWERS < REQUESTS
+
+REQUESTS: one JSON object a line, {"folder": with config.json, "tensors": {name: [dtype, shape]}}. ANSWERS: one line
+each, the fields of `oracle.Answer`. Kernels are never run: where this machine has none for a scheme, a stand-in is
+chosen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fp8pipe.evaluate.environment import import_architecture, prepare_process
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from fp8pipe.oracle.landing import Write
+
+MAX_REFUSALS = 20
+"""Tensors that vLLM may refuse before the rest goes unasked: each costs another run of the loader."""
+
+_FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
+"""Dtypes that vLLM may cast into one another without changing what the numbers mean."""
+
+FOREIGN = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, IndexError, KeyError, NotImplementedError, OSError),
+    *(RuntimeError, StopIteration, TypeError, ValueError),
+)
+"""What vLLM raises on a checkpoint that it does not like: its own classes, or whatever it stumbles on."""
+
+_DTYPES = """
+    BOOL:bool U8:uint8 I8:int8 U16:uint16 I16:int16 U32:uint32 I32:int32 U64:uint64 I64:int64
+    F8_E4M3:float8_e4m3fn F8_E5M2:float8_e5m2 F8_E8M0:float8_e8m0fnu F8_E4M3FNUZ:float8_e4m3fnuz
+    F8_E5M2FNUZ:float8_e5m2fnuz F16:float16 BF16:bfloat16 F32:float32 F64:float64 C64:complex64
+"""
+"""Safetensors' names of dtypes, and torch's."""
+
+_KV_LEAVES = frozenset(("k_scale", "v_scale"))
+
+
+def main() -> None:
+    prepare_process()
+    requests = [json.loads(line) for line in sys.stdin]
+    _offer_stand_in_kernels()
+    path = Path(sys.argv[1])
+    _enter_world(path.with_name("store"))
+    with path.open("w") as answers:
+        for request in requests:
+            answers.write(json.dumps(_examine(Path(request["folder"]), request["tensors"])) + "\n")
+            answers.flush()
+
+
+def _examine(folder: Path, tensors: dict[str, tuple[str, list[int]]]) -> dict[str, Any]:
+    answer: dict[str, Any] = {"parameters": [], "landings": [], "mismatches": [], "refusal": ""}
+    try:
+        with _built(folder) as model:
+            answer["parameters"] = _parameters(model)
+            if tensors:
+                follow_loader(model, tensors, answer)
+    except FOREIGN as error:
+        answer["refusal"] = _words(error)
+    return answer
+
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def _offer_stand_in_kernels() -> None:
+    """Let every FP8 scheme find a kernel on any machine: the last in each of vLLM's lists, one that is never run."""
+    from vllm.model_executor.kernels import linear
+    from vllm.platforms import current_platform
+
+    for kernels in (linear._POSSIBLE_FP8_KERNELS, linear._POSSIBLE_FP8_BLOCK_KERNELS, linear._POSSIBLE_WFP8A16_KERNELS):
+        kernels.setdefault(current_platform._enum, []).append(StandInKernel)  # type: ignore[arg-type] # never run
+
+
+class StandInKernel:
+    """Takes any layer, computes nothing."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        return True, None
+
+    @classmethod
+    def can_implement(cls, config: object) -> tuple[bool, str | None]:
+        return True, None
+
+    def __init__(self, config: object, layer_param_names: object = None) -> None: ...
+
+    def input_quant_key(self) -> None:
+        return None
+
+
+@contextlib.contextmanager
+def _built(folder: Path) -> Iterator[nn.Module]:
+    """vLLM's model for config.json in `folder`, on the meta device, in a world of one process."""
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import destroy_model_parallel, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    import_architecture(str(folder), False)
+    arguments = EngineArgs(model=str(folder), load_format="dummy", enforce_eager=True, skip_tokenizer_init=True)
+    config = arguments.create_engine_config()
+    with set_current_vllm_config(config):
+        initialize_model_parallel(1)  # anew for each model: experts have a group of their own
+        try:
+            with torch.device("meta"), set_default_torch_dtype(config.model_config.dtype):
+                model = initialize_model(config)
+            yield model
+        finally:
+            destroy_model_parallel()
+
+
+def _enter_world(store: Path) -> None:
+    """The distributed environment that every vLLM model asks for; `store` is a file that it makes."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment
+
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
+
+
+def _parameters(model: nn.Module) -> list[list[Any]]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return [
+        [name, _dtype_name(parameter.dtype), list(parameter.shape), _method(modules[name.rpartition(".")[0]])]
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def _method(module: nn.Module) -> str:
+    method = getattr(module, "quant_method", None)
+    scheme = getattr(module, "scheme", None)
+    return "" if method is None else type(method if scheme is None else scheme).__name__
+
+
+# ---------------------------------------------------------------------------------------------- following
+
+
+def follow_loader(model: nn.Module, tensors: Mapping[str, tuple[str, list[int]]], answer: dict[str, Any]) -> None:
+    """Run `model.load_weights` over stand-ins for `tensors`; again without each tensor that it refuses."""
+    from fp8pipe.oracle.landing import Follower
+
+    refused: list[list[Any]] = []
+    while True:
+        places = dict(model.named_buffers()) | dict(model.named_parameters())
+        follower, drawn = Follower(places), [""]
+        blamed = {row[1] for row in refused}
+        remaining = {name: entry for name, entry in tensors.items() if name not in blamed}
+        try:
+            with follower:
+                model.load_weights(_stand_ins(follower, remaining, drawn))  # type: ignore[operator] # every vLLM model has it
+            follower.settle(dict(model.named_parameters()))
+            break
+        except FOREIGN as error:
+            refused.append(["refused", drawn[0], "", "a tensor that vLLM's loader takes", _words(error)])
+            if (
+                not drawn[0] or len(refused) >= MAX_REFUSALS
+            ):  # all tensors were drawn before it raised, or it takes none
+                answer["mismatches"] = refused
+                return
+    answer["landings"] = _landings(follower.writes, remaining)
+    answer["mismatches"] = refused + _unsettled(model, follower.writes, remaining)
+
+
+def _stand_ins(
+    follower: Any, tensors: Mapping[str, tuple[str, list[int]]], drawn: list[str]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, (dtype, shape) in tensors.items():
+        drawn[0] = name
+        yield name, follower.stand_in(name, tuple(shape), _torch_dtype(dtype))
+    drawn[0] = ""
+
+
+def _landings(writes: list[Write], tensors: Mapping[str, Any]) -> list[list[Any]]:
+    places: dict[str, dict[str, None]] = {name: {} for name in tensors}
+    for write in writes:
+        for origin in write.origins:
+            places[origin.tensor][write.place] = None
+    return [[name, list(found)] for name, found in places.items()]
+
+
+def _unsettled(model: nn.Module, writes: list[Write], tensors: Mapping[str, tuple[str, list[int]]]) -> list[list[Any]]:
+    """Everything wrong with tensors that vLLM took."""
+    return [
+        *_parameters_not_whole(model, writes),
+        *_tensors_not_whole(writes, tensors),
+        *_wrong_dtypes(model, writes, tensors),
+    ]
+
+
+def _parameters_not_whole(model: nn.Module, writes: list[Write]) -> Iterator[list[Any]]:
+    from fp8pipe.oracle.landing import Region, covered, first_gap, overlapping
+
+    regions: dict[str, list[Region]] = {}
+    for write in writes:
+        regions.setdefault(write.place, []).append(write.region)
+    may_be_empty = _without_need(model, set(regions))
+    for name, parameter in model.named_parameters():
+        shape, found = tuple(parameter.shape), regions.get(name, [])
+        filled = covered(shape, found)
+        if filled < parameter.numel() and name not in may_be_empty:
+            gap = f"{filled} filled, nothing in {first_gap(shape, found)}" if filled else "nothing"
+            yield ["unfilled", "", name, f"data for all {parameter.numel()} elements of {list(shape)}", gap]
+        if twice := overlapping(shape, found):
+            yield ["overlap", "", name, f"each element of {list(shape)} from one tensor", f"{twice} from several"]
+
+
+def _without_need(model: nn.Module, filled: set[str]) -> set[str]:
+    """Scales of the KV cache, which have defaults: k and v where the checkpoint brings none at all, others always."""
+    from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+
+    scales = {
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod)
+        for leaf, _ in module.named_parameters(recurse=False)
+    }
+    return {name for name in scales if name.rpartition(".")[2] not in _KV_LEAVES or not scales & filled}
+
+
+def _tensors_not_whole(writes: list[Write], tensors: Mapping[str, tuple[str, list[int]]]) -> Iterator[list[Any]]:
+    from fp8pipe.oracle.landing import Region, covered
+
+    read: dict[str, list[Region]] = {}
+    places: dict[str, str] = {}
+    for write in writes:
+        for origin in write.origins:
+            read.setdefault(origin.tensor, []).append(origin.region)
+            places[origin.tensor] = write.place
+    for name, (_, size) in tensors.items():
+        shape = tuple(size)
+        if name not in read:
+            yield ["unread", name, "", "a parameter for it", "none: vLLM drops it"]
+        elif (used := covered(shape, read[name])) < (total := math.prod(shape)):
+            yield ["truncated", name, places[name], f"all {total} elements of {size} read", f"{used}"]
+
+
+def _wrong_dtypes(
+    model: nn.Module, writes: list[Write], tensors: Mapping[str, tuple[str, list[int]]]
+) -> Iterator[list[Any]]:
+    wanted = {name: _dtype_name(tensor.dtype) for name, tensor in (*model.named_buffers(), *model.named_parameters())}
+    seen = set()
+    for write in writes:
+        names = {origin.tensor for origin in write.origins}
+        if len(names) != 1:  # computed from several: a dequantized weight, say
+            continue
+        (name,) = names
+        found, expected = tensors[name][0], wanted[write.place]
+        if found != expected and not {found, expected} <= _FLOATS and (name, write.place) not in seen:
+            seen.add((name, write.place))
+            yield ["dtype", name, write.place, expected, found]
+
+
+# ---------------------------------------------------------------------------------------------- words
+
+
+def _words(error: BaseException) -> str:
+    """vLLM's message on one line; where it gives none, the place that raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said or f'{frame.line} (in {frame.name})'}"[:500]
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return _dtypes()[name]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return {value: name for name, value in _dtypes().items()}.get(dtype, str(dtype))
+
+
+@functools.cache
+def _dtypes() -> dict[str, torch.dtype]:
+    import torch
+
+    pairs = (pair.split(":") for pair in _DTYPES.split())
+    return {name: getattr(torch, attribute) for name, attribute in pairs}
+
+
+if __name__ == "__main__":
+    main()

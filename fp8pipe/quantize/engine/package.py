@@ -1,0 +1,53 @@
+"""The files of a checkpoint beside its weights: copied byte for byte, the index, and config.json last.
+
+Not copied: weights, pickles, the source's README (the card replaces it), other loaders' configs, and `*.py` unless
+trusted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from fp8pipe.errors import InputError
+from fp8pipe.files import write_atomically
+from fp8pipe.hub import source
+from fp8pipe.model.headers import INDEX_NAME, index_bytes
+from fp8pipe.quantize.plan import Plan
+from fp8pipe.records import Snapshot
+
+_NOT_COPIED = frozenset(
+    ("config.json", "readme.md", "params.json", "hf_quant_config.json", "adapter_config.json", "quantize_config.json")
+)
+"""config.json is rewritten; the others describe something that this checkpoint is not."""
+
+
+def companions(snapshot: Snapshot, plan: Plan) -> tuple[str, ...]:
+    """Names of the files that are copied. Reads nothing: they may still be on their way."""
+    return companion_names(snapshot, trust_remote_code=plan.trust_remote_code)
+
+
+def companion_names(snapshot: Snapshot, *, trust_remote_code: bool) -> tuple[str, ...]:
+    """Names of the files that go with any copy of the model; its own code only if `trust_remote_code`."""
+    names = (file.name for file in source.companion_files(snapshot, trust_remote_code=trust_remote_code))
+    return tuple(name for name in names if name.lower() not in _NOT_COPIED and not name.endswith(".index.json"))
+
+
+def write_companions(snapshot: Snapshot, plan: Plan, folder: Path) -> None:
+    """Everything but weights and config.json."""
+    for name in companions(snapshot, plan):
+        write_atomically(folder / name, source.read_file(snapshot, name))
+    if len(plan.shards()) > 1:
+        write_atomically(folder / INDEX_NAME, index_bytes(output.info for output in plan.outputs))
+
+
+def write_config(snapshot: Snapshot, plan: Plan, folder: Path) -> None:
+    """The source's config.json with quantization_config, and nothing else, changed."""
+    try:
+        config = json.loads(source.read_file(snapshot, "config.json"))
+    except ValueError as error:
+        raise InputError(f"{snapshot.model_id}: config.json is not JSON: {error}") from error
+    for section in (config, config.get("text_config")):
+        if isinstance(section, dict):
+            section.pop("quantization_config", None)
+    config["quantization_config"] = plan.quantization_config
+    write_atomically(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")

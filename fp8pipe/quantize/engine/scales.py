@@ -1,0 +1,98 @@
+"""Ranges of a calibration -> the scales that the plan asks for: input_scale, k_scale, v_scale. No range is ever
+invented.
+
+scale = max(amax, 1e-12) / 448, float32; one input_scale per fused group, from the largest amax of its members
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fp8pipe.errors import InputError
+from fp8pipe.quantize.plan import OutputTensor, Plan
+
+if TYPE_CHECKING:
+    from fp8pipe.records.calibration import Calibration
+
+
+def calibrated_scales(plan: Plan, calibration: Calibration | None) -> dict[str, bytes]:
+    """Bytes of every calibrated scale, by output name. InputError names the modules whose range is missing or
+    unusable."""
+    _refuse_unsettled(plan, calibration)
+    wanted = [output for output in plan.outputs if output.role in {"input_scale", "k_scale", "v_scale"}]
+    if not wanted:
+        return {}
+    if calibration is None:
+        raise InputError(f"recipe {plan.recipe} needs calibrated ranges for {len(wanted)} scales; run calibrate first")
+    if calibration.source_commit != plan.source_commit:
+        raise InputError(
+            f"the calibration is of source {calibration.source_commit[:16]}, the plan of {plan.source_commit[:16]}"
+        )
+    amax = _input_amax(plan, calibration.inputs) | _kv_amax(plan, calibration)
+    _refuse_unusable(amax, wanted)
+    return {output.name: _scale_bytes(amax[output.name], output) for output in wanted}
+
+
+def _refuse_unsettled(plan: Plan, calibration: Calibration | None) -> None:
+    """keep_bf16: the plan must be the one that keeps what the calibration found too sensitive."""
+    if plan.settings.keep_bf16 is None:
+        return
+    if calibration is None:
+        raise InputError(f"recipe {plan.recipe} has keep_bf16, which needs a calibration; run calibrate first")
+    quantized = {output.source for output in plan.outputs if output.role == "weight"}
+    if left := sorted(quantized & calibration.kept.keys()):
+        raise InputError(f"{left[0]}: the plan quantizes it, the calibration keeps it; plan again with what it keeps")
+
+
+def _input_amax(plan: Plan, inputs: Mapping[str, float]) -> dict[str, tuple[float, ...]]:
+    outputs = [output for output in plan.outputs if output.role == "input_scale"]
+    groups: dict[str, list[float]] = {}
+    for output in outputs:
+        groups.setdefault(output.group or output.module, []).append(inputs.get(output.module, math.nan))
+    return {output.name: (_largest(groups[output.group or output.module]),) for output in outputs}
+
+
+def _largest(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.nan if any(math.isnan(value) for value in values) else max(values)
+
+
+def _kv_amax(plan: Plan, calibration: Calibration) -> dict[str, tuple[float, ...]]:
+    found = {}
+    for output in plan.outputs:
+        if output.role in {"k_scale", "v_scale"}:
+            ranges = calibration.kv.get(output.source)
+            key = ranges.k_amax if ranges and output.role == "k_scale" else ranges.v_amax if ranges else ()
+            found[output.name] = key
+    return found
+
+
+def refuse_impossible(calibration: Calibration | None) -> None:
+    """InputError unless every range is finite and not negative."""
+    if calibration is None:
+        return
+    ranges = {name: (amax,) for name, amax in calibration.inputs.items()}
+    ranges |= {name: (*found.k_amax, *found.v_amax) for name, found in calibration.kv.items()}
+    bad = [name for name, values in ranges.items() if not all(math.isfinite(v) and v >= 0 for v in values)]
+    if bad:
+        raise InputError(f"the calibration has a range that is negative or not finite for {', '.join(bad[:3])}")
+
+
+def _refuse_unusable(amax: Mapping[str, tuple[float, ...]], wanted: Iterable[OutputTensor]) -> None:
+    bad = []
+    for output in wanted:
+        values, expected = amax[output.name], math.prod(output.shape)
+        if len(values) != expected or any(math.isnan(value) for value in values):
+            bad.append(f"{output.name} (expected {expected} ranges, found {list(values)[:4]})")
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise InputError(f"no usable range for {', '.join(bad[:3])}{more}; calibrate again with this plan")
+
+
+def _scale_bytes(amax: tuple[float, ...], output: OutputTensor) -> bytes:
+    values = np.array(amax, dtype=np.float32)
+    return (np.maximum(values, np.float32(1e-12)) / np.float32(448)).reshape(output.shape).tobytes()

@@ -1,0 +1,82 @@
+"""Weights on their way: a *unit* is what shares a range, a fused group under per-tensor scales, else one weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fp8pipe.quantize.engine.views import Views, WeightView
+from fp8pipe.quantize.plan import OutputTensor, Plan
+
+
+@dataclass(slots=True)
+class Weight:
+    """One weight on its way: where it comes from, where it goes, its scale as far as known."""
+
+    view: WeightView
+    output: OutputTensor
+    scale_output: OutputTensor
+    scale: Tensor
+    """float32; [] per tensor, [out, 1] per channel, [blocks, blocks]."""
+    zeros: Tensor
+    """bool, shape of `scale`: the unit holds nothing but zeros."""
+
+
+@dataclass(slots=True)
+class Unit:
+    """Weights that share one range, or one weight with ranges of its own."""
+
+    weights: list[Weight]
+    amax: float | None = None
+    """Per tensor: the range, after the observer."""
+    measured: list[float] = field(default_factory=list)
+    """Per tensor: amax of each stripe."""
+    errors: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    """Per tensor under the mse observer: squared errors of each stripe, float64 [shrinks], by weight and first row."""
+
+    @property
+    def name(self) -> str:
+        return self.weights[0].output.name
+
+    @property
+    def shards(self) -> set[str]:
+        """Source files that must be there."""
+        return set().union(*(weight.view.shards for weight in self.weights))
+
+    def stripes(self) -> list[tuple[Weight, int, int]]:
+        """Every stripe of the unit as weight, first row, end."""
+        return [(weight, *rows) for weight in self.weights for rows in weight.view.stripes(1)]
+
+
+def units_of(plan: Plan, views: Views) -> list[Unit]:
+    """Units in the order of the source's bytes."""
+    scheme = plan.settings.weights
+    scales = {output.module: output for output in plan.outputs if output.role == "weight_scale"}
+    units: dict[str, Unit] = {}
+    for output in plan.outputs:
+        if output.role != "weight":
+            continue
+        shape = _scale_shape(scales[output.module].shape, scheme.strategy)
+        zeros = torch.zeros(shape, dtype=torch.bool)
+        weight = Weight(views.of(output), output, scales[output.module], torch.empty(shape), zeros)
+        together = scheme.strategy == "tensor" and scheme.share_scales and output.group
+        units.setdefault(output.group if together else output.name, Unit([])).weights.append(weight)
+    return list(units.values())
+
+
+def _scale_shape(on_disk: tuple[int, ...], strategy: str) -> tuple[int, ...]:
+    return () if strategy == "tensor" else on_disk
+
+
+def zero_units(weight: Weight) -> list[str]:
+    """Names of the weight's all-zero scale units: the tensor itself, or `tensor[row]`, `tensor[row, column]` of
+    scales."""
+    if not bool(weight.zeros.any()):
+        return []
+    if bool(weight.zeros.all()):
+        return [weight.output.name]
+    places = weight.zeros.nonzero().tolist()
+    keep = 1 if weight.zeros.shape[-1] == 1 else 2
+    return [f"{weight.output.name}[{', '.join(map(str, place[:keep]))}]" for place in places]

@@ -1,0 +1,49 @@
+"""How a scheme is spelled on disk: names and shapes of scales, and the quantization_config of config.json.
+
+    compressed_tensors    what llm-compressor writes; vLLM and transformers load it
+    fp8                   what AutoFP8 and DeepSeek write (quant_method: fp8); vLLM loads it
+
+Each is a module with the functions of `Format`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from fp8pipe.config import Recipe
+from fp8pipe.quantize.formats import compressed_tensors, fp8
+
+
+class Format(Protocol):
+    """One spelling. Modules of this package are its implementations."""
+
+    NAME: str
+
+    def weight_scale_name(self, strategy: str) -> str: ...
+    def scalar_shape(self) -> tuple[int, ...]: ...
+    def kv_scale_shape(self, strategy: str, num_kv_heads: int) -> tuple[int, ...]: ...
+    def quantization_config(
+        self, recipe: Recipe, modules: Sequence[str], experts: Sequence[str], *, with_kv: bool
+    ) -> dict[str, Any]: ...
+    def refuse_experts(self, recipe: Recipe) -> str | None: ...
+
+
+_FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, "fp8": fp8}  # type: ignore[dict-item] # modules
+
+
+def format_of(recipe: Recipe) -> Format:
+    """The spelling that `recipe` asks for."""
+    return _FORMATS[recipe.checkpoint_format]
+
+
+def weight_scale_shape(recipe: Recipe, shape: tuple[int, int]) -> tuple[int, ...]:
+    """Shape on disk of the scale of a weight [out, in]."""
+    rows, columns = shape
+    if recipe.weights.strategy == "channel":
+        return (rows, 1)
+    if recipe.weights.strategy == "block":
+        block_rows, block_columns = recipe.weights.block_shape
+        return (math.ceil(rows / block_rows), math.ceil(columns / block_columns))
+    return format_of(recipe).scalar_shape()

@@ -1,0 +1,89 @@
+"""E4M3 by the book: amax, scale, round. Weights come as [out, in] in bf16, fp16 or fp32; scales leave as float32.
+
+Formula (compressed-tensors and AutoFP8 agree on it up to the working dtype; ours is float32 throughout):
+
+    weight_scale = max(amax, 1e-12) / 448            float32
+    code         = e4m3fn(clamp(float32(w) / weight_scale, -448, 448))     round to nearest even
+    w            ~ code * weight_scale
+
+One core of the measured kind, bf16 bytes per second: magnitudes 20 GB/s, encode 5 GB/s (kernels.py); torch's
+`(w.float() / s).clamp(-448, 448).to(e4m3)` runs at 0.34 GB/s, at 1.4 GB/s in cache tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+E4M3_MAX = 448.0
+"""Largest finite float8_e4m3fn."""
+
+MIN_AMAX = 1e-12
+"""Floor of amax, so that an all-zero unit gets a scale that divides."""
+
+
+def tensor_amax(weight: Tensor) -> Tensor:
+    """Largest magnitude of the whole `weight`, float32 []. Inf or NaN in, Inf or NaN out."""
+    return _amax(weight, (max(1, len(weight)), weight.shape[1])).reshape(()) if weight.numel() else torch.zeros(())
+
+
+def channel_amax(weight: Tensor) -> Tensor:
+    """Largest magnitude of each row of `weight` [out, in], float32 [out, 1]. Inf or NaN in, Inf or NaN out."""
+    return _amax(weight, (1, weight.shape[1]))
+
+
+def block_amax(weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """Largest magnitude of each block of `weight` [out, in], float32 [ceil(out/rows), ceil(in/columns)]."""
+    return _amax(weight, block)
+
+
+def weight_scale(amax: Tensor) -> Tensor:
+    """The multiplier that turns codes back into weights: max(amax, 1e-12) / 448, float32, shape of `amax`."""
+    return amax.float().clamp(min=MIN_AMAX) / E4M3_MAX
+
+
+def encode(weight: Tensor, scale: Tensor, out: Tensor, *, block: tuple[int, int] | None = None) -> None:
+    """Write the E4M3 codes of `weight` [out, in] into `out` (float8_e4m3fn, same shape).
+
+    `scale` float32 is [] or [1] per tensor, [out, 1] per channel; with `block` it is [ceil(out/rows),
+    ceil(in/columns)]."""
+    if weight.is_cpu:
+        from fp8pipe.quantize.numerics.kernels import encode_blocks  # numba takes a second to import
+
+        height = 1 if scale.dim() == 2 else max(1, len(weight))
+        encode_blocks(weight, scale.reshape(-1, 1) if block is None else scale, out, block or (height, weight.shape[1]))
+        return
+    if block is not None:
+        scale = expand_scale(scale, block, (weight.shape[0], weight.shape[1]))
+    out.copy_(torch.div(weight.float(), scale).clamp_(-E4M3_MAX, E4M3_MAX))
+
+
+def dequantize(codes: Tensor, scale: Tensor, *, block: tuple[int, int] | None = None) -> Tensor:
+    """Codes [out, in] times their scale (shapes as in `encode`), float32."""
+    if block is not None:
+        scale = expand_scale(scale, block, (codes.shape[0], codes.shape[1]))
+    return codes.float() * scale
+
+
+def expand_scale(scale: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """Block scales [ceil(out/rows), ceil(in/columns)] repeated to one per weight, [out, in]."""
+    rows, columns = block
+    return scale.repeat_interleave(rows, 0)[: shape[0]].repeat_interleave(columns, 1)[:, : shape[1]]
+
+
+def first_nonfinite(weight: Tensor) -> tuple[int, ...] | None:
+    """Index of the first NaN or Inf in row-major order, None when there is none."""
+    flat = torch.isfinite(weight.reshape(-1)).logical_not().nonzero()
+    if not len(flat):
+        return None
+    return tuple(int(i) for i in torch.unravel_index(flat[0, 0], weight.shape))
+
+
+def _amax(weight: Tensor, block: tuple[int, int]) -> Tensor:
+    if weight.is_cpu:
+        from fp8pipe.quantize.numerics.kernels import amax_blocks  # numba takes a second to import
+
+        return amax_blocks(weight, block)
+    (rows, columns), (height, width) = block, weight.shape
+    whole = torch.nn.functional.pad(weight.abs(), (0, -width % columns, 0, -height % rows))
+    return whole.view(len(whole) // rows, rows, -1, columns).amax((1, 3)).float()

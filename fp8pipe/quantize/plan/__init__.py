@@ -1,0 +1,109 @@
+"""What becomes of every tensor, decided from headers alone: kept or quantized, why, and at which byte it will lie.
+
+In: Snapshot, Headers, Recipe, Architecture. Out: a `Plan`, pure and printable, saved as DIR/fp8pipe/plan.json. It fixes
+the whole output (names, dtypes, shapes, offsets, quantization_config) before the first weight is read.
+
+    record    the Plan itself          choose    kept or quantized, and why          layout    output tensors and places
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fp8pipe.config import Recipe
+from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
+from fp8pipe.model.architecture import Architecture
+from fp8pipe.model.headers import Headers, TensorInfo
+from fp8pipe.model.shards import require_disk
+from fp8pipe.quantize.plan.choose import Choice, choose, source_block, unmatched_ignore
+from fp8pipe.quantize.plan.layout import file_sizes, output_tensors, quantization_config
+from fp8pipe.quantize.plan.record import FP8, OutputTensor, Plan, PlannedTensor, Role, Slice, SummaryRow
+from fp8pipe.records import Snapshot
+
+__all__ = [
+    "FP8",
+    "OutputTensor",
+    "Plan",
+    "PlannedTensor",
+    "Role",
+    "Slice",
+    "SummaryRow",
+    "check_disk",
+    "make_plan",
+]
+
+
+def make_plan(
+    snapshot: Snapshot,
+    headers: Headers,
+    recipe: Recipe,
+    architecture: Architecture,
+    *,
+    keep: Mapping[str, str] | None = None,
+) -> Plan:
+    """Decide for every tensor. Pure: reads no file. keep: source tensors that a calibration keeps -> why.
+
+    Raises UnmatchedEntry for an entry of targets or ignore that matches nothing, ConfigError for a recipe that vLLM
+    could not serve on this model, UnsupportedArchitecture when nothing can be quantized, MalformedCheckpoint when
+    tensors of the model's layers are missing or have another shape.
+    """
+    choices = choose(headers, recipe, architecture, keep)
+    if architecture.misfits:
+        more = f" and {len(architecture.misfits) - 3} more" if len(architecture.misfits) > 3 else ""
+        raise MalformedCheckpoint(
+            f"{snapshot.model_id}: {'; '.join(architecture.misfits[:3])}{more}: the weights are not those of "
+            f"config.json ({architecture.model_class}); download the model again"
+        )
+    if not any(choice.action == "quantize" for choice in choices.values()):
+        reasons = sorted({choice.reason for choice in choices.values()})
+        raise UnsupportedArchitecture(
+            f"{snapshot.model_id}: recipe {recipe.name} quantizes none of its tensors: {'; '.join(reasons)}"
+        )
+    outputs = output_tensors(headers, recipe, architecture, choices)
+    return Plan(
+        model_id=snapshot.model_id,
+        source_commit=snapshot.commit,
+        recipe=recipe.name,
+        settings=recipe,
+        tensors=tuple(_planned(info, choices[info.name]) for info in headers.tensors.values()),
+        outputs=outputs,
+        source_block=source_block(architecture),
+        quantization_config=quantization_config(headers, recipe, architecture, choices, outputs),
+        source_bytes=headers.nbytes,
+        output_bytes=sum(file_sizes(outputs).values()),
+        trust_remote_code=architecture.trust_remote_code,
+        notes=(*unmatched_ignore(headers, recipe, architecture), *_notes(recipe, architecture, choices, keep)),
+    )
+
+
+def _planned(info: TensorInfo, choice: Choice) -> PlannedTensor:
+    return PlannedTensor(
+        name=info.name,
+        dtype=info.dtype,
+        shape=info.shape,
+        shard=info.shard,
+        begin=info.begin,
+        end=info.end,
+        action=choice.action,
+        reason=choice.reason,
+        scale=choice.scale,
+    )
+
+
+def _notes(
+    recipe: Recipe, architecture: Architecture, choices: dict[str, Choice], keep: Mapping[str, str] | None
+) -> tuple[str, ...]:
+    notes = []
+    if recipe.keep_bf16 is not None and keep is None:
+        notes.append(f"keep_bf16: calibration will keep the worst {100 * recipe.keep_bf16.worst:g} % of these Linears")
+    if recipe.kv_cache is not None and any(layer.mla for layer in architecture.attention):
+        notes.append("latent attention (MLA) gets no KV scales: vLLM would drop them")
+    if any(choice.scale for choice in choices.values()):
+        notes.append("the source is FP8 already: its weights are dequantized and quantized anew, with two roundings")
+    return tuple(notes)
+
+
+def check_disk(plan: Plan, folder: Path) -> None:
+    """DiskTooSmall unless the checkpoint fits beside what `folder` already holds of it."""
+    require_disk(folder, plan.shards(), plan.output_bytes)

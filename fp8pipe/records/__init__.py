@@ -1,0 +1,83 @@
+"""The records that travel between the rooms: frozen, JSON, written last, so that presence means complete.
+
+A record lies beside what it describes (`DIR/fp8pipe/plan.json`, `baselines/<key>/report.json`, ...). What it says is
+what was done, not what was asked.
+
+Three records name tensors and live with their rooms: Architecture, Plan, Conversion."""
+
+from fp8pipe.records.base import RECORD_DIR, Record
+from fp8pipe.records.checkpoint import (
+    Checkpoint,
+    FileHash,
+    Manifest,
+)
+from fp8pipe.records.decision import (
+    Approval,
+    EarlierAttempt,
+    GateDecision,
+    RuleOutcome,
+    TaskDecision,
+    Verdict,
+    metric_label,
+)
+from fp8pipe.records.evaluation import (
+    EngineFacts,
+    EvalReport,
+    FlipRate,
+    MetricSamples,
+    Retry,
+    SampleText,
+    ServingFigures,
+    TaskResult,
+    mean_of_samples,
+)
+from fp8pipe.records.paths import EVIDENCE, evidence
+from fp8pipe.records.release import (
+    VERDICT_EXIT_CODES,
+    BatchEntry,
+    BatchResult,
+    Outcome,
+    Release,
+)
+from fp8pipe.records.source import Snapshot, SourceFile
+from fp8pipe.records.validation import (
+    Finding,
+    Severity,
+    ValidationReport,
+)
+
+__all__ = [
+    "EVIDENCE",
+    "RECORD_DIR",
+    "VERDICT_EXIT_CODES",
+    "Approval",
+    "BatchEntry",
+    "BatchResult",
+    "Checkpoint",
+    "EarlierAttempt",
+    "EngineFacts",
+    "EvalReport",
+    "FileHash",
+    "Finding",
+    "FlipRate",
+    "GateDecision",
+    "Manifest",
+    "MetricSamples",
+    "Outcome",
+    "Record",
+    "Release",
+    "Retry",
+    "RuleOutcome",
+    "SampleText",
+    "ServingFigures",
+    "Severity",
+    "Snapshot",
+    "SourceFile",
+    "TaskDecision",
+    "TaskResult",
+    "ValidationReport",
+    "Verdict",
+    "evidence",
+    "mean_of_samples",
+    "metric_label",
+]

@@ -1,0 +1,128 @@
+"""The calibration record: ranges, where they come from, and what must be equal for them to be reused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from fp8pipe.files import digest_of
+from fp8pipe.records import Record
+
+
+class KVRange(Record):
+    """Ranges of one attention's cache: one entry for strategy tensor, one per KV head for strategy head."""
+
+    k_amax: tuple[float, ...]
+    """Keys as cached, after rotary embedding."""
+    v_amax: tuple[float, ...]
+
+    def scaled(self, factor: float) -> KVRange:
+        """All ranges multiplied by `factor`."""
+        return KVRange(k_amax=tuple(k * factor for k in self.k_amax), v_amax=tuple(v * factor for v in self.v_amax))
+
+
+class Sensitivity(Record):
+    """What FP8 does to one Linear, estimated from some of its rows and some of its tokens. A description, not identity.
+
+    SQNR is the signal-to-quantization-noise ratio in dB, 10 log10(sum of squares / sum of squared errors); None where
+    there is no error, or no signal.
+    """
+
+    layer: str
+    """Transformers' name of the decoder layer."""
+    weight_sqnr_db: float | None
+    output_sqnr_db: float | None
+    """With weight and input in FP8, without bias."""
+    weight_energy: float
+    """Sum of squares of the weight."""
+    output_energy: float
+    """Sum of squares of the output of one token, on average."""
+    weight_saturation: float
+    """Share of the weights that the observer leaves out of range."""
+    input_saturation: float
+    """Share of the inputs that a static range leaves out; 0 for dynamic activations."""
+    weight_kurtosis: float
+    """Fourth moment over the square of the second: 3 for normal values, more with heavy tails."""
+    input_kurtosis: float
+    input_amax: float
+    """Largest absolute value of its input over all tokens."""
+
+
+class LayerSensitivity(Record):
+    """All Linears of one layer taken together."""
+
+    weight_sqnr_db: float | None
+    output_sqnr_db: float | None
+
+
+class ExpertTokens(Record):
+    """How many calibration tokens one expert saw. A description, not identity."""
+
+    routed: int
+    """Tokens that the router gave it."""
+    added: int = 0
+    """Tokens that it was shown besides, because the router gave it fewer than calibration.min_expert_tokens."""
+
+
+class Ranges(Record):
+    """What calibration measures, by the names that modules have in the safetensors files."""
+
+    inputs: dict[str, float] = Field(default_factory=dict)
+    """Module -> amax of its input, float32. input_scale = amax / 448."""
+    kv: dict[str, KVRange] = Field(default_factory=dict)
+    """Attention module -> ranges of its cached keys and values."""
+    kv_absent: dict[str, str] = Field(default_factory=dict)
+    """Attention module, or layer without attention -> why it gets no KV ranges."""
+    sensitivity: dict[str, Sensitivity] = Field(default_factory=dict)
+    """Quantized module -> what FP8 does to it."""
+    layers: dict[str, LayerSensitivity] = Field(default_factory=dict)
+    expert_tokens: dict[str, ExpertTokens] = Field(default_factory=dict)
+    """Expert -> tokens it saw."""
+
+    def joined(self, other: Ranges) -> Ranges:
+        """Both together; their modules are disjoint."""
+        fields = Ranges.model_fields
+        return Ranges(**{name: getattr(self, name) | getattr(other, name) for name in fields})
+
+
+class Calibration(Ranges):
+    """Ranges and their provenance. `FOLDER/calibration.json`."""
+
+    key: str
+    """Digest of everything that decides the ranges; equal keys, equal ranges."""
+    kept: dict[str, str] = Field(default_factory=dict)
+    """Source tensors that the recipe's keep_bf16 leaves unquantized -> why."""
+    model_id: str
+    source_commit: str
+    dataset: str
+    dataset_revision: str
+    """Commit sha of a Hub dataset, `sha256:...` of a local file."""
+    dataset_split: str
+    sample_indices: tuple[int, ...]
+    token_ids_sha256: str
+    tokens: int
+    """Tokens run through the model, over all samples."""
+    max_seq_len: int
+    seed: int
+    observers: dict[str, Any]
+    """inputs and kv: observer settings of the recipe; null for what was not observed."""
+    device_class: str
+    versions: dict[str, str]
+    """torch, transformers."""
+    threads: int
+    """Compute threads; results differ in the last bits between thread counts."""
+    instructions: str | None = None
+    """What the CPU multiplies with, and the 16-bit types that it has products of; they decide the last bits as well."""
+    seconds: float
+    """A figure for people, not identity."""
+
+    def digest(self) -> str:
+        """sha256 of what decides the bytes of a checkpoint: the ranges, and what is kept."""
+        return digest_of(self.model_dump(mode="json", include={"inputs", "kv"} | ({"kept"} if self.kept else set())))
+
+    def scaled(self, factor: float) -> Calibration:
+        """All ranges multiplied by `factor`: what a wrong calibration would have found."""
+        inputs = {name: amax * factor for name, amax in self.inputs.items()}
+        kv = {name: found.scaled(factor) for name, found in self.kv.items()}
+        return self.model_copy(update={"inputs": inputs, "kv": kv})

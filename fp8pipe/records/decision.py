@@ -1,0 +1,114 @@
+"""What the gate decided, with every number that it compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from fp8pipe.records.base import Record
+
+Verdict = Literal["accepted", "rejected", "inconclusive"]
+
+
+class RuleOutcome(Record):
+    """One rule of the gate, one line of reason."""
+
+    rule: str
+    """samples | versions | templates | seeds | shots | bos | context | tokenizer | chance | metrics | ..."""
+    outcome: Literal["passed", "vetoed", "unchecked"]
+    reason: str
+
+
+class TaskDecision(Record):
+    """The paired test of one metric of a task; drop = baseline - candidate, in the metric's own unit.
+
+    0.02 is two points of an accuracy. Where lower is better the drop is candidate - baseline: a drop is always a loss.
+    """
+
+    task: str
+    metric: str
+    filter: str
+    verdict: Verdict
+    reason: str
+    n: int
+    baseline: float
+    candidate: float
+    drop: float
+    drop_lower: float
+    """One-sided lower bound at the alpha used for rejection."""
+    drop_upper: float
+    """One-sided upper bound at the alpha used for acceptance."""
+    margin: float
+    method: str
+    """score-paired | bootstrap-paired | cluster-bootstrap | ..."""
+    p_accept: float
+    """p value of H0: drop >= margin."""
+    p_reject: float
+    """p value of H0: drop <= margin, before Holm."""
+    discordant_lost: int | None = None
+    """0/1 metrics: samples right in the baseline, wrong in the candidate."""
+    discordant_won: int | None = None
+    mcnemar_p: float | None = None
+    """One-sided exact McNemar; reported, decides nothing."""
+    recovery: float | None = None
+    """candidate / baseline; reported, decides nothing."""
+
+
+def metric_label(task: TaskDecision, among: Sequence[TaskDecision]) -> str:
+    """The task's name, with metric and filter where several of it were decided."""
+    alone = sum(other.task == task.task for other in among) == 1
+    return task.task if alone else f"{task.task} {task.metric},{task.filter}"
+
+
+class EarlierAttempt(Record):
+    """A recipe of the ladder that the gate rejected before this one was tried."""
+
+    recipe: str
+    fingerprint: str
+    reason: str
+
+
+class GateDecision(Record):
+    """The verdict with every number it compared. `DIR/fp8pipe/gate.json`."""
+
+    verdict: Verdict
+    vetoed: tuple[str, ...]
+    unchecked: tuple[str, ...]
+    rules: tuple[RuleOutcome, ...]
+    tasks: tuple[TaskDecision, ...]
+    policy: str
+    policy_digest: str
+    suite: str
+    alpha: float
+    alpha_spent: float
+    """alpha of this look of this attempt, after the split over looks and attempts."""
+    attempt: int
+    max_attempts: int
+    look: int
+    looks: int
+    earlier: tuple[EarlierAttempt, ...] = ()
+    """The way down the ladder to this attempt."""
+    baseline_fingerprint: str
+    candidate_fingerprint: str
+    baseline_report: str
+    """Digest of the baseline's EvalReport."""
+    candidate_report: str
+    device_class: str
+    reason: str
+    """The verdict in one sentence."""
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing more is to be measured: settled, or after the last look."""
+        return self.verdict != "inconclusive" or self.look == self.looks
+
+
+class Approval(Record):
+    """A person's decision to publish what the gate found inconclusive. `DIR/fp8pipe/approval.json`."""
+
+    who: str
+    when: str
+    """ISO 8601, UTC."""
+    reason: str
+    decision: str
+    """Digest of the GateDecision that was approved: another decision needs another approval."""

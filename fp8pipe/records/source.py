@@ -1,0 +1,41 @@
+"""A model pinned to one state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fp8pipe.records.base import Record
+
+
+class SourceFile(Record):
+    """One file of a model repository or folder."""
+
+    name: str
+    """Path inside the repository, with `/`."""
+    size: int
+    """Bytes."""
+    oid: str | None = None
+    """The Hub's object id: sha256 for LFS files, git blob sha1 for others; None in a local folder."""
+
+
+class Snapshot(Record):
+    """A model pinned to one state."""
+
+    model_id: str
+    """The name it is known by: Hub id, or the folder's own name."""
+    commit: str
+    """Hub commit sha; for a folder `local-` + digest of its config, tokenizer and headers with sizes and times."""
+    files: tuple[SourceFile, ...]
+    root: str | None = None
+    """Folder that holds the files; None while they are only on the Hub. Not identity."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the model was given as a folder."""
+        return self.commit.startswith("local-")
+
+    @property
+    def path(self) -> Path:
+        """The local folder; asserting that the snapshot has been downloaded."""
+        assert self.root is not None, f"{self.model_id}@{self.commit} is not downloaded"
+        return Path(self.root)

@@ -1,0 +1,56 @@
+"""What the validator found."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fp8pipe.records.base import Record
+
+Severity = Literal["error", "warning"]
+
+
+class Finding(Record):
+    """One thing that is wrong, with what to do about it."""
+
+    check: str
+    """Id of the check, as in docs: F1, C2, K3, ..."""
+    severity: Severity
+    file: str | None = None
+    tensor: str | None = None
+    expected: str
+    found: str
+    consequence: str = ""
+    """What vLLM would do with it."""
+    remedy: str
+
+    def sentence(self) -> str:
+        """`K2 error model.layers.0...: expected ..., found ...; remedy`."""
+        where = ":".join(part for part in (self.file, self.tensor) if part)
+        return f"{self.check} {self.severity} {where}: expected {self.expected}, found {self.found}; {self.remedy}"
+
+
+class ValidationReport(Record):
+    """All findings of one validation. No error means sound. `DIR/fp8pipe/validation.json`."""
+
+    folder_identity: str
+    depth: Literal["headers", "values", "fidelity"]
+    known_from: Literal["architecture", "names"] = "names"
+    """What told Linears from the rest: the architecture record, or names and shapes alone."""
+    checks: tuple[str, ...]
+    """Ids of the checks that ran."""
+    findings: tuple[Finding, ...]
+    tensors: int
+    bytes_read: int
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(f for f in self.findings if f.severity == "error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        return tuple(f for f in self.findings if f.severity == "warning")
+
+    @property
+    def sound(self) -> bool:
+        """True when no finding is an error."""
+        return not self.errors

@@ -1,0 +1,86 @@
+"""Who asks, and what that person may do.
+
+Comes in: the tokens that the server was given, and requests. Goes out: the caller, or a `Refusal` with the status and
+`X-Error-Code` that the Hub answers in the same case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from fp8pipe.rehearsal.localhub.refusals import Refusal, gated_repo, repo_not_found
+
+if TYPE_CHECKING:
+    from fp8pipe.rehearsal.localhub.store import Repo
+
+ANY_NAMESPACE = "*"
+"""In `TokenOwner.orgs`: the owner belongs to every namespace. Meant for a Hub that serves one person."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOwner:
+    """The person behind a token."""
+
+    name: str
+    """User name, which is a namespace too."""
+    orgs: tuple[str, ...] = field(default=())
+    """Organizations whose repositories the owner may write; `ANY_NAMESPACE` stands for all."""
+    role: Literal["read", "write"] = "write"
+    """What the token may do at most."""
+
+    def belongs_to(self, namespace: str) -> bool:
+        """Whether `namespace` is the owner's own or one of their organizations."""
+        return namespace == self.name or namespace in self.orgs or ANY_NAMESPACE in self.orgs
+
+
+Tokens = Mapping[str, TokenOwner]
+
+
+def caller_of(authorization: str | None, tokens: Tokens) -> TokenOwner | None:
+    """The owner of the bearer token, None for an anonymous request; an unknown token is refused, as the Hub does."""
+    if authorization is None:
+        return None
+    scheme, _, token = authorization.partition(" ")
+    owner = tokens.get(token.strip()) if scheme.lower() == "bearer" else None
+    if owner is None:
+        raise Refusal(401, "Invalid credentials in Authorization header")
+    return owner
+
+
+def must_sign_in(caller: TokenOwner | None) -> TokenOwner:
+    """The caller, who has to be somebody."""
+    if caller is None:
+        raise Refusal(401, "A token is needed: set HF_TOKEN to one that this Hub knows.")
+    return caller
+
+
+def must_write_in(namespace: str, caller: TokenOwner | None) -> TokenOwner:
+    """The caller, who has to be allowed to write in `namespace`."""
+    caller = must_sign_in(caller)
+    if caller.role != "write":
+        raise Refusal(403, f"This token may read only; writing in {namespace!r} takes one with the role write.")
+    if not caller.belongs_to(namespace):
+        raise Refusal(403, f"{caller.name!r} does not belong to {namespace!r} and may not write there.")
+    return caller
+
+
+def may_see(repo: Repo, caller: TokenOwner | None) -> bool:
+    """Whether the repository exists for the caller."""
+    return not repo.private or (caller is not None and caller.belongs_to(repo.namespace))
+
+
+def must_see(repo: Repo, caller: TokenOwner | None) -> None:
+    """Refuse a private repository to strangers as if it did not exist."""
+    if not may_see(repo, caller):
+        raise repo_not_found(repo.id, signed_in=caller is not None)
+
+
+def must_read_files(repo: Repo, caller: TokenOwner | None) -> None:
+    """Refuse the content of a gated repository to everyone without a grant. Its listing stays public."""
+    must_see(repo, caller)
+    if not repo.gated:
+        return
+    if caller is None or not (caller.belongs_to(repo.namespace) or caller.name in repo.granted):
+        raise gated_repo(repo.id, signed_in=caller is not None)

@@ -1,0 +1,193 @@
+"""What every route needs from a request: the Hub behind it, the caller, the repository that the path names, paging.
+
+Paths hold revisions and file names with quoted slashes (`refs%2Fpr%2F1`). Servers unquote paths before they route them,
+so `KeepQuotedSlashes` hides those slashes from the router and the path convertors here bring them back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlencode
+
+from starlette.convertors import Convertor, register_url_convertor
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from fp8pipe.rehearsal.localhub.access import TokenOwner, Tokens, caller_of, may_see, must_see, must_write_in
+from fp8pipe.rehearsal.localhub.refusals import Refusal, repo_not_found
+from fp8pipe.rehearsal.localhub.store import RESERVED_NAMESPACES, Kind, Repo, Store
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from fp8pipe.rehearsal.localhub.discussions import Discussions
+    from fp8pipe.rehearsal.localhub.shelves import Shelves
+
+HIDDEN_SLASH = "\x1f"
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """Everything behind the routes."""
+
+    store: Store
+    shelves: Shelves
+    discussions: Discussions
+    tokens: Tokens
+    upload_key: bytes
+    """Signs upload addresses, which carry no token."""
+
+
+class KeepQuotedSlashes:
+    """ASGI middleware: `%2F` in a path reaches the router as one hidden character instead of a separator."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            raw = scope["raw_path"].decode("ascii").partition("?")[0].replace(HIDDEN_SLASH, "")
+            path = unquote(raw.replace("%2F", "%1F").replace("%2f", "%1F"))
+            scope = {**scope, "path": path}
+        await self._app(scope, receive, send)
+
+
+class QuotedConvertor(Convertor[str]):
+    """A path parameter in which hidden slashes become slashes again."""
+
+    def convert(self, value: str) -> str:
+        return value.replace(HIDDEN_SLASH, "/")
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+class RevisionConvertor(QuotedConvertor):
+    """A branch, tag or commit, or an unquoted refs/pr/1."""
+
+    regex = "(?:refs/[^/]+/[^/]+|[^/]+)"
+
+
+class FileConvertor(QuotedConvertor):
+    """The rest of the path, a file or folder of a repository."""
+
+    regex = ".+"
+
+
+class RepoConvertor(QuotedConvertor):
+    """namespace/name, where the namespace is not one of this server's own"""
+
+    regex = f"(?!(?:{'|'.join(sorted(RESERVED_NAMESPACES))})/)[^/]+/[^/]+"
+
+
+class KindConvertor(QuotedConvertor):
+    """models or datasets"""
+
+    regex = "models|datasets"
+
+
+register_url_convertor("rev", RevisionConvertor())
+register_url_convertor("file", FileConvertor())
+register_url_convertor("repo", RepoConvertor())
+register_url_convertor("kind", KindConvertor())
+
+
+def hub_of(request: Request) -> Hub:
+    """The Hub that the application was made for."""
+    return request.app.state.hub
+
+
+def caller(request: Request) -> TokenOwner | None:
+    """Who asks; None for an anonymous request."""
+    return caller_of(request.headers.get("authorization"), hub_of(request).tokens)
+
+
+def kind_of(request: Request) -> Kind:
+    """The kind that the path names; outside of /api, models have no prefix."""
+    kind = request.path_params.get("kind")
+    if kind is None:
+        kind = "datasets" if request.scope["path"].startswith("/datasets/") else "models"
+    return kind
+
+
+def visible_repo(request: Request) -> Repo:
+    """The repository that the path names, if it exists for the caller."""
+    who = caller(request)
+    repo_id = request.path_params["repo"]
+    repo = hub_of(request).store.find(kind_of(request), repo_id)
+    if repo is None:
+        raise repo_not_found(repo_id, signed_in=who is not None)
+    must_see(repo, who)
+    return repo
+
+
+def writable_repo(request: Request) -> tuple[Repo, TokenOwner]:
+    """The repository that the path names, and the caller, who may write it."""
+    repo = visible_repo(request)
+    return repo, must_write_in(repo.namespace, caller(request))
+
+
+def revision_of(request: Request) -> str:
+    """The revision that the path names, main without one."""
+    return request.path_params.get("rev", "main")
+
+
+def visible(request: Request, repos: Sequence[Repo]) -> list[Repo]:
+    """Those repositories that exist for the caller."""
+    who = caller(request)
+    return [repo for repo in repos if may_see(repo, who)]
+
+
+async def json_object(request: Request) -> dict[str, Any]:
+    """The JSON object in the body; an empty body is an empty object."""
+    try:
+        body = json.loads(await request.body() or b"{}")
+    except ValueError as error:
+        raise Refusal(400, f"The body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise Refusal(400, "The body has to be a JSON object")
+    return body
+
+
+def text_field(body: dict[str, Any], name: str, default: str | None = None) -> str:
+    """A text in a JSON body, required unless there is a default."""
+    value = body.get(name, default)
+    if not isinstance(value, str):
+        raise Refusal(400, f"{name!r} has to be a text, found {value!r}")
+    return value
+
+
+def origin(request: Request) -> str:
+    """Scheme and host as the client wrote them, for the addresses in answers."""
+    return str(request.base_url).rstrip("/")
+
+
+def page(request: Request, items: Sequence[object], size: int) -> JSONResponse:
+    """One page of a listing; `Link: rel="next"` leads to the one after it."""
+    start = int_query(request, "cursor", 0)
+    headers = {}
+    if start + size < len(items):
+        others = [(key, value) for key, value in request.query_params.multi_items() if key != "cursor"]
+        path = request.scope["raw_path"].decode("ascii").partition("?")[0]
+        following = f"{origin(request)}{path}?{urlencode([*others, ('cursor', start + size)])}"
+        headers["Link"] = f'<{following}>; rel="next"'
+    return JSONResponse(items[start : start + size], headers=headers)
+
+
+def int_query(request: Request, name: str, default: int) -> int:
+    """A non-negative number in the query."""
+    text = request.query_params.get(name)
+    if text is None:
+        return default
+    if not text.isdecimal():
+        raise Refusal(400, f"{name!r} has to be a number, found {text!r}")
+    return int(text)
+
+
+def flag_query(request: Request, name: str) -> bool:
+    """A boolean in the query, as the client spells it."""
+    return request.query_params.get(name, "").lower() in {"1", "true"}

@@ -1,0 +1,390 @@
+"""Records as tables that a person can read: one sheet a record, drawn for the terminal or as Markdown."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp8pipe.progress import human_bytes
+from fp8pipe.records import (
+    RECORD_DIR,
+    BatchResult,
+    EvalReport,
+    GateDecision,
+    Outcome,
+    Release,
+    ValidationReport,
+    metric_label,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from fp8pipe.convert import Conversion
+    from fp8pipe.gate.power import EvalPlan
+    from fp8pipe.quantize.plan import Plan
+    from fp8pipe.records.calibration import Calibration
+    from fp8pipe.ui.doctor import Check
+    from fp8pipe.ui.status import ReleaseStatus
+
+
+NAME = 26
+"""Characters of a name in one line of a terminal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """A titled table with lines of text under it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    right: frozenset[int] = frozenset()
+    """Indices of columns that hold numbers."""
+    names: frozenset[int] = frozenset()
+    """Indices of columns that hold long names, which a terminal breaks behind a dot, slash or dash."""
+
+
+def terminal(sheet: Sheet) -> Group:
+    """The sheet for a rich console."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    titled = any(sheet.columns)
+    table = Table(title=sheet.title, box=box.SIMPLE_HEAD if titled else None, title_justify="left", title_style="bold")
+    table.show_header = titled
+    for index, column in enumerate(sheet.columns):
+        table.add_column(column, justify="right" if index in sheet.right else "left", overflow="fold")
+    for row in sheet.rows:
+        table.add_row(*(Text(_broken(cell) if i in sheet.names else cell) for i, cell in enumerate(row)))
+    parts = [table] if sheet.rows else [Text(sheet.title, style="bold")]
+    return Group(*parts, *(Text(note) for note in sheet.notes))
+
+
+def _broken(cell: str) -> str:
+    """`cell` with line ends where rich, which knows spaces alone, would break names anywhere."""
+    return re.sub(rf"(?=\S{{{NAME + 1}}})\S{{1,{NAME}}}[./:-](?=\S)", lambda found: f"{found[0]}\n", cell)
+
+
+def markdown(sheet: Sheet) -> str:
+    """The sheet as Markdown."""
+    lines = [f"## {sheet.title}", ""]
+    if sheet.rows:
+        rules = ("---:" if index in sheet.right else "---" for index in range(len(sheet.columns)))
+        lines += [_row(sheet.columns), _row(rules), *(_row(row) for row in sheet.rows), ""]
+    lines += [f"- {note}" for note in sheet.notes]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Iterable[str]) -> str:
+    escaped = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
+    return "| " + " | ".join(escaped) + " |"
+
+
+def plots_markdown(checkpoint_folder: Path) -> str:
+    """The checkpoint's plots inside the text, so that they show wherever the artifact is read."""
+    parts = []
+    for path in sorted((checkpoint_folder / RECORD_DIR / "plots").glob("*.png")):
+        data = base64.b64encode(path.read_bytes()).decode()
+        parts.append(f"\n![{path.stem}](data:image/png;base64,{data})\n")
+    return "".join(parts)
+
+
+# ------------------------------------------------------------------------------------------ one sheet a record
+
+MAX_FINDINGS = 100
+"""Rows of a table for people; --json has them all."""
+
+
+def findings_sheet(report: ValidationReport) -> Sheet:
+    """Every finding, errors first; below them what vLLM would do and the remedy, once for all that share it."""
+    ordered = (*report.errors, *report.warnings)
+    rows = tuple(
+        (f.check, f.severity, "\n".join(place for place in (f.tensor, f.file) if place), f.expected, f.found)
+        for f in ordered[:MAX_FINDINGS]
+    )
+    told = dict.fromkeys((f.check, f.consequence, f.remedy) for f in ordered)
+    more = (f"{len(ordered) - MAX_FINDINGS} more findings: see --json",) if len(ordered) > MAX_FINDINGS else ()
+    verdict = "sound" if report.sound else "NOT sound"
+    notes = (
+        *more,
+        *(f"{check}: {consequence}. Remedy: {remedy}" for check, consequence, remedy in told),
+        f"{verdict}: {len(report.errors)} errors, {len(report.warnings)} warnings",
+        f"{report.tensors} tensors, {len(report.checks)} checks",
+        f"depth {report.depth}, {human_bytes(report.bytes_read)} read",
+    )
+    return Sheet("Validation", ("check", "severity", "where", "expected", "found"), rows, notes, names=frozenset({2}))
+
+
+def evaluation_sheet(baseline: EvalReport, candidate: EvalReport) -> Sheet:
+    """Both sides, metric by metric."""
+    rows = []
+    for task in baseline.tasks:
+        other = candidate.task(task.task)
+        for metric in task.metrics:
+            mine = other.samples_of(metric.metric, metric.filter) if other else None
+            rows.append(
+                (
+                    task.task,
+                    f"{metric.metric},{metric.filter}",
+                    str(len(metric.values)),
+                    _with_error(metric.mean, metric.stderr),
+                    _with_error(mine.mean, mine.stderr) if mine else "missing",
+                )
+            )
+    engine = candidate.engine
+    notes = (
+        f"device {engine.device_class} ({engine.device_name}), vLLM {candidate.versions.get('vllm', '?')}",
+        f"candidate served by {', '.join(engine.linear_kernels) or 'unquantized kernels'}",
+        f"candidate's KV cache {engine.kv_cache_dtype}",
+        *(note for report in (baseline, candidate) for note in measurement_notes(report)),
+    )
+    columns = ("task", "metric", "n", "baseline", "candidate")
+    return Sheet("Evaluation", columns, tuple(rows), notes, right=frozenset({2, 3, 4}))
+
+
+def measurement_notes(report: EvalReport) -> list[str]:
+    """What a report says beside its tasks: odd samples, the engine's own noise, speed and memory, retries."""
+    who = report.role
+    notes = [
+        f"{who} {'says nothing' if sample.finding == 'empty' else 'repeats itself'} after {sample.prompt!r}"
+        for sample in report.samples
+        if sample.finding
+    ]
+    notes += [
+        f"{flip.task} {flip.metric},{flip.filter}: {flip.flipped} of {flip.n} answers differ when the {who} runs twice"
+        for flip in report.flips
+    ]
+    if report.serving is not None:
+        notes.append(f"{who} served: {serving_line(report)}")
+    notes += [f"{who} ran out of memory, measured with {_arguments(retry.changed)}" for retry in report.retries]
+    return notes
+
+
+def serving_line(report: EvalReport) -> str:
+    """Speed and memory of one engine."""
+    assert report.serving is not None
+    figures, memory = report.serving, report.engine.model_bytes
+    parts = [
+        f"{figures.request_throughput:.2f} requests/s",
+        f"{figures.output_throughput:.0f} tokens/s",
+        f"first token {figures.median_ttft_ms:.0f} ms",
+        f"between tokens {figures.median_itl_ms:.1f} ms",
+        *([f"weights {human_bytes(memory)}"] if memory else []),
+    ]
+    return ", ".join(parts) + ("" if figures.comparable else " (on a CPU: not comparable)")
+
+
+def _arguments(changed: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in changed.items())
+
+
+def decision_sheet(decision: GateDecision) -> Sheet:
+    """The tests and every rule that was checked."""
+    rows = tuple(
+        (
+            metric_label(task, decision.tasks),
+            str(task.n),
+            f"{task.baseline:.4f}",
+            f"{task.candidate:.4f}",
+            f"{100 * task.drop:+.2f}",
+            f"[{100 * task.drop_lower:+.2f}, {100 * task.drop_upper:+.2f}]",
+            f"{100 * task.margin:.2f}",
+            task.verdict,
+        )
+        for task in decision.tasks
+    )
+    notes = (
+        f"{decision.verdict.upper()}: {decision.reason}",
+        *(f"before it, recipe {tried.recipe} was rejected: {tried.reason}" for tried in decision.earlier),
+        *(f"{rule.rule}: {rule.outcome}, {rule.reason}" for rule in decision.rules),
+    )
+    columns = ("task", "n", "baseline", "candidate", "drop, points", "interval", "margin", "verdict")
+    return Sheet("Gate", columns, rows, notes, right=frozenset(range(1, 7)))
+
+
+def eval_plan_sheet(plan: EvalPlan) -> Sheet:
+    """What each task's samples can settle."""
+    rows = tuple(
+        (
+            task.task,
+            f"{task.metric},{task.filter}",
+            f"{task.samples:,}" + (f" in {task.subtasks}" if task.subtasks else ""),
+            task.assumes,
+            f"{task.shown(task.margin)} {task.unit}",
+            f"{100 * task.power:.1f}",
+            "none will do" if task.samples_needed is None else f"{task.samples_needed:,}",
+            "none" if task.resolvable_margin is None else f"{task.shown(task.resolvable_margin)} {task.unit}",
+            "no" if task in plan.unresolved else "yes",
+        )
+        for task in plan.tasks
+    )
+    notes = (
+        "power: chance that a candidate without any true drop is accepted; on every metric "
+        f"{100 * plan.acceptance:.1f} %, {100 * plan.power:g} % is asked for",
+        f"alpha {plan.alpha:g} over {len(plan.looks)} look(s) and {plan.attempts} attempt(s): "
+        f"{plan.alpha_spent:.3g} each",
+    )
+    columns = ("task", "metric", "samples", "assumed", "margin", "power, %", "needed", "margin resolved", "resolved")
+    title = f"Policy {plan.policy} on suite {plan.suite}"
+    return Sheet(title, columns, rows, notes, right=frozenset({2, 4, 5, 6, 7}))
+
+
+def release_sheet(release: Release) -> Sheet:
+    """Where the release lies."""
+    rows = [
+        ("repo", release.repo_id),
+        ("commit", release.commit + ("" if release.new_commit else " (already there, nothing uploaded)")),
+        ("tag", release.tag),
+        ("card", release.repo_url),
+    ]
+    if release.collection_url:
+        rows.append(("collection", release.collection_url))
+    return Sheet("Release", ("", ""), tuple(rows))
+
+
+def outcome_sheet(outcome: Outcome) -> Sheet:
+    """The end of a run in one table."""
+    rows: list[tuple[str, str]] = [
+        ("model", f"{outcome.model_id} @ {outcome.source_commit[:12]}"),
+        ("recipe", outcome.recipe),
+        ("size", _sizes(outcome)),
+    ]
+    for task in outcome.decision.tasks if outcome.decision else ():
+        filtered = "" if task.filter == "none" else f",{task.filter}"
+        rows.append(
+            (f"{task.task} {task.metric}{filtered}", f"{task.baseline:.4f} -> {task.candidate:.4f}  (n={task.n})")
+        )
+        interval = f"[{100 * task.drop_lower:+.2f}, {100 * task.drop_upper:+.2f}]"
+        rows.append(("  drop, points", f"{100 * task.drop:+.2f}  interval {interval}, margin {100 * task.margin:.2f}"))
+    rows.append(("verdict", outcome.verdict.upper()))
+    if outcome.release:
+        rows += list(release_sheet(outcome.release).rows)  # type: ignore[arg-type]  # rows of pairs
+    else:
+        rows.append(("published", "nothing"))
+    return Sheet("fp8pipe release", ("", ""), tuple(rows), (outcome.reason,))
+
+
+def _sizes(outcome: Outcome) -> str:
+    share = outcome.output_bytes / outcome.source_bytes
+    return f"{human_bytes(outcome.source_bytes)} -> {human_bytes(outcome.output_bytes)}  ({share:.0%})"
+
+
+def batch_sheet(result: BatchResult) -> Sheet:
+    """One line a release."""
+    rows = tuple(
+        (
+            entry.model,
+            entry.recipe,
+            entry.repo_id,
+            entry.outcome.verdict if entry.outcome else "failed",
+            entry.outcome.reason if entry.outcome else entry.error or "",
+        )
+        for entry in result.entries
+    )
+    counts = Counter(row[3] for row in rows)
+    notes = (", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())),)
+    return Sheet(f"Collection {result.collection}", ("model", "recipe", "repo", "verdict", "reason"), rows, notes)
+
+
+def status_sheet(rows: Sequence[ReleaseStatus]) -> Sheet:
+    """Every release of a work folder."""
+    cells = tuple((row.model, row.recipe, row.state, row.fingerprint[:12], row.detail) for row in rows)
+    notes = () if cells else ("nothing here yet",)
+    return Sheet("Releases", ("model", "recipe", "state", "fingerprint", "detail"), cells, notes)
+
+
+def doctor_sheet(checks: Sequence[Check]) -> Sheet:
+    """What the machine can and cannot do."""
+    return Sheet("Doctor", ("check", "outcome", "detail"), tuple((c.name, c.outcome, c.detail) for c in checks))
+
+
+def conversion_sheet(conversion: Conversion, folder: Path) -> Sheet:
+    """What was renamed and reshaped, and what it means to readers."""
+    if not conversion.changes:
+        note = f"{conversion.model_id} is {conversion.method} under current names already: nothing was written"
+        return Sheet("Nothing to convert", ("", ""), (), (note,))
+    rows = tuple((change.what, str(change.tensors or "config.json")) for change in conversion.changes)
+    notes = (
+        f"{folder}: {conversion.method}, every FP8 byte as it was; a folder of its own, not measured and not gated",
+        *conversion.notes,
+    )
+    return Sheet(f"Converted {conversion.model_id}", ("change", "tensors"), rows, notes, right=frozenset({1}))
+
+
+def sensitivity_sheet(calibration: Calibration, count: int = 10) -> Sheet:
+    """The Linears that FP8 costs most, and what was left out of FP8 for it."""
+    from fp8pipe.calibrate.sensitivity import worst_modules
+
+    worst = worst_modules(calibration, count)
+    stem = _common_stem([name for name, _ in worst])
+    rows = tuple(
+        (
+            name.removeprefix(stem),
+            _decibels(one.output_sqnr_db),
+            _decibels(one.weight_sqnr_db),
+            f"{one.input_amax:.4g}",
+            f"{one.input_kurtosis:.3g}",
+            f"{one.input_saturation:.2%}",
+        )
+        for name, one in worst
+    )
+    layers = [(one.output_sqnr_db, name) for name, one in calibration.layers.items() if one.output_sqnr_db is not None]
+    notes = [f"{len(calibration.sensitivity)} Linears in {len(calibration.layers)} layers"]
+    if layers:
+        notes.append(f"worst layer: {min(layers)[1]}, {_decibels(min(layers)[0])} dB over all its outputs")
+    notes += _expert_notes(calibration)
+    notes += [f"{n} without KV scales: {reason}" for reason, n in Counter(calibration.kv_absent.values()).items()]
+    notes += [f"{name}: {reason}" for name, reason in calibration.kept.items()]
+    notes.append("SQNR of output and weight in dB; amax, kurtosis and clipped are of the input")
+    columns = (f"{stem}*" if stem else "Linear", "out dB", "w dB", "amax", "kurtosis", "clipped")
+    title = f"Sensitivity of {calibration.model_id}: the {len(rows)} worst by output SQNR"
+    return Sheet(title, columns, rows, tuple(notes), right=frozenset(range(1, 6)))
+
+
+def _expert_notes(calibration: Calibration) -> list[str]:
+    """How many tokens the experts saw; those that were shown more are counted, the least used is named."""
+    experts = calibration.expert_tokens
+    if not experts:
+        return []
+    routed = [tokens.routed for tokens in experts.values()]
+    least = min(experts, key=lambda name: experts[name].routed)
+    notes = [f"{len(experts)} experts: the router gave them {min(routed)} to {max(routed)} tokens, fewest to {least}"]
+    if topped := sum(tokens.added > 0 for tokens in experts.values()):
+        notes.append(f"{topped} experts had too few tokens and were shown others, for their range alone")
+    return notes
+
+
+def _common_stem(names: Sequence[str]) -> str:
+    """What all dotted names begin with, up to a dot: a table of 80 columns has no room for it in every row."""
+    parents = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, parents))
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def plan_sheet(plan: Plan) -> Sheet:
+    """What becomes of the tensors, counted by treatment and reason."""
+    rows = tuple(
+        (row.action, row.reason, str(row.tensors), human_bytes(row.source_bytes), human_bytes(row.output_bytes))
+        for row in plan.summary()
+    )
+    share = plan.output_bytes / plan.source_bytes
+    notes = (f"{human_bytes(plan.source_bytes)} -> {human_bytes(plan.output_bytes)} ({share:.0%})", *plan.notes)
+    columns = ("action", "reason", "tensors", "source", "output")
+    return Sheet(f"Plan {plan.model_id}, {plan.recipe}", columns, rows, notes, right=frozenset({2, 3, 4}))
+
+
+def _with_error(mean: float, stderr: float | None) -> str:
+    return f"{mean:.4f}" if stderr is None else f"{mean:.4f} ± {stderr:.4f}"
