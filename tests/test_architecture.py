@@ -12,9 +12,9 @@ from tiny_models import architecture_of
 
 from fp8pipe.errors import UnsupportedArchitecture
 from fp8pipe.hub.source import resolve
-from fp8pipe.model import architecture
 from fp8pipe.model import names as rules
 from fp8pipe.model.architecture import QUANTIZABLE, Architecture
+from fp8pipe.oracle import transformers
 from fp8pipe.oracle.transformers import inspect
 
 pytest_plugins = ["checkpoint_fixtures"]
@@ -193,7 +193,7 @@ def test_the_child_answers_once_and_its_record_serves_after_that(
     (record,) = (tmp_path / "architectures").glob("*.json")
     record.write_text(first.model_copy(update={"model_type": "from the record"}).model_dump_json())
     assert inspect(resolve(str(folder))).model_type == "from the record"
-    monkeypatch.setattr(architecture, "PROBE_VERSION", 0)
+    monkeypatch.setattr(transformers, "PROBE_VERSION", 0)
     assert inspect(resolve(str(folder))).model_type == "llama"
 
 

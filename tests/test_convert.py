@@ -665,7 +665,7 @@ def test_a_source_that_changes_is_noticed_and_leaves_no_model(llama: Path, tmp_p
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fp8pipe.model.headers import read_headers
+from fp8pipe.hub.headers import read_headers
 from fp8pipe.convert import convert, plan_conversion
 from fp8pipe.errors import Fp8PipeError
 from fp8pipe.hub.source import resolve

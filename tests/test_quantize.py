@@ -32,7 +32,7 @@ from fp8pipe.hub.headers import read_headers
 from fp8pipe.hub.source import resolve
 from fp8pipe.model.architecture import TensorRole
 from fp8pipe.progress import ProgressEvent
-from fp8pipe.quantize import fingerprint, quantize
+from fp8pipe.quantize import fingerprint, identity, quantize
 from fp8pipe.quantize.engine import run as run_module
 from fp8pipe.quantize.engine import views
 from fp8pipe.quantize.engine import weights as engine
@@ -578,7 +578,7 @@ def test_fingerprints_follow_what_decides_the_bytes(model_folder: Models) -> Non
 def test_the_engine_version_is_part_of_the_fingerprint(model_folder: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = resolve(str(model_folder("llama")))
     before = fingerprint(snapshot, recipe(), None)
-    monkeypatch.setattr(quantize_module, "ENGINE_VERSION", 10**6)
+    monkeypatch.setattr(identity, "ENGINE_VERSION", 10**6)
     assert fingerprint(snapshot, recipe(), None) != before
 
 
@@ -849,7 +849,7 @@ from pathlib import Path
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.quantize import quantize
 from fp8pipe.records import Snapshot
-from fp8pipe.calibrate import Calibration
+from fp8pipe.records.calibration import Calibration
 import fp8pipe.quantize.engine.run
 
 def write():
