@@ -6,7 +6,6 @@ from pathlib import Path
 
 from fp8pipe.records.base import RECORD_DIR
 
-
 EVIDENCE = {
     "source": "source.json",
     "plan": "plan.json",
