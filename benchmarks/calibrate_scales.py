@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks import peer
 from benchmarks.page import table
+from benchmarks.support import of_the_tests
 
 if TYPE_CHECKING:
     from fp8pipe.config import Recipe
@@ -19,26 +20,18 @@ if TYPE_CHECKING:
 TOLERANCE = 2**-8
 """What issue C allows: half a step of bf16."""
 
-TESTS = Path(__file__).parent.parent / "tests"
-
 
 def compare(scratch: Path, fixtures: Path | None) -> str:
-    """One row per architecture of tests/calibration_fixtures.py: the largest relative difference of any scale."""
-    sys.path.insert(0, str(TESTS))
-    from calibration_fixtures import (  # pyright: ignore[reportMissingImports]  found through the line above
-        ARCHITECTURES,
-        PEER_RECIPE,
-        make_model,
-        run_calibration,
-        with_data,
-        write_dataset,
-    )
+    """One row per architecture of tests/support/calibration.py: the largest relative difference of any scale."""
+    tests = of_the_tests("calibration")
 
     rows = []
-    data = write_dataset(scratch / "data.jsonl")
-    for name in ARCHITECTURES:
-        make_model(scratch / name, name)
-        ours = scales_of(run_calibration(scratch / name, with_data(PEER_RECIPE, data), scratch / f"{name}-ranges"))
+    data = tests.write_dataset(scratch / "data.jsonl")
+    for name in tests.ARCHITECTURES:
+        tests.make_model(scratch / name, name)
+        ours = scales_of(
+            tests.run_calibration(scratch / name, tests.with_data(tests.PEER_RECIPE, data), scratch / f"{name}-ranges")
+        )
         theirs, worst, note = _nearest(scratch / name, data, ours)
         both = sorted(ours.keys() & theirs.keys())
         rows.append([name, str(len(both)), f"{worst:.1e}", "; ".join(filter(None, (note, _missing(ours, theirs))))])

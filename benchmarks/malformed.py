@@ -3,13 +3,12 @@
     python -m benchmarks.malformed [--check]
 
 Fills the tables of docs/validate.md between their marks; `--check` fails when the page is not what it would be. The
-cases are tests/malformed.py, the checks are the validator's own table.
+cases are tests/support/malformed.py, the checks are the validator's own table.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.page import table
+from benchmarks.support import of_the_tests
 from fp8pipe.hub.source import resolve
 from fp8pipe.records import Finding
 from fp8pipe.validate import all_checks, validate
@@ -49,7 +49,7 @@ def checks() -> str:
 
 def cases() -> str:
     """One row per case, and how many of the seventy were found as they should be, with nothing else."""
-    malformed = _of_the_tests("malformed")
+    malformed = of_the_tests("malformed")
     with tempfile.TemporaryDirectory() as name:
         models = _models(Path(name))
         rows, right = [], dict[int, bool]()
@@ -68,14 +68,8 @@ def cases() -> str:
     return f"{summary}.\n\n" + table(["case", "what is wrong", "architectures", "vLLM 0.32", "validate says"], rows)
 
 
-def _of_the_tests(name: str) -> Any:  # Any: tests are no package
-    """A module beside the tests."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    return importlib.import_module(name)
-
-
 def _models(root: Path) -> dict[str, Path]:
-    reference = _of_the_tests("reference_checkpoints")
+    reference = of_the_tests("reference_checkpoints")
     return {
         "dense": reference.llama(root / "dense"),
         "tied": reference.llama(root / "tied", tied=True),
@@ -84,7 +78,7 @@ def _models(root: Path) -> dict[str, Path]:
 
 
 def _findings(case: Any, model: str, source: Path, root: Path) -> tuple[Finding, ...]:
-    malformed = _of_the_tests("malformed")
+    malformed = of_the_tests("malformed")
     place = root / f"{model}-{case.number}"
     folder = malformed.quantize(source, place / "checkpoint", case.base)
     (place / "source").write_text(str(source))

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from benchmarks.page import put, table
 from benchmarks.quantize import SCHEMES, Timing, report
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_a_section_is_replaced_and_its_neighbours_stay(tmp_path: Path) -> None:

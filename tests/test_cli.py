@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-pytest_plugins = ["hub_fixtures"]
-
-FP8PIPE = Path(sys.executable).with_name("fp8pipe")
+from support.processes import FP8PIPE
 
 
 def fp8pipe(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

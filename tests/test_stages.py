@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import make_model
+from support.tiny_models import make_model
 
 from fp8pipe import stages
 from fp8pipe.config import load_recipe
@@ -18,8 +18,6 @@ from fp8pipe.progress import ProgressEvent
 from fp8pipe.quantize import JOURNAL_NAME
 from fp8pipe.records import RECORD_DIR
 from fp8pipe.rehearsal.localhub import Fault, LocalHub
-
-pytest_plugins = ["hub_fixtures"]
 
 
 @pytest.fixture

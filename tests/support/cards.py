@@ -1,0 +1,137 @@
+"""The facts of a release as a card gets them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fp8pipe.config import GatePolicy
+from fp8pipe.gate import decide
+from fp8pipe.quantize.plan import SummaryRow
+from fp8pipe.records import (
+    EvalReport,
+    Finding,
+    Snapshot,
+    ValidationReport,
+)
+from fp8pipe.records.calibration import Calibration
+from fp8pipe.release.card import (
+    PLOTS,
+    CardFacts,
+)
+from fp8pipe.release.plots import write_plots
+from support.reports import (
+    SOURCE_COMMIT,
+    checkpoint,
+    pair,
+    policy,
+    recipe,
+    suite,
+)
+
+SOURCE_CARD_TEXT = """---
+license: other
+license_name: llama3.1
+license_link: https://example.com/licence
+language: [en, de]
+pipeline_tag: text-generation
+extra_gated_prompt: sign here
+---
+# Tiny
+"""
+
+
+def calibration(**fields: Any) -> Calibration:
+    known = {
+        "key": "k" * 64,
+        "model_id": "acme/tiny",
+        "source_commit": SOURCE_COMMIT,
+        "dataset": "acme/chats",
+        "dataset_revision": "9" * 40,
+        "dataset_split": "train",
+        "sample_indices": tuple(range(128)),
+        "token_ids_sha256": "b" * 64,
+        "tokens": 12_345,
+        "max_seq_len": 256,
+        "seed": 42,
+        "observers": {},
+        "device_class": "cpu",
+        "versions": {"torch": "2.13.0"},
+        "threads": 2,
+        "seconds": 3.0,
+    }
+    return Calibration(**(known | fields))
+
+
+def validation(*findings: Finding) -> ValidationReport:
+    return ValidationReport(
+        folder_identity="i" * 64,
+        depth="fidelity",
+        checks=("F1", "F2", "K3"),
+        findings=findings,
+        tensors=37,
+        bytes_read=1_100_000,
+    )
+
+
+def facts_of(
+    sides: tuple[EvalReport, EvalReport] | None = None, rules: GatePolicy | None = None, **more: Any
+) -> CardFacts:
+    """Facts of an accepted release, 0.4 points down."""
+    baseline, candidate = sides or pair(lost=34, won=26)
+    names = tuple(t.task for t in baseline.tasks)
+    asked = suite(len(baseline.tasks[0].doc_ids), *names)
+    decision = decide(
+        baseline, candidate, rules or policy(*names), checkpoint=checkpoint(), suite=asked, recipe=recipe()
+    )
+    known: dict[str, Any] = {
+        "repo_id": "acme/tiny-FP8-KV",
+        "tag": checkpoint().release_tag,
+        "source": Snapshot(model_id="acme/tiny", commit=SOURCE_COMMIT, files=()),
+        "source_card": SOURCE_CARD_TEXT,
+        "recipe": recipe(),
+        "checkpoint": checkpoint(),
+        "plan_summary": (SummaryRow("quantize", "Linear", 28, 1_800_000, 900_000),),
+        "calibration": calibration(),
+        "validation": validation(),
+        "baseline": baseline,
+        "candidate": candidate,
+        "decision": decision,
+        "plots": {name: f"fp8pipe/plots/{name}.png" for name in PLOTS},
+        "evidence": ("gate.json", "candidate.json"),
+    }
+    return CardFacts(**(known | more))
+
+
+def saved(folder: Path) -> CardFacts:
+    """A checkpoint folder's records, as the stages leave them."""
+    from fp8pipe.quantize.plan import Plan
+
+    facts = facts_of()
+    records = folder / "fp8pipe"
+    plan = Plan(
+        model_id="acme/tiny",
+        source_commit=SOURCE_COMMIT,
+        recipe="fp8-static-kv",
+        settings=recipe(),
+        tensors=(),
+        outputs=(),
+        quantization_config={},
+        source_bytes=2_000_000,
+        output_bytes=1_100_000,
+    )
+    assert facts.calibration is not None
+    for name, record in {
+        "checkpoint": facts.checkpoint,
+        "plan": plan,
+        "source": facts.source,
+        "calibration": facts.calibration,
+        "validation": facts.validation,
+        "baseline": facts.baseline,
+        "candidate": facts.candidate,
+        "gate": facts.decision,
+    }.items():
+        record.save(records / f"{name}.json")
+    write_plots(facts.decision, facts.baseline, facts.candidate, records / "plots")
+    (folder / "README.md").write_text(SOURCE_CARD_TEXT)
+    return facts

@@ -1,0 +1,25 @@
+"""Processes that tests start, and whether they are gone."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+
+def running(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def all_gone(pids: list[int]) -> bool:
+    deadline = time.monotonic() + 30
+    while any(running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(running(pid) for pid in pids)
+
+
+FP8PIPE = Path(sys.executable).with_name("fp8pipe")
