@@ -119,8 +119,8 @@ class GatePolicy(Config):
     """Where a verdict counts."""
 
     @property
-    def schedule(self) -> tuple[int, ...]:
-        """The numbers of the looks."""
+    def look_numbers(self) -> tuple[int, ...]:
+        """1, 2, ... one for each look."""
         return tuple(range(1, len(self.looks) + 1))
 
     @property

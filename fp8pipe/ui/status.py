@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fp8pipe.config import CollectionSpec, load_recipe
 from fp8pipe.records import Checkpoint, EvalReport, Outcome, Record, ValidationReport
-from fp8pipe.records.paths import evidence
+from fp8pipe.records.paths import record_path
 from fp8pipe.release.workspace import ReleaseFolder, Workspace
 
 _DONE = {"accepted": "released", "rejected": "rejected", "unsound": "unsound", "inconclusive": "inconclusive"}
@@ -51,7 +51,7 @@ def _status(folder: ReleaseFolder) -> ReleaseStatus:
             detail=where,
         )
     model, recipe, fingerprint = [*folder.path.name.rsplit("--", 2), "", ""][:3]
-    checkpoint = Checkpoint.load_if_present(evidence(folder.checkpoint, "checkpoint"))
+    checkpoint = Checkpoint.load_if_present(record_path(folder.checkpoint, "checkpoint"))
     return ReleaseStatus(
         model=checkpoint.model_id if checkpoint else model.replace("--", "/"),
         recipe=recipe,
@@ -66,6 +66,6 @@ def _progress_of(folder: ReleaseFolder, checkpoint: Checkpoint | None) -> str:
         return "quantizing"
     if EvalReport.load_if_present(folder.evaluation / "report.json") is not None:
         return "evaluated"
-    if ValidationReport.load_if_present(evidence(folder.checkpoint, "validation")) is not None:
+    if ValidationReport.load_if_present(record_path(folder.checkpoint, "validation")) is not None:
         return "validated"
     return "quantized"

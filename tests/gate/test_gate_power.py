@@ -65,7 +65,7 @@ def test_more_looks_and_attempts_need_more_samples():
 def test_shipped_margins_are_resolvable_by_the_suite_of_the_same_name(name, tmp_path):
     rules, suite = config.load_policy(name), config.load_suite(name)
     config.check_fit(rules, suite)
-    plan = stages.plan_eval(rules, suite, tmp_path)
+    plan = stages.plan_evaluation(rules, suite, tmp_path)
     plan.require()
     assert plan.acceptance >= rules.power
     assert [(task.task, task.metric) for task in plan.tasks] == [(name, limit.metric) for name, limit in rules.gated]
