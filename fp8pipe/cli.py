@@ -314,7 +314,7 @@ def plan_eval(
     if as_json:
         emit_json(evaluation_plan.model_dump(mode="json"))
     else:
-        out.print(terminal(eval_plan_sheet(evaluation_plan)))
+        out.print(terminal(eval_plan_sheet(evaluation_plan, rules, measured)))
     evaluation_plan.require()
 
 

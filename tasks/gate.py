@@ -44,7 +44,7 @@ def plan_evaluation(job: ResolvedRelease, workspace: Workspace) -> EvalPlan:
     folder = workspace.suite(job.suite.digest())
     evaluation_plan = stages.plan_evaluation(job.policy, job.suite, folder, attempts=len(job.ladder()))
     key = artifact_key("plan-eval", job.policy.name, job.suite.name)
-    table = sheets.markdown(sheets.eval_plan_sheet(evaluation_plan))
+    table = sheets.markdown(sheets.eval_plan_sheet(evaluation_plan, job.policy, job.suite))
     create_markdown_artifact(table, key=key, description=f"Policy {job.policy.name} on suite {job.suite.name}")
     evaluation_plan.require()
     return evaluation_plan

@@ -49,7 +49,7 @@ def answer_to(form: type[A], *, key: str, timeout_s: int) -> A:
         return suspend_flow_run(wait_for_input=form, timeout=timeout_s, key=key)  # asked before: this reads the answer
     state = Suspended(timeout_seconds=timeout_s, pause_key=key)
     keyset = keyset_from_paused_state(state)
-    state.state_details.run_input_keyset = dict(keyset)
+    state.state_details.run_input_keyset = {**keyset}
     form.save(keyset, flow_run_id=run.id)
     command = [sys.executable, "-m", "tasks.suspend", str(run.id), str(os.getpid()), state.model_dump_json()]
     nothing = subprocess.DEVNULL

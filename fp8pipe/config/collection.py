@@ -41,8 +41,6 @@ class CollectionSpec(Config):
     policy: str
     repo_name: str = "{namespace}/{model}{suffix}"
     """Where each release goes; {namespace}, {model} (the id's last part), {suffix} (the recipe's), {recipe}."""
-    schedule: str | None = None
-    """Cron line for the deployment; None: by hand."""
     work_dir: str = "fp8pipe-work"
 
     def releases(self) -> tuple[ReleaseSpec, ...]:

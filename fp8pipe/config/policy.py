@@ -142,7 +142,8 @@ class GatePolicy(Config):
     @property
     def serving_limits(self) -> tuple[str, ...]:
         """The limits that need serving figures."""
-        return tuple(name for name in ("min_speedup", "max_memory_ratio") if getattr(self, name) is not None)
+        limits = {"min_speedup": self.min_speedup, "max_memory_ratio": self.max_memory_ratio}
+        return tuple(name for name, limit in limits.items() if limit is not None)
 
     @model_validator(mode="after")
     def _each_metric_once(self) -> GatePolicy:

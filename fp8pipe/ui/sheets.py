@@ -26,6 +26,7 @@ from fp8pipe.records import (
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from fp8pipe.config import EvalSuite, GatePolicy
     from fp8pipe.convert import Conversion
     from fp8pipe.gate.power import EvalPlan
     from fp8pipe.quantize.plan import Plan
@@ -212,7 +213,7 @@ def decision_sheet(decision: GateDecision) -> Sheet:
     return Sheet("Gate", columns, rows, notes, right=frozenset(range(1, 7)))
 
 
-def eval_plan_sheet(plan: EvalPlan) -> Sheet:
+def eval_plan_sheet(plan: EvalPlan, policy: GatePolicy, suite: EvalSuite) -> Sheet:
     """What each task's samples can settle."""
     rows = tuple(
         (
@@ -229,6 +230,7 @@ def eval_plan_sheet(plan: EvalPlan) -> Sheet:
         for task in plan.tasks
     )
     notes = (
+        *(f"{one.name}: {one.description}" for one in (policy, suite) if one.description),
         "power: chance that a candidate without any true drop is accepted; on every metric "
         f"{100 * plan.acceptance:.1f} %, {100 * plan.power:g} % is asked for",
         f"alpha {plan.alpha:g} over {len(plan.looks)} look(s) and {plan.attempts} attempt(s): "
@@ -381,7 +383,8 @@ def plan_sheet(plan: Plan) -> Sheet:
         for row in plan.summary()
     )
     share = plan.output_bytes / plan.source_bytes
-    notes = (f"{human_bytes(plan.source_bytes)} -> {human_bytes(plan.output_bytes)} ({share:.0%})", *plan.notes)
+    size = f"{human_bytes(plan.source_bytes)} -> {human_bytes(plan.output_bytes)} ({share:.0%})"
+    notes = (*filter(None, (plan.settings.description,)), size, *plan.notes)
     columns = ("action", "reason", "tensors", "source", "output")
     return Sheet(f"Plan {plan.model_id}, {plan.recipe}", columns, rows, notes, right=frozenset({2, 3, 4}))
 
