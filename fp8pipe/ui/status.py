@@ -1,4 +1,4 @@
-"""What lies in a work folder: which releases are done, decided against, or under way. Reads records only."""
+"""The state of every release in a work folder, read from its records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DONE = {"accepted": "released", "rejected": "rejected", "unsound": "unsound", "
 
 
 class ReleaseStatus(Record):
-    """Where one model with one recipe stands."""
+    """The state of one model with one recipe."""
 
     model: str
     recipe: str
@@ -24,7 +24,7 @@ class ReleaseStatus(Record):
 
 
 def release_status(work_dir: Path, spec: CollectionSpec | None) -> tuple[ReleaseStatus, ...]:
-    """Every release folder; with a collection only its own, and those that have not begun."""
+    """All releases of a work folder. With a collection: only its releases, and those that have not started."""
     rows = tuple(_status(folder) for folder in Workspace(work_dir).releases())
     if spec is None:
         return rows
@@ -57,7 +57,7 @@ def _status(folder: ReleaseFolder) -> ReleaseStatus:
         recipe=recipe,
         state=_progress_of(folder, checkpoint),
         fingerprint=fingerprint,
-        detail=f"under way in {folder.path}",
+        detail=f"in progress in {folder.path}",
     )
 
 
