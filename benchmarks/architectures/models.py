@@ -71,6 +71,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "OPT": ("OPTConfig", {"ffn_dim": 384, "word_embed_proj_dim": 256, "num_key_value_heads": 8}),
     "DeepSeek-V2": ("DeepseekV2Config", LATENT),
     "Granite": ("GraniteConfig", {"residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "Granite MoE": ("GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "OLMo 2": ("Olmo2Config", {}),
     "Qwen2-MoE": ("Qwen2MoeConfig", {"shared_expert_intermediate_size": 256, **EXPERTS}),
     "GLM-4": ("Glm4Config", {"head_dim": 32}),
