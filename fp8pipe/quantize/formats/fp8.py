@@ -1,7 +1,7 @@
 """quant_method: fp8, the layout of AutoFP8 (per tensor) and DeepSeek (blocks).
 
-Scales: `weight_scale` [] per tensor, `weight_scale_inv` [blocks, blocks] (a multiplier, despite its name); `input_scale`
-[]; `k_scale`, `v_scale` [1]. All are float32."""
+Scales: `weight_scale` [] per tensor, `weight_scale_inv` [blocks, blocks] (a multiplier, despite its name);
+`input_scale` []; `k_scale`, `v_scale` [1]. All are float32."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
     observers    which range a scale covers: minmax, or the shrink with the least squared error
     kernels      amax and codes as compiled loops, for the CPU
 
-A GPU runs torch's operations and gives the same bits, as does any number of threads: amax does not depend on order, codes
-are elementwise, and sums run in a fixed order. tests/quantize/test_numerics.py proves it against a reference.
+A GPU runs torch's operations and gives the same bits, as does any number of threads: amax does not depend on order,
+codes are elementwise, and sums run in a fixed order. tests/quantize/test_numerics.py proves it against a reference.
 """
 
 from fp8pipe.quantize.numerics.fp8 import (

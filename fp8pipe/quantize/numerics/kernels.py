@@ -126,7 +126,7 @@ def _encode_blocks(values: Any, scale: Any, codes: Any, rows: int, columns: int)
 
 @_intrinsic
 def _narrow(_context: Any, value: Any, like: Any) -> Any:
-    """`value` as the type of `like`. numba widens integers to 64 bits, so that a vector would hold a quarter as many."""
+    """`value` as the type of `like`. numba widens integers to 64 bits, of which a vector holds a quarter as many."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return context.cast(builder, arguments[0], signature.args[0], signature.return_type)
