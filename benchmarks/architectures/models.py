@@ -1,8 +1,8 @@
-"""Tiny random checkpoints of real architectures, large enough that every scheme applies and every layer matters.
+"""Makes tiny random checkpoints of real architectures, large enough that every scheme applies and every layer matters.
 
-Hidden size 256, heads of 32 (vLLM's FP8 KV cache on CPU wants a multiple), every height a multiple of 128 so that
-blocks fit. Weights are scaled to keep activations near one, norms and biases are not left at their defaults, routers
-are decisive.
+Hidden size 256, heads of 32 (vLLM's FP8 KV cache on CPU needs a multiple of it), every height a multiple of 128 so that
+blocks fit. Weights are scaled to keep activations near one, norms and biases differ from their defaults, and routers
+prefer some experts clearly.
 """
 
 from __future__ import annotations
@@ -79,23 +79,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Cohere": ("CohereConfig", {}),
     "GPT-NeoX": ("GPTNeoXConfig", {"tie_word_embeddings": False, "num_key_value_heads": 8}),
 }
-"""Name in the table -> transformers' config class, and what is set beside SIZES. Those after DeepSeek-V2 are there to
-show that nothing was made for the others alone."""
+"""Name in the table -> transformers' config class, and settings besides SIZES. The ones after DeepSeek-V2 show that
+nothing was made for the others only."""
 
 MODELS_VERSION = 1
-"""Raised whenever `make` fills the same configuration with other weights."""
+"""Raised whenever `make` gives the same configuration other weights."""
 
 CALIBRATION_ROWS = 64
 SEED = 0
 
 
 def model_key(name: str) -> str:
-    """Digest of what decides the checkpoint."""
+    """Digest of all that decides the checkpoint."""
     return digest_of([MODELS[name], SIZES, SEED, MODELS_VERSION])
 
 
 def make(name: str, folder: Path) -> Path:
-    """Write the checkpoint `name` with a tokenizer into `folder`."""
+    """Write the checkpoint `name`, with a tokenizer, into `folder`."""
     import torch
     import transformers
 
@@ -143,7 +143,7 @@ def _let_the_last_gate_tell(parameters: dict[str, Tensor], last: int) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """One token per byte: what transformers rebuilds for some architectures from the vocabulary alone is the same."""
+    """One token per byte: transformers rebuilds the tokenizer of some architectures from the vocabulary alone."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -155,7 +155,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def sequences(count: int, length: int, seed: int) -> list[list[int]]:
-    """Random token ids without special ones."""
+    """Random token ids, none of them special."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -163,7 +163,7 @@ def sequences(count: int, length: int, seed: int) -> list[list[int]]:
 
 
 def write_calibration(path: Path) -> Path:
-    """Rows of random letters."""
+    """Write rows of random letters, as calibration data."""
     rows = sequences(CALIBRATION_ROWS, 32, seed=1)
     path.write_text("".join("".join(chr(ord("!") + token % 94) for token in row) + "\n" for row in rows))
     return path

@@ -95,7 +95,7 @@ def journalled(out: Path) -> set[str]:
 def assert_equals_reference(source: dict[str, Tensor], made: dict[str, Tensor], plan: Plan) -> None:
     """Every output of `plan` has the bytes that the formulas give, computed on whole tensors."""
     scheme = plan.settings.weights
-    block = tuple(scheme.block_shape) if scheme.strategy == "block" else None
+    block = scheme.block_shape if scheme.strategy == "block" else None
     groups: dict[str, list[Any]] = {}
     for output in plan.outputs:
         if output.role == "copy":
