@@ -2,11 +2,10 @@
 
     python -m benchmarks.same_bytes OTHER_CHECKOUT [--model NAME]... [--recipe NAME]... [--work DIR]
 
-OTHER_CHECKOUT is a folder with the other version. Architectures that differ as much as any (MODELS) are quantized with
-every recipe that either version ships, calibrated recipes on a few local rows, by the command line of each version in
-a process of its own. Compared are the sha256 of every file that a loader reads and the fingerprint in
-fp8pipe/checkpoint.json; where both refuse, the exit code. Prints a table; exit status 1 unless all
-rows are the same.
+OTHER_CHECKOUT is a folder with the other version. Tiny models of very different architectures (MODELS) are quantized
+with every recipe that either version ships, calibrated ones on a few local rows, by the command line of each version.
+The sha256 of every file that a loader reads must be the same, and so must the fingerprint in fp8pipe/checkpoint.json;
+a model that one version refuses, the other must refuse too. Prints a table; exit status 1 unless all rows are the same.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from benchmarks.page import table
 HERE = Path(__file__).parent.parent
 
 MODELS = ("Llama, tied", "Phi-3", "Mixtral", "Granite MoE", "DeepSeek-V2")
-"""Dense with one embedding for both ends; fused projections on disk; one tensor per expert; all experts in one 3-D
-tensor; latent attention with shared experts."""
+"""Dense with tied embeddings; fused projections on disk; one tensor per expert; all experts in one 3-D tensor; latent
+attention with shared experts."""
 
 REFUSED = 2
 """Exit code for a model that a recipe cannot be applied to."""
@@ -45,7 +44,7 @@ class Outcome:
     files: Mapping[str, str]
     """File name -> sha256; the fingerprint under its own key. Empty for a refusal."""
     message: str
-    """Last words on stderr."""
+    """What it wrote to stderr."""
 
 
 def main() -> None:
@@ -54,7 +53,7 @@ def main() -> None:
     parser.add_argument("other", type=Path, metavar="OTHER_CHECKOUT")
     parser.add_argument("--model", action="append", choices=MODELS, help="only this one (repeatable)")
     parser.add_argument("--recipe", action="append", help="only this one (repeatable)")
-    parser.add_argument("--work", type=Path, default=None, help="where models and checkpoints go for the time being")
+    parser.add_argument("--work", type=Path, default=None, help="folder for temporary models and checkpoints")
     options = parser.parse_args()
     checkouts = (HERE, options.other.resolve())
     recipes = [name for name in shipped_recipes(checkouts) if name in (options.recipe or [name])]
@@ -87,7 +86,7 @@ def compared(
 
 
 def quantized(checkout: Path, source: Path, recipe: str, data: Path, work: Path) -> Outcome:
-    """Run `fp8pipe quantize` of `checkout`; its checkpoint is hashed and removed."""
+    """Run `fp8pipe quantize` of `checkout`, hash its checkpoint, and remove it."""
     work.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         output = Path(scratch) / "checkpoint"

@@ -146,7 +146,7 @@ def _kept(cell: Cell, work: Path) -> Cell:
 
 def _make(model: str, recipe: Recipe, work: Path) -> Candidate | Cell:
     """Quantize and validate; a finished Cell if that already decides the result."""
-    source, told = source_model(model, work)
+    source, answers = source_model(model, work)
     plan = _plan_or_refusal(source, recipe)
     cell = Cell(model=model, recipe=recipe.name, key=_key(model, recipe, plan), verdict="failed")
     if isinstance(plan, str):
@@ -162,14 +162,14 @@ def _make(model: str, recipe: Recipe, work: Path) -> Candidate | Cell:
     if report.errors:
         return cell.model_copy(update={"message": f"not sound: {report.errors[0].sentence()}"})
     scales = [output.module for output in plan.outputs if output.role == "weight_scale"]
-    telling = next(pattern for pattern in told.telling if any(re.fullmatch(pattern, module) for module in scales))
+    telling = next(pattern for pattern in answers.telling if any(re.fullmatch(pattern, module) for module in scales))
     return Candidate(
         cell=cell,
         source_folder=source,
         folder=folder,
         doubled=_with_doubled_scales(folder, plan, telling),
         kv_cache_dtype="fp8" if any(output.role == "k_scale" for output in plan.outputs) else "auto",
-        source=told,
+        source=answers,
     )
 
 

@@ -110,7 +110,7 @@ def make(name: str, folder: Path) -> Path:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             _fill(parameter_name, parameter, size if id(parameter) in embeddings else None, generator)
-        _let_the_last_gate_tell(dict(model.named_parameters()), config.num_hidden_layers - 1)
+        _make_the_last_gate_matter(dict(model.named_parameters()), config.num_hidden_layers - 1)
     model = model.to(torch.bfloat16)
     model.config.dtype = "bfloat16"
     model.save_pretrained(folder, max_shard_size="1MB")
@@ -131,9 +131,10 @@ def _fill(name: str, parameter: Tensor, embedding_size: float | None, generator:
         parameter.copy_(decisive * noise / math.sqrt(parameter.shape[-1]))
 
 
-def _let_the_last_gate_tell(parameters: dict[str, Tensor], last: int) -> None:
-    """Where a norm follows the MLP, a doubled scale cancels in all its projections but the gate, whose curve it bends.
-    Give the last MLP most of the say there, and gates the range in which that curve is least like a line."""
+def _make_the_last_gate_matter(parameters: dict[str, Tensor], last: int) -> None:
+    """If a norm follows the MLP, doubling a scale cancels out in every projection but the gate, which is not linear.
+
+    So the last MLP then gets most of the weight, and gates the range in which they are least linear."""
     norms = [name for name in parameters if f"layers.{last}.post_feedforward" in name]
     for name in norms:
         parameters[name] += 5.0

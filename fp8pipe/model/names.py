@@ -98,7 +98,7 @@ def experts_holder(name: str, role: TensorRole) -> str:
 
 
 def experts_holder_from_name(name: str) -> str | None:
-    """The same from the name alone, for checkpoints whose architecture is not on record; None for other tensors."""
+    """The same for a checkpoint whose architecture is not known, from the name only; None if it is no expert's name."""
     match = _EXPERT.match(name.removesuffix(".weight"))
     return match[1] if match else None
 

@@ -73,7 +73,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Change | None, str]] = {
         put("model.layers.1.mlp.experts.down_proj", torch.zeros(2, 8, 8).to(torch.float8_e4m3fn)),
         r"experts\.down_proj: F8_E4M3",
     ),
-    "lonely k_scale": ({}, put("model.layers.0.self_attn.k_scale", torch.ones(1)), "k_scale has no v_scale"),
+    "k_scale without v_scale": ({}, put("model.layers.0.self_attn.k_scale", torch.ones(1)), "k_scale has no v_scale"),
     "another method": ({}, lambda _, c: c.update(quant_method="gptq"), "quant_method 'gptq'; only"),
 }  # fmt: skip
 

@@ -119,7 +119,7 @@ def test_kept_modules_are_named_exactly_and_experts_by_layer(moe: Path, tmp_path
     assert "re:.*mlp\\.gate$" in config_of(source)["ignore"]
     to("fp8", source, tmp_path / "fp8")
     routers = [f"model.layers.{layer}.mlp.gate" for layer in (0, 1)]
-    # the reference quantizes attention alone in this model: experts are in PROJECTIONS too
+    # the reference checkpoint quantizes attention and experts
     assert config_of(tmp_path / "fp8")["ignored_layers"] == ["lm_head", *routers]
     to("compressed-tensors", tmp_path / "fp8", tmp_path / "back")
     assert config_of(tmp_path / "back")["ignore"] == ["lm_head", *routers]

@@ -2,7 +2,7 @@
 
 Scales per row or block need only their own stripe, so its bytes are read once. A scale per tensor is known only when
 every stripe of its unit is measured, so the bytes are read twice, three times for the mse observer. Memory is one
-stripe and its codes per thread, whatever the size of tensors and models."""
+stripe and its codes per thread, for tensors and models of any size."""
 
 from __future__ import annotations
 
