@@ -1,12 +1,12 @@
-"""One contender in a process of its own, run by the interpreter of its environment; its last line is JSON.
+"""Runs one contender of a benchmark in the interpreter of its environment; the last line on stdout is JSON.
 
     python -m benchmarks.contender ours   RECIPE SOURCE OUTPUT
     python -m benchmarks.contender peer   SCHEME SOURCE OUTPUT     llm-compressor's model_free_ptq
-    python -m benchmarks.contender floor  SIZES  SOURCE OUTPUT     SIZES: bytes of each output file, with commas
+    python -m benchmarks.contender floor  SIZES  SOURCE OUTPUT     SIZES: bytes of each output file, comma-separated
     python -m benchmarks.contender copy   SIZES  SOURCE OUTPUT     the same in one thread
 
-`inside` is seconds from the plan to the checkpoint, without imports; `peak_mb` the process's largest resident set.
-Nothing is imported before its contender needs it."""
+`inside`: seconds from the plan to the checkpoint, without imports. `peak_mb`: the process's largest resident set. A
+contender's libraries are imported only when it runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationConfig
 
 CHUNK = 4 << 20
-"""Bytes per read of the floor: the engine's own stripe."""
+"""Bytes per read of the floor, the same as a stripe of the engine."""
 
 
 def main() -> None:
@@ -39,18 +39,18 @@ def main() -> None:
 
 
 def peak_mb() -> float:
-    """Largest resident set so far. Not ru_maxrss: that one starts at the parent's size, which a fork inherits."""
+    """Largest resident set so far. ru_maxrss would not do: a forked process starts with its parent's."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def ours(recipe: str, source: Path, output: Path) -> float:
-    """Plan to fsynced checkpoint."""
+    """Seconds of fp8pipe from the plan to the fsynced checkpoint."""
     from fp8pipe import stages
     from fp8pipe.config import load_recipe
     from fp8pipe.quantize import preload, quantize
 
-    preload()  # code counts for the whole process, not the inside
+    preload()  # loading code counts for the whole process, not for `inside`
     snapshot, chosen = stages.pin(str(source)), load_recipe(recipe)
     began = time.perf_counter()
     quantize(snapshot, stages.plan(snapshot, chosen), output)
@@ -58,7 +58,7 @@ def ours(recipe: str, source: Path, output: Path) -> float:
 
 
 def peer(scheme: str, source: Path, output: Path) -> float:
-    """llm-compressor on all cores, told to keep what fp8pipe keeps. It does not fsync."""
+    """Seconds of llm-compressor on all cores, configured to keep what fp8pipe keeps. It does not fsync."""
     from llmcompressor import model_free_ptq  # pyright: ignore[reportMissingImports]  the peer's environment
 
     config = peer_config(scheme)
@@ -68,7 +68,7 @@ def peer(scheme: str, source: Path, output: Path) -> float:
 
 
 def peer_config(scheme: str) -> QuantizationConfig:
-    """A preset of llm-compressor by name, or `per-tensor`: the same per tensor, activations dynamic."""
+    """A preset of llm-compressor by name, or `per-tensor`: one scale per tensor, activations dynamic."""
     from compressed_tensors.quantization import (
         QuantizationArgs,
         QuantizationConfig,
@@ -86,12 +86,12 @@ def peer_config(scheme: str) -> QuantizationConfig:
 
 
 def floor(sizes: str, source: Path, output: Path) -> float:
-    """Read every source byte and write as many as the checkpoint holds, on all cores, with fsync and nothing else."""
+    """Seconds to read every source byte and write and fsync as many bytes as the checkpoint has, on all cores."""
     return _floor(sizes, source, output, len(os.sched_getaffinity(0)))
 
 
 def copy(sizes: str, source: Path, output: Path) -> float:
-    """The floor as a single thread has it."""
+    """The same on one thread."""
     return _floor(sizes, source, output, 1)
 
 
@@ -114,7 +114,7 @@ def _floor(sizes: str, source: Path, output: Path, threads: int) -> float:
 
 
 class _FileFloor:
-    """One source file and the output file of its size: chunks are read, and written as far as they reach."""
+    """One source file and its output file: chunks are read, and written as far as the smaller output reaches."""
 
     def __init__(self, path: Path, target: Path, size: int) -> None:
         self.source_bytes = path.stat().st_size
@@ -128,7 +128,7 @@ class _FileFloor:
         count = os.preadv(self._source, [buffer], at)
         begin, end = (place * self._size // self.source_bytes for place in (at, at + count))
         os.pwrite(self.target, buffer[: end - begin], begin)
-        os.posix_fadvise(self.target, begin, end - begin, os.POSIX_FADV_DONTNEED)  # writing to disk begins now
+        os.posix_fadvise(self.target, begin, end - begin, os.POSIX_FADV_DONTNEED)  # start writing to disk
 
 
 _local = threading.local()

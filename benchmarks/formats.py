@@ -1,4 +1,9 @@
-"""The tables of docs/formats.md, asked of the code that writes and converts: `python -m benchmarks.formats`."""
+"""Writes the tables of docs/formats.md, from the code that writes and converts checkpoints.
+
+    python -m benchmarks.formats [--check]
+
+--check changes nothing; exit status 1 if the page is out of date.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +21,14 @@ from fp8pipe.convert.record import METHODS
 from fp8pipe.convert.respell import respell
 from fp8pipe.errors import InputError
 from fp8pipe.model.headers import ITEM_BYTES, TensorInfo
+from fp8pipe.model.names import FP8
 from fp8pipe.quantize import formats
-from fp8pipe.quantize.plan.record import FP8
 from fp8pipe.validate.scheme import read_scheme
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
 
 SHAPE, HEADS = (11008, 4096), 8
-"""The weight [out, in] of the tables, and the KV heads."""
+"""Shape of the weight [out, in] in the tables, and the number of KV heads."""
 
 DENSE, EXPERT = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.experts.0.up_proj"
 ATTENTION = "model.layers.0.self_attn"
@@ -51,7 +56,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(scheme: str, method: str) -> Recipe | None:
-    """The recipe of a row in a spelling; None where the spelling has no words for it."""
+    """The recipe of a row in a spelling; None if the spelling cannot express it."""
     try:
         return Recipe.model_validate({"name": "row", "checkpoint_format": method, **SCHEMES[scheme]})
     except ValueError:
@@ -59,7 +64,7 @@ def recipe_of(scheme: str, method: str) -> Recipe | None:
 
 
 def tensors(recipe: Recipe, module: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and shape of everything that stands beside one weight of a checkpoint."""
+    """Name, dtype and shape of one weight of a checkpoint and of its scales."""
     spelling = formats.format_of(recipe)
     yield f"{module}.weight", FP8, SHAPE
     scale = spelling.weight_scale_name(recipe.weights.strategy)
@@ -72,7 +77,7 @@ def tensors(recipe: Recipe, module: str) -> Iterator[tuple[str, str, tuple[int, 
 
 
 def spellings() -> str:
-    """Scales of each scheme, side by side."""
+    """Table of the scales of each scheme in both spellings."""
     rows = []
     for scheme in SCHEMES:
         cells = []
@@ -85,7 +90,7 @@ def spellings() -> str:
 
 
 def conversions() -> str:
-    """What converts into what, or why not."""
+    """Table of which conversions are possible, and why the others are not."""
     rows = []
     for scheme in SCHEMES:
         for method, to in (METHODS, METHODS[::-1]):
@@ -97,7 +102,7 @@ def conversions() -> str:
 
 
 def outcome(scheme: str, method: str, to: Any, module: str) -> str:
-    """`yes`, the reason why not, or `-` where vLLM serves no such checkpoint."""
+    """`yes`, the reason why not, or `-` if vLLM cannot serve such a checkpoint."""
     recipe = recipe_of(scheme, method)
     assert recipe is not None, scheme
     if module == EXPERT and formats.format_of(recipe).refuse_experts(recipe):
@@ -113,7 +118,7 @@ def outcome(scheme: str, method: str, to: Any, module: str) -> str:
     try:
         respell(draft, meaning, to, None)
     except InputError as error:
-        reason, _, _advice = str(error).partition(": ")
+        reason, _, _advice = str(error).partition("; keep ")
         return f"no: {reason}"
     return "yes"
 
@@ -122,7 +127,7 @@ TABLES = {"spellings": spellings, "conversions": conversions}
 
 
 def filled(text: str) -> str:
-    """`text` with each table in its place, between its two marks."""
+    """`text` with each table written between its two marks."""
     for name, make in TABLES.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text = re.sub(pattern, lambda match, make=make: f"{match[1]}{make()}{match[2]}", text, flags=re.DOTALL)
@@ -132,5 +137,5 @@ def filled(text: str) -> str:
 if __name__ == "__main__":
     made = filled(PAGE.read_text())
     if sys.argv[1:] == ["--check"]:
-        sys.exit(None if PAGE.read_text() == made else f"{PAGE.name} is stale; run python -m benchmarks.formats")
+        sys.exit(None if PAGE.read_text() == made else f"{PAGE.name} is out of date; run python -m benchmarks.formats")
     PAGE.write_text(made)

@@ -1,7 +1,7 @@
-"""The models that are quantized: synthetic, made in a process of its own, so that its memory is nobody else's.
+"""Makes the synthetic models that benchmarks quantize, in a process of its own so that its memory is not counted.
 
-python -m benchmarks.llama llama FOLDER LAYERS [--tiny]     a Llama of the size of a small real one, in five shards
-python -m benchmarks.llama giant FOLDER ELEMENTS            two weights of ELEMENTS each, sparse"""
+python -m benchmarks.llama llama FOLDER LAYERS [--tiny]     a Llama as large as a small real one, in five shards
+python -m benchmarks.llama giant FOLDER ELEMENTS            two weights of ELEMENTS each, in a sparse file"""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_llama(folder: Path, num_layers: int, sizes: Mapping[str, int] = SIZES) 
 
 
 def llama_config(num_layers: int, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """config.json, tied embeddings."""
+    """Content of config.json, with tied embeddings."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -80,9 +80,9 @@ def llama_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def make_giant(folder: Path, elements: int) -> Path:
-    """An OPT of one layer whose two feed-forward weights hold `elements` each: one very tall, one
-    very wide. All zeros and sparse, so that the source takes no disk; to a writer of bounded memory zeros are
-    weights like any other."""
+    """Write an OPT of one layer whose two feed-forward weights have `elements` each, one very tall, one very wide.
+
+    Its file is sparse and takes no disk. All weights are zero, which makes no difference to memory."""
     from fp8pipe.model.headers import header_bytes, lay_out
 
     hidden, words, positions = 2048, 512, 64

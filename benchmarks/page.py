@@ -1,4 +1,4 @@
-"""The page that benchmarks write: one section each, replaced as a whole, never typed by hand."""
+"""The page that benchmarks write. Each has one section, which it replaces as a whole; nobody edits figures manually."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 HEAD = """\
 # Benchmarks
 
-Written by `make bench`: the figures of a section come from one run on one machine. Ratios travel, seconds do not.
+Written by `make bench`. The figures of a section come from one run on one machine: compare ratios, not seconds, with
+your own.
 """
 
 
 def put(page: Path, title: str, text: str) -> None:
-    """Replace the section `title` of `page`, or append it."""
+    """Write `text` as section `title` of `page`, in place of the present one or at the end."""
     content = page.read_text() if page.exists() else HEAD
     section = f"## {title}\n\n{text.strip()}\n"
     pattern = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
@@ -27,12 +28,12 @@ def put(page: Path, title: str, text: str) -> None:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table with the header row `head`."""
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def machine() -> str:
-    """The machine in general words."""
+    """Cores and memory of this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB of memory"

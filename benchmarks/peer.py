@@ -1,6 +1,6 @@
-"""The peer's own environment: llm-compressor needs other versions than vLLM does, so it cannot live in ours.
+"""The environment of llm-compressor, the peer: it needs other library versions than vLLM, so it cannot share ours.
 
-Built once under build/peer from the lock benchmarks/peer.txt; `uv pip compile benchmarks/peer.in` renews the lock."""
+It is built once in build/peer from the lock benchmarks/peer.txt, which `uv pip compile benchmarks/peer.in` updates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDER = HERE.parent / "build" / "peer"
 
 
 def interpreter() -> Path:
-    """Python of the peer's environment, which is built when it is missing or of another lock."""
+    """Python of the peer's environment, which is built if it is missing or was built from another lock."""
     python, stamp = FOLDER / "bin" / "python", FOLDER / "lock.sha256"
     wanted = hashlib.sha256(LOCK.read_bytes()).hexdigest()
     if not stamp.exists() or stamp.read_text() != wanted:

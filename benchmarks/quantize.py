@@ -1,18 +1,18 @@
-"""Quantizing against its peer and its floor, alternating on one machine.
+"""Measures quantizing against its peer and its floor, alternating on one machine.
 
     python -m benchmarks.quantize [--rounds 3] [--folder DIR] [--page FILE] [--scheme RECIPE] [--no-peer] [--quick]
 
 Source: a synthetic Llama (16 layers, hidden 2048, ffn 8192, vocabulary 32000, bf16, 5 shards; 2.1 GB). Peer:
-llm-compressor's `model_free_ptq` on all cores, in its own environment (benchmarks/peer.txt). Floor: every source byte
-read, as many bytes as the checkpoint's written, with fsync, in one thread and on all cores. Each contender is a
-process of its own; one round runs all of them once, and a ratio is taken within its round.
+llm-compressor's `model_free_ptq` on all cores, in its own environment (benchmarks/peer.txt). Floor: read every source
+byte, write and fsync as many bytes as the checkpoint has, on one thread and on all cores. Each contender runs in a
+process of its own. A round runs all of them once, and ratios are taken within a round.
 
-inside    plan to fsynced checkpoint; the peer's own call, which does not fsync
-whole     the command `fp8pipe quantize`, cold (no architecture record) and with the record; the peer's whole process
-peak      largest resident set of the writing process, for the model, for twice its layers, and for a model whose two
-          large weights take 8.6 GB each
+inside    from the plan to the fsynced checkpoint; for the peer its own call, which does not fsync
+whole     the command `fp8pipe quantize`, without and with an architecture record; for the peer its whole process
+peak      largest resident set of the writing process, for the model, for twice its layers, and for a model with two
+          weights of 8.6 GB each
 
---quick takes a model of 20 MB, to try the command itself. Needs 10 GB of free disk in --folder, 12 GB of memory."""
+--quick takes a model of 20 MB, to try the command. Needs 10 GB of free disk in --folder and 12 GB of memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """One recipe, what the peer calls it, and how far ahead of the peer issue B wants the inside time."""
+    """One recipe, the peer's name for it, and how many times faster than the peer it must be inside."""
 
     title: str
     recipe: str
@@ -55,7 +55,7 @@ SCHEMES = (
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One process."""
+    """Seconds and peak memory of one process."""
 
     whole: float
     inside: float = 0.0
@@ -63,7 +63,7 @@ class Timing:
 
 
 Round = Mapping[str, Timing]
-"""Contender -> its process in this round: ours, copy and floor (one thread, all cores), peer, cold, warm."""
+"""Contender -> its timing: ours, copy (the floor on one thread), floor (on all cores), peer, cold, warm."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=None, help=f"page to put the tables on, as {PAGE.name}")
     parser.add_argument("--no-peer", action="store_true", help="leave out llm-compressor")
     parser.add_argument("--scheme", action="append", choices=[s.recipe for s in SCHEMES], help="only this recipe")
-    parser.add_argument("--quick", action="store_true", help="a model of 20 MB: the command, not the figures")
+    parser.add_argument("--quick", action="store_true", help="a model of 20 MB, to try the command")
     options = parser.parse_args(arguments)
     other = None if options.no_peer else peer.interpreter()
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="fp8pipe-bench-") as scratch:
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 class Arena:
-    """The models on disk, and the processes that are run on them."""
+    """The models on disk, and the processes that quantize them."""
 
     def __init__(self, folder: Path, peer_python: Path | None, *, quick: bool) -> None:
         self._folder = folder
@@ -103,14 +103,14 @@ class Arena:
         self.source_bytes = sum(path.stat().st_size for path in self._source.glob("*.safetensors"))
 
     def rounds(self, scheme: Scheme, count: int) -> list[Round]:
-        """`count` rounds after a warm-up that fills the page cache and finds the bytes that the floor writes."""
+        """`count` rounds, after a warm-up that fills the page cache and measures the bytes that the floor writes."""
         with self._output() as output:
             self._ours(scheme, self._source, output)
             sizes = ",".join(str(path.stat().st_size) for path in sorted(output.glob("*.safetensors")))
         found = []
         for number in range(1, count + 1):
             found.append(self._round(scheme, sizes))
-            _tell(f"{scheme.title}: round {number} of {count}")
+            _report_progress(f"{scheme.title}: round {number} of {count}")
         return found
 
     def _round(self, scheme: Scheme, sizes: str) -> Round:
@@ -130,7 +130,7 @@ class Arena:
         return timings
 
     def peaks(self, rounds: Mapping[Scheme, Sequence[Round]]) -> dict[Scheme, list[float]]:
-        """Peak MB of the writing process: the model, twice its layers, a model of giant tensors."""
+        """Peak MB of the writing process for the model, for twice its layers, and for a model of giant tensors."""
         peaks = {scheme: [max(one["ours"].peak_mb for one in found)] for scheme, found in rounds.items()}
         for make in (lambda: self._make_llama(2 * self._layers), self._make_giant):
             source = make()
@@ -138,7 +138,7 @@ class Arena:
                 with self._output() as output:
                     peaks[scheme].append(self._ours(scheme, source, output).peak_mb)
             shutil.rmtree(source)
-            _tell(f"memory: {source.name}")
+            _report_progress(f"memory: {source.name}")
         return peaks
 
     def _ours(self, scheme: Scheme, source: Path, output: Path) -> Timing:
@@ -150,14 +150,14 @@ class Arena:
         return Timing(whole, **json.loads(answer.splitlines()[-1]))
 
     def _command(self, scheme: Scheme, output: Path, cache: Path) -> Timing:
-        """The command as people type it."""
+        """Run the command as a user types it."""
         program = Path(sys.executable).with_name("fp8pipe")
         command = [program, "quantize", self._source, "--recipe", scheme.recipe, "--output", output]
         return Timing(_timed(command, cache)[0])
 
     @contextmanager
     def _output(self) -> Iterator[Path]:
-        """A folder that is gone afterwards, with nothing left to be written for the next process to wait for."""
+        """A folder that is removed afterwards; all writes are then on disk, so that the next process need not wait."""
         output = self._folder / "output"
         try:
             yield output
@@ -179,7 +179,7 @@ class Arena:
 
 
 def _timed(command: Sequence[str | Path], cache: Path) -> tuple[float, str]:
-    """Seconds of a process from start to end, and what it printed."""
+    """Seconds of a process from start to end, and its stdout."""
     began = time.perf_counter()
     own = os.environ | {"FP8PIPE_CACHE": str(cache)}
     answer = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
@@ -189,15 +189,15 @@ def _timed(command: Sequence[str | Path], cache: Path) -> tuple[float, str]:
     return seconds, answer.stdout
 
 
-def _tell(what: str) -> None:
+def _report_progress(what: str) -> None:
     print(what, file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------- telling
+# ---------------------------------------------------------------------------------------------- reporting
 
 
 def report(rounds: Mapping[Scheme, Sequence[Round]], source_bytes: int, count: int) -> str:
-    """The figures as Markdown: seconds, then ratios beside what issue B asks."""
+    """The figures as Markdown: seconds, then ratios beside what is required."""
     intro = (
         f"Source {source_bytes / 1e9:.2f} GB in bf16. {machine()}. {count} rounds; medians, smallest to largest in "
         "brackets; a ratio is taken within its round. Made by `python -m benchmarks.quantize`.\n"
@@ -256,7 +256,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def memory_table(peaks: Mapping[Scheme, Sequence[float]]) -> str:
-    """Peak of the writing process in MB, and its growth."""
+    """Peak MB of the writing process, and its growth, as Markdown."""
     rows = [
         [
             scheme.title,

@@ -1,9 +1,9 @@
-"""Does it hold for any architecture? Tiny checkpoints of real ones, quantized with every recipe, served by real vLLM.
+"""Tests every architecture with every recipe: tiny checkpoints of real ones, quantized and served by real vLLM.
 
 models       the checkpoints, made with transformers from random weights
-reference    the source's logits, by transformers in float32
-cells        one architecture x one recipe: quantize, validate, ask vLLM's loader, compare logits
+reference    the source's logits, computed by transformers in float32
+cells        one architecture and one recipe: quantize, validate, ask vLLM's loader, compare logits
 serve        the child process with vLLM
-answers      what those two say, as a file
+answers      the file in which both return logits and chosen experts
 table        docs/architectures.md
 """

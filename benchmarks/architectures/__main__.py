@@ -1,9 +1,9 @@
-"""docs/architectures.md: every architecture under every shipped recipe, quantized, validated, served by vLLM, compared.
+"""Writes docs/architectures.md: every architecture under every shipped recipe, quantized, validated, served, compared.
 
     python -m benchmarks.architectures [--model NAME]... [--recipe NAME]... [--again] [--work DIR] [--output FILE]
 
-What is there from an earlier run is kept; a cell is made again when its plan, the libraries or the CPU platform's
-kernels have changed, or with --again. The page holds every row that is complete. Exit status 1 when a cell failed.
+Results of earlier runs are kept: a cell is made again only if its plan, a library or a kernel of the CPU platform has
+changed, or with --again. The page has every row that is complete. Exit status 1 if a cell failed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=list(models.MODELS), help="only this one (repeatable)")
     parser.add_argument("--recipe", action="append", help="only this one (repeatable)")
-    parser.add_argument("--again", action="store_true", help="also cells that are there")
+    parser.add_argument("--again", action="store_true", help="make cells again even if nothing has changed")
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "architectures")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "architectures.md")
     options = parser.parse_args()
@@ -42,24 +42,24 @@ def main() -> None:
         and name in (options.recipe or name)
         and (options.again or not known)
     ]
-    made = {(cell.model, cell.recipe): cell for cell in make_cells(wanted, options.work, _tell)}
+    made = {(cell.model, cell.recipe): cell for cell in make_cells(wanted, options.work, _report)}
     found = {place: made.get(place, known) for place, (_, known) in cells.items()}
     _finish([cell for cell in found.values() if cell is not None], recipes, options.output)
 
 
 def _finish(cells: list[Cell], recipes: list[Recipe], output: Path) -> None:
-    """Write the architectures whose row is complete; name the others."""
+    """Write the complete rows and name the other architectures."""
     made = Counter(cell.model for cell in cells)
     whole = [cell for cell in cells if made[cell.model] == len(recipes)]
     output.parent.mkdir(exist_ok=True)
     output.write_text(table(whole, [recipe.name for recipe in recipes]))
     print(f"{output}: {len(whole)} cells")
     if missing := [model for model in models.MODELS if made[model] < len(recipes)]:
-        print(f"not in it, for they have cells that were not made: {', '.join(missing)}")
+        print(f"left out, because some of their cells were not made: {', '.join(missing)}")
     sys.exit(any(cell.verdict == "failed" for cell in cells))
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Logits and chosen experts between processes: one .npz file."""
+"""The file, .npz, that passes logits and chosen experts from one process to another."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 
 def save_answers(path: Path, logits: np.ndarray, routing: np.ndarray | None) -> None:
-    """logits [positions, vocabulary] float32; routing [positions, layers, top_k], None without sparse experts."""
+    """Save logits [positions, vocabulary] float32 and routing [positions, layers, top_k], None without experts."""
     arrays: dict[str, Any] = {"logits": logits} | ({} if routing is None else {"routing": routing})
     np.savez(path, **arrays)
 
 
 def load_answers(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """What `save_answers` wrote."""
+    """Logits and routing as `save_answers` wrote them."""
     with np.load(path) as stored:
         return stored["logits"], stored.get("routing")

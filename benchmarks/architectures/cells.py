@@ -1,7 +1,7 @@
-"""One architecture x one recipe: the checkpoint, made, validated, shown to vLLM's loader, served, and compared.
+"""One architecture under one recipe: quantized, validated, loaded and served by vLLM, and compared with its source.
 
-In: a name of `models.MODELS` and a recipe. Out: a `Cell`, kept as JSON under the work folder, so that a run goes on
-where it was and one cell can be made again alone.
+In: a name of `models.MODELS` and a recipe. Out: a `Cell`, kept as JSON in the work folder, so that an interrupted run
+resumes and a single cell can be made again.
 """
 
 from __future__ import annotations
@@ -33,46 +33,46 @@ from fp8pipe.records import Record
 from fp8pipe.release.workspace import Workspace
 
 LIMIT = 0.15
-"""Largest relative L2 error of the centred logits that passes; a copy with doubled scales must exceed it."""
+"""Largest relative L2 error of the centred logits that passes. A copy with doubled scales must exceed it."""
 
 CHECK_VERSION = 1
-"""Raised whenever the check itself changes: cells of another version are made again."""
+"""Raised whenever the check itself changes, so that all cells are made again."""
 
 MIN_AGREEING = 0.5
-"""Share of tokens that must be sent to the source's experts: below, there is nothing left to compare."""
+"""Share of tokens that must go to the same experts as in the source; below it, too few are left to compare."""
 
 ROOT = Path(__file__).parents[2]
 
 
 class Cell(Record):
-    """What became of one architecture under one recipe."""
+    """The result for one architecture under one recipe."""
 
     model: str
     recipe: str
     key: str
-    """Digest of what the result depends on; a cell with another one is made again."""
+    """Digest of all that the result depends on; a cell with another key is made again."""
     verdict: Literal["passed", "failed", "unserved"]
-    """unserved: sound, but vLLM cannot serve it, or its source, on this machine."""
+    """unserved: the checkpoint is sound, but vLLM cannot serve it, or its source, on this machine."""
     message: str = ""
-    """Why it failed; vLLM's own words where it is unserved."""
+    """Why it failed; vLLM's own message if it is unserved."""
     source_error: float | None = None
-    """Of the unquantized source in vLLM: what vLLM's bfloat16 and other kernels make of it."""
+    """Error of the unquantized source in vLLM, from bfloat16 and vLLM's own kernels."""
     error: float | None = None
     doubled_error: float | None = None
-    """Of the copy in which the scales of one projection of the last layer are doubled."""
+    """Error of the copy in which the scales of one projection of the last layer are doubled."""
     tokens: int = 0
-    """Positions whose logits were compared with the source's."""
+    """Positions whose logits were compared."""
     of_tokens: int = 0
-    """Positions asked for; the others were sent to other experts than in the source."""
+    """All positions; those not compared went to other experts than in the source."""
     tensors: int = 0
-    """On disk, each in a fitting place in vLLM's model."""
+    """Tensors on disk, each of which has a fitting place in vLLM's model."""
     parameters: int = 0
-    """In vLLM's model, each filled."""
+    """Parameters of vLLM's model, each of which is filled."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A cell on its way: a quantized checkpoint with its sabotaged copy."""
+    """A quantized checkpoint and its sabotaged copy, not compared yet."""
 
     cell: Cell
     source_folder: Path
@@ -82,7 +82,7 @@ class Candidate:
     source: Reference
 
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 def cell_path(work: Path, model: str, recipe_name: str) -> Path:
@@ -91,7 +91,7 @@ def cell_path(work: Path, model: str, recipe_name: str) -> Path:
 
 
 def known_cell(work: Path, model: str, recipe: Recipe) -> Cell | None:
-    """The cell of an earlier run, when the checkpoint planned today, the libraries and the kernels are the same."""
+    """The cell of an earlier run if the plan, the libraries and the kernels are still the same, else None."""
     cell = Cell.load_if_present(cell_path(work, model, recipe.name))
     if cell is None or not (_model_root(work, model) / "telling").exists():
         return None
@@ -107,7 +107,7 @@ def _key(model: str, recipe: Recipe, plan: Plan | str) -> str:
 
 
 def shipped_recipes(work: Path) -> list[Recipe]:
-    """Every recipe in configs/recipes, calibrated on rows made here; of those that then write the same, the first."""
+    """Every recipe in configs/recipes, calibrated on rows made here; of recipes that are then alike, the first."""
     rows = models.write_calibration(work / "calibration.txt")
     data = CalibrationSpec(dataset=str(rows), split="train", num_samples=models.CALIBRATION_ROWS, max_seq_len=32)
     recipes: dict[str, Recipe] = {}
@@ -118,19 +118,19 @@ def shipped_recipes(work: Path) -> list[Recipe]:
     return list(recipes.values())
 
 
-def make_cells(wanted: Sequence[tuple[str, Recipe]], work: Path, tell: Tell) -> Iterator[Cell]:
-    """Every wanted cell, in three passes: all checkpoints, then vLLM's loader on all, then vLLM serving all."""
+def make_cells(wanted: Sequence[tuple[str, Recipe]], work: Path, report: Report) -> Iterator[Cell]:
+    """Make every wanted cell, in three passes: quantize all, run vLLM's loader on all, have vLLM serve all."""
     candidates: list[Candidate] = []
     for model, recipe in wanted:
         made = _make(model, recipe, work)
-        tell(f"{model}, {recipe.name}: {made.message if isinstance(made, Cell) else 'quantized, sound'}")
+        report(f"{model}, {recipe.name}: {made.message if isinstance(made, Cell) else 'quantized, sound'}")
         if isinstance(made, Cell):
             yield _kept(made, work)
         else:
             candidates.append(made)
     fitting, rejected = _with_parity(candidates)
     for cell in chain(rejected, _served(fitting, work)):
-        tell(f"{cell.model}, {cell.recipe}: {cell.verdict} {cell.message}")
+        report(f"{cell.model}, {cell.recipe}: {cell.verdict} {cell.message}")
         yield _kept(cell, work)
 
 
@@ -145,8 +145,8 @@ def _kept(cell: Cell, work: Path) -> Cell:
 
 
 def _make(model: str, recipe: Recipe, work: Path) -> Candidate | Cell:
-    """Quantize and validate; a finished Cell when that already decides it."""
-    source, told = source_model(model, work)
+    """Quantize and validate; a finished Cell if that already decides the result."""
+    source, answers = source_model(model, work)
     plan = _plan_or_refusal(source, recipe)
     cell = Cell(model=model, recipe=recipe.name, key=_key(model, recipe, plan), verdict="failed")
     if isinstance(plan, str):
@@ -162,19 +162,19 @@ def _make(model: str, recipe: Recipe, work: Path) -> Candidate | Cell:
     if report.errors:
         return cell.model_copy(update={"message": f"not sound: {report.errors[0].sentence()}"})
     scales = [output.module for output in plan.outputs if output.role == "weight_scale"]
-    telling = next(pattern for pattern in told.telling if any(re.fullmatch(pattern, module) for module in scales))
+    telling = next(pattern for pattern in answers.telling if any(re.fullmatch(pattern, module) for module in scales))
     return Candidate(
         cell=cell,
         source_folder=source,
         folder=folder,
         doubled=_with_doubled_scales(folder, plan, telling),
         kv_cache_dtype="fp8" if any(output.role == "k_scale" for output in plan.outputs) else "auto",
-        source=told,
+        source=answers,
     )
 
 
 def source_model(model: str, work: Path) -> tuple[Path, Reference]:
-    """The checkpoint and what transformers says of it, made once."""
+    """The source checkpoint and its reference, made once."""
     root = _model_root(work, model)
     folder, answers, telling = root / "source", root / "reference.npz", root / "telling"
     if not telling.exists():
@@ -222,7 +222,7 @@ def _with_doubled_scales(folder: Path, plan: Plan, pattern: str) -> Path:
 
 
 def _with_parity(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Cell]]:
-    """Those whose every tensor has its place in vLLM's model, counted; and finished cells of the others."""
+    """Candidates whose every tensor has a place in vLLM's model, and finished cells for the others."""
     from fp8pipe.oracle.vllm import ask_vllm
 
     answers = ask_vllm([candidate.folder for candidate in candidates])
@@ -253,7 +253,7 @@ def _served(candidates: Iterable[Candidate], work: Path) -> Iterator[Cell]:
 
 
 def _control(candidate: Candidate, vllm: VllmChild) -> float | str:
-    """Error of the unquantized source, or why vLLM cannot serve that."""
+    """Error of the unquantized source in vLLM, or why vLLM cannot serve it."""
     plain = vllm.answers(candidate.source_folder, "auto")
     if isinstance(plain, str):
         return f"the unquantized source: {plain}"
@@ -282,22 +282,22 @@ def _compared(candidate: Candidate, control: float | str, vllm: VllmChild) -> Ce
 def _verdict(error: float, doubled_error: float, agreeing: float) -> dict[str, str]:
     if agreeing < MIN_AGREEING:
         return {"message": f"only {agreeing:.0%} of the tokens go to the source's experts"}
-    if not error <= LIMIT:  # a NaN is no pass
+    if not error <= LIMIT:  # not `>`: NaN must fail
         return {"message": f"logits differ by {error:.2f}"}
     if not doubled_error > LIMIT:
-        return {"message": f"the check is blind: with doubled scales logits differ by {doubled_error:.2f} only"}
+        return {"message": f"the check is blind: with doubled scales logits differ by only {doubled_error:.2f}"}
     return {"verdict": "passed"}
 
 
 def _rows_alike(ours: np.ndarray | None, theirs: np.ndarray | None) -> np.ndarray:
-    """Positions to compare: all of them, but with sparse experts those that each layer sends to the same experts."""
+    """Positions to compare: all of them, or with sparse experts those that every layer sends to the same experts."""
     if ours is None or theirs is None:
         return np.ones(len(PROMPTS) * (len(PROMPTS[0]) - 1), dtype=bool)
     return (ours == theirs).all(axis=(1, 2))
 
 
 class VllmChild:
-    """One vLLM process for many checkpoints; a new one when it dies."""
+    """A vLLM process that serves many checkpoints, started again if it dies."""
 
     def __init__(self, work: Path) -> None:
         self._work = work
@@ -312,7 +312,7 @@ class VllmChild:
             self._process.wait()
 
     def answers(self, folder: Path, kv_cache_dtype: str) -> tuple[np.ndarray, np.ndarray | None] | str:
-        """(logits, chosen experts), or vLLM's words."""
+        """(logits, chosen experts), or vLLM's error message."""
         output = self._work / "answers.npz"
         request: dict[str, Any] = {"folder": str(folder), "kv_cache_dtype": kv_cache_dtype, "output": str(output)}
         message = self._ask(request | {"prompts": PROMPTS, "vocabulary": models.VOCABULARY})

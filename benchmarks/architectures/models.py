@@ -1,8 +1,8 @@
-"""Tiny random checkpoints of real architectures, large enough that every scheme applies and every layer matters.
+"""Makes tiny random checkpoints of real architectures, large enough that every scheme applies and every layer matters.
 
-Hidden size 256, heads of 32 (vLLM's FP8 KV cache on CPU wants a multiple), every height a multiple of 128 so that
-blocks fit. Weights are scaled to keep activations near one, norms and biases are not left at their defaults, routers
-are decisive.
+Hidden size 256, heads of 32 (vLLM's FP8 KV cache on CPU needs a multiple of it), every height a multiple of 128 so that
+blocks fit. Weights are scaled to keep activations near one, norms and biases differ from their defaults, and routers
+prefer some experts clearly.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "OPT": ("OPTConfig", {"ffn_dim": 384, "word_embed_proj_dim": 256, "num_key_value_heads": 8}),
     "DeepSeek-V2": ("DeepseekV2Config", LATENT),
     "Granite": ("GraniteConfig", {"residual_multiplier": 0.5, "logits_scaling": 2.0}),
+    "Granite MoE": ("GraniteMoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "OLMo 2": ("Olmo2Config", {}),
     "Qwen2-MoE": ("Qwen2MoeConfig", {"shared_expert_intermediate_size": 256, **EXPERTS}),
     "GLM-4": ("Glm4Config", {"head_dim": 32}),
@@ -78,23 +79,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Cohere": ("CohereConfig", {}),
     "GPT-NeoX": ("GPTNeoXConfig", {"tie_word_embeddings": False, "num_key_value_heads": 8}),
 }
-"""Name in the table -> transformers' config class, and what is set beside SIZES. Those after DeepSeek-V2 are there to
-show that nothing was made for the others alone."""
+"""Name in the table -> transformers' config class, and settings besides SIZES. The ones after DeepSeek-V2 show that
+nothing was made for the others only."""
 
 MODELS_VERSION = 1
-"""Raised whenever `make` fills the same configuration with other weights."""
+"""Raised whenever `make` gives the same configuration other weights."""
 
 CALIBRATION_ROWS = 64
 SEED = 0
 
 
 def model_key(name: str) -> str:
-    """Digest of what decides the checkpoint."""
+    """Digest of all that decides the checkpoint."""
     return digest_of([MODELS[name], SIZES, SEED, MODELS_VERSION])
 
 
 def make(name: str, folder: Path) -> Path:
-    """Write the checkpoint `name` with a tokenizer into `folder`."""
+    """Write the checkpoint `name`, with a tokenizer, into `folder`."""
     import torch
     import transformers
 
@@ -109,7 +110,7 @@ def make(name: str, folder: Path) -> Path:
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             _fill(parameter_name, parameter, size if id(parameter) in embeddings else None, generator)
-        _let_the_last_gate_tell(dict(model.named_parameters()), config.num_hidden_layers - 1)
+        _make_the_last_gate_matter(dict(model.named_parameters()), config.num_hidden_layers - 1)
     model = model.to(torch.bfloat16)
     model.config.dtype = "bfloat16"
     model.save_pretrained(folder, max_shard_size="1MB")
@@ -130,9 +131,10 @@ def _fill(name: str, parameter: Tensor, embedding_size: float | None, generator:
         parameter.copy_(decisive * noise / math.sqrt(parameter.shape[-1]))
 
 
-def _let_the_last_gate_tell(parameters: dict[str, Tensor], last: int) -> None:
-    """Where a norm follows the MLP, a doubled scale cancels in all its projections but the gate, whose curve it bends.
-    Give the last MLP most of the say there, and gates the range in which that curve is least like a line."""
+def _make_the_last_gate_matter(parameters: dict[str, Tensor], last: int) -> None:
+    """If a norm follows the MLP, doubling a scale cancels out in every projection but the gate, which is not linear.
+
+    So the last MLP then gets most of the weight, and gates the range in which they are least linear."""
     norms = [name for name in parameters if f"layers.{last}.post_feedforward" in name]
     for name in norms:
         parameters[name] += 5.0
@@ -142,7 +144,7 @@ def _let_the_last_gate_tell(parameters: dict[str, Tensor], last: int) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """One token per byte: what transformers rebuilds for some architectures from the vocabulary alone is the same."""
+    """One token per byte: transformers rebuilds the tokenizer of some architectures from the vocabulary alone."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -154,7 +156,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 
 def sequences(count: int, length: int, seed: int) -> list[list[int]]:
-    """Random token ids without special ones."""
+    """Random token ids, none of them special."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -162,7 +164,7 @@ def sequences(count: int, length: int, seed: int) -> list[list[int]]:
 
 
 def write_calibration(path: Path) -> Path:
-    """Rows of random letters."""
+    """Write rows of random letters, as calibration data."""
     rows = sequences(CALIBRATION_ROWS, 32, seed=1)
     path.write_text("".join("".join(chr(ord("!") + token % 94) for token in row) + "\n" for row in rows))
     return path

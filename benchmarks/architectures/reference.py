@@ -1,7 +1,7 @@
-"""What the source model says: transformers in float32 on the checkpoint as it lies on disk.
+"""The source model's answers, computed by transformers in float32 from the checkpoint on disk.
 
-In: a checkpoint folder. Out: a `Reference` with the logits of fixed prompts, which experts each token was sent to, and
-the projection whose scale matters most, the one that the sabotaged copy doubles.
+In: a checkpoint folder. Out: a `Reference` with the logits of fixed prompts, the experts each token was sent to, and
+the projections in order of how much their scale matters; the sabotaged copy doubles the first that is quantized.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PROMPTS = models.sequences(4, 24, seed=2)
 SCORED = len(PROMPTS[0]) - 1
-"""Positions scored of each prompt: vLLM returns the logits of those that predict a prompt token."""
+"""Positions scored in each prompt: vLLM returns logits only for those that predict a prompt token."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,25 @@ class Reference:
     routing: np.ndarray | None
     """[prompts x positions, layers, top_k], sorted expert numbers; None without sparse experts."""
     telling: tuple[str, ...]
-    """Patterns of modules, one for each kind of projection of the last layer, those first whose doubled weights change
+    """Patterns of modules, one for each kind of projection of the last layer. Doubling the weights of the first changes
     the logits most."""
 
 
 def reference(folder: Path) -> Reference:
-    """Run the source; the most telling projection is found by doubling each one of the last layer in turn."""
+    """Run the source, and double each projection of the last layer in turn to see which one matters most."""
     logits, routing = answers(folder)
     effects = {leaf: relative_error(answers(folder, leaf)[0], logits) for leaf in _projections(folder)}
     return Reference(logits, routing, tuple(sorted(effects, key=lambda leaf: -effects[leaf])))
 
 
 def relative_error(logits: np.ndarray, source: np.ndarray) -> float:
-    """L2 norm of the difference of centred logits, over that of the source's: what softmax does not see is left out."""
+    """Relative L2 error of the logits, both centred first because softmax ignores their mean."""
     ours, theirs = (x - x.mean(axis=-1, keepdims=True) for x in (logits, source))
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 def answers(folder: Path, doubled: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """(logits, routing) of the model in `folder`, with the weights that match `doubled` multiplied by two."""
+    """(logits, routing) of the model in `folder`; weights that match `doubled` are multiplied by two."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -72,7 +72,7 @@ def answers(folder: Path, doubled: str | None = None) -> tuple[np.ndarray, np.nd
 
 
 def _routes(module: nn.Module) -> bool:
-    """Transformers' experts: one module that holds all matrices and is told each token's choice."""
+    """Whether this is a module of experts, which transformers calls with the experts chosen for each token."""
     import inspect
 
     return "top_k_index" in inspect.signature(module.forward).parameters
@@ -89,7 +89,7 @@ def _capture(chosen: list[Any]) -> Any:
 
 
 def _projections(folder: Path) -> list[str]:
-    """One pattern for each kind of Linear in the last layer that the data-free recipe quantizes."""
+    """A pattern for each kind of Linear in the last layer that fp8-dynamic quantizes."""
     from fp8pipe.config import load_recipe
     from fp8pipe.stages import pin
     from fp8pipe.stages import plan as plan_snapshot

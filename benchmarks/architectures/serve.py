@@ -1,9 +1,9 @@
-"""The child process that loads checkpoints into real vLLM, one after the other, and writes down their logits.
+"""The child process that loads checkpoints into real vLLM, one after the other, and saves their logits.
 
     python -m benchmarks.architectures.serve < REQUESTS
 
 REQUESTS: one JSON object a line, {"folder", "kv_cache_dtype", "prompts", "vocabulary", "output": an .npz}. On stdout
-one line each: {"message": ""}, or vLLM's words when it cannot. Everything else goes to stderr.
+one line each: {"message": ""}, or vLLM's error message. Everything else goes to stderr.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ ENGINE: dict[str, Any] = {
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print where they like
+    os.dup2(2, 1)  # libraries print to stdout
     prepare_process()
     import vllm  # noqa: F401  # before the heap is frozen
 
     gc.collect()
-    gc.freeze()  # collecting vLLM's 17 s of imports again after every model costs more than serving it
+    gc.freeze()  # going through all objects of vLLM's imports after every model costs more than serving it
     for line in sys.stdin:
         request = json.loads(line)
         answers.write(json.dumps({"message": _serve(request)}) + "\n")
@@ -95,7 +95,7 @@ def _answers(llm: LLM, prompts: list[list[int]], vocabulary: int) -> tuple[Any, 
     wanted = SamplingParams(max_tokens=1, prompt_logprobs=-1, detokenize=False, temperature=0.0)
     rows: list[list[float]] = []
     experts: list[Any] = []
-    for prompt in prompts:  # one forward pass each: what the routers chose is then in the order of the tokens
+    for prompt in prompts:  # one forward pass each, so that the routers' choices are in the order of the tokens
         chosen: list[Any] = []
         llm.apply_model(lambda model, chosen=chosen: _listen(model, chosen))
         (output,) = llm.generate([TokensPrompt(prompt_token_ids=prompt)], wanted, use_tqdm=False)
@@ -107,7 +107,7 @@ def _answers(llm: LLM, prompts: list[list[int]], vocabulary: int) -> tuple[Any, 
 
 
 def _listen(model: nn.Module, chosen: list[Any]) -> None:
-    """Have every router of `model` note the experts it chooses, layer by layer."""
+    """Have every router of `model` append the experts it chooses, layer by layer."""
     for module in model.modules():
         router = getattr(module, "router", None)
         if hasattr(router, "set_capture_fn"):

@@ -1,4 +1,4 @@
-"""Cells -> docs/architectures.md. Every cell says something: passed with its error, vLLM's words, or what failed."""
+"""Writes cells as docs/architectures.md. No cell is blank: passed with its error, vLLM's message, or what failed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ HEAD = """# Architectures
 
 <!-- Written by `python -m benchmarks.architectures`; edits are lost. -->
 
-Tiny random checkpoints of real architectures, made with transformers, quantized with every shipped recipe, validated
-against their source, and loaded into vLLM on a CPU with fp8pipe's plugin. **passed (e)**: the relative L2 error e of
-vLLM's centred prompt logits against the source's, computed by transformers in float32, is at most {limit}, and the same
-check fails for a copy of the checkpoint in which the scales of one projection of the last layer are doubled. With
-sparse experts only tokens that are sent to the source's experts are compared, and their share is given. Static recipes
-were calibrated on random rows. A number in brackets refers to vLLM's own words below: the checkpoint is sound and
-agrees with vLLM's model, but vLLM cannot serve it on this platform. **unquantized** is the error of the source itself,
-in bfloat16 by vLLM's kernels.
+Which architectures fp8pipe quantizes correctly, under every shipped recipe. Each row is a tiny random checkpoint of a
+real architecture, made with transformers, quantized, validated against its source, and served by vLLM on a CPU with
+fp8pipe's plugin. Static recipes were calibrated on random rows.
+
+- **passed (e)**: the relative L2 error e of vLLM's centred prompt logits is at most {limit}, measured against the
+  source in transformers in float32, and a copy in which the scales of one projection of the last layer are doubled
+  fails the same check. With sparse experts only tokens that go to the same experts as in the source are compared; their
+  share is given.
+- **unquantized**: the error of the source itself, in bfloat16 with vLLM's kernels.
+- A number in brackets refers to vLLM's own message below the table: the checkpoint is sound and fits vLLM's model, but
+  vLLM cannot serve it on this platform.
 
 {versions}.
 """
@@ -27,20 +30,20 @@ in bfloat16 by vLLM's kernels.
 PARITY = """
 ## Names, dtypes and shapes in vLLM's own model
 
-vLLM's model of every cell was built on the meta device from its config.json, and vLLM's own loader was followed while
-it took the checkpoint's tensors. Given are tensors on disk / parameters of vLLM: each tensor is read whole into a
-parameter of fitting dtype and shape, and each parameter is filled.
+For every cell, vLLM's model was built on the meta device from config.json, and vLLM's own loader was watched while it
+read the checkpoint. A cell gives tensors on disk / parameters of vLLM: each tensor is read completely into a parameter
+of fitting dtype and shape, and each parameter is filled.
 """
 
 DOUBLED = """
 ## With doubled scales
 
-Error of the sabotaged copies; all must be above {limit}.
+Errors of the copies with doubled scales; all must be above {limit}.
 """
 
 
 def table(cells: Sequence[Cell], recipes: Sequence[str]) -> str:
-    """The page. Models come in the order of `cells`, recipes in that given; a cell that is not there says so."""
+    """The page. Models are in the order of `cells`, recipes in the given order; a missing cell says so."""
     messages = sorted({cell.message for cell in cells if cell.verdict == "unserved"})
     notes = {message: f"[{number}]" for number, message in enumerate(messages, 1)}
     grid = {(cell.model, cell.recipe): cell for cell in cells}

@@ -25,10 +25,10 @@ from transformers.modeling_utils import LoadStateDictConfig
 from fp8pipe.calibrate.batches import is_out_of_memory
 from fp8pipe.calibrate.weights import OnDisk
 from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
+from fp8pipe.model import fp8_source
 from fp8pipe.model.headers import Headers
 from fp8pipe.model.shards import SourceFiles
 from fp8pipe.oracle import transformers_probe as probe
-from fp8pipe.quantize import numerics
 
 _OUTSIDE = ""
 """Group of what the decoder needs besides its layers: embeddings, norms, rotary tables."""
@@ -53,7 +53,7 @@ class Skeleton:
         their blocks, where they have any."""
         self.folder = folder
         self.device = torch.device(device)
-        self._scales, self._block = scales or {}, block or (1, 1)
+        self._scales, self._block = scales or {}, block
         self.model = _on_meta(folder, trust_remote_code, quantized=bool(scales))
         self.dtype = cast(torch.dtype, self.model.dtype)
         self.decoder: PreTrainedModel = self.model.get_decoder()
@@ -138,11 +138,10 @@ class Skeleton:
         return {key: files[self._tensors[key].shard].get_tensor(key) for key in keys}
 
     def _dequantized(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """codes [out, in] times one scale, one per row, or one per block, in the model's dtype."""
-        scale = scale.float() if scale.dim() == 2 else scale.float().reshape(-1, 1)
-        per_block = scale.shape[1] > 1 or codes.shape[1] <= self._block[1]
-        weight = numerics.dequantize(codes, scale, block=self._block if per_block else None)
-        return weight.to(self.dtype)
+        """A weight [out, in] of an FP8 source in the model's dtype."""
+        grid = fp8_source.grid_of(tuple(codes.shape), tuple(scale.shape), self._block)
+        assert grid is not None, "the plan has checked the shapes"
+        return fp8_source.dequantize(codes, scale.float().view(grid.shape), grid.unit).to(self.dtype)
 
     def _convert(self, tensors: dict[str, Any]) -> None:
         config = LoadStateDictConfig(

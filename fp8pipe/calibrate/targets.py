@@ -45,20 +45,20 @@ def targets_of(plan: Plan, architecture: Architecture) -> Targets:
         linears=linears,
         experts=experts,
         attention={layer.name: layer.module for layer in architecture.attention if layer.name in wanted},
-        latent={layer.name: layer.module for layer in architecture.attention if layer.mla},
+        latent={layer.name: layer.module for layer in architecture.attention if not layer.has_kv_scales},
         groups={output.module: output.group for output in weights if output.group},
     )
 
 
 def units_of(plan: Plan, architecture: Architecture) -> dict[str, list[OutputTensor]]:
     """Weights that must have one precision: what vLLM fuses, all experts of a layer, or one alone."""
-    from fp8pipe.quantize.plan.choose import experts_holder
+    from fp8pipe.model.names import EXPERT_KINDS, experts_holder
 
     units: dict[str, list[OutputTensor]] = {}
     for output in plan.outputs:
         if output.role == "weight":
             role = architecture.tensors[output.source]
-            is_expert = role.kind in {"expert", "fused_experts"}
+            is_expert = role.kind in EXPERT_KINDS
             unit = experts_holder(output.source, role) if is_expert else output.group or output.module
             units.setdefault(unit, []).append(output)
     return units

@@ -1,12 +1,14 @@
-"""One FP8 checkpoint under other names: compressed-tensors to fp8 and back, and legacy names to current ones.
+"""Rewrites an FP8 checkpoint in the other spelling (compressed-tensors or fp8), and legacy names as current ones.
 
-In: a Snapshot of a checkpoint, ours or anybody's. Out: a new folder with the same FP8 bytes and a Conversion record;
-never the source changed in place.
+In: a Snapshot of any FP8 checkpoint, made by fp8pipe or not. Out: a new folder with the same FP8 bytes and a Conversion
+record. The source is never changed.
 
-    plan       every tensor of the result, every refusal, from headers alone
-    legacy     names that early tools wrote, to current ones
-    respell    one spelling to the other
-    write      the folder, tile by tile, resumable
+    plan       every tensor of the result and every refusal, from headers alone
+    draft      the tensors of the result before they have a place
+    legacy     names that early tools wrote -> current ones
+    respell    one spelling -> the other
+    write      the folder, tile by tile; an interrupted run is resumed
+    record     what was changed
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from fp8pipe.progress import Progress, quiet
 __all__ = ["Change", "Conversion", "ConversionPlan", "Method", "convert", "plan_conversion"]
 
 
-def convert(plan: ConversionPlan, folder: Path, *, progress: Progress = quiet) -> Conversion:
-    """Write what `plan` says into `folder`, or go on with it, or return its record when it is there.
+def convert(conversion: ConversionPlan, folder: Path, *, progress: Progress = quiet) -> Conversion:
+    """Write the planned conversion into `folder`, resume an interrupted run, or return the record of a finished one.
 
-    A plan without changes writes nothing. `folder` must be new, empty, or this conversion's own unfinished work, and
-    apart from the source's. Raises InputError for any other folder, SourceChanged, DiskTooSmall. The result is no
-    release: evidence of the source is not carried over, and a checkpoint of ours has a fingerprint of its own."""
-    if not plan.conversion.changes:
-        return plan.conversion
+    A conversion without changes writes nothing. `folder` must be new, empty, or this conversion's own unfinished work,
+    and neither inside the source nor around it; raises InputError for any other, SourceChanged, DiskTooSmall. The
+    result is not released: it has no evidence, and if fp8pipe made the source, a fingerprint of its own."""
+    if not conversion.record.changes:
+        return conversion.record
     from fp8pipe.convert.write import write
 
-    return write(plan, folder, progress)
+    return write(conversion, folder, progress)

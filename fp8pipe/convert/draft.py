@@ -1,4 +1,4 @@
-"""A conversion in the making: every tensor with the name, dtype and shape it will have, and where its bytes are now."""
+"""The tensors of a conversion: the name, dtype and shape that each will have, and where its bytes are now."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 from fp8pipe.convert.record import Change, Method
 from fp8pipe.model.headers import TensorInfo
-from fp8pipe.quantize.plan.record import FP8
+from fp8pipe.model.names import FP8, experts_holder_from_name
 
-_EXPERT = re.compile(r"^(.*\.experts)(?:\.\d+\..*|\.[^.]+)$")
-_LOOKED_UP = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)$")
+_EMBEDDING = re.compile(r"(^|\.)(\w*embed\w*|wte|wpe|shared)$")
+"""Modules whose matrix is looked up, not multiplied."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class DraftTensor:
     """One tensor of the result."""
 
     name: str
@@ -45,47 +45,46 @@ class Draft:
     """All tensors of the result and its quantization_config."""
 
     method: Method
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[DraftTensor, ...]
     quantization: dict[str, Any]
-    mended: tuple[str, ...] = ()
-    """Changes of the config, in words."""
+    config_changes: tuple[str, ...] = ()
+    """What changes in quantization_config, one line each."""
     notes: tuple[str, ...] = ()
+    """What readers do differently with the result."""
 
     @cached_property
-    def quantized(self) -> dict[str, Tensor]:
-        """Modules with an FP8 weight."""
+    def quantized(self) -> dict[str, DraftTensor]:
+        """Module -> its FP8 weight."""
         return {t.module: t for t in self.tensors if t.leaf == "weight" and t.dtype == FP8}
 
     @cached_property
     def kept(self) -> tuple[str, ...]:
-        """Modules with a matrix that is not FP8, in the order of the files; without embeddings and experts."""
-        return tuple(t.module for t in self._unquantized() if t.leaf == "weight" and expert_holder(t.name) is None)
+        """Modules whose matrix is not FP8, in the order of the files, without embeddings and experts."""
+        return tuple(
+            t.module for t in self._unquantized() if t.leaf == "weight" and experts_holder_from_name(t.name) is None
+        )
 
     @cached_property
     def kept_experts(self) -> tuple[str, ...]:
         """Modules that hold unquantized experts."""
-        return tuple(dict.fromkeys(holder for t in self._unquantized() if (holder := expert_holder(t.name))))
+        return tuple(dict.fromkeys(holder for t in self._unquantized() if (holder := experts_holder_from_name(t.name))))
 
-    def _unquantized(self) -> Iterator[Tensor]:
+    def _unquantized(self) -> Iterator[DraftTensor]:
         for t in self.tensors:
-            is_matrix = len(t.shape) == 2 or (len(t.shape) == 3 and expert_holder(t.name) is not None)
-            if is_matrix and t.dtype != FP8 and t.module not in self.quantized and not _LOOKED_UP.search(t.module):
+            is_matrix = len(t.shape) == 2 or (len(t.shape) == 3 and experts_holder_from_name(t.name) is not None)
+            if is_matrix and t.dtype != FP8 and t.module not in self.quantized and not _EMBEDDING.search(t.module):
                 yield t
 
 
-def expert_holder(name: str) -> str | None:
-    """`model.layers.0.mlp.experts` of `model.layers.0.mlp.experts.3.up_proj.weight` or `...experts.gate_up_proj`."""
-    match = _EXPERT.match(name.removesuffix(".weight"))
-    return match[1] if match else None
+def unchanged(infos: Iterable[TensorInfo]) -> tuple[DraftTensor, ...]:
+    """A draft tensor for every tensor, with no change."""
+    return tuple(DraftTensor(info.name, info.dtype, info.shape, info) for info in infos)
 
 
-def unchanged(infos: Iterable[TensorInfo]) -> tuple[Tensor, ...]:
-    """Every tensor as it is."""
-    return tuple(Tensor(info.name, info.dtype, info.shape, info) for info in infos)
-
-
-def renamed(tensor: Tensor, leaf: str, *, shape: tuple[int, ...] | None = None, dtype: str | None = None) -> Tensor:
-    """The tensor under another last name."""
+def renamed(
+    tensor: DraftTensor, leaf: str, *, shape: tuple[int, ...] | None = None, dtype: str | None = None
+) -> DraftTensor:
+    """The tensor under another leaf name, and with another shape or dtype if given."""
     shape = tensor.shape if shape is None else shape
     return replace(tensor, name=f"{tensor.module}.{leaf}", shape=shape, dtype=dtype or tensor.dtype)
 
@@ -94,20 +93,20 @@ def renamed(tensor: Tensor, leaf: str, *, shape: tuple[int, ...] | None = None, 
 
 
 def changes(draft: Draft) -> tuple[Change, ...]:
-    """Every kind of change with its count, the config's last."""
-    by_source: dict[str, list[Tensor]] = defaultdict(list)
+    """Every kind of change with the number of tensors, then the changes of the config."""
+    by_source: dict[str, list[DraftTensor]] = defaultdict(list)
     for tensor in draft.tensors:
         by_source[tensor.source.name].append(tensor)
     kinds = Counter(_difference(made[0].source, made) for made in by_source.values())
     kinds.pop("", None)
     return (
         *(Change(what=what, tensors=count) for what, count in sorted(kinds.items())),
-        *(Change(what=what, tensors=0) for what in draft.mended),
+        *(Change(what=what, tensors=0) for what in draft.config_changes),
     )
 
 
-def _difference(source: TensorInfo, made: list[Tensor]) -> str:
-    """`act_scale -> input_scale`; dtypes and shapes only where they change; empty for a plain copy."""
+def _difference(source: TensorInfo, made: list[DraftTensor]) -> str:
+    """`act_scale -> input_scale`, with dtypes and shapes if they change; empty for a plain copy."""
     facts = [(source.name, source.dtype, source.shape), *((t.name, t.dtype, t.shape) for t in made)]
     if len(set(facts)) == 1:
         return ""

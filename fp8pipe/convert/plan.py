@@ -1,5 +1,5 @@
-"""What a conversion will write, decided from headers and config.json alone: every tensor with its place, every refusal
-before the first byte."""
+"""Decides from headers and config.json alone what a conversion writes: every tensor with its place, and every refusal
+before the first byte is written."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import fp8pipe
-from fp8pipe.convert.draft import Draft, Tensor, changes, unchanged
-from fp8pipe.convert.legacy import mend
+from fp8pipe.convert.draft import Draft, DraftTensor, changes, unchanged
+from fp8pipe.convert.legacy import migrate
 from fp8pipe.convert.record import METHODS, Conversion, Method
 from fp8pipe.convert.respell import respell
 from fp8pipe.errors import InputError
@@ -24,20 +24,20 @@ from fp8pipe.validate import validate
 from fp8pipe.validate.scheme import Scheme, method_of, quantization_config, read_scheme
 
 CONVERSION_VERSION = 1
-"""Raised whenever the same input would give other bytes."""
+"""Raised whenever the same input would give different bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """One tensor of the result and the tensor whose bytes it gets."""
+    """One tensor of the result, and the tensor of the source whose bytes it gets."""
 
     info: TensorInfo
     source: TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """Records of a checkpoint that fp8pipe made: the result's, so that it can be validated, measured and gated anew."""
+class OwnRecords:
+    """Records of a checkpoint that fp8pipe made. The result has its own, so that it can be validated and released."""
 
     checkpoint: Checkpoint
     plan: Plan
@@ -45,16 +45,16 @@ class Origin:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Everything that will be written."""
+    """All that a conversion writes."""
 
     snapshot: Snapshot
     outputs: tuple[Placed, ...]
-    """In the order of their shards and bytes."""
+    """In the order of shards and bytes."""
     config: bytes
     """Content of config.json."""
-    conversion: Conversion
-    origin: Origin | None
-    """None for a checkpoint that fp8pipe did not make."""
+    record: Conversion
+    own_records: OwnRecords | None
+    """Records of the result; None if fp8pipe did not make the source."""
 
     def shards(self) -> dict[str, tuple[Placed, ...]]:
         """File name -> its tensors, in the order of their bytes."""
@@ -69,28 +69,28 @@ class ConversionPlan:
 
 
 def plan_conversion(snapshot: Snapshot, headers: Headers, *, to: Method | None) -> ConversionPlan:
-    """Decide everything for `snapshot`; `to` None keeps the spelling and mends legacy names alone.
+    """The conversion of `snapshot` to the spelling `to`; None keeps the spelling and replaces only legacy names.
 
-    Raises InputError for a model that is no FP8 checkpoint, that is not what its config says, or that the other
-    spelling cannot say."""
+    Raises InputError for a model that is not an FP8 checkpoint, whose tensors contradict its config, or that `to`
+    cannot express."""
     content = source.read_file(snapshot, "config.json")
     config = _parsed(snapshot, content)
     quantization = quantization_config(config)
     method = _method(snapshot, quantization)
     assert quantization is not None
-    origin = _origin(snapshot, headers)
-    draft = mend(Draft(method=method, tensors=unchanged(headers.tensors.values()), quantization=quantization))
+    theirs = _own_records(snapshot, headers)
+    draft = migrate(Draft(method=method, tensors=unchanged(headers.tensors.values()), quantization=quantization))
     if to is not None and to != method:
         scheme = _scheme(snapshot, draft.quantization)
-        draft = respell(draft, scheme, to, origin.plan.settings if origin else None)
+        draft = respell(draft, scheme, to, theirs.plan.settings if theirs else None)
     outputs = _placed(headers, draft.tensors)
-    conversion = _conversion(snapshot, method, quantization, draft, origin)
+    record = _record(snapshot, method, quantization, draft, theirs)
     return ConversionPlan(
         snapshot=snapshot,
         outputs=outputs,
         config=content if draft.quantization == quantization else _with(config, draft.quantization),
-        conversion=conversion,
-        origin=origin and _respelled_origin(origin, draft, outputs, conversion.fingerprint),
+        record=record,
+        own_records=theirs and _records_of_result(theirs, draft, outputs, record.fingerprint),
     )
 
 
@@ -107,13 +107,13 @@ def _parsed(snapshot: Snapshot, content: bytes) -> dict[str, Any]:
 def _method(snapshot: Snapshot, quantization: dict[str, Any] | None) -> Method:
     if quantization is None:
         raise InputError(
-            f"{snapshot.model_id}: config.json has no quantization_config; only FP8 checkpoints are converted"
+            f"{snapshot.model_id}: config.json has no quantization_config; only FP8 checkpoints can be converted"
         )
     found = method_of(quantization)
     for method in METHODS:
         if found == method:
             return method
-    raise InputError(f"{snapshot.model_id}: quant_method {found!r}; only {' and '.join(METHODS)} are converted")
+    raise InputError(f"{snapshot.model_id}: quant_method {found!r}; only {' and '.join(METHODS)} can be converted")
 
 
 def _scheme(snapshot: Snapshot, quantization: dict[str, Any]) -> Scheme:
@@ -127,7 +127,7 @@ def _scheme(snapshot: Snapshot, quantization: dict[str, Any]) -> Scheme:
 
 
 def _with(config: dict[str, Any], quantization: dict[str, Any]) -> bytes:
-    """config.json with one quantization_config, and nothing else changed."""
+    """Content of config.json with `quantization` as its only quantization_config and no other change."""
     kept = {key: value for key, value in config.items() if key not in {"quantization_config", "compression_config"}}
     text = kept.get("text_config")
     if isinstance(text, dict) and "quantization_config" in text:
@@ -135,10 +135,10 @@ def _with(config: dict[str, Any], quantization: dict[str, Any]) -> bytes:
     return json.dumps(kept | {"quantization_config": quantization}, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def _conversion(
-    snapshot: Snapshot, method: Method, quantization: dict[str, Any], draft: Draft, origin: Origin | None
+def _record(
+    snapshot: Snapshot, method: Method, quantization: dict[str, Any], draft: Draft, theirs: OwnRecords | None
 ) -> Conversion:
-    source_fingerprint = origin.checkpoint.fingerprint if origin else None
+    source_fingerprint = theirs.checkpoint.fingerprint if theirs else None
     identity = {"of": source_fingerprint or snapshot.commit, "to": draft.method, "version": CONVERSION_VERSION}
     return Conversion(
         fingerprint=digest_of({"conversion": identity}),
@@ -157,13 +157,13 @@ def _conversion(
 # ---------------------------------------------------------------------------------------------- places
 
 
-def _placed(headers: Headers, tensors: Iterable[Tensor]) -> tuple[Placed, ...]:
-    """Give every tensor its bytes. Shards keep their names and tensors; a lone one is called as loaders expect."""
+def _placed(headers: Headers, tensors: Iterable[DraftTensor]) -> tuple[Placed, ...]:
+    """Give every tensor its bytes. Shards keep their names and tensors; a single shard gets the name loaders expect."""
     tensors = tuple(tensors)
     twice = [name for name, count in Counter(tensor.name for tensor in tensors).items() if count > 1]
     if twice:
         raise InputError(f"{twice[0]}: two tensors of the source would get this name; remove the stale one")
-    by_shard: dict[str, list[Tensor]] = {shard.name: [] for shard in headers.shards}
+    by_shard: dict[str, list[DraftTensor]] = {shard.name: [] for shard in headers.shards}
     for tensor in tensors:
         by_shard[tensor.source.shard].append(tensor)
     return tuple(
@@ -174,7 +174,7 @@ def _placed(headers: Headers, tensors: Iterable[Tensor]) -> tuple[Placed, ...]:
     )
 
 
-def _placed_in(file: str, members: list[Tensor]) -> Iterable[Placed]:
+def _placed_in(file: str, members: list[DraftTensor]) -> Iterable[Placed]:
     sources = {tensor.name: tensor.source for tensor in members}
     infos = lay_out(file, [(tensor.name, tensor.dtype, tensor.shape) for tensor in members])
     return (Placed(info, sources[info.name]) for info in infos)
@@ -183,8 +183,8 @@ def _placed_in(file: str, members: list[Tensor]) -> Iterable[Placed]:
 # ---------------------------------------------------------------------------------------------- our own checkpoints
 
 
-def _origin(snapshot: Snapshot, headers: Headers) -> Origin | None:
-    """The records of a finished checkpoint of ours, if the files are still what its plan says."""
+def _own_records(snapshot: Snapshot, headers: Headers) -> OwnRecords | None:
+    """The records of the source if fp8pipe made it and its files are still those of its plan."""
     if not snapshot.is_local:
         return None
     records = snapshot.path / RECORD_DIR
@@ -192,16 +192,15 @@ def _origin(snapshot: Snapshot, headers: Headers) -> Origin | None:
     plan = Plan.load_if_present(records / "plan.json")
     if checkpoint is None or plan is None or {output.info for output in plan.outputs} != {*headers.tensors.values()}:
         return None
-    return Origin(checkpoint, plan)
+    return OwnRecords(checkpoint, plan)
 
 
-def _respelled_origin(origin: Origin, draft: Draft, outputs: tuple[Placed, ...], fingerprint: str) -> Origin:
-    """The records as they are of the result. Its fingerprint is its own: no measurement or verdict of the source's
-    speaks of it."""
-    before = {output.name: output for output in origin.plan.outputs}
-    settings = origin.plan.settings.model_copy(update={"checkpoint_format": draft.method})
+def _records_of_result(theirs: OwnRecords, draft: Draft, outputs: tuple[Placed, ...], fingerprint: str) -> OwnRecords:
+    """The source's records, changed to those of the result. Its own fingerprint voids measurements of the source."""
+    before = {output.name: output for output in theirs.plan.outputs}
+    settings = theirs.plan.settings.model_copy(update={"checkpoint_format": draft.method})
     sizes = {placed.info.shard: placed.info.end for placed in outputs}
-    plan = origin.plan.model_copy(
+    plan = theirs.plan.model_copy(
         update={
             "settings": settings,
             "outputs": tuple(_moved(before[placed.source.name], placed.info) for placed in outputs),
@@ -209,17 +208,17 @@ def _respelled_origin(origin: Origin, draft: Draft, outputs: tuple[Placed, ...],
             "output_bytes": sum(sizes.values()),
         }
     )
-    checkpoint = origin.checkpoint.model_copy(
+    checkpoint = theirs.checkpoint.model_copy(
         update={
             "fingerprint": fingerprint,
             "recipe_digest": settings.digest(),
             "output_bytes": plan.output_bytes,
         }
     )
-    return Origin(checkpoint, plan)
+    return OwnRecords(checkpoint, plan)
 
 
 def _moved(output: OutputTensor, info: TensorInfo) -> OutputTensor:
-    """The planned tensor under its new name and place."""
+    """The planned tensor with its new name and place."""
     fields = ("name", "dtype", "shape", "shard", "begin", "end")
     return output.model_copy(update={field: getattr(info, field) for field in fields})

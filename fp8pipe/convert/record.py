@@ -1,4 +1,4 @@
-"""Where a converted folder comes from and what was changed. `DIR/fp8pipe/conversion.json`."""
+"""The record of a conversion, DIR/fp8pipe/conversion.json: where the checkpoint comes from and what was changed."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from fp8pipe.records import Record
 
 Method = Literal["compressed-tensors", "fp8"]
 METHODS: tuple[Method, ...] = ("compressed-tensors", "fp8")
-"""The spellings, by their quant_method."""
+"""Both spellings, named after their quant_method."""
 
 
 class Change(Record):
     """One kind of change."""
 
     what: str
-    """Before and after: `weight_scale [1] -> weight_scale []`."""
+    """Before and after, `weight_scale [1] -> weight_scale []`."""
     tensors: int
-    """How many tensors of the source; 0 for config.json."""
+    """Number of tensors of the source; 0 for a change of config.json."""
 
 
 class Conversion(Record):
-    """One spelling made from another: the same FP8 bytes under other names. No evidence of the source's is about it."""
+    """A checkpoint made from another one: the same FP8 bytes under other names. It has no evidence of its own."""
 
     fingerprint: str
-    """Of the result: what it was made from, into what, by which version of the conversion."""
+    """Of the result: a digest of its source, its spelling and the version of the conversion."""
     model_id: str
-    """The checkpoint it was made from, as `Snapshot.model_id`."""
+    """`Snapshot.model_id` of the source."""
     source_commit: str
-    """Its state, as `Snapshot.commit`."""
+    """`Snapshot.commit` of the source."""
     source_fingerprint: str | None
-    """Its fingerprint, if it was a checkpoint of fp8pipe."""
+    """Fingerprint of the source, if fp8pipe made it."""
     source_method: Method
     method: Method
     changes: tuple[Change, ...]
-    """Empty: the source is what was asked for, and nothing was written."""
+    """Empty if the source already is what was asked for; then nothing was written."""
     notes: tuple[str, ...]
-    """What a reader will do otherwise than with the source."""
+    """What readers do differently with the result."""
     source_config: dict[str, Any]
-    """The quantization_config that was replaced."""
+    """quantization_config of the source."""
     version: str
-    """Of fp8pipe."""
+    """Version of fp8pipe."""

@@ -1,8 +1,7 @@
-"""One spelling to the other, the FP8 bytes untouched. Pure: a Draft goes in, a Draft of the other method comes out.
+"""Rewrites one spelling as the other without touching an FP8 byte. Pure: Draft in, Draft of the other method out.
 
-What the other spelling has no words for is refused, with the reason and the way out. What is quantized and what is
-kept is read off the weights themselves: a module whose weight is E4M3 is quantized, any other matrix is kept and named
-in the ignore list.
+What the other spelling cannot express is refused, with the reason and what to do instead. The weights themselves say
+what is quantized: a module whose weight is E4M3 is, and any other matrix is kept and named in the ignore list.
 """
 
 from __future__ import annotations
@@ -13,28 +12,27 @@ from dataclasses import replace
 from typing import Any
 
 from fp8pipe.config import Recipe, validated
-from fp8pipe.convert.draft import Draft, Tensor, expert_holder, renamed
+from fp8pipe.convert.draft import Draft, DraftTensor, renamed
 from fp8pipe.convert.record import Method
 from fp8pipe.errors import InputError
+from fp8pipe.model.names import ABSORBED_LEAF, FLOATS, FP8, experts_holder_from_name
 from fp8pipe.quantize import formats
 from fp8pipe.validate.scheme import Scheme, Spec
 
-_FLOATS = ("F32", "BF16", "F16")
-"""Scale dtypes that become float32 without loss."""
-
 _NOT_LINEAR = re.compile(r"(^|\.)(lm_head|\w*embed\w*|wte|wpe)$")
+"""Modules that quant_method fp8 cannot quantize."""
 
 _BY_UNIT = {"tensor": "per tensor", "channel": "per output channel", "block": "per block", "group": "per group"}
 _REQUANTIZE = "quantize the unquantized source with checkpoint_format: {to}"
 
 
 def respell(draft: Draft, scheme: Scheme, to: Method, settings: Recipe | None) -> Draft:
-    """`draft`, whose config means `scheme`, spelled as `to`. `settings`: the recipe that made it, where it is known.
+    """`draft`, whose config means `scheme`, spelled as `to`. `settings`: the recipe that made it, if it is known.
 
-    Raises InputError for a checkpoint that the other spelling cannot say, or that is not what its config says."""
+    Raises InputError for a checkpoint that `to` cannot express, or whose tensors contradict its config."""
     _refuse_half_experts(draft)
     spec = _one_spec(draft, scheme)
-    _refuse_unspeakable(draft, scheme, spec, to)
+    _refuse_inexpressible(draft, scheme, spec, to)
     recipe = _recipe(draft, scheme, spec, to, settings)
     _refuse_unserved_experts(draft, recipe)
     tensors = tuple(_respelled(tensor, draft, spec, recipe) for tensor in draft.tensors)
@@ -44,42 +42,42 @@ def respell(draft: Draft, scheme: Scheme, to: Method, settings: Recipe | None) -
     config = formats.format_of(recipe).quantization_config(recipe, modules, experts, with_kv=with_kv)
     if settings is None and to == "compressed-tensors":
         _forget_observers(config)
-    mended = (*draft.mended, f"quantization_config {draft.method} -> {to}")
+    config_changes = (*draft.config_changes, f"quantization_config {draft.method} -> {to}")
     notes = (*draft.notes, *_notes(draft, scheme, spec, to, with_kv))
-    return replace(draft, method=to, tensors=tensors, quantization=config, mended=mended, notes=notes)
+    return replace(draft, method=to, tensors=tensors, quantization=config, config_changes=config_changes, notes=notes)
 
 
 # ---------------------------------------------------------------------------------------------- refusals
 
 
 def _one_spec(draft: Draft, scheme: Scheme) -> Spec:
-    """The one scheme of all quantized modules."""
+    """The scheme that all quantized modules share. Raises InputError if there is none, or several."""
     for tensor in draft.tensors:
-        if tensor.dtype.startswith("F8_") and (tensor.leaf != "weight" or tensor.dtype != "F8_E4M3"):
+        if tensor.dtype.startswith("F8_") and (tensor.leaf != "weight" or tensor.dtype != FP8):
             what = f"{tensor.dtype} {list(tensor.shape)}"
-            raise InputError(f"{tensor.name}: {what}; only matrices in F8_E4M3 called *.weight can be converted")
+            raise InputError(f"{tensor.name}: {what}; only {FP8} matrices named *.weight can be converted")
         if tensor.dtype.startswith("F8_") and len(tensor.shape) != 2:
-            raise InputError(f"{tensor.name}: {list(tensor.shape)}, expected [out, in]: one tensor per expert")
+            raise InputError(f"{tensor.name}: {list(tensor.shape)}, expected [out, in], one tensor per expert")
     if not draft.quantized:
-        raise InputError("no weight is F8_E4M3: there is nothing to convert; `fp8pipe quantize` makes FP8 weights")
+        raise InputError(f"no weight is {FP8}, so there is nothing to convert; `fp8pipe quantize` makes FP8 weights")
     specs: dict[Spec, str] = {}
     for module in draft.quantized:
         spec = scheme.spec_of(module)
         if _NOT_LINEAR.search(module):
             raise InputError(
-                f"{module} is FP8; quant_method fp8 has FP8 for Linears and experts alone: keep this spelling"
+                f"{module} is FP8, which quant_method fp8 has for Linears and experts only; keep this spelling"
             )
         if spec is None:
-            raise InputError(f"{module}.weight is FP8, but config.json leaves it out; run `fp8pipe validate`")
+            raise InputError(f"{module}.weight is FP8, but config.json does not quantize it; run `fp8pipe validate`")
         specs.setdefault(spec, module)
     if len(specs) > 1:
         found = ", ".join(f"{module} {_in_words(spec)}" for spec, module in specs.items())
         raise InputError(
-            f"several schemes in one model ({found}); quant_method fp8 has one for all: keep this spelling"
+            f"several schemes in one model ({found}), quant_method fp8 has one for all; keep this spelling"
         )
     spec = next(iter(specs))
     if spec.format.name != "FP8":
-        raise InputError(f"weights are {spec.format.name}, which quant_method fp8 does not know: keep this spelling")
+        raise InputError(f"weights are {spec.format.name}, which quant_method fp8 does not have; keep this spelling")
     return spec
 
 
@@ -87,11 +85,11 @@ def _in_words(spec: Spec) -> str:
     return f"weights {_BY_UNIT[spec.strategy]}, {spec.inputs or '16-bit'} activations"
 
 
-def _refuse_unspeakable(draft: Draft, scheme: Scheme, spec: Spec, to: Method) -> None:
-    """InputError for what `to` has no words for."""
+def _refuse_inexpressible(draft: Draft, scheme: Scheme, spec: Spec, to: Method) -> None:
+    """Raise InputError for what `to` cannot express."""
     extra = _extras(draft.quantization)
     if extra:
-        raise InputError(f"{extra} has no counterpart in quant_method {to}: keep this spelling")
+        raise InputError(f"{extra} has no counterpart in quant_method {to}; keep this spelling")
     if to == "compressed-tensors":
         _refuse_clipped_mla(draft, spec)
         return
@@ -104,19 +102,18 @@ def _refuse_unspeakable(draft: Draft, scheme: Scheme, spec: Spec, to: Method) ->
     elif per_head or scheme.kv == "attn_head":
         reason = "the KV cache has a scale per head, quant_method fp8 one per layer"
     if reason:
-        raise InputError(f"{reason}: keep compressed-tensors, or {_REQUANTIZE.format(to=to)}")
+        raise InputError(f"{reason}; keep compressed-tensors, or {_REQUANTIZE.format(to=to)}")
 
 
 def _refuse_clipped_mla(draft: Draft, spec: Spec) -> None:
-    """vLLM absorbs kv_b_proj: it dequantizes it in quant_method fp8, and in compressed-tensors runs an identity through
-    it, whose ones a static scale below 1/448 clips."""
-    found = [module for module in draft.quantized if module.endswith(".kv_b_proj")]
+    """Raise InputError for MLA's absorbed projection with a static input scale, which quant_method fp8 dequantizes."""
+    found = [module for module in draft.quantized if module.endswith(f".{ABSORBED_LEAF}")]
     if found and spec.inputs == "static":
-        raise InputError(f"{found[0]} has a static input scale, which would clip it in compressed-tensors: keep fp8")
+        raise InputError(f"{found[0]} has a static input scale, which would clip it in compressed-tensors; keep fp8")
 
 
 def _extras(quantization: dict[str, Any]) -> str:
-    """The first setting that changes what the model computes and that only this spelling has."""
+    """The first setting that changes what the model computes and has no counterpart; empty if there is none."""
     for key in ("transform_config", "store_dtype", "modules_to_convert"):
         if quantization.get(key):
             return key
@@ -131,28 +128,28 @@ def _extras(quantization: dict[str, Any]) -> str:
 
 
 def _refuse_half_experts(draft: Draft) -> None:
-    """InputError for a layer that holds experts of both precisions."""
-    quantized = {expert_holder(module): module for module in draft.quantized}
+    """Raise InputError for a layer with experts of both precisions."""
+    quantized = {experts_holder_from_name(module): module for module in draft.quantized}
     for holder in draft.kept_experts:
         if holder in quantized:
             raise InputError(
                 f"{holder}: some experts are FP8 ({quantized[holder]}), others are not; vLLM loads all experts of a "
-                "layer alike; quantize the unquantized source anew"
+                "layer alike; quantize the unquantized source again"
             )
 
 
 def _refuse_unserved_experts(draft: Draft, recipe: Recipe) -> None:
-    """InputError for experts that vLLM serves in the present spelling alone."""
+    """Raise InputError for experts that vLLM serves only in their present spelling."""
     refusal = formats.format_of(recipe).refuse_experts(recipe)
-    if refusal and any(map(expert_holder, draft.quantized)):
-        raise InputError(f"{refusal}: keep quant_method {draft.method}")
+    if refusal and any(map(experts_holder_from_name, draft.quantized)):
+        raise InputError(f"{refusal}; keep quant_method {draft.method}")
 
 
 # ---------------------------------------------------------------------------------------------- tensors
 
 
 def _recipe(draft: Draft, scheme: Scheme, spec: Spec, to: Method, settings: Recipe | None) -> Recipe:
-    """A recipe that would have made this checkpoint: what the writers of the spellings go by."""
+    """A recipe that would have made this checkpoint, for the functions that write a spelling."""
     if settings is not None:
         return validated(Recipe, settings.model_dump() | {"checkpoint_format": to}, "recipe of the checkpoint")
     strategy = {"tensor": "tensor", "block": "group", "channel": "token"}[spec.strategy]
@@ -167,7 +164,7 @@ def _recipe(draft: Draft, scheme: Scheme, spec: Spec, to: Method, settings: Reci
     return validated(Recipe, content, "scheme of the checkpoint")
 
 
-def _respelled(tensor: Tensor, draft: Draft, spec: Spec, recipe: Recipe) -> Tensor:
+def _respelled(tensor: DraftTensor, draft: Draft, spec: Spec, recipe: Recipe) -> DraftTensor:
     """The tensor as the recipe's format spells it."""
     spelling = formats.format_of(recipe)
     if tensor.leaf in {"k_scale", "v_scale"} and tensor.is_scalar:
@@ -182,18 +179,18 @@ def _respelled(tensor: Tensor, draft: Draft, spec: Spec, recipe: Recipe) -> Tens
         return _as_scale(tensor, "input_scale", spelling.scalar_shape())
     raise InputError(
         f"{tensor.name} {list(tensor.shape)} has no place beside a weight {list(weight.shape)} with "
-        f"{_in_words(spec)}, which is what config.json says; run `fp8pipe validate`"
+        f"{_in_words(spec)}, the scheme in config.json; run `fp8pipe validate`"
     )
 
 
-def _as_scale(tensor: Tensor, leaf: str, shape: tuple[int, ...]) -> Tensor:
-    if tensor.dtype not in _FLOATS:
-        raise InputError(f"{tensor.name}: a scale in {tensor.dtype}, expected {', '.join(_FLOATS)}")
+def _as_scale(tensor: DraftTensor, leaf: str, shape: tuple[int, ...]) -> DraftTensor:
+    if tensor.dtype not in FLOATS:
+        raise InputError(f"{tensor.name}: a scale in {tensor.dtype}, expected {', '.join(FLOATS)}")
     return renamed(tensor, leaf, shape=shape, dtype="F32")
 
 
-def _require_scales(draft: Draft, tensors: tuple[Tensor, ...], spec: Spec, recipe: Recipe) -> None:
-    """Every quantized module has its scales, and keys and values have theirs together."""
+def _require_scales(draft: Draft, tensors: tuple[DraftTensor, ...], spec: Spec, recipe: Recipe) -> None:
+    """Raise InputError unless every quantized module has its scales, and every k_scale its v_scale."""
     names = {tensor.name for tensor in tensors}
     wanted = [formats.format_of(recipe).weight_scale_name(spec.strategy)]
     wanted += ["input_scale"] if spec.inputs == "static" else []
@@ -204,19 +201,23 @@ def _require_scales(draft: Draft, tensors: tuple[Tensor, ...], spec: Spec, recip
     for tensor in tensors:
         twin = {"k_scale": "v_scale", "v_scale": "k_scale"}.get(tensor.leaf)
         if twin and f"{tensor.module}.{twin}" not in names:
-            raise InputError(f"{tensor.name} has no {twin} beside it; readers differ on what that means")
+            raise InputError(
+                f"{tensor.name} has no {twin} beside it, and readers disagree on what that means; "
+                "run `fp8pipe validate`"
+            )
 
 
 # ---------------------------------------------------------------------------------------------- config
 
 
 def _ignored(draft: Draft, scheme: Scheme) -> tuple[list[str], list[str]]:
-    """Kept modules and holders of kept experts: what the weights say, in the order of the config's own list, which may
-    hold further names (those of transformers)."""
-    holders = {*draft.kept_experts, *filter(None, map(expert_holder, draft.quantized))}
+    """Kept modules and holders of kept experts, as the weights have them.
+
+    Plain entries of the config's own list come first, because it may also hold transformers' names."""
+    holders = {*draft.kept_experts, *filter(None, map(experts_holder_from_name, draft.quantized))}
 
     def is_plain(entry: str) -> bool:
-        return not entry.startswith("re:") and entry not in holders and expert_holder(entry) is None
+        return not entry.startswith("re:") and entry not in holders and experts_holder_from_name(entry) is None
 
     entries = dict.fromkeys(filter(is_plain, scheme.ignore))
     head = {} if "lm_head" in entries else {"lm_head": None}
@@ -224,7 +225,7 @@ def _ignored(draft: Draft, scheme: Scheme) -> tuple[list[str], list[str]]:
 
 
 def _forget_observers(config: dict[str, Any]) -> None:
-    """How a foreign checkpoint's scales were found is not known."""
+    """Remove the observers, for nobody knows how a foreign checkpoint's scales were found."""
     (group,) = config["config_groups"].values()
     for args in (group["weights"], group["input_activations"], config["kv_cache_scheme"]):
         if args is not None:
@@ -232,23 +233,23 @@ def _forget_observers(config: dict[str, Any]) -> None:
 
 
 def _notes(draft: Draft, scheme: Scheme, spec: Spec, to: Method, with_kv: bool) -> Iterator[str]:
-    """What readers do otherwise with the result than with the source."""
+    """What readers do differently with the result."""
     rules: tuple[tuple[bool, str], ...] = (
         (
             to == "fp8" and with_kv,
-            "serve it with --kv-cache-dtype fp8, which it cannot ask for itself; vLLM rounds its KV scales to bf16",
+            "serve it with --kv-cache-dtype fp8, which this spelling cannot ask for; vLLM rounds its KV scales to bf16",
         ),
         (
             to == "compressed-tensors" and with_kv,
-            "kv_cache_scheme makes vLLM keep the KV cache in FP8 without being asked",
+            "kv_cache_scheme makes vLLM keep the KV cache in FP8 without an option",
         ),
         (
             scheme.kv is not None and not with_kv,
-            "config.json announces KV scales that are not there: vLLM used 1.0, and now keeps the cache unquantized",
+            "config.json announces KV scales that do not exist: vLLM used 1.0, and now keeps the cache unquantized",
         ),
         (
             to == "fp8" and spec.strategy == "tensor",
-            "for vLLM alone: transformers 5 reads this spelling without its scales",
+            "for vLLM only: transformers 5 reads this spelling without its scales",
         ),
         (
             spec.strategy == "tensor" and spec.inputs == "dynamic",
@@ -257,7 +258,7 @@ def _notes(draft: Draft, scheme: Scheme, spec: Spec, to: Method, with_kv: bool) 
         ),
         (
             draft.quantization.get("scale_fmt") == "ue8m0",
-            "scale_fmt ue8m0 has no counterpart: vLLM may round the scales of activations otherwise",
+            "scale_fmt ue8m0 has no counterpart: vLLM may round the scales of activations differently",
         ),
     )
     return (note for applies, note in rules if applies)

@@ -1,8 +1,8 @@
-"""A planned conversion -> its folder: ranges copied tile by tile, so that memory does not grow with the model.
+"""Writes a planned conversion to its folder, tile by tile, so that memory does not grow with the model.
 
-Order: mark of the unfinished work, shards, companions, index, config.json, records, mark removed. Killed at any moment
-and run again, finished shards are kept and the rest is done; until config.json is there no loader takes the folder for
-a model."""
+Order: journal, shards, companions, index, config.json, records; the journal is then removed. Killed at any moment and
+run again, it keeps finished shards and writes the rest. Until config.json exists, no loader takes the folder for a
+model."""
 
 from __future__ import annotations
 
@@ -18,44 +18,44 @@ from fp8pipe.hub import source
 from fp8pipe.model.headers import INDEX_NAME, TensorInfo, index_bytes
 from fp8pipe.model.shards import OutputShard, SourceFiles, require_disk, sync_folder
 from fp8pipe.progress import Progress, ProgressEvent
-from fp8pipe.quantize.engine.journal import FolderLock
+from fp8pipe.quantize.engine.folder import FolderLock
 from fp8pipe.quantize.engine.package import companion_names
 from fp8pipe.records import RECORD_DIR
 
 RECORD = "conversion.json"
 JOURNAL = "convert.journal"
 LOCK = "convert.lock"
-"""Files in DIR/fp8pipe/; the last two exist while a run is unfinished."""
+"""Files in DIR/fp8pipe/; the last two exist only while a run is unfinished."""
 
 TILE = 1 << 23
-"""Bytes in memory at a time."""
+"""Bytes read and written at a time."""
 
-ORIGINS = ("source.json", "calibration.json")
-"""Records of our checkpoints that are as true of the result: where the weights and ranges came from."""
+LINEAGE = ("source.json", "calibration.json")
+"""Records of the source that hold for the result too: where its weights and ranges came from."""
 
 
-def write(plan: ConversionPlan, folder: Path, progress: Progress) -> Conversion:
+def write(conversion: ConversionPlan, folder: Path, progress: Progress) -> Conversion:
     """See `fp8pipe.convert.convert`."""
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is no folder; choose another --output")
+        raise InputError(f"{folder}: is not a folder; choose another --output")
     records = folder / RECORD_DIR
-    if Conversion.load_if_present(records / RECORD) == plan.conversion and _is_whole(plan, folder):
+    if Conversion.load_if_present(records / RECORD) == conversion.record and _is_whole(conversion, folder):
         _finish(records)
-        return plan.conversion
-    _require_own_folder(plan, folder)
+        return conversion.record
+    _require_own_folder(conversion, folder)
     with ExitStack() as stack:
         lock = FolderLock(records / LOCK)
         stack.callback(lock.release)
-        _require_own_folder(plan, folder)  # again, now that no other run can write here
-        write_atomically(records / JOURNAL, plan.conversion.fingerprint.encode())
-        _sweep(plan, folder)
-        require_disk(folder, plan.shards(), sum(plan.sizes().values()))
-        _write_shards(plan, folder, progress)
-        _write_companions(plan, folder)
-        write_atomically(folder / "config.json", plan.config)
-        _write_records(plan, records)
+        _require_own_folder(conversion, folder)  # again, now that no other run can write here
+        write_atomically(records / JOURNAL, conversion.record.fingerprint.encode())
+        _sweep(conversion, folder)
+        require_disk(folder, conversion.shards(), sum(conversion.sizes().values()))
+        _write_shards(conversion, folder, progress)
+        _write_companions(conversion, folder)
+        write_atomically(folder / "config.json", conversion.config)
+        _write_records(conversion, records)
         _finish(records)
-    return plan.conversion
+    return conversion.record
 
 
 def _finish(records: Path) -> None:
@@ -63,34 +63,34 @@ def _finish(records: Path) -> None:
         (records / name).unlink(missing_ok=True)
 
 
-def _is_whole(plan: ConversionPlan, folder: Path) -> bool:
-    files = [(folder / name, size) for name, size in plan.sizes().items()]
+def _is_whole(conversion: ConversionPlan, folder: Path) -> bool:
+    files = [(folder / name, size) for name, size in conversion.sizes().items()]
     return (folder / "config.json").is_file() and all(p.is_file() and p.stat().st_size == size for p, size in files)
 
 
-def _require_own_folder(plan: ConversionPlan, folder: Path) -> None:
-    """InputError unless `folder` is new, empty, or holds this conversion's own unfinished work."""
-    origin, target = plan.snapshot.path.resolve(), folder.resolve()
+def _require_own_folder(conversion: ConversionPlan, folder: Path) -> None:
+    """Raise InputError unless `folder` is new, empty, or holds this conversion's own unfinished work."""
+    origin, target = conversion.snapshot.path.resolve(), folder.resolve()
     if target.is_relative_to(origin) or origin.is_relative_to(target):
-        raise InputError(f"{folder}: output and source may not lie in one another; choose another --output")
+        raise InputError(f"{folder}: output and source may not contain each other; choose another --output")
     records = folder / RECORD_DIR
     if (records / JOURNAL).exists():
-        if (records / JOURNAL).read_text() == plan.conversion.fingerprint:
+        if (records / JOURNAL).read_text() == conversion.record.fingerprint:
             return
-        raise InputError(f"{folder}: holds an unfinished conversion of something else; remove it, or choose another")
+        raise InputError(f"{folder}: holds another, unfinished conversion; remove it, or choose another --output")
     found = [path for path in sorted(folder.rglob("*")) if not _is_lock(path, records)]
     if found:
         raise InputError(f"{folder}: is not empty (it holds {found[0].relative_to(folder)}); choose another --output")
 
 
 def _is_lock(path: Path, records: Path) -> bool:
-    """What a run leaves that was killed before it wrote its mark."""
+    """Whether a run that was killed before it wrote its journal leaves this."""
     return path == records or (path.parent == records and (path.name == LOCK or path.name.startswith(f".{JOURNAL}.")))
 
 
-def _sweep(plan: ConversionPlan, folder: Path) -> None:
-    """Remove temporary files that a kill left behind: nobody else writes here now."""
-    written = (*_companions(plan), INDEX_NAME, "config.json")
+def _sweep(conversion: ConversionPlan, folder: Path) -> None:
+    """Remove temporary files that a killed run left. Safe under the lock."""
+    written = (*_companions(conversion), INDEX_NAME, "config.json")
     stale = [path for name in written for path in (folder / name).parent.glob(f".{Path(name).name}.*")]
     for path in (*stale, *(folder / RECORD_DIR).glob(".*")):
         path.unlink()
@@ -99,13 +99,13 @@ def _sweep(plan: ConversionPlan, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------- weights
 
 
-def _write_shards(plan: ConversionPlan, folder: Path, progress: Progress) -> None:
-    total, done = sum(placed.info.nbytes for placed in plan.outputs), 0
-    for name, outputs in plan.shards().items():
+def _write_shards(conversion: ConversionPlan, folder: Path, progress: Progress) -> None:
+    total, done = sum(placed.info.nbytes for placed in conversion.outputs), 0
+    for name, outputs in conversion.shards().items():
         path = folder / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            for count in _write_shard(plan, path, outputs):
+            for count in _write_shard(conversion, path, outputs):
                 done += count
                 progress(ProgressEvent("convert", done, total, "B", name))
         else:
@@ -113,10 +113,10 @@ def _write_shards(plan: ConversionPlan, folder: Path, progress: Progress) -> Non
     sync_folder(folder)
 
 
-def _write_shard(plan: ConversionPlan, path: Path, outputs: tuple[Placed, ...]) -> Iterator[int]:
-    """Write one file; yields the bytes written since the last time."""
+def _write_shard(conversion: ConversionPlan, path: Path, outputs: tuple[Placed, ...]) -> Iterator[int]:
+    """Write one file; yields the bytes written since the last yield."""
     with ExitStack() as stack:
-        files = SourceFiles(plan.snapshot.path, stack)
+        files = SourceFiles(conversion.snapshot.path, stack)
         origin = outputs[0].source.shard
         files.open(origin)
         shard = OutputShard(path, [placed.info for placed in outputs], stack)
@@ -142,7 +142,7 @@ def _copy(files: SourceFiles, shard: OutputShard, placed: Placed) -> Iterator[in
 
 
 def _as_float32(files: SourceFiles, info: TensorInfo) -> bytes:
-    """The same numbers in float32: every bfloat16 and float16 is one."""
+    """The bytes of a bfloat16 or float16 tensor in float32, which represents every such number exactly."""
     import numpy as np
 
     data = bytearray(info.nbytes)
@@ -156,25 +156,25 @@ def _as_float32(files: SourceFiles, info: TensorInfo) -> bytes:
 # ---------------------------------------------------------------------------------------------- the rest
 
 
-def _companions(plan: ConversionPlan) -> tuple[str, ...]:
-    """Files copied byte for byte; the model's own code too where the source is a folder: it is copied, not run."""
-    return companion_names(plan.snapshot, trust_remote_code=plan.snapshot.is_local)
+def _companions(conversion: ConversionPlan) -> tuple[str, ...]:
+    """Files copied byte for byte. The model's own code too if the source is a folder: it is copied, not run."""
+    return companion_names(conversion.snapshot, trust_remote_code=conversion.snapshot.is_local)
 
 
-def _write_companions(plan: ConversionPlan, folder: Path) -> None:
-    for name in _companions(plan):
-        write_atomically(folder / name, source.read_file(plan.snapshot, name))
-    if len(plan.shards()) > 1:
-        write_atomically(folder / INDEX_NAME, index_bytes(placed.info for placed in plan.outputs))
+def _write_companions(conversion: ConversionPlan, folder: Path) -> None:
+    for name in _companions(conversion):
+        write_atomically(folder / name, source.read_file(conversion.snapshot, name))
+    if len(conversion.shards()) > 1:
+        write_atomically(folder / INDEX_NAME, index_bytes(placed.info for placed in conversion.outputs))
 
 
-def _write_records(plan: ConversionPlan, records: Path) -> None:
-    """The lineage last. What proved the source (validation, measurements, verdict, approval) is not about this one."""
-    if plan.origin is not None:
-        for name in ORIGINS:
-            path = plan.snapshot.path / RECORD_DIR / name
+def _write_records(conversion: ConversionPlan, records: Path) -> None:
+    """Write the records of the result, the conversion last. Evidence of the source is left behind."""
+    if conversion.own_records is not None:
+        for name in LINEAGE:
+            path = conversion.snapshot.path / RECORD_DIR / name
             if path.exists():
                 write_atomically(records / name, path.read_bytes())
-        plan.origin.plan.save(records / "plan.json")
-        plan.origin.checkpoint.save(records / "checkpoint.json")
-    plan.conversion.save(records / RECORD)
+        conversion.own_records.plan.save(records / "plan.json")
+        conversion.own_records.checkpoint.save(records / "checkpoint.json")
+    conversion.record.save(records / RECORD)

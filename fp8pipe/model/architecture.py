@@ -1,9 +1,8 @@
-"""What a model is made of: which tensors on disk are Linear weights, experts, routers, embeddings, and what is fused.
+"""The record of what a model is made of: which tensors are Linear weights, experts, routers, and which are fused.
 
-In: a Snapshot and its Headers. Out: an `Architecture`, keyed by the names on disk. It is known, not guessed from
-names: a child process (`probe.py`) builds the model on the meta device with transformers and follows transformers'
-own mapping from disk to module; `rules.py` adds what vLLM's loaders forbid. The child costs 6 to 9 s, nearly all of
-it imports, so its answer is kept as a record under $FP8PIPE_CACHE (default ~/.cache/fp8pipe)."""
+An `Architecture` is not guessed from names: `oracle/transformers.py` has transformers build the model on the meta
+device and follows its own mapping from tensors on disk to modules; `model/names.py` adds what vLLM's loaders forbid.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ Kind = Literal[
     "parameter",
 ]
 """linear, expert (one matrix of one expert) and fused_experts (all experts in one 3-D tensor) may be quantized; the
-others are kept. kept_experts: in a form that vLLM serves unquantized only. outside: outside the text decoder's layers.
+others are kept. kept_experts: in a form that vLLM serves only unquantized. outside: outside the text decoder's layers.
 unused: transformers has no such tensor (multi-token prediction)."""
 QUANTIZABLE: frozenset[Kind] = frozenset(("linear", "expert", "fused_experts"))
 
@@ -52,34 +51,39 @@ class TensorRole(Record):
     reason: str = ""
     """Why it is kept; empty for what may be quantized."""
     module: str = ""
-    """Transformers' name of the module that owns it; empty when it has none."""
+    """transformers' name of the module that owns it; empty if none does."""
     parameter: str = ""
-    """Its attribute in that module, where several tensors share one module: gate_up_proj, down_proj, ..."""
+    """Its attribute in that module if several tensors share the module: gate_up_proj, down_proj, ..."""
     expert: int | None = None
     """Index of the expert it belongs to, for kind `expert`."""
     parts: tuple[int, ...] = ()
-    """Rows of the shards that vLLM cuts it into, for one tensor that holds q, k and v or gate and up; else empty."""
+    """Rows of each shard that vLLM cuts a fused tensor (q, k and v; gate and up) into; empty for any other."""
     group: str = ""
-    """Name of the group that vLLM fuses into one matrix (q/k/v, gate/up, ...); empty when it stands alone."""
+    """Name of the group that vLLM fuses into one matrix (q/k/v, gate/up, ...); empty for a Linear of its own."""
     layout: ExpertLayout | None = None
-    """For kind `fused_experts`."""
+    """How the experts are laid out; for kind `fused_experts` only."""
 
 
 class AttentionLayer(Record):
     """One attention module with a KV cache."""
 
     name: str
-    """On disk: `model.layers.0.self_attn`; KV scales are named after it."""
+    """Its name on disk, `model.layers.0.self_attn`; KV scales are named after it."""
     module: str
-    """In transformers."""
+    """Its name in transformers."""
     num_kv_heads: int
     head_dim: int
     mla: bool
-    """Latent attention: vLLM reads no KV scales for it."""
+    """Multi-head latent attention."""
+
+    @property
+    def has_kv_scales(self) -> bool:
+        """Whether vLLM reads KV scales for it. For latent attention it drops them."""
+        return not self.mla
 
 
 class Architecture(Record):
-    """What the probe found. All keys and names are those on disk unless said otherwise."""
+    """What transformers makes of a checkpoint. Keys and names are those on disk unless a field says otherwise."""
 
     model_class: str
     model_type: str
@@ -87,23 +91,16 @@ class Architecture(Record):
     tensors: dict[str, TensorRole]
     """Every tensor of the checkpoint."""
     attention: tuple[AttentionLayer, ...]
-    """In layer order; without linear attention and layers that share another layer's cache."""
+    """In layer order, without linear attention and without layers that use another layer's cache."""
     num_layers: int
     layers_module: str
-    """Transformers' name of the ModuleList of decoder layers: `model.layers`."""
+    """transformers' name of the ModuleList of decoder layers, `model.layers`."""
     tied_embeddings: bool
-    """lm_head is the embedding, and has no tensor of its own."""
+    """lm_head is the embedding and has no tensor of its own."""
     trust_remote_code: bool = False
-    """The model's own code was run."""
+    """Whether the model's own code was run to find all this."""
     source_quantization: dict[str, Any] | None = None
-    """`quantization_config` of the source, None for an unquantized model."""
+    """`quantization_config` of the source; None for an unquantized model."""
     misfits: tuple[str, ...] = ()
-    """Tensors of another shape than the model's parameter, and parameters of the decoder's layers that none fills."""
-
-    def modules(self) -> dict[str, str]:
-        """Names on disk of the quantizable 2-D weights' modules -> transformers' names of the modules."""
-        return {
-            name.removesuffix(".weight"): role.module
-            for name, role in self.tensors.items()
-            if role.kind in {"linear", "expert"}
-        }
+    """Tensors whose shape is not that of the model's parameter, and parameters of decoder layers that no tensor
+    fills."""

@@ -1,4 +1,4 @@
-"""torch's types of the dtypes that stand in safetensors headers."""
+"""torch's dtypes for the dtypes in safetensors headers."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Those that parameters and buffers of transformers' models have, and scales."""
+"""The dtypes of parameters and buffers of transformers' models, and of scales."""

@@ -1,8 +1,8 @@
-"""What makes a folder the folder it was: a digest cheap enough to take before and after every stage.
+"""A digest of a model folder that is cheap enough to take before and after every stage.
 
-In: a model folder. Out: one hex digest over the content of the small files that decide how the model behaves, and over
-the header, size and modification time of every safetensors file. No weight is read, so 100 GB cost milliseconds.
-README, licence, records and dotfiles are no part of it: writing the card does not make a new checkpoint.
+It covers the content of the small files that decide how the model behaves, and the header, size and modification time
+of every safetensors file. No weight is read, so 100 GB cost milliseconds. README, licence, records and dotfiles are
+left out: writing the card does not make a new checkpoint.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BEHAVIOUR_PATTERNS = ("*.json", "*.jinja", "*.model", "*.py", "merges.txt", "vocab.txt")
-"""Files at the top of the folder whose content is identity: configs, tokenizer, chat template, index, model code."""
+"""Files at the top of the folder whose content counts: configs, tokenizer, chat template, index, model code."""
 
 _MAX_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors format itself. More is not a header."""
+"""Bytes; the limit of the safetensors format itself. Anything longer is no header."""
 _CHUNK = 1 << 20
-"""Bytes of a file in hand at a time."""
+"""Bytes read at a time."""
 
 
 def folder_identity(folder: Path) -> str:
-    """sha256 hex of `folder` as it is now.
+    """sha256 hex of the state of `folder`.
 
-    Total: a missing config, a cut-off header or a broken length is hashed as found, since saying what is wrong is the
-    work of validate. Raises FileNotFoundError only when a file vanishes while it is read.
+    Never refuses a folder: a missing config, a truncated header or a wrong length is hashed as found, because reporting
+    it is validate's task. Raises FileNotFoundError only if a file vanishes while it is read.
     """
     digest = hashlib.sha256()
     for path in _sorted(folder, behaviour_files(folder)):
@@ -38,7 +38,7 @@ def folder_identity(folder: Path) -> str:
 
 
 def behaviour_files(folder: Path) -> Iterator[Path]:
-    """The small files whose content is identity, without dotfiles."""
+    """The small files whose content counts, without dotfiles."""
     names = {path for pattern in BEHAVIOUR_PATTERNS for path in folder.glob(pattern)}
     return (path for path in names if path.is_file() and not path.name.startswith("."))
 
@@ -50,7 +50,7 @@ def safetensors_files(folder: Path) -> Iterator[Path]:
 
 
 def _header(path: Path) -> bytes:
-    """Length field and header of a safetensors file, or what there is of them."""
+    """Length field and header of a safetensors file, or as much of them as there is."""
     with path.open("rb") as file:
         length = file.read(8)
         return length + file.read(min(int.from_bytes(length, "little"), _MAX_HEADER))
@@ -61,13 +61,13 @@ def _sorted(folder: Path, paths: Iterator[Path]) -> list[Path]:
 
 
 def _update(digest: hashlib._Hash, name: str, content: bytes) -> None:
-    """Name and content with their lengths, so that no two folders spell the same stream."""
+    """Add a name and a content. Their lengths go in too, so that no two folders give the same stream."""
     digest.update(f"{name}\0{len(content)}\0".encode())
     digest.update(content)
 
 
 def _update_with_file(digest: hashlib._Hash, name: str, path: Path) -> None:
-    """The same of a whole file, in pieces: a stranger's config.json may be of any size."""
+    """The same for a whole file, in pieces: a foreign config.json may have any size."""
     with path.open("rb") as file:
         digest.update(f"{name}\0{os.fstat(file.fileno()).st_size}\0".encode())
         while piece := file.read(_CHUNK):

@@ -1,11 +1,31 @@
-"""What transformers cannot tell: which Linear-looking weights vLLM serves unquantized, and which it fuses.
+"""What names on disk mean: fused Linears, experts, routers, scales, and weights that vLLM serves unquantized.
 
-Pure knowledge of the loaders (vLLM 0.32), by structure where structure tells and by leaf name where it does not;
-never by model name. `probe.py` asks these rules for modules it has found by building the model."""
+transformers does not know these facts; they come from the loaders of vLLM 0.32. Structure decides where it can, a leaf
+name where it must, a model's name never. `oracle/transformers_probe.py` applies them to the modules that it finds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from fp8pipe.model.architecture import Kind, TensorRole
+
+# ---------------------------------------------------------------------------------------------- dtypes and scales
+
+FP8 = "F8_E4M3"
+"""The dtype of FP8 codes in a safetensors header."""
+
+FLOATS = ("F32", "BF16", "F16")
+"""Dtypes of weights that can be quantized, and of scales that become float32 without loss."""
+
+SCALE_NAMES = ("weight_scale_inv", "weight_scale")
+"""Leaf names of an FP8 weight's scales, the more specific first. Both are multipliers."""
+
+SPENT_NAMES = (*SCALE_NAMES, "input_scale", "activation_scale", "k_scale", "v_scale", "kv_scale")
+"""Leaf names of all scales of an FP8 source; new ones replace them when it is quantized again."""
+
+# ---------------------------------------------------------------------------------------------- fused Linears
 
 FUSED: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
@@ -17,15 +37,76 @@ FUSED: tuple[tuple[str, ...], ...] = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z"),
 )
-"""Leaf names of sibling Linears that vLLM's `packed_modules_mapping`s make one matrix, in vLLM's order, over all its
-models."""
+"""Leaf names of sibling Linears that vLLM fuses into one matrix, in its order: the union of the
+`packed_modules_mapping`s of all its models."""
 
 FUSED_QKV = frozenset(("qkv_proj", "query_key_value", "Wqkv", "wqkv", "qkv"))
 FUSED_GATE_UP = frozenset(("gate_up_proj", "dense_h_to_4h", "input_linear"))
 """Leaf names of Linears that are one tensor on disk and several shards in vLLM."""
 
+
+def fused_siblings(modules: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """Names of sibling modules that vLLM fuses into one matrix: one tuple for each matrix, in vLLM's order."""
+    leaves_of: dict[str, set[str]] = {}
+    for module in modules:
+        parent, _, leaf = module.rpartition(".")
+        leaves_of.setdefault(parent, set()).add(leaf)
+    for parent, leaves in sorted(leaves_of.items()):
+        for fused in FUSED:
+            members = tuple(f"{parent}.{leaf}" for leaf in fused if leaf in leaves)
+            if len(members) > 1:
+                yield members
+
+
+def fused_groups(modules: Iterable[str]) -> dict[str, str]:
+    """Module name -> name of its fused group, `model.layers.0.self_attn.(q_proj+k_proj+v_proj)`."""
+    groups: dict[str, str] = {}
+    for members in fused_siblings(modules):
+        parent = members[0].rpartition(".")[0]
+        leaves = "+".join(member.rpartition(".")[2] for member in members)
+        groups |= dict.fromkeys(members, f"{parent}.({leaves})")
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------- experts
+
+EXPERT_KINDS: frozenset[Kind] = frozenset(("expert", "fused_experts"))
+"""Kinds of tensors that hold experts which can be quantized."""
+
+PROJECTIONS: Mapping[str, tuple[str, ...]] = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "up_proj": ("up_proj",),
+    "gate_proj": ("gate_proj",),
+    "down_proj": ("down_proj",),
+}
+"""A 3-D expert parameter of transformers -> the per-expert weights in it, as vLLM's loaders name them."""
+
+_EXPERT = re.compile(r"^(.*\.experts)(?:\.\d+\..*|\.[^.]+)$")
+
+
+def experts_holder(name: str, role: TensorRole) -> str:
+    """The module below which vLLM's loaders look for `<expert>.<projection>`.
+
+    `model.layers.0.mlp.experts` for tensors `model.layers.0.mlp.experts.3.up_proj.weight` and
+    `...experts.gate_up_proj`. Granite MoE keeps `block_sparse_moe.input_linear.weight` beside the `experts` module that
+    transformers and vLLM build from it."""
+    if role.expert is not None:
+        return re.sub(rf"\.{role.expert}\.[^.]+\.weight$", "", name)
+    holder = name.removesuffix(".weight").rpartition(".")[0]
+    is_beside = role.module.endswith(".experts") and not holder.endswith(".experts")
+    return f"{holder}.experts" if is_beside else holder
+
+
+def experts_holder_from_name(name: str) -> str | None:
+    """The same for a checkpoint whose architecture is not known, from the name only; None if it is no expert's name."""
+    match = _EXPERT.match(name.removesuffix(".weight"))
+    return match[1] if match else None
+
+
+# ---------------------------------------------------------------------------------------------- kept Linears
+
 ROUTER_LEAVES = frozenset(("router", "gate", "gating"))
-"""Last name of a module that decides which expert runs."""
+"""Leaf names of modules that decide which expert runs."""
 
 MIXER_LEAVES = frozenset(("in_proj", "out_proj", "in_proj_qkv", "in_proj_z", "in_proj_qkvz"))
 """Linears of a recurrent mixer (Mamba, gated delta net) that vLLM builds with a quantization config."""
@@ -36,23 +117,18 @@ UNQUANTIZED_LEAVES: Mapping[str, str] = {
     "x_proj": "vLLM serves the state-space input projection unquantized",
 }
 
-PROJECTIONS: Mapping[str, tuple[str, ...]] = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "up_proj": ("up_proj",),
-    "gate_proj": ("gate_proj",),
-    "down_proj": ("down_proj",),
-}
-"""A 3-D expert parameter of transformers -> the per-expert weights in it, as vLLM's loaders name them."""
+ABSORBED_LEAF = "kv_b_proj"
+"""MLA's projection out of the latent, which vLLM absorbs into its neighbours. For compressed-tensors it runs an
+identity through the Linear, and a static input scale below 1/448 would clip the ones."""
 
 
 def why_kept(
     leaf: str, class_name: str, out_features: int, *, mixer: Collection[str], num_experts: int | None
 ) -> tuple[str, str] | None:
-    """(kind, reason) for a Linear of the decoder layers that must stay in the source's dtype, None for one that need
-    not.
+    """(kind, reason) for a Linear of the decoder layers that must stay unquantized; None for any other.
 
-    `leaf`: its last name. `mixer`: names beside it if a convolution is among them, else empty. `num_experts`: experts
-    beside it, None without.
+    `leaf`: its leaf name. `mixer`: names of its siblings if a convolution is among them, else empty. `num_experts`:
+    number of experts beside it; None if there are none.
     """
     if leaf in ROUTER_LEAVES or "Router" in class_name or (num_experts is not None and out_features == num_experts):
         return "router", "router: a flipped choice of expert costs more than its bytes"
@@ -63,17 +139,3 @@ def why_kept(
     if mixer and (leaf not in MIXER_LEAVES or {"x_proj", "dt_proj"} & set(mixer)):
         return "mixer", "projection of a recurrent mixer that vLLM serves unquantized"
     return None
-
-
-def fused_groups(modules: Iterable[str]) -> dict[str, str]:
-    """Module name on disk -> name of its fused group, for siblings that vLLM makes one matrix."""
-    by_parent: dict[str, list[str]] = {}
-    for name in modules:
-        by_parent.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
-    groups: dict[str, str] = {}
-    for parent, leaves in by_parent.items():
-        for fused in FUSED:
-            members = [leaf for leaf in fused if leaf in leaves]
-            if len(members) > 1:
-                groups |= {f"{parent}.{leaf}": f"{parent}.({'+'.join(members)})" for leaf in members}
-    return groups

@@ -1,4 +1,4 @@
-"""Bytes of safetensors files, in and out: positional reads that notice change, writes at planned offsets."""
+"""Reading and writing the bytes of safetensors files: reads that notice changes, writes at planned offsets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fp8pipe.model.headers import TensorInfo, header_bytes
 
 
 class SourceFiles:
-    """Positional, unbuffered reads from a model's files, which must stay what they were when they were opened."""
+    """Unbuffered reads at given offsets from a model's files, which must not change once they are open."""
 
     def __init__(self, root: Path, stack: ExitStack) -> None:
         self._root = root
@@ -24,11 +24,11 @@ class SourceFiles:
 
     @property
     def names(self) -> set[str]:
-        """Files that are open."""
+        """Names of the open files."""
         return set(self._files)
 
     def open(self, name: str) -> None:
-        """Open a file and remember its state; the stack of the constructor closes it."""
+        """Open a file and remember its state; the constructor's `stack` closes it. Raises EnvironmentFault."""
         try:
             handle = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -38,7 +38,9 @@ class SourceFiles:
         self._files[name] = handle
 
     def read_into(self, shard: str, offset: int, buffer: memoryview, what: str) -> None:
-        """Fill `buffer` from byte `offset` of `shard`; `what` names the tensor in errors."""
+        """Fill `buffer` from byte `offset` of `shard`; `what` names the tensor in errors.
+
+        Raises EnvironmentFault if the disk cannot be read, SourceChanged if the file is shorter than it was."""
         done = 0
         while done < len(buffer):
             try:
@@ -47,17 +49,19 @@ class SourceFiles:
                 place = f"{self._root / shard} at byte {offset + done}"
                 raise EnvironmentFault(f"{what}: cannot read {place}: {error.strerror}; check the disk") from error
             if count == 0:
-                raise SourceChanged(f"{what}: {shard} ends at byte {offset + done}; it was cut off while it was read")
+                raise SourceChanged(f"{what}: {shard} ends at byte {offset + done}; it was truncated while it was read")
             done += count
 
     def check_unchanged(self, shard: str) -> None:
-        """SourceChanged unless file `shard`, by handle and by path, is what it was when it was opened."""
+        """Raise SourceChanged if the open file, or what its path now names, is no longer what was opened."""
         try:
             now = _state((self._root / shard).stat())
         except FileNotFoundError:
             raise SourceChanged(f"{self._root / shard} was removed while it was read; run again") from None
         if not _state(os.fstat(self._files[shard])) == now == self._states[shard]:
-            raise SourceChanged(f"{self._root / shard} was changed while it was read; run again once it is at rest")
+            raise SourceChanged(
+                f"{self._root / shard} was changed while it was read; run again when nothing writes to it"
+            )
 
 
 def _state(stat: os.stat_result) -> tuple[int, ...]:
@@ -65,7 +69,7 @@ def _state(stat: os.stat_result) -> tuple[int, ...]:
 
 
 class OutputShard:
-    """One file of the checkpoint, written at planned offsets under a temporary name, renamed when all is there."""
+    """One file of the checkpoint: written at planned offsets under a temporary name, renamed when it is complete."""
 
     def __init__(self, path: Path, tensors: Sequence[TensorInfo], stack: ExitStack) -> None:
         self.path = path
@@ -78,7 +82,7 @@ class OutputShard:
             self._handle = os.open(self.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             stack.callback(os.close, self._handle)
             os.posix_fallocate(self._handle, 0, self.size)
-            os.ftruncate(self._handle, self.size)  # what an earlier run left may be longer
+            os.ftruncate(self._handle, self.size)  # an earlier run may have left a longer one
         self.write_at(0, memoryview(header))
 
     def write_at(self, offset: int, data: memoryview, what: str = "") -> None:
@@ -89,23 +93,25 @@ class OutputShard:
                 done += os.pwrite(self._handle, data[done:], offset + done)
 
     def start_flush(self, begin: int, end: int) -> None:
-        """Let the kernel begin to write this range to disk, so that the final fsync finds little left."""
+        """Have the kernel start writing this range to disk, so that the final fsync has little left to do."""
         os.posix_fadvise(self._handle, begin, end - begin, os.POSIX_FADV_DONTNEED)
 
     def finish(self) -> None:
-        """Bytes safely on disk, then the file's own name."""
+        """fsync the bytes, then give the file its name."""
         with disk_errors(self.path):
             os.fsync(self._handle)
             self.partial.replace(self.path)
 
 
 def partial_path(path: Path) -> Path:
-    """Where the bytes of `path` lie until it is complete: hidden, and without a suffix that any loader looks for."""
+    """Where the bytes of `path` are until it is complete: hidden, and without a suffix that a loader looks for."""
     return path.with_name(f".{path.name}.partial")
 
 
 def require_disk(folder: Path, shards: Iterable[str], needed: int) -> None:
-    """DiskTooSmall unless files `shards` of together `needed` bytes fit beside what `folder` already holds of them."""
+    """Raise DiskTooSmall unless `shards`, `needed` bytes in all, fit on the disk of `folder`.
+
+    What `folder` already holds of them counts as free."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     own = [*folder.glob(".*.partial"), *(folder / name for name in shards)]
     held = sum(path.stat().st_blocks * 512 for path in own if path.is_file())
@@ -118,7 +124,7 @@ def require_disk(folder: Path, shards: Iterable[str], needed: int) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """fsync of the directory, so that renames in it survive a power failure."""
+    """fsync a directory, so that renames in it survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

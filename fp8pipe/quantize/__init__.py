@@ -1,14 +1,26 @@
-"""Snapshot + Plan (+ ranges) -> the publishable folder, at disk speed, in memory bounded by tiles.
+"""Snapshot + Plan (+ calibration) -> the publishable folder, at disk speed, in memory bounded by tiles.
 
-    engine     stripes of weights through numerics into preallocated shards, on all cores
-    views      how a Linear weight lies in the source, and how a stripe of it is read
-    units      what shares a range: a fused group, or one weight
-    meter      progress in bytes and tensors
-    pool       threads that run small tasks, newest first
-    run        one run over one folder: lock, journal, shards, companions, config.json, record
-    scales     ranges of a calibration -> input_scale, k_scale, v_scale
-    journal    what is finished, so that a killed run goes on where it was
-    package    the files beside the weights: tokenizer, licence, index, and config.json last
+    plan/        which tensors are quantized, their bytes in the checkpoint, and config.json
+    formats/     how a scheme is written on disk: names and shapes of scales, quantization_config
+    numerics/    the arithmetic of FP8: amax, scales, codes, observers
+    engine/      the run itself:
+      run          one run over one folder, from lock to record
+      folder       whose folder it is: the lock, and what may be removed
+      journal      what is finished, so that a killed run resumes where it was
+      scales       ranges of a calibration -> input_scale, k_scale, v_scale
+      work         what is left to do, started as source shards arrive
+      weights      units of weights: measured, encoded, written
+      kept         tensors that stay unquantized
+      units        weights that share a range: a fused group, or one weight
+      views        how a weight is stored in the source, and how a stripe of it is read
+      workbench    a thread's buffers and its stream on a GPU
+      context      what all tasks share
+      finite       refusal of NaN and Inf, by tensor and index
+      meter        progress in bytes and tensors
+      pool         threads that run small tasks
+      finisher     fsync and rename of finished shards
+      package      the files beside the weights: tokenizer, licence, index, and config.json last
+    identity     the fingerprint of a checkpoint, and the device that makes it
 
 Importing this costs nothing; torch is loaded when `quantize` has work to do.
 """
@@ -31,7 +43,7 @@ __all__ = ["ENGINE_VERSION", "device_for", "fingerprint", "preload", "quantize"]
 
 
 def preload() -> None:
-    """Load the code of a run. It takes seconds, which a caller that waits for something else can spend on it."""
+    """Load the code of a run. It takes seconds, which a caller can use while it waits for something else."""
     import fp8pipe.quantize.engine.run  # noqa: F401
     from fp8pipe.quantize.numerics import kernels
 
@@ -49,16 +61,16 @@ def quantize(
     device: str = "cpu",
     progress: Progress = quiet,
 ) -> Checkpoint:
-    """Write the checkpoint of `plan` into `folder`, or go on with it, or return it when it is there.
+    """Write the checkpoint of `plan` into `folder`, resume it if a run was interrupted, or return it if it is finished.
 
-    `arriving` yields files of the snapshot as they are downloaded; a shard's tensors are quantized once it is there.
-    `threads` defaults to the cores this process may use. `device` "cuda" measures and encodes there, with the same
-    bytes as a result; it has tests, and has not been run on a GPU yet. config.json is written last, then
+    `arriving` yields files of the snapshot as they are downloaded; tensors are quantized as soon as their shards are
+    there. `threads` defaults to the cores that this process may use. `device`: "cpu", "cuda" or "cuda:<n>", with the
+    same bytes; runs on a GPU are tested but have not been measured. config.json is written when all else is, then
     DIR/fp8pipe/checkpoint.json.
 
-    Raises NonFiniteWeight (tensor and index), SourceChanged, DiskTooSmall, NoSuitableDevice, InputError for a missing
-    or non-finite range or a folder that holds something else. Killed at any moment and run again, the bytes are those
-    of an undisturbed run."""
+    Raises NonFiniteWeight (with tensor and index), SourceChanged, DiskTooSmall, NoSuitableDevice, and InputError for a
+    missing or unusable range or a folder that holds something else. Killed at any moment and run again, it writes the
+    bytes of an undisturbed run."""
     from fp8pipe.quantize.engine.scales import refuse_impossible
 
     refuse_impossible(calibration)
@@ -69,7 +81,7 @@ def quantize(
         and done.fingerprint == fingerprint(snapshot, plan.settings, digest)
         and _is_whole(folder, plan)
     ):
-        for name in (JOURNAL_NAME, LOCK_NAME):  # a run killed between its record and its clean-up leaves them
+        for name in (JOURNAL_NAME, LOCK_NAME):  # left by a run that was killed between its record and its clean-up
             (folder / RECORD_DIR / name).unlink(missing_ok=True)
         return done
 
@@ -88,7 +100,7 @@ def quantize(
 
 
 def _is_whole(folder: Path, plan: Plan) -> bool:
-    """Whether every file of a finished checkpoint is there with its size."""
+    """Whether every file of a finished checkpoint exists with its size."""
     sizes = {name: outputs[-1].end for name, outputs in plan.shards().items()}
     files = [(folder / name, size) for name, size in sizes.items()]
     return (folder / "config.json").is_file() and all(p.is_file() and p.stat().st_size == size for p, size in files)

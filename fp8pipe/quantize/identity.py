@@ -1,27 +1,23 @@
-"""What decides the bytes of a checkpoint, and where they are computed."""
+"""The fingerprint of a checkpoint, and the device that makes it."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from fp8pipe.config import Recipe
 from fp8pipe.errors import InputError
 from fp8pipe.files import digest_of
 from fp8pipe.records import Snapshot
 
-if TYPE_CHECKING:
-    pass
-
 ENGINE_VERSION = 1
-"""Raised whenever the same input would give other bytes."""
+"""Raised whenever the same input would give different bytes."""
 JOURNAL_NAME = "quantize.journal"
 LOCK_NAME = "quantize.lock"
 """Files in DIR/fp8pipe/ that exist while a run is unfinished."""
 
 
 def fingerprint(snapshot: Snapshot, recipe: Recipe, calibration_digest: str | None) -> str:
-    """What decides the bytes of a checkpoint: equal fingerprints, equal checkpoints."""
+    """Digest of all that decides the bytes of a checkpoint: equal fingerprints mean equal checkpoints."""
     return digest_of(
         {
             "source": snapshot.commit,
@@ -33,8 +29,9 @@ def fingerprint(snapshot: Snapshot, recipe: Recipe, calibration_digest: str | No
 
 
 def device_for(asked: str) -> str:
-    """Where weights are quantized when a command asks for device `asked`: on a GPU that it names, else on the CPU,
-    which disks seldom outrun. Imports nothing. InputError for what is no device."""
+    """The device that quantizes weights when a command asks for `asked`: a GPU if it names one, else the CPU.
+
+    "auto" is the CPU, for disks are seldom faster. Imports nothing heavy. Raises InputError for anything else."""
     if asked in {"auto", "cpu"}:
         return "cpu"
     if re.fullmatch(r"cuda(:\d+)?", asked):

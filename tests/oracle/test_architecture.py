@@ -57,7 +57,7 @@ def test_names_are_those_on_disk_and_lead_to_transformers_modules(model_folder: 
         3,
     )
     assert found.tensors["model.layers.1.block_sparse_moe.gate.weight"].kind == "router"
-    assert found.modules()["model.layers.0.self_attn.q_proj"] == "model.layers.0.self_attn.q_proj"
+    assert found.tensors["model.layers.0.self_attn.q_proj.weight"].module == "model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "deepseek-v2"])

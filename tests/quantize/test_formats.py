@@ -1,7 +1,8 @@
-"""What each spelling writes is what its readers' own parsers take."""
+"""Each spelling writes what the parsers of its readers accept."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -50,7 +51,7 @@ def test_weight_only_has_no_input_activations(model_folder: Models) -> None:
 
 
 @pytest.mark.parametrize("name", AUTOFP8)
-def test_fp8_says_its_scheme_and_exact_ignored_layers(model_folder: Models, name: str) -> None:
+def test_fp8_states_its_scheme_and_exact_ignored_layers(model_folder: Models, name: str) -> None:
     config = config_of(model_folder("qwen3-moe" if name == "autofp8-dynamic" else "llama"), name)
     assert config["quant_method"] == "fp8"
     assert config["activation_scheme"] == name.removeprefix("autofp8-")
@@ -58,14 +59,14 @@ def test_fp8_says_its_scheme_and_exact_ignored_layers(model_folder: Models, name
     assert not any(entry.startswith("re:") for entry in config["ignored_layers"])
 
 
-def test_scales_per_tensor_are_scalars_in_fp8_and_lists_in_compressed_tensors(model_folder: Models) -> None:
+def test_per_tensor_scales_are_scalars_in_fp8_and_one_element_in_compressed_tensors(model_folder: Models) -> None:
     folder = model_folder("llama")
     for role in ("weight_scale", "input_scale"):
         assert shapes(folder, "autofp8-static", role) == {()}
         assert shapes(folder, "fp8-static", role) == {(1,)}
 
 
-def test_block_scales_have_the_name_that_each_format_reads(model_folder: Models) -> None:
+def test_block_scales_have_the_name_that_readers_of_each_format_expect(model_folder: Models) -> None:
     folder = model_folder("llama", head_dim=64, intermediate_size=384, hidden_size=200)
     for format_name, leaf in (("compressed-tensors", "weight_scale"), ("fp8", "weight_scale_inv")):
         plan = plan_of(folder, recipe("fp8-block", checkpoint_format=format_name))
@@ -83,9 +84,7 @@ def test_channel_scales_are_columns(model_folder: Models) -> None:
     assert scales and all(output.shape == (height[output.module], 1) for output in scales)
 
 
-def test_kept_experts_are_named_so_that_each_reader_leaves_them_alone(model_folder: Models) -> None:
-    import re
-
+def test_kept_experts_are_named_so_that_each_reader_skips_them(model_folder: Models) -> None:
     folder = model_folder("qwen3-moe")
     ignore = config_of(folder, "fp8-dynamic", ignore=["re:.*experts"])["ignore"]
     patterns = [entry[3:] for entry in ignore if entry.startswith("re:")]
@@ -108,7 +107,7 @@ def test_dynamic_activations_per_tensor_parse_in_compressed_tensors(model_folder
     assert shapes(model_folder("llama"), "fp8-static", "input_scale", activations=dynamic) == set()
 
 
-def test_the_guide_holds_the_tables_that_the_code_gives() -> None:
+def test_the_tables_in_the_guide_are_those_of_the_code() -> None:
     command = [sys.executable, "-m", "benchmarks.formats", "--check"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""The arithmetic, against a reference without tiles: plain float32, one expression per formula."""
+"""The arithmetic equals a reference without tiles: plain float32, one expression per formula."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fp8pipe.quantize.numerics import observers
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = [(1, 1), (3, 5), (64, 160), (129, 257), (1000, 300), (5, 300_000)]
-"""Ragged against blocks of 128, wider than a tile, taller than a tile."""
+"""Not multiples of 128, wider than a tile, taller than a tile."""
 
 
 def random_weight(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
@@ -80,7 +80,7 @@ def test_any_value_under_any_scale_rounds_to_the_nearest_code(value: float, scal
     assert (codes.double() - exact).abs().item() == (finite - exact).abs().min().item()
 
 
-def test_all_zero_units_get_a_scale_that_divides_and_zero_codes() -> None:
+def test_all_zero_rows_get_a_usable_scale_and_zero_codes() -> None:
     weight = torch.zeros((4, 8), dtype=torch.bfloat16)
     scale = numerics.weight_scale(numerics.channel_amax(weight))
     assert torch.equal(scale, torch.full((4, 1), 1e-12) / 448)
@@ -92,7 +92,7 @@ def test_all_zero_units_get_a_scale_that_divides_and_zero_codes() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "block"])
-def test_a_nonfinite_weight_shows_in_amax_and_is_found(dtype: torch.dtype, bad: float, strategy: str) -> None:
+def test_a_nonfinite_weight_makes_amax_nonfinite_and_is_found(dtype: torch.dtype, bad: float, strategy: str) -> None:
     weight = random_weight((300, 700), dtype)
     weight[200, 650] = bad
     amax = measured(weight, strategy)
@@ -116,7 +116,7 @@ def test_fp8_error_stays_within_half_a_step() -> None:
 # ---------------------------------------------------------------------------------------------- mse
 
 
-def test_rounding_without_converting_gives_every_code_of_the_converter() -> None:
+def test_rounding_as_float32_gives_the_codes_of_the_conversion() -> None:
     codes = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     halves = (codes[1:] + codes[:-1]) / 2
     around = [torch.nextafter(halves, torch.tensor(0.0)), halves, torch.nextafter(halves, torch.tensor(448.0))]
@@ -146,7 +146,7 @@ def test_mse_errors_equal_the_formula_up_to_the_order_of_the_sum(dtype: torch.dt
 @pytest.mark.parametrize("shape", [(64, 160), (130, 300)])
 def test_mse_takes_the_shrink_with_the_least_squared_error(shape: tuple[int, int]) -> None:
     weight = random_weight(shape)
-    weight[:, 0] *= 8  # an outlier per row makes shrinking pay
+    weight[:, 0] *= 8  # an outlier in each row makes shrinking worthwhile
     amax = numerics.channel_amax(weight)
     chosen = numerics.best_amax(amax, numerics.shrink_errors(weight, amax))
     for row in range(shape[0]):
@@ -174,7 +174,7 @@ PEER = load_file(DATA / "llmcompressor.safetensors")
 """Made by llm-compressor itself; see tests/data/make_llmcompressor.py."""
 
 
-def peers(scheme: str) -> tuple[Tensor, Tensor, Tensor, tuple[int, int] | None]:
+def peer_tensors(scheme: str) -> tuple[Tensor, Tensor, Tensor, tuple[int, int] | None]:
     """Source, codes as bytes, scales and block shape of llm-compressor's weight under `scheme`."""
     source, codes, scale = (PEER[f"{scheme}.{leaf}"] for leaf in ("source", "weight", "weight_scale"))
     return source, codes.view(torch.uint8), scale, (128, 128) if scheme == "FP8_BLOCK" else None
@@ -184,8 +184,8 @@ STRATEGIES = {"FP8_DYNAMIC": "channel", "FP8_BLOCK": "block", "per-tensor": "ten
 
 
 @pytest.mark.parametrize("scheme", STRATEGIES)
-def test_llm_compressors_bytes_are_those_of_a_division_in_bf16(scheme: str) -> None:
-    source, codes, scale, block = peers(scheme)
+def test_llm_compressors_bytes_come_from_a_division_in_bf16(scheme: str) -> None:
+    source, codes, scale, block = peer_tensors(scheme)
     assert scale.dtype == torch.bfloat16
     amax = reference_amax(source, STRATEGIES[scheme])
     assert torch.equal(scale.flatten(), (amax.bfloat16() / 448).flatten())
@@ -195,8 +195,8 @@ def test_llm_compressors_bytes_are_those_of_a_division_in_bf16(scheme: str) -> N
 
 
 @pytest.mark.parametrize("scheme", STRATEGIES)
-def test_ours_are_those_of_a_division_in_float32(scheme: str) -> None:
-    source, codes, _, block = peers(scheme)
+def test_our_bytes_come_from_a_division_in_float32(scheme: str) -> None:
+    source, codes, _, block = peer_tensors(scheme)
     scale = numerics.weight_scale(measured(source, STRATEGIES[scheme]))
     ours = torch.empty(source.shape, dtype=torch.float8_e4m3fn)
     numerics.encode(source, scale, ours, block=block)
@@ -204,8 +204,8 @@ def test_ours_are_those_of_a_division_in_float32(scheme: str) -> None:
     assert 0 < (ours.view(torch.uint8) != codes).float().mean().item() < 0.2
 
 
-def test_where_amax_is_448_times_a_power_of_two_both_agree() -> None:
-    source, codes, scale, _ = peers("FP8_DYNAMIC")
+def test_both_agree_where_amax_is_448_times_a_power_of_two() -> None:
+    source, codes, scale, _ = peer_tensors("FP8_DYNAMIC")
     ours = torch.empty(source.shape, dtype=torch.float8_e4m3fn)
     own_scale = numerics.weight_scale(numerics.channel_amax(source))
     numerics.encode(source, own_scale, ours)

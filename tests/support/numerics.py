@@ -1,4 +1,4 @@
-"""The formulas of FP8 as the papers write them."""
+"""The formulas of FP8 as the papers write them, on whole tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 
 def reference_amax(weight: Tensor, strategy: str, block: tuple[int, int] = (128, 128)) -> Tensor:
+    """Largest magnitude of the tensor [], of each row [out, 1], or of each block [blocks, blocks]."""
     magnitude = weight.float().abs()
     if strategy == "tensor":
         return magnitude.max()
@@ -19,8 +20,13 @@ def reference_amax(weight: Tensor, strategy: str, block: tuple[int, int] = (128,
 
 
 def reference_codes(weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None) -> Tensor:
-    """The formula as the papers write it."""
+    """E4M3 codes of a weight [out, in]."""
     if block is not None:
-        rows, columns = block
-        scale = scale.repeat_interleave(rows, 0)[: len(weight)].repeat_interleave(columns, 1)[:, : weight.shape[1]]
+        scale = expanded(scale, block, weight)
     return (weight.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def expanded(scale: Tensor, block: tuple[int, int], weight: Tensor) -> Tensor:
+    """Block scales, repeated for each element of `weight`."""
+    rows, columns = block
+    return scale.repeat_interleave(rows, 0)[: len(weight)].repeat_interleave(columns, 1)[:, : weight.shape[1]]

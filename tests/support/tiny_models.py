@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of real architectures, made with transformers: what the engine's tests quantize."""
+"""Tiny random checkpoints of real architectures, made with transformers, and plans and ranges for them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = {
     "vocab_size": 96,
     "max_position_embeddings": 128,
 }
-"""Odd on purpose: 160 is no multiple of 128, and q, k and v differ in height."""
+"""Deliberately uneven: 160 is not a multiple of 128, and q is taller than k and v."""
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
@@ -86,7 +86,7 @@ def make_model(
 
 @functools.cache
 def architecture_of(folder: Path) -> Architecture:
-    """The probe's answer, asked in this process: the child's imports would cost seconds for each model."""
+    """The architecture record, made in this process: a child's imports would cost seconds for each model."""
     from fp8pipe.oracle import transformers_probe as probe
 
     headers = read_headers(resolve(str(folder)))
@@ -106,7 +106,7 @@ def plan_of(folder: Path, wanted: Recipe) -> Plan:
 
 
 def calibration_for(plan: Plan, **changes: Any) -> Calibration:
-    """Ranges for everything that `plan` wants, each another number."""
+    """Made-up ranges for everything that `plan` needs, all different."""
     heads = {output.source: output.shape[0] for output in plan.outputs if output.role == "k_scale"}
     fields: dict[str, Any] = {
         "inputs": {name: 1.5 + index / 8 for index, name in enumerate(plan.calibrated_modules())},

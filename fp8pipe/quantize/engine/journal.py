@@ -1,13 +1,12 @@
-"""What a run has finished, one line each, so that after kill -9 no tensor is quantized twice.
+"""A list of what a run has finished, so that no tensor is quantized twice after kill -9.
 
-A line is appended after the bytes it speaks of were handed to the kernel, which keeps them when the process dies.
-They may be lost when the machine dies: a journal of another boot counts only for shards that were renamed, after
-their fsync. A line cut off by the kill is not a line."""
+A line is appended once the kernel has the bytes that it reports, and the kernel keeps them if the process dies. If the
+machine dies they may be lost, so a journal of another boot counts only for shards that were renamed after their fsync.
+A line that was cut off is ignored."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import threading
@@ -15,43 +14,42 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fp8pipe.errors import InputError
 from fp8pipe.files import disk_errors, write_atomically
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Journal:
-    """`DIR/fp8pipe/quantize.journal`. Open it with `open_journal`."""
+    """`DIR/fp8pipe/quantize.journal`, opened by `open_journal`."""
 
     def __init__(self, path: Path, entries: list[dict[str, Any]]) -> None:
         self.path = path
         self._lock = threading.Lock()
         self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         self.finished: set[str] = {entry["weight"] for entry in entries if "weight" in entry}
-        """Names of output tensors whose bytes are all written."""
+        """Names of the output tensors that earlier runs wrote completely."""
         self.zero_units: list[str] = [unit for entry in entries for unit in entry.get("zeros", ())]
         self.amax: dict[str, float] = {e["unit"]: float.fromhex(e["amax"]) for e in entries if "amax" in e}
-        """Range of each unit that was measured, by name of its first weight."""
+        """Range of each measured unit, by the name of its first weight."""
 
     def add_finished(self, name: str, zeros: list[str]) -> None:
-        """All bytes of output tensor `name` are written; `zeros`: its scale units without a weight other than 0."""
+        """Note that output tensor `name` is written; `zeros`: its scale units that hold only zeros."""
         with self._lock:
             self.zero_units += zeros
         self._append({"weight": name, "zeros": zeros})
 
     def add_amax(self, unit: str, amax: float) -> None:
-        """The unit was measured: `amax`, after the observer."""
+        """Note the range of `unit`, as the observer has chosen it."""
         self._append({"unit": unit, "amax": amax.hex()})
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry).encode() + b"\n"
         with disk_errors(self.path):
-            if os.write(self._handle, line) < len(line):  # one write: lines of threads do not mix
+            if os.write(self._handle, line) < len(line):  # in one write, so that lines of threads do not mix
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
-        """All lines so far are on disk when this returns."""
+        """Write all lines so far to disk."""
         with disk_errors(self.path):
             os.fsync(self._handle)
 
@@ -60,10 +58,10 @@ class Journal:
 
 
 def void_unless(path: Path, identity: str) -> tuple[str, ...] | None:
-    """None for the journal of the run called `identity`; that of another run is made void, and names its files.
+    """None if the journal belongs to the run `identity`; else void it and return the files it names, to be removed.
 
-    To be done before those files are removed: whoever is killed in between leaves a journal that no run goes on with,
-    and that still names them."""
+    Call it before those files are removed: a kill in between then leaves a journal that no run resumes from and that
+    still names them."""
     head = _head(path)
     if head.get("identity") == identity:
         return None
@@ -75,10 +73,10 @@ def void_unless(path: Path, identity: str) -> tuple[str, ...] | None:
 
 
 def open_journal(path: Path, identity: str, *, files: Iterable[str], is_safe: Callable[[str], bool]) -> Journal:
-    """The journal of the run called `identity`, which goes on with what the file says it has finished.
+    """The journal of the run `identity`, with what earlier attempts have finished.
 
-    `files`: names of all that the run writes beside its records. `is_safe(name)`: the shard of output tensor `name`
-    was renamed, so its bytes are on disk even if the machine died."""
+    `files`: names of all files that the run writes beside its records. `is_safe(name)`: whether the shard of output
+    tensor `name` was renamed, so that its bytes are on disk even if the machine died."""
     head, *entries = _read(path) or [{}]
     if head.get("identity") != identity:
         entries = []
@@ -97,7 +95,7 @@ def _write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def _is_inside(name: Any) -> bool:
-    """Whether this is a file of the folder itself: what a journal names is removed."""
+    """Whether this names a file inside the folder, for the files that a journal names are removed."""
     return isinstance(name, str) and not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
 
 
@@ -118,19 +116,3 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 def _boot() -> str:
     return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
-
-
-class FolderLock:
-    """One writer per folder: a second one is told so."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._handle)
-            raise InputError(f"{path.parent.parent}: another run is writing this checkpoint; wait for it") from None
-
-    def release(self) -> None:
-        os.close(self._handle)

@@ -1,7 +1,7 @@
-"""The files of a checkpoint beside its weights: copied byte for byte, the index, and config.json last.
+"""The files of a checkpoint beside its weights: companions copied byte for byte, the index, and config.json last.
 
-Not copied: weights, pickles, the source's README (the card replaces it), other loaders' configs, and `*.py` unless
-trusted."""
+Not copied: weights, pickles, the source's README (the card replaces it), configs of other loaders, and `*.py` unless
+remote code is trusted."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from fp8pipe.records import Snapshot
 _NOT_COPIED = frozenset(
     ("config.json", "readme.md", "params.json", "hf_quant_config.json", "adapter_config.json", "quantize_config.json")
 )
-"""config.json is rewritten; the others describe something that this checkpoint is not."""
+"""config.json is rewritten; the others do not describe this checkpoint."""
 
 
 def companions(snapshot: Snapshot, plan: Plan) -> tuple[str, ...]:
-    """Names of the files that are copied. Reads nothing: they may still be on their way."""
+    """Names of the files that are copied. Reads none of them: they may still be downloading."""
     return companion_names(snapshot, trust_remote_code=plan.trust_remote_code)
 
 
 def companion_names(snapshot: Snapshot, *, trust_remote_code: bool) -> tuple[str, ...]:
-    """Names of the files that go with any copy of the model; its own code only if `trust_remote_code`."""
+    """Names of the files that belong to any copy of the model; its own code only if `trust_remote_code`."""
     names = (file.name for file in source.companion_files(snapshot, trust_remote_code=trust_remote_code))
     return tuple(name for name in names if name.lower() not in _NOT_COPIED and not name.endswith(".index.json"))
 
 
 def write_companions(snapshot: Snapshot, plan: Plan, folder: Path) -> None:
-    """Everything but weights and config.json."""
+    """Write everything but weights and config.json."""
     for name in companions(snapshot, plan):
         write_atomically(folder / name, source.read_file(snapshot, name))
     if len(plan.shards()) > 1:
@@ -41,7 +41,7 @@ def write_companions(snapshot: Snapshot, plan: Plan, folder: Path) -> None:
 
 
 def write_config(snapshot: Snapshot, plan: Plan, folder: Path) -> None:
-    """The source's config.json with quantization_config, and nothing else, changed."""
+    """Write the source's config.json with another quantization_config and no other change. Raises InputError."""
     try:
         config = json.loads(source.read_file(snapshot, "config.json"))
     except ValueError as error:

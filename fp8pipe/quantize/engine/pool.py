@@ -1,7 +1,7 @@
-"""Threads that run small tasks, newest continuation first, and stop at the first error.
+"""Threads that run small tasks and stop at the first error.
 
-A task may add tasks. Those of `then` go to the front of the queue: what was just measured is encoded while its bytes
-are still in the page cache."""
+A task may add tasks. Urgent ones go to the front of the queue, so that what was just measured is encoded while its
+bytes are still in the page cache."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Task = Callable[[], None]
 
 
 class Pool:
-    """`threads` workers. `drain` returns when every task is done, or raises the first error."""
+    """`threads` workers, each of which calls `prepare` first."""
 
     def __init__(self, threads: int, prepare: Task) -> None:
         self._tasks: deque[Task] = deque()
@@ -27,7 +27,7 @@ class Pool:
             thread.start()
 
     def add(self, tasks: Sequence[Task], then: Task | None = None, *, urgent: bool = False) -> None:
-        """Queue `tasks`; run `then` in the worker that finishes the last of them."""
+        """Queue `tasks`, at the front if `urgent`. The worker that finishes the last of them runs `then`."""
         if then is not None:
             tasks = _counted(tasks, then)
         with self._changed:
@@ -38,19 +38,19 @@ class Pool:
             self._changed.notify_all()
 
     def check(self) -> None:
-        """Raise the error that stopped the workers, if any."""
+        """Raise the error that stopped the workers, if there was one."""
         if self._error is not None:
             raise self._error
 
     def drain(self) -> None:
-        """Wait for all tasks, those added by tasks included."""
+        """Wait for all tasks, including those that tasks add; raise the first error."""
         with self._changed:
             while (self._tasks or self._running) and self._error is None:
-                self._changed.wait(timeout=1)  # a timeout lets Ctrl-C through
+                self._changed.wait(timeout=1)  # without a timeout, Ctrl-C would have to wait
         self.check()
 
     def close(self) -> None:
-        """Drop what is queued and wait for the workers."""
+        """Drop the queued tasks and wait for the workers."""
         with self._changed:
             self._closing = True
             self._tasks.clear()
@@ -63,7 +63,7 @@ class Pool:
         while (task := self._next()) is not None:
             try:
                 task()
-            except BaseException as error:  # handed to the thread that drains, whatever it is
+            except BaseException as error:  # `drain` raises it in its own thread
                 self._fail(error)
             finally:
                 with self._changed:
@@ -87,6 +87,7 @@ class Pool:
 
 
 def _counted(tasks: Sequence[Task], then: Task) -> list[Task]:
+    """`tasks`, of which the one that ends last runs `then`; only `then` if there are none."""
     left = len(tasks)
     lock = threading.Lock()
 

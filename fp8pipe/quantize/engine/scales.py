@@ -1,26 +1,25 @@
-"""Ranges of a calibration -> the scales that the plan asks for: input_scale, k_scale, v_scale. No range is ever
-invented.
+"""Turns the ranges of a calibration into the scales of the plan: input_scale, k_scale, v_scale.
 
-scale = max(amax, 1e-12) / 448, float32; one input_scale per fused group, from the largest amax of its members
+scale = max(amax, 1e-12) / 448, float32. A fused group has one input_scale, from the largest amax of its members. A
+missing range is an error; none is made up.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fp8pipe.errors import InputError
 from fp8pipe.quantize.plan import OutputTensor, Plan
-
-if TYPE_CHECKING:
-    from fp8pipe.records.calibration import Calibration
+from fp8pipe.records.calibration import Calibration
 
 
 def calibrated_scales(plan: Plan, calibration: Calibration | None) -> dict[str, bytes]:
-    """Bytes of every calibrated scale, by output name. InputError names the modules whose range is missing or
+    """Bytes of every calibrated scale, by output name.
+
+    Raises InputError if there is no calibration, if it belongs to another source or plan, or if a range is missing or
     unusable."""
     _refuse_unsettled(plan, calibration)
     wanted = [output for output in plan.outputs if output.role in {"input_scale", "k_scale", "v_scale"}]
@@ -30,7 +29,8 @@ def calibrated_scales(plan: Plan, calibration: Calibration | None) -> dict[str, 
         raise InputError(f"recipe {plan.recipe} needs calibrated ranges for {len(wanted)} scales; run calibrate first")
     if calibration.source_commit != plan.source_commit:
         raise InputError(
-            f"the calibration is of source {calibration.source_commit[:16]}, the plan of {plan.source_commit[:16]}"
+            f"the calibration was made for source {calibration.source_commit[:16]}, the plan for "
+            f"{plan.source_commit[:16]}; calibrate again"
         )
     amax = _input_amax(plan, calibration.inputs) | _kv_amax(plan, calibration)
     _refuse_unusable(amax, wanted)
@@ -38,14 +38,16 @@ def calibrated_scales(plan: Plan, calibration: Calibration | None) -> dict[str, 
 
 
 def _refuse_unsettled(plan: Plan, calibration: Calibration | None) -> None:
-    """keep_bf16: the plan must be the one that keeps what the calibration found too sensitive."""
+    """Raise InputError unless a plan with keep_bf16 keeps what its calibration found too sensitive."""
     if plan.settings.keep_bf16 is None:
         return
     if calibration is None:
         raise InputError(f"recipe {plan.recipe} has keep_bf16, which needs a calibration; run calibrate first")
     quantized = {output.source for output in plan.outputs if output.role == "weight"}
     if left := sorted(quantized & calibration.kept.keys()):
-        raise InputError(f"{left[0]}: the plan quantizes it, the calibration keeps it; plan again with what it keeps")
+        raise InputError(
+            f"{left[0]}: the plan quantizes it, the calibration keeps it; plan again with what the calibration keeps"
+        )
 
 
 def _input_amax(plan: Plan, inputs: Mapping[str, float]) -> dict[str, tuple[float, ...]]:
@@ -66,13 +68,13 @@ def _kv_amax(plan: Plan, calibration: Calibration) -> dict[str, tuple[float, ...
     for output in plan.outputs:
         if output.role in {"k_scale", "v_scale"}:
             ranges = calibration.kv.get(output.source)
-            key = ranges.k_amax if ranges and output.role == "k_scale" else ranges.v_amax if ranges else ()
-            found[output.name] = key
+            amax = {"k_scale": ranges.k_amax, "v_scale": ranges.v_amax} if ranges else {}
+            found[output.name] = amax.get(output.role, ())
     return found
 
 
 def refuse_impossible(calibration: Calibration | None) -> None:
-    """InputError unless every range is finite and not negative."""
+    """Raise InputError unless every range of the calibration is finite and not negative."""
     if calibration is None:
         return
     ranges = {name: (amax,) for name, amax in calibration.inputs.items()}

@@ -1,4 +1,4 @@
-"""Weights on their way: a *unit* is what shares a range, a fused group under per-tensor scales, else one weight."""
+"""Weights grouped by the range they share: a *unit* is a fused group under per-tensor scales, else a single weight."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fp8pipe.quantize.plan import OutputTensor, Plan
 
 @dataclass(slots=True)
 class Weight:
-    """One weight on its way: where it comes from, where it goes, its scale as far as known."""
+    """One weight: where it is read, where it and its scale are written, and its scale as far as it is known."""
 
     view: WeightView
     output: OutputTensor
@@ -21,7 +21,7 @@ class Weight:
     scale: Tensor
     """float32; [] per tensor, [out, 1] per channel, [blocks, blocks]."""
     zeros: Tensor
-    """bool, shape of `scale`: the unit holds nothing but zeros."""
+    """bool, shape of `scale`: whether all weights under that scale are zero."""
 
 
 @dataclass(slots=True)
@@ -30,11 +30,11 @@ class Unit:
 
     weights: list[Weight]
     amax: float | None = None
-    """Per tensor: the range, after the observer."""
+    """Per-tensor scales: the range, as the observer has chosen it."""
     measured: list[float] = field(default_factory=list)
-    """Per tensor: amax of each stripe."""
+    """Per-tensor scales: amax of each stripe."""
     errors: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    """Per tensor under the mse observer: squared errors of each stripe, float64 [shrinks], by weight and first row."""
+    """Per-tensor scales, mse observer: squared errors of each stripe, float64 [shrinks], by weight and first row."""
 
     @property
     def name(self) -> str:
@@ -42,7 +42,7 @@ class Unit:
 
     @property
     def shards(self) -> set[str]:
-        """Source files that must be there."""
+        """Source files that it is read from."""
         return set().union(*(weight.view.shards for weight in self.weights))
 
     def stripes(self) -> list[tuple[Weight, int, int]]:
@@ -51,7 +51,7 @@ class Unit:
 
 
 def units_of(plan: Plan, views: Views) -> list[Unit]:
-    """Units in the order of the source's bytes."""
+    """All units, in the order of the checkpoint's bytes."""
     scheme = plan.settings.weights
     scales = {output.module: output for output in plan.outputs if output.role == "weight_scale"}
     units: dict[str, Unit] = {}
@@ -71,8 +71,7 @@ def _scale_shape(on_disk: tuple[int, ...], strategy: str) -> tuple[int, ...]:
 
 
 def zero_units(weight: Weight) -> list[str]:
-    """Names of the weight's all-zero scale units: the tensor itself, or `tensor[row]`, `tensor[row, column]` of
-    scales."""
+    """Names of what holds only zeros: `tensor` itself, or its `tensor[row]` or `tensor[row, column]` of scales."""
     if not bool(weight.zeros.any()):
         return []
     if bool(weight.zeros.all()):

@@ -1,125 +1,70 @@
-"""Linear weights as they lie in the source: read by position, stripe by stripe, into one thread's buffers.
+"""How a Linear weight is stored in the source, and how a stripe of it is read into a thread's buffer.
 
 A weight [out, in] may be a whole tensor, some rows of one expert inside a tensor of experts, transposed or not, or FP8
-codes with their scales. A *stripe* is a run of its rows, about 4 MB; a *panel* some of its columns, for blocks of very
-wide weights."""
+codes with their scales. A *stripe* is a run of its rows, about 4 MB; a *panel* is a run of its columns, used for blocks
+of very wide weights."""
 
 from __future__ import annotations
 
-import threading
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fp8pipe.model import fp8_source
 from fp8pipe.model.dtypes import DTYPES
+from fp8pipe.model.fp8_source import ScaleGrid
 from fp8pipe.model.headers import ITEM_BYTES, TensorInfo
 from fp8pipe.model.shards import SourceFiles
-from fp8pipe.quantize.plan import OutputTensor, Plan, Slice
+from fp8pipe.quantize.engine.workbench import Workbench
+from fp8pipe.quantize.plan import OutputTensor, Plan, PlannedTensor, Slice
 
 STRIPE_BYTES = 4 << 20
-"""Source bytes of a stripe. Small enough for the last-level cache, large enough that Python's share of the time is
-small."""
+"""Source bytes of a stripe: small enough for the last-level cache, large enough that Python's overhead does not
+matter."""
 
 TRANSPOSED_STRIPE_BYTES = 16 << 20
-"""The same where the weight lies transposed: each input row gives a short run, and short runs make slow reads."""
-
-
-class Workbench(threading.local):
-    """One thread's buffers, grown to the largest stripe and reused.
-
-    With a GPU they are pinned, and the thread has a stream of its own: while its stripe travels and is encoded, other
-    threads read and write theirs. The bytes are those of the CPU."""
-
-    def __init__(self, device: str = "cpu") -> None:
-        self._device = torch.device(device)
-        self._on_gpu = self._device.type == "cuda"
-        self._stream = torch.cuda.Stream(self._device) if self._on_gpu else None
-        self._raw = self._codes = self._room(0)
-
-    def _room(self, size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self._on_gpu)
-
-    def raw(self, size: int) -> memoryview:
-        """Room for `size` source bytes."""
-        if len(self._raw) < size:
-            self._raw = self._room(size)
-        return self._raw.numpy().data[:size]
-
-    def stream(self) -> AbstractContextManager[object]:
-        """While this lasts, what is sent to the GPU goes through this thread's stream."""
-        return torch.cuda.stream(self._stream) if self._on_gpu else nullcontext()
-
-    def to_device(self, tensor: Tensor) -> Tensor:
-        """`tensor` where the arithmetic is done. A scalar goes there too: CUDA would multiply by its reciprocal."""
-        return tensor.to(self._device, non_blocking=True)
-
-    def codes(self, rows: int, columns: int) -> Tensor:
-        """Room for codes on the device, float8_e4m3fn [rows, columns]."""
-        if self._on_gpu:
-            return torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=self._device)
-        return self._host_codes(rows, columns)
-
-    def to_host(self, codes: Tensor) -> Tensor:
-        """The codes in this thread's own buffer, once the stream has made them."""
-        if self._stream is None:
-            return codes
-        host = self._host_codes(*codes.shape)
-        host.copy_(codes, non_blocking=True)
-        self._stream.synchronize()
-        return host
-
-    def _host_codes(self, rows: int, columns: int) -> Tensor:
-        if len(self._codes) < rows * columns:
-            self._codes = self._room(rows * columns)
-        return self._codes[: rows * columns].view(torch.float8_e4m3fn).view(rows, columns)
+"""The same for a transposed weight: a row on disk holds only a short run of its stripe, and short reads are slow."""
 
 
 @dataclass(slots=True)
-class SourceScale:
-    """Scales of a source weight that is FP8 already: one, one per row, or one per block."""
+class SourceScales:
+    """The scales of a source weight that is FP8 already, read when they are first needed."""
 
     info: TensorInfo
-    block: tuple[int, int] | None
-    """Rows and columns that one scale serves; None: one scale for all, or one per row."""
+    grid: ScaleGrid
     values: Tensor | None = None
-    """float32 [block rows, block columns], [rows, 1] or [1, 1], as the plan has checked; None until first used."""
+    """float32, shape of the grid; None until they are read."""
 
-    def of_rows(self, files: SourceFiles, start: int, end: int, columns: int) -> Tensor:
-        """Scales of rows [start, end), broadcastable to [end - start, columns]."""
+    def read(self, files: SourceFiles) -> Tensor:
+        """All of them, float32 in the shape of the grid."""
         if self.values is None:
             raw = memoryview(bytearray(self.info.nbytes))
             files.read_into(self.info.shard, self.info.begin, raw, self.info.name)
-            flat = torch.frombuffer(raw, dtype=DTYPES[self.info.dtype]).float()
-            self.values = flat.view(self.info.shape if len(self.info.shape) == 2 else (-1, 1))
-        values = self.values
-        if self.block is None:
-            return values if len(values) == 1 else values[start:end]
-        rows, width = self.block
-        return values[torch.arange(start, end) // rows].repeat_interleave(width, 1)[:, :columns]
+            self.values = fp8_source.scale_values(raw, self.info.dtype, self.grid)
+        return self.values
 
 
 @dataclass(frozen=True, slots=True)
 class WeightView:
-    """A Linear weight [out, in] inside a source tensor: all of it, or some rows of one expert."""
+    """A Linear weight [out, in] in the source: a whole tensor, some rows of one expert, or a panel of either."""
 
     info: TensorInfo
     slice: Slice | None
     rows: int
     columns: int
-    scale: SourceScale | None = None
+    scales: SourceScales | None = None
     left: int = 0
-    """First column of the source tensor that the view shows: 0 but for panels."""
+    """First column of the source tensor in the view; 0 except for panels."""
 
     @property
     def row_bytes(self) -> int:
         return self.columns * ITEM_BYTES[self.info.dtype]
 
     def panels(self, block: tuple[int, int]) -> list[WeightView]:
-        """The view cut into columns of whole blocks, so that one band of blocks is not larger than a stripe."""
+        """The view cut into columns of whole blocks, so that a row of blocks is no larger than a stripe."""
         rows, width = block
-        if self.slice is not None or self.scale is not None or rows * self.row_bytes <= STRIPE_BYTES:
+        if self.slice is not None or self.scales is not None or rows * self.row_bytes <= STRIPE_BYTES:
             return [self]
         item = ITEM_BYTES[self.info.dtype]
         width *= max(1, STRIPE_BYTES // (rows * width * item))
@@ -127,19 +72,20 @@ class WeightView:
         return [replace(self, left=left, columns=min(width, self.columns - left)) for left in lefts]
 
     def stripes(self, multiple: int) -> list[tuple[int, int]]:
-        """Row ranges to work on, each but the last a multiple of `multiple` rows."""
+        """Row ranges (start, end) to work on; all but the last are a multiple of `multiple` rows high."""
         transposed = self.slice is not None and self.slice.transposed
         budget = TRANSPOSED_STRIPE_BYTES if transposed else STRIPE_BYTES
         height = max(1, budget // max(1, self.row_bytes * multiple)) * multiple
         return [(start, min(start + height, self.rows)) for start in range(0, self.rows, height)]
 
     def read(self, files: SourceFiles, start: int, end: int, bench: Workbench) -> Tensor:
-        """Rows [start, end) as [end - start, in] in the source's dtype, float32 where that is FP8. Valid until the
-        thread's next read."""
+        """Rows [start, end) as [end - start, in] in the source's dtype, dequantized to float32 if that is FP8.
+
+        Valid until the thread's next read."""
         stripe = self._read(files, start, end, bench)
-        if self.scale is None:
+        if self.scales is None:
             return stripe
-        return stripe.float().mul_(self.scale.of_rows(files, start, end, self.columns))
+        return fp8_source.dequantize(stripe, self.scales.read(files), self.scales.grid.unit, first_row=start)
 
     def _read(self, files: SourceFiles, start: int, end: int, bench: Workbench) -> Tensor:
         dtype = DTYPES[self.info.dtype]
@@ -185,11 +131,11 @@ class WeightView:
 
     @property
     def shards(self) -> set[str]:
-        """Source files that must be there."""
-        return {self.info.shard} | ({self.scale.info.shard} if self.scale is not None else set())
+        """Source files that it is read from."""
+        return {self.info.shard} | ({self.scales.info.shard} if self.scales is not None else set())
 
     def index_of(self, row: int, column: int) -> tuple[int, ...]:
-        """Index in the source tensor of a weight's element."""
+        """Index in the source tensor of the weight's element [row, column]."""
         if self.slice is None:
             return row, self.left + column
         place = self.slice.start + self.slice.step * row
@@ -197,18 +143,22 @@ class WeightView:
 
 
 class Views:
-    """How outputs look into the source."""
+    """Finds the source weight behind an output."""
 
     def __init__(self, plan: Plan) -> None:
         self.sources = {tensor.name: tensor.info for tensor in plan.tensors}
         self._scales = {
-            tensor.name: SourceScale(self.sources[tensor.scale], plan.source_block)
-            for tensor in plan.tensors
-            if tensor.scale
+            tensor.name: _scales_of(tensor, self.sources[tensor.scale], plan) for tensor in plan.tensors if tensor.scale
         }
 
     def of(self, output: OutputTensor) -> WeightView:
         """The Linear weight behind a `weight` or `dequantize` output."""
         rows, columns = output.shape
-        scale = self._scales.get(output.source)
-        return WeightView(self.sources[output.source], output.slice, rows, columns, scale)
+        scales = self._scales.get(output.source)
+        return WeightView(self.sources[output.source], output.slice, rows, columns, scales)
+
+
+def _scales_of(weight: PlannedTensor, info: TensorInfo, plan: Plan) -> SourceScales:
+    grid = fp8_source.grid_of(weight.shape, info.shape, plan.source_block)
+    assert grid is not None, "the plan has checked the shapes"
+    return SourceScales(info, grid)

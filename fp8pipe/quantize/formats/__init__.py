@@ -1,9 +1,9 @@
-"""How a scheme is spelled on disk: names and shapes of scales, and the quantization_config of config.json.
+"""How a scheme is written on disk: names and shapes of scales, and the quantization_config of config.json.
 
     compressed_tensors    what llm-compressor writes; vLLM and transformers load it
     fp8                   what AutoFP8 and DeepSeek write (quant_method: fp8); vLLM loads it
 
-Each is a module with the functions of `Format`.
+Each of the two modules has the functions of `Format`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,33 @@ from fp8pipe.quantize.formats import compressed_tensors, fp8
 
 
 class Format(Protocol):
-    """One spelling. Modules of this package are its implementations."""
+    """One spelling of a checkpoint."""
 
     NAME: str
+    """Its quant_method."""
 
-    def weight_scale_name(self, strategy: str) -> str: ...
-    def scalar_shape(self) -> tuple[int, ...]: ...
-    def kv_scale_shape(self, strategy: str, num_kv_heads: int) -> tuple[int, ...]: ...
+    def weight_scale_name(self, strategy: str) -> str:
+        """Leaf name of a weight's scale."""
+        ...
+
+    def scalar_shape(self) -> tuple[int, ...]:
+        """Shape of a scale that serves a whole tensor."""
+        ...
+
+    def kv_scale_shape(self, strategy: str, num_kv_heads: int) -> tuple[int, ...]:
+        """Shape of k_scale and v_scale."""
+        ...
+
     def quantization_config(
         self, recipe: Recipe, modules: Sequence[str], experts: Sequence[str], *, with_kv: bool
-    ) -> dict[str, Any]: ...
-    def refuse_experts(self, recipe: Recipe) -> str | None: ...
+    ) -> dict[str, Any]:
+        """`quantization_config` of config.json. `modules`: names of kept modules; `experts`: of kept experts' holders;
+        `with_kv`: whether the checkpoint has KV scales."""
+        ...
+
+    def refuse_experts(self, recipe: Recipe) -> str | None:
+        """Why vLLM cannot serve experts quantized by `recipe` in this spelling; None if it can."""
+        ...
 
 
 _FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, "fp8": fp8}  # type: ignore[dict-item] # modules
@@ -39,7 +55,7 @@ def format_of(recipe: Recipe) -> Format:
 
 
 def weight_scale_shape(recipe: Recipe, shape: tuple[int, int]) -> tuple[int, ...]:
-    """Shape on disk of the scale of a weight [out, in]."""
+    """Shape on disk of the scale of a weight of shape [out, in]."""
     rows, columns = shape
     if recipe.weights.strategy == "channel":
         return (rows, 1)

@@ -1,5 +1,7 @@
-"""quant_method: compressed-tensors, format float-quantized. Scales: `weight_scale` [1], [out, 1] or [blocks, blocks];
-`input_scale` [1]; `k_scale`, `v_scale` [1] or [num_kv_heads, 1, 1]. All float32, all multipliers."""
+"""quant_method: compressed-tensors, format float-quantized.
+
+Scales: `weight_scale` [1], [out, 1] or [blocks, blocks]; `input_scale` [1]; `k_scale`, `v_scale` [1] or
+[num_kv_heads, 1, 1]. All are float32 multipliers."""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe, WeightScheme
 
 NAME = "compressed-tensors"
 VERSION = "0.17.0"
-"""Of the compressed-tensors package whose schema this follows."""
+"""Version of the compressed-tensors package whose schema this follows."""
 
 
 def weight_scale_name(strategy: str) -> str:
@@ -27,7 +29,6 @@ def kv_scale_shape(strategy: str, num_kv_heads: int) -> tuple[int, ...]:
 
 
 def refuse_experts(recipe: Recipe) -> str | None:
-    """Why vLLM cannot serve this recipe's experts, None when it can."""
     weights, acts = recipe.weights.strategy, recipe.activations
     if acts is None:
         return "vLLM has no kernel for experts with FP8 weights and 16-bit activations"
@@ -42,7 +43,6 @@ def refuse_experts(recipe: Recipe) -> str | None:
 def quantization_config(
     recipe: Recipe, modules: Sequence[str], experts: Sequence[str], *, with_kv: bool
 ) -> dict[str, Any]:
-    """The `quantization_config` of config.json. `modules`: kept, exact names; `experts`: kept holders of experts."""
     weight_only = recipe.activations is None
     format_name = "naive-quantized" if weight_only else "float-quantized"
     group = {
@@ -67,7 +67,7 @@ def quantization_config(
 
 
 def _experts_pattern(holder: str) -> str:
-    """A pattern for every expert of one layer; vLLM matches it on its own names, whose beginning may differ."""
+    """A pattern for every expert of one layer. vLLM matches it against its own names, which may begin differently."""
     start = holder.find("layers.")
     return "re:.*" + re.escape(holder[max(start, 0) :]) + r"\..*"
 

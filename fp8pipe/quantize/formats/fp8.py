@@ -1,6 +1,7 @@
-"""quant_method: fp8, the layout of AutoFP8 (per tensor) and DeepSeek (blocks). Scales: `weight_scale` [] per tensor,
-`weight_scale_inv` [blocks, blocks] (a multiplier, despite its name); `input_scale` []; `k_scale`, `v_scale` [1]. All
-float32."""
+"""quant_method: fp8, the layout of AutoFP8 (per tensor) and DeepSeek (blocks).
+
+Scales: `weight_scale` [] per tensor, `weight_scale_inv` [blocks, blocks] (a multiplier, despite its name);
+`input_scale` []; `k_scale`, `v_scale` [1]. All are float32."""
 
 from __future__ import annotations
 
@@ -26,15 +27,14 @@ def kv_scale_shape(strategy: str, num_kv_heads: int) -> tuple[int, ...]:
 
 
 def refuse_experts(recipe: Recipe) -> str | None:
-    """Why vLLM cannot serve this recipe's experts: it can."""
     return None
 
 
 def quantization_config(
     recipe: Recipe, modules: Sequence[str], experts: Sequence[str], *, with_kv: bool
 ) -> dict[str, Any]:
-    """The `quantization_config` of config.json. vLLM takes `ignored_layers` as exact names; the holder's name covers
-    its experts. `kv_cache_scheme` is AutoFP8's note to readers: vLLM goes by --kv-cache-dtype."""
+    # vLLM takes ignored_layers as exact names; a holder's name covers its experts. kv_cache_scheme is for readers only:
+    # vLLM follows --kv-cache-dtype.
     assert recipe.activations is not None, "Recipe forbids weight-only in this format"
     config: dict[str, Any] = {
         "quant_method": NAME,

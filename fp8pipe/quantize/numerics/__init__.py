@@ -1,13 +1,11 @@
 """The arithmetic of FP8 weights: pure tensor functions, no files, no threads, no state.
 
-    magnitudes      amax of a tensor, of its rows, of its blocks; NaN and Inf show up in it           fp8
-    scales          weight_scale = max(amax, 1e-12) / 448, float32                                    fp8
-    codes           round to nearest even of w / weight_scale, clamped to +-448, float8_e4m3fn        fp8
-    observers       which range a scale should cover: minmax, or the shrink with least squared error  observers
+    fp8          amax of a tensor, its rows or blocks; weight_scale = max(amax, 1e-12) / 448; E4M3 codes
+    observers    which range a scale covers: minmax, or the shrink with the least squared error
+    kernels      amax and codes as compiled loops, for the CPU
 
-On the CPU amax and codes are compiled loops (kernels.py), on a GPU torch's operations; the bits are the same, and the
-same on any number of threads: amax is order-free, codes are elementwise, and sums run in one fixed order. The reference
-that proves it is in tests/test_numerics.py.
+A GPU runs torch's operations and gives the same bits, as does any number of threads: amax does not depend on order,
+codes are elementwise, and sums run in a fixed order. tests/quantize/test_numerics.py proves it against a reference.
 """
 
 from fp8pipe.quantize.numerics.fp8 import (

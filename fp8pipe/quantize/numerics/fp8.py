@@ -1,13 +1,13 @@
-"""E4M3 by the book: amax, scale, round. Weights come as [out, in] in bf16, fp16 or fp32; scales leave as float32.
+"""E4M3 quantization: amax, scale, codes. Weights are [out, in] in bf16, fp16 or fp32; scales are float32.
 
-Formula (compressed-tensors and AutoFP8 agree on it up to the working dtype; ours is float32 throughout):
+The formula is that of compressed-tensors and AutoFP8, but computed in float32 throughout:
 
     weight_scale = max(amax, 1e-12) / 448            float32
     code         = e4m3fn(clamp(float32(w) / weight_scale, -448, 448))     round to nearest even
     w            ~ code * weight_scale
 
-One core of the measured kind, bf16 bytes per second: magnitudes 20 GB/s, encode 5 GB/s (kernels.py); torch's
-`(w.float() / s).clamp(-448, 448).to(e4m3)` runs at 0.34 GB/s, at 1.4 GB/s in cache tiles.
+Measured on one core, in bytes of bf16: amax 20 GB/s, encode 5 GB/s (kernels.py). torch's
+`(w.float() / s).clamp(-448, 448).to(e4m3)` takes 0.34 GB/s, in tiles that fit the cache 1.4 GB/s.
 """
 
 from __future__ import annotations
@@ -19,34 +19,33 @@ E4M3_MAX = 448.0
 """Largest finite float8_e4m3fn."""
 
 MIN_AMAX = 1e-12
-"""Floor of amax, so that an all-zero unit gets a scale that divides."""
+"""Floor of amax, so that weights which are all zero get a scale that can divide."""
 
 
 def tensor_amax(weight: Tensor) -> Tensor:
-    """Largest magnitude of the whole `weight`, float32 []. Inf or NaN in, Inf or NaN out."""
+    """Largest magnitude in `weight`, float32 []. Inf and NaN are kept."""
     return _amax(weight, (max(1, len(weight)), weight.shape[1])).reshape(()) if weight.numel() else torch.zeros(())
 
 
 def channel_amax(weight: Tensor) -> Tensor:
-    """Largest magnitude of each row of `weight` [out, in], float32 [out, 1]. Inf or NaN in, Inf or NaN out."""
+    """Largest magnitude in each row of `weight` [out, in], float32 [out, 1]. Inf and NaN are kept."""
     return _amax(weight, (1, weight.shape[1]))
 
 
 def block_amax(weight: Tensor, block: tuple[int, int]) -> Tensor:
-    """Largest magnitude of each block of `weight` [out, in], float32 [ceil(out/rows), ceil(in/columns)]."""
+    """Largest magnitude in each block of `weight` [out, in], float32 [ceil(out/rows), ceil(in/columns)]."""
     return _amax(weight, block)
 
 
 def weight_scale(amax: Tensor) -> Tensor:
-    """The multiplier that turns codes back into weights: max(amax, 1e-12) / 448, float32, shape of `amax`."""
+    """max(amax, 1e-12) / 448, the multiplier from codes to weights: float32, shape of `amax`."""
     return amax.float().clamp(min=MIN_AMAX) / E4M3_MAX
 
 
 def encode(weight: Tensor, scale: Tensor, out: Tensor, *, block: tuple[int, int] | None = None) -> None:
-    """Write the E4M3 codes of `weight` [out, in] into `out` (float8_e4m3fn, same shape).
+    """Write the E4M3 codes of `weight` [out, in] to `out` (float8_e4m3fn, same shape).
 
-    `scale` float32 is [] or [1] per tensor, [out, 1] per channel; with `block` it is [ceil(out/rows),
-    ceil(in/columns)]."""
+    `scale`: float32, [] or [1] per tensor, [out, 1] per channel, [ceil(out/rows), ceil(in/columns)] with `block`."""
     if weight.is_cpu:
         from fp8pipe.quantize.numerics.kernels import encode_blocks  # numba takes a second to import
 
@@ -59,20 +58,20 @@ def encode(weight: Tensor, scale: Tensor, out: Tensor, *, block: tuple[int, int]
 
 
 def dequantize(codes: Tensor, scale: Tensor, *, block: tuple[int, int] | None = None) -> Tensor:
-    """Codes [out, in] times their scale (shapes as in `encode`), float32."""
+    """Codes [out, in] times their scale, float32; shapes as in `encode`."""
     if block is not None:
         scale = expand_scale(scale, block, (codes.shape[0], codes.shape[1]))
     return codes.float() * scale
 
 
 def expand_scale(scale: Tensor, block: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """Block scales [ceil(out/rows), ceil(in/columns)] repeated to one per weight, [out, in]."""
+    """Block scales [ceil(out/rows), ceil(in/columns)] repeated for each weight, [out, in]."""
     rows, columns = block
     return scale.repeat_interleave(rows, 0)[: shape[0]].repeat_interleave(columns, 1)[:, : shape[1]]
 
 
 def first_nonfinite(weight: Tensor) -> tuple[int, ...] | None:
-    """Index of the first NaN or Inf in row-major order, None when there is none."""
+    """Index of the first NaN or Inf in row-major order; None if there is none."""
     flat = torch.isfinite(weight.reshape(-1)).logical_not().nonzero()
     if not len(flat):
         return None

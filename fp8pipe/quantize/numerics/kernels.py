@@ -1,11 +1,11 @@
-"""Loops that torch has only in several passes, compiled for this machine's CPU by numba. Compiled once: the result is
-kept beside this file, or in the user's cache folder where that cannot be written.
+"""Loops for which torch needs several passes, compiled by numba for this machine's CPU.
 
-One pass over a weight instead of four (widen, divide, clamp, convert), and a conversion that rounds by one addition:
-one core of the measured kind encodes 5 GB/s of bf16, torch 1.4 GB/s in cache tiles. No fast-math: every operation is
-the IEEE one, so that the bytes are those of torch, of the reference in the tests, and of a GPU.
+They take one pass over a weight instead of four (widen, divide, clamp, convert), and round by one addition: measured
+on one core, 5 GB/s of bf16 against torch's 1.4 GB/s in cache tiles. Every operation is the IEEE one (no fast-math), so
+the bytes are those of torch, of the reference in the tests, and of a GPU. numba caches what it compiles beside this
+file, or in the user's cache folder if that is not writable.
 
-numba has no bf16 and no fp16: they come as the integers that hold their bits, bf16 as uint16, fp16 as int16."""
+numba has no bf16 and no fp16, so their bits are passed as integers: bf16 as uint16, fp16 as int16."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-_intrinsic: Any = intrinsic  # numba's own annotation is that of the generator, not of the function that it makes
+_intrinsic: Any = intrinsic  # numba annotates the generator, not the function that it makes
 
 _BITS_AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
 
 
 _INTEGER = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
-"""Without their sign bit the bits order as the magnitudes do, Inf above all numbers and NaN above Inf."""
+"""Integer types of the bits. Without the sign bit they are ordered like the magnitudes: numbers, then Inf, then NaN."""
 
 
 def amax_blocks(weight: Tensor, block: tuple[int, int]) -> Tensor:
-    """Largest magnitude of each block of `weight` [out, in] (bf16, fp16, fp32, on the CPU), float32 [ceil(out/rows),
-    ceil(in/columns)] for `block` = (rows, columns). NaN in, NaN out. Releases the GIL."""
+    """Largest magnitude in each block of `weight` [out, in], float32 [ceil(out/rows), ceil(in/columns)].
+
+    `weight`: bf16, fp16 or fp32, on the CPU; `block`: (rows, columns). NaN is kept. Releases the GIL."""
     rows, columns = block
     shape = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
     tops = torch.zeros(shape, dtype=_INTEGER[weight.dtype])
@@ -40,16 +41,17 @@ def amax_blocks(weight: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def encode_blocks(weight: Tensor, scale: Tensor, codes: Tensor, block: tuple[int, int]) -> None:
-    """E4M3 codes of `weight` [out, in] (bf16, fp16, fp32) into `codes` (float8_e4m3fn, same shape), both on the CPU.
-    `scale` float32 [ceil(out/rows), ceil(in/columns)] holds one scale per block of `block` = (rows, columns).
+    """Write the E4M3 codes of `weight` [out, in] (bf16, fp16 or fp32) to `codes` (float8_e4m3fn, same shape).
+
+    Both are on the CPU. `scale`: float32 [ceil(out/rows), ceil(in/columns)], one per block of (rows, columns).
     Releases the GIL."""
-    assert codes.is_contiguous(), "codes are written where they lie"
+    assert codes.is_contiguous(), "codes are written in place"
     values = weight.detach().contiguous().view(_BITS_AS[weight.dtype]).numpy()
     _encode_blocks(values, scale.detach().contiguous().numpy(), codes.view(torch.uint8).numpy(), *block)
 
 
 def load() -> None:
-    """Have the loops for bf16 ready. To read them from the cache takes half a second, once in a process."""
+    """Compile the loops for bf16, or load them from the cache, which takes half a second once per process."""
     weight, codes = torch.zeros(1, 1, dtype=torch.bfloat16), torch.empty(1, 1, dtype=torch.float8_e4m3fn)
     encode_blocks(weight, torch.ones(1, 1), codes, (1, 1))
     amax_blocks(weight, (1, 1))
@@ -87,19 +89,19 @@ _SIGN = np.uint32(0x80)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _EXPONENT = np.uint32(0x7F800000)
 _SMALLEST = np.uint32((127 - 6) << 23)
-"""Exponent bits of 2^-6, the smallest normal E4M3: below it the steps stay."""
+"""Exponent bits of 2^-6, the smallest normal E4M3. Below it the step size does not shrink further."""
 _ROUNDING = np.uint32(20 << 23)
-"""Raises an exponent by 20: a float32 of 2^20 p has the steps of an E4M3 of p."""
+"""Raises an exponent by 20: a float32 near 2^20 p has the step size of an E4M3 near p."""
 _REBIAS = np.uint32((127 - 6) << 3)
 _NAN = np.uint32(0x7F)
 
 
 @njit(inline="always")
 def _code(quotient: Any) -> Any:
-    """E4M3 code of a float32, clamped to +-448, rounded to nearest even; NaN is 0x7F.
+    """E4M3 code of a float32, clamped to +-448 and rounded to nearest even; NaN gives 0x7F.
 
-    Adding 2^20 p to a value between p and 2p rounds it to the steps of E4M3 and leaves the number of steps, 8 to 16 (0
-    to 8 below 2^-6), in the low bits of the sum. A carry to 16 runs into the exponent, as it should."""
+    Adding 2^20 p to a value between p and 2p rounds it to a multiple of E4M3's step and leaves the number of steps, 8
+    to 16 (0 to 8 below 2^-6), in the low bits of the sum. A carry to 16 runs into the exponent, as it should."""
     bits = bits_of(quotient)
     sign = np.uint32(bits >> np.uint32(24)) & _SIGN
     magnitude = float_of(bits & _MAGNITUDE)
@@ -124,7 +126,7 @@ def _encode_blocks(values: Any, scale: Any, codes: Any, rows: int, columns: int)
 
 @_intrinsic
 def _narrow(_context: Any, value: Any, like: Any) -> Any:
-    """`value` as the type of `like`: numba widens what it computes to 64 bits, and a vector then holds a quarter."""
+    """`value` as the type of `like`. numba widens integers to 64 bits, of which a vector holds a quarter as many."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return context.cast(builder, arguments[0], signature.args[0], signature.return_type)

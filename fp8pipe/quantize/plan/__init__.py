@@ -1,9 +1,11 @@
-"""What becomes of every tensor, decided from headers alone: kept or quantized, why, and at which byte it will lie.
+"""Decides from headers alone what becomes of every tensor: kept or quantized, why, and at which byte of which file.
 
-In: Snapshot, Headers, Recipe, Architecture. Out: a `Plan`, pure and printable, saved as DIR/fp8pipe/plan.json. It fixes
-the whole output (names, dtypes, shapes, offsets, quantization_config) before the first weight is read.
+In: Snapshot, Headers, Recipe, Architecture. Out: a `Plan`, saved as DIR/fp8pipe/plan.json, which fixes the checkpoint's
+names, dtypes, shapes, offsets and quantization_config before the first weight is read.
 
-    record    the Plan itself          choose    kept or quantized, and why          layout    output tensors and places
+    choose    which tensors are quantized, which are kept, and why
+    layout    the checkpoint's tensors, their places, and quantization_config
+    record    the Plan itself
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ from pathlib import Path
 from fp8pipe.config import Recipe
 from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
 from fp8pipe.model.architecture import Architecture
+from fp8pipe.model.fp8_source import block_shape
 from fp8pipe.model.headers import Headers, TensorInfo
 from fp8pipe.model.shards import require_disk
-from fp8pipe.quantize.plan.choose import Choice, choose, source_block, unmatched_ignore
+from fp8pipe.quantize.plan.choose import Choice, choose, unmatched_ignore
 from fp8pipe.quantize.plan.layout import file_sizes, output_tensors, quantization_config
-from fp8pipe.quantize.plan.record import FP8, OutputTensor, Plan, PlannedTensor, Role, Slice, SummaryRow
+from fp8pipe.quantize.plan.record import OutputTensor, Plan, PlannedTensor, Role, Slice, SummaryRow
 from fp8pipe.records import Snapshot
 
 __all__ = [
-    "FP8",
     "OutputTensor",
     "Plan",
     "PlannedTensor",
@@ -42,18 +44,19 @@ def make_plan(
     *,
     keep: Mapping[str, str] | None = None,
 ) -> Plan:
-    """Decide for every tensor. Pure: reads no file. keep: source tensors that a calibration keeps -> why.
+    """The plan for quantizing a model with a recipe. Pure: reads no file.
 
-    Raises UnmatchedEntry for an entry of targets or ignore that matches nothing, ConfigError for a recipe that vLLM
-    could not serve on this model, UnsupportedArchitecture when nothing can be quantized, MalformedCheckpoint when
-    tensors of the model's layers are missing or have another shape.
+    keep: source tensors that a calibration keeps unquantized -> why; None while a recipe with `keep_bf16` is not
+    calibrated yet. Raises UnmatchedEntry for an entry of targets or ignore that matches nothing, ConfigError for a
+    recipe that vLLM could not serve on this model, UnsupportedArchitecture if nothing can be quantized,
+    MalformedCheckpoint if tensors of the model's layers are missing or have another shape.
     """
     choices = choose(headers, recipe, architecture, keep)
     if architecture.misfits:
         more = f" and {len(architecture.misfits) - 3} more" if len(architecture.misfits) > 3 else ""
         raise MalformedCheckpoint(
-            f"{snapshot.model_id}: {'; '.join(architecture.misfits[:3])}{more}: the weights are not those of "
-            f"config.json ({architecture.model_class}); download the model again"
+            f"{snapshot.model_id}: {'; '.join(architecture.misfits[:3])}{more}: the weights do not fit config.json "
+            f"({architecture.model_class}); download the model again"
         )
     if not any(choice.action == "quantize" for choice in choices.values()):
         reasons = sorted({choice.reason for choice in choices.values()})
@@ -68,7 +71,7 @@ def make_plan(
         settings=recipe,
         tensors=tuple(_planned(info, choices[info.name]) for info in headers.tensors.values()),
         outputs=outputs,
-        source_block=source_block(architecture),
+        source_block=block_shape(architecture.source_quantization),
         quantization_config=quantization_config(headers, recipe, architecture, choices, outputs),
         source_bytes=headers.nbytes,
         output_bytes=sum(file_sizes(outputs).values()),
@@ -97,13 +100,13 @@ def _notes(
     notes = []
     if recipe.keep_bf16 is not None and keep is None:
         notes.append(f"keep_bf16: calibration will keep the worst {100 * recipe.keep_bf16.worst:g} % of these Linears")
-    if recipe.kv_cache is not None and any(layer.mla for layer in architecture.attention):
+    if recipe.kv_cache is not None and not all(layer.has_kv_scales for layer in architecture.attention):
         notes.append("latent attention (MLA) gets no KV scales: vLLM would drop them")
     if any(choice.scale for choice in choices.values()):
-        notes.append("the source is FP8 already: its weights are dequantized and quantized anew, with two roundings")
+        notes.append("the source is FP8: its weights are dequantized and quantized again, which rounds them twice")
     return tuple(notes)
 
 
 def check_disk(plan: Plan, folder: Path) -> None:
-    """DiskTooSmall unless the checkpoint fits beside what `folder` already holds of it."""
+    """Raise DiskTooSmall unless the checkpoint fits on the disk of `folder`, which may already hold part of it."""
     require_disk(folder, plan.shards(), plan.output_bytes)

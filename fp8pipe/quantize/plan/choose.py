@@ -1,4 +1,4 @@
-"""Kept or quantized, and why: the recipe's targets and ignore, what the architecture forbids, what vLLM can cut."""
+"""Which tensors are quantized and which are kept, and why: the recipe's targets and ignore, and what vLLM can serve."""
 
 from __future__ import annotations
 
@@ -11,22 +11,11 @@ from typing import Literal
 
 from fp8pipe.config import Recipe
 from fp8pipe.errors import ConfigError, InputError, UnmatchedEntry, UnsupportedArchitecture
+from fp8pipe.model import fp8_source
 from fp8pipe.model.architecture import QUANTIZABLE, Architecture, TensorRole
 from fp8pipe.model.headers import Headers, TensorInfo
+from fp8pipe.model.names import ABSORBED_LEAF, EXPERT_KINDS, FLOATS, FP8, SPENT_NAMES, experts_holder
 from fp8pipe.quantize import formats
-from fp8pipe.quantize.plan.record import FP8
-
-FLOATS = frozenset(("BF16", "F16", "F32"))
-"""Dtypes that are quantized as they are."""
-
-SCALE_NAMES = ("weight_scale_inv", "weight_scale")
-SPENT_NAMES = (*SCALE_NAMES, "input_scale", "activation_scale", "k_scale", "v_scale", "kv_scale")
-"""Leaf names of the scales of a source that is FP8 already."""
-
-SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
-"""Dtypes that the scales of an FP8 source may have."""
-
-_EXPERT_KINDS = frozenset(("expert", "fused_experts"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +25,13 @@ class Choice:
     action: Literal["quantize", "keep", "drop"]
     reason: str
     scale: str = ""
-    """Tensor with the scales of an FP8 source's weight."""
+    """For a weight of an FP8 source: the tensor with its scales."""
 
 
 def choose(
     headers: Headers, recipe: Recipe, architecture: Architecture, keep: Mapping[str, str] | None = None
 ) -> dict[str, Choice]:
-    """A choice for every tensor, by name. keep: tensors that calibration found too sensitive -> why."""
+    """A choice for every tensor of the source, by name. keep: tensors that calibration keeps unquantized -> why."""
     keep = keep or {}
     scales = _source_scales(headers, recipe, architecture)
     targets = _Entries(recipe.targets, "targets", headers, architecture)
@@ -79,7 +68,7 @@ def _how(recipe: Recipe) -> str:
 def _why_not(
     name: str, headers: Headers, architecture: Architecture, scales: Mapping[str, str], misfits: Mapping[str, str]
 ) -> str:
-    """Why no recipe entry could have this tensor quantized; empty when one could."""
+    """Why no recipe can quantize this tensor; empty if one can."""
     role, dtype = architecture.tensors[name], headers.tensors[name].dtype
     if role.kind not in QUANTIZABLE:
         return role.reason
@@ -97,35 +86,22 @@ def _why_kept(name: str, cannot: Mapping[str, str], ignore: _Entries, targets: _
 
 
 def unmatched_ignore(headers: Headers, recipe: Recipe, architecture: Architecture) -> tuple[str, ...]:
-    """A line for every entry of the recipe's ignore that names no module."""
+    """A message for every entry of the recipe's ignore list that matches no module."""
     return _Entries(recipe.ignore, "ignore", headers, architecture).unmatched
-
-
-def experts_holder(name: str, role: TensorRole) -> str:
-    """`model.layers.0.mlp.experts` of `model.layers.0.mlp.experts.3.up_proj.weight` or `...experts.gate_up_proj`: where
-    vLLM's loaders look for `<expert>.<projection>`.
-
-    Granite MoE has its `block_sparse_moe.input_linear.weight` beside the experts that transformers and vLLM make of
-    it."""
-    if role.expert is not None:
-        return re.sub(rf"\.{role.expert}\.[^.]+\.weight$", "", name)
-    holder = name.removesuffix(".weight").rpartition(".")[0]
-    is_beside = role.module.endswith(".experts") and not holder.endswith(".experts")
-    return f"{holder}.experts" if is_beside else holder
 
 
 # ---------------------------------------------------------------------------------------------- targets and ignore
 
 
 class _Entries:
-    """Entries of targets or ignore."""
+    """The entries of a recipe's `targets` or `ignore`."""
 
     def __init__(self, entries: Iterable[str], field: str, headers: Headers, architecture: Architecture) -> None:
         self._roles = architecture.tensors
         self._all = "Linear" in entries
         self._tests = {entry: _test(entry, field) for entry in entries if entry != "Linear"}
         self.unmatched = tuple(self._unmatched(field, _module_names(headers, architecture)))
-        """What to say of every entry that names no module; lm_head may always be ignored."""
+        """A message for every entry that matches no module. lm_head may be ignored in any model."""
 
     def _unmatched(self, field: str, modules: list[str]) -> Iterator[str]:
         for entry, test in self._tests.items():
@@ -134,19 +110,19 @@ class _Entries:
                 yield _unmatched(entry, field, modules)
 
     def match(self, tensor: str) -> bool:
-        """Whether an entry names the module of `tensor`."""
-        return self._all or any(self._names(test, tensor) for test in self._tests.values())
+        """Whether an entry matches the module of `tensor`."""
+        return self._all or any(self._matches(test, tensor) for test in self._tests.values())
 
-    def _names(self, test: Callable[[str], bool], tensor: str) -> bool:
-        """By its name on disk or in transformers."""
+    def _matches(self, test: Callable[[str], bool], tensor: str) -> bool:
+        """Match the module's name on disk or in transformers."""
         return any(test(name) for name in (tensor.removesuffix(".weight"), self._roles[tensor].module) if name)
 
     def require_quantizable(self, cannot: Mapping[str, str]) -> None:
-        """ConfigError for an entry that names nothing but tensors that cannot be quantized."""
+        """Raise ConfigError for an entry that matches only tensors that cannot be quantized."""
         for entry, test in self._tests.items():
-            named = [tensor for tensor in self._roles if self._names(test, tensor)]
-            if all(tensor in cannot for tensor in named):
-                first = min(named, key=lambda tensor: tensor.endswith(".bias"))
+            matched = [tensor for tensor in self._roles if self._matches(test, tensor)]
+            if all(tensor in cannot for tensor in matched):
+                first = min(matched, key=lambda tensor: tensor.endswith(".bias"))
                 raise ConfigError(
                     f"targets: {entry!r} names {first}, which cannot be quantized ({cannot[first]}); remove the entry"
                 )
@@ -169,13 +145,14 @@ def _module_names(headers: Headers, architecture: Architecture) -> list[str]:
 
 
 def _unmatched(entry: str, field: str, modules: list[str]) -> str:
+    """The message for an entry that matches no module, with the names most like it."""
     wanted = entry.removeprefix("re:")
     leaves = {name.rpartition(".")[2]: name for name in modules}
     near = difflib.get_close_matches(wanted, modules, n=3) or [
         leaves[leaf] for leaf in difflib.get_close_matches(wanted.rpartition(".")[2], list(leaves), n=3)
     ]
-    hint = f"; near: {', '.join(near)}" if near else ""
-    advice = "correct or remove the entry (exact module name, or re: and a pattern that matches from the start)"
+    hint = f"; similar names: {', '.join(near)}" if near else ""
+    advice = "correct or remove the entry (an exact module name, or re: and a pattern that matches from the start)"
     return f"{field}: {entry!r} matches no module of this model{hint}; {advice}"
 
 
@@ -183,25 +160,27 @@ def _unmatched(entry: str, field: str, modules: list[str]) -> str:
 
 
 def _misfits(headers: Headers, recipe: Recipe, architecture: Architecture) -> dict[str, str]:
-    """Tensor -> why vLLM cannot serve it under this recipe, although it is a Linear."""
+    """Linears that vLLM cannot serve quantized under this recipe: tensor -> why."""
     misfits: dict[str, str] = {}
     if recipe.weights.strategy == "block":
         misfits |= _block_misfits(headers, recipe.weights.block_shape[0], architecture)
     if recipe.activations is not None and recipe.activations.mode == "static":
         for name, role in architecture.tensors.items():
-            if role.kind == "linear" and name.endswith(".kv_b_proj.weight"):
-                misfits[name] = "MLA kv_b_proj: vLLM runs an identity through it, which a static scale clips"
+            if role.kind == "linear" and name.endswith(f".{ABSORBED_LEAF}.weight"):
+                misfits[name] = f"MLA {ABSORBED_LEAF}: vLLM runs an identity through it, which a static scale clips"
     return misfits
 
 
 def _block_misfits(headers: Headers, height: int, architecture: Architecture) -> dict[str, str]:
-    """vLLM cuts fused matrices at shard boundaries: all but the last shard must be whole blocks high, and both halves
-    of experts (measured: else the loader raises, or takes scales of the neighbouring shard without a word)."""
+    """Linears whose shards do not fit blocks `height` rows high: tensor -> why.
+
+    vLLM cuts fused matrices at shard boundaries, so every shard but the last, and both halves of an expert, must be
+    whole blocks high. Measured: otherwise its loader raises, or silently reads scales of the neighbouring shard."""
     groups: dict[str, list[str]] = defaultdict(list)
     layers: dict[str, list[str]] = defaultdict(list)
     misfits: dict[str, str] = {}
     for name, role in architecture.tensors.items():
-        if role.kind in _EXPERT_KINDS:
+        if role.kind in EXPERT_KINDS:
             layers[experts_holder(name, role)].append(name)
         elif role.group:
             groups[role.group].append(name)
@@ -220,7 +199,7 @@ def _block_misfits(headers: Headers, height: int, architecture: Architecture) ->
 
 
 def _intermediate(info: TensorInfo, role: TensorRole) -> int:
-    """Width of an expert between its two layers, as far as this tensor tells."""
+    """Width of an expert between its two layers, as this tensor has it."""
     down = role.parameter == "down_proj"
     if role.layout is None:
         return info.shape[1] if down else info.shape[0]
@@ -229,27 +208,27 @@ def _intermediate(info: TensorInfo, role: TensorRole) -> int:
 
 
 def _check_precision(architecture: Architecture, choices: Mapping[str, Choice]) -> None:
-    """What vLLM fuses must have one precision."""
+    """Raise ConfigError unless all weights that vLLM fuses have the same precision."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name, role in architecture.tensors.items():
         if role.group:
             groups[role.group].append(name)
-        if role.kind in _EXPERT_KINDS:
+        if role.kind in EXPERT_KINDS:
             groups[f"experts of {experts_holder(name, role)}"].append(name)
     for group, members in groups.items():
         kept = [name for name in members if choices[name].action == "keep"]
         if kept and len(kept) < len(members):
             quantized = next(name for name in members if name not in kept)
             raise ConfigError(
-                f"{group}: vLLM fuses its weights, so they need one precision; {kept[0]} would be kept "
+                f"{group}: vLLM fuses these weights, so they need one precision; {kept[0]} would be kept "
                 f"({choices[kept[0]].reason}), {quantized} quantized; target or ignore them together"
             )
 
 
 def _check_experts(recipe: Recipe, architecture: Architecture, choices: Mapping[str, Choice]) -> None:
-    """Experts need a scheme that vLLM has a kernel for."""
+    """Raise ConfigError if experts are quantized by a scheme that vLLM has no kernel for."""
     quantized = (name for name, choice in choices.items() if choice.action == "quantize")
-    if any(architecture.tensors[name].kind in _EXPERT_KINDS for name in quantized):
+    if any(architecture.tensors[name].kind in EXPERT_KINDS for name in quantized):
         refusal = formats.format_of(recipe).refuse_experts(recipe)
         if refusal:
             raise ConfigError(f"recipe {recipe.name}: {refusal}; choose another recipe, or ignore the experts")
@@ -272,50 +251,8 @@ def _source_scales(headers: Headers, recipe: Recipe, architecture: Architecture)
     if recipe.fp8_source == "refuse":
         raise InputError(
             "the source is FP8 already; start from the unquantized model, or set fp8_source: requantize in the recipe "
-            "to dequantize and quantize it anew (a second rounding)"
+            "to dequantize and quantize it again, which rounds it twice"
         )
-    block = source_block(architecture)
-    codes = [info for info in headers.tensors.values() if _is_codes(info)]
-    return {info.name: _scale_of(info, headers, block).name for info in codes}
-
-
-def source_block(architecture: Architecture) -> tuple[int, int] | None:
-    """Block shape of the scales of an FP8 source; None for scales per tensor or row. InputError if it is none."""
-    block = (architecture.source_quantization or {}).get("weight_block_size")
-    if block is None:
-        return None
-    if not isinstance(block, list) or len(block) != 2 or not all(type(size) is int and size > 0 for size in block):
-        raise InputError(f"config.json: weight_block_size is {block!r}, expected two sizes such as [128, 128]")
-    return block[0], block[1]
-
-
-def _is_codes(info: TensorInfo) -> bool:
-    return info.dtype.startswith("F8_") and info.name.rpartition(".")[2] not in SPENT_NAMES
-
-
-def _scale_of(info: TensorInfo, headers: Headers, block: tuple[int, int] | None) -> TensorInfo:
-    """The tensor with the scales of FP8 weight `info`, of a dtype and shape that leave no doubt what they scale."""
-    if info.dtype != FP8 or len(info.shape) != 2 or not info.name.endswith(".weight"):
-        raise InputError(
-            f"{info.name}: {info.dtype} {list(info.shape)}; of an FP8 source only 2-D {FP8} tensors called "
-            ".weight can be read; start from the unquantized model"
-        )
-    module = info.name.removesuffix(".weight")
-    found = next(
-        (headers.tensors[name] for leaf in SCALE_NAMES if (name := f"{module}.{leaf}") in headers.tensors), None
-    )
-    if found is None:
-        raise InputError(f"{info.name}: FP8 without {' or '.join(SCALE_NAMES)}; its values cannot be known")
-    rows, columns = info.shape
-    if block is not None:
-        shapes = [(-(-rows // block[0]), -(-columns // block[1]))]
-    else:
-        shapes = [(), (1,), (1, 1), (rows,), (rows, 1)]
-    if found.dtype not in SCALE_DTYPES or found.shape not in shapes:
-        layout = f"blocks of {list(block)}" if block is not None else "config.json has no weight_block_size"
-        expected = " or ".join(str(list(shape)) for shape in shapes)
-        raise InputError(
-            f"{found.name}: {found.dtype} {list(found.shape)} for a weight of {list(info.shape)}, expected "
-            f"{', '.join(SCALE_DTYPES)} of shape {expected} ({layout}); the source does not fit its config.json"
-        )
-    return found
+    block = fp8_source.block_shape(settings)
+    codes = [info for info in headers.tensors.values() if fp8_source.holds_codes(info)]
+    return {info.name: fp8_source.require_scale(info, headers.tensors, block).name for info in codes}

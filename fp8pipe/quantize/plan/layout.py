@@ -1,4 +1,4 @@
-"""The checkpoint's tensors: which ones a choice makes, how the format spells them, and where their bytes lie."""
+"""The checkpoint's tensors: which ones each choice makes, their names in the format, and where their bytes go."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from fp8pipe.config import Recipe
 from fp8pipe.errors import ConfigError, InputError, UnsupportedArchitecture
 from fp8pipe.model.architecture import Architecture, AttentionLayer, TensorRole
 from fp8pipe.model.headers import SINGLE_NAME, Headers, TensorInfo, lay_out
+from fp8pipe.model.names import EXPERT_KINDS, FP8, experts_holder
 from fp8pipe.quantize import formats
-from fp8pipe.quantize.plan.choose import Choice, experts_holder
-from fp8pipe.quantize.plan.record import FP8, OutputTensor, Role, Slice
+from fp8pipe.quantize.plan.choose import Choice
+from fp8pipe.quantize.plan.record import OutputTensor, Role, Slice
 
 _NEVER_LINEAR = frozenset(("embedding", "norm", "conv", "bias"))
-"""Kinds that no loader takes for a Linear: the ignore list need not name them."""
+"""Kinds that no loader mistakes for a Linear, so that the ignore list need not name them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
-    """An output tensor before it has a place."""
+class UnplacedTensor:
+    """A tensor of the checkpoint before it has a place."""
 
     name: str
     dtype: str
@@ -37,9 +38,9 @@ def output_tensors(
     headers: Headers, recipe: Recipe, architecture: Architecture, choices: Mapping[str, Choice]
 ) -> tuple[OutputTensor, ...]:
     """Every tensor of the checkpoint with its place, in the order of shards and bytes."""
-    drafts = list(_drafts(headers, recipe, architecture, choices))
-    drafts += _kv_drafts(headers, recipe, architecture)
-    return _place(headers, drafts)
+    tensors = list(_unplaced(headers, recipe, architecture, choices))
+    tensors += _kv_scales(headers, recipe, architecture)
+    return _place(headers, tensors)
 
 
 def file_sizes(outputs: Iterable[OutputTensor]) -> dict[str, int]:
@@ -53,43 +54,43 @@ def file_sizes(outputs: Iterable[OutputTensor]) -> dict[str, int]:
 # ---------------------------------------------------------------------------------------------- from choices to tensors
 
 
-def _drafts(
+def _unplaced(
     headers: Headers, recipe: Recipe, architecture: Architecture, choices: Mapping[str, Choice]
-) -> Iterator[Draft]:
+) -> Iterator[UnplacedTensor]:
     for name, info in headers.tensors.items():
         role, choice = architecture.tensors[name], choices[name]
         if choice.action == "drop":
             continue
         if choice.action == "keep":
             dtype, kind = ("BF16", "dequantize") if choice.scale else (info.dtype, "copy")
-            yield Draft(name, dtype, info.shape, info.shard, kind, name)
+            yield UnplacedTensor(name, dtype, info.shape, info.shard, kind, name)
         elif role.kind == "fused_experts":
-            yield from _expert_drafts(info, role, recipe)
+            yield from _expert_tensors(info, role, recipe)
         else:
             if len(info.shape) != 2 or not name.endswith(".weight"):
                 raise UnsupportedArchitecture(f"{name}: a Linear of shape {list(info.shape)}, expected [out, in]")
-            yield from _linear_drafts(name.removesuffix(".weight"), info.shape, info, recipe, None, role.group)
+            yield from _linear_tensors(name.removesuffix(".weight"), info.shape, info, recipe, None, role.group)
 
 
-def _linear_drafts(
+def _linear_tensors(
     module: str, shape: tuple[int, ...], info: TensorInfo, recipe: Recipe, part: Slice | None, group: str
-) -> Iterator[Draft]:
-    """FP8 weight, its scale and, for static activations, its input's scale."""
+) -> Iterator[UnplacedTensor]:
+    """The FP8 weight, its scale and, for static activations, the scale of its input."""
     spelling = formats.format_of(recipe)
     scale_name = spelling.weight_scale_name(recipe.weights.strategy)
     scale_shape = formats.weight_scale_shape(recipe, (shape[0], shape[1]))
 
-    def draft(leaf: str, dtype: str, own_shape: tuple[int, ...], role: Role) -> Draft:
-        return Draft(f"{module}.{leaf}", dtype, own_shape, info.shard, role, info.name, part, group)
+    def unplaced(leaf: str, dtype: str, own_shape: tuple[int, ...], role: Role) -> UnplacedTensor:
+        return UnplacedTensor(f"{module}.{leaf}", dtype, own_shape, info.shard, role, info.name, part, group)
 
-    yield draft("weight", FP8, shape, "weight")
-    yield draft(scale_name, "F32", scale_shape, "weight_scale")
+    yield unplaced("weight", FP8, shape, "weight")
+    yield unplaced(scale_name, "F32", scale_shape, "weight_scale")
     if recipe.activations is not None and recipe.activations.mode == "static":
-        yield draft("input_scale", "F32", spelling.scalar_shape(), "input_scale")
+        yield unplaced("input_scale", "F32", spelling.scalar_shape(), "input_scale")
 
 
-def _expert_drafts(info: TensorInfo, role: TensorRole, recipe: Recipe) -> Iterator[Draft]:
-    """Per-expert weights out of one 3-D tensor, under the names that vLLM's loaders read."""
+def _expert_tensors(info: TensorInfo, role: TensorRole, recipe: Recipe) -> Iterator[UnplacedTensor]:
+    """The per-expert weights of one 3-D tensor, under the names that vLLM's loaders read."""
     layout = role.layout
     assert layout is not None
     experts, rows, columns = info.shape if not layout.transposed else (info.shape[0], info.shape[2], info.shape[1])
@@ -101,37 +102,37 @@ def _expert_drafts(info: TensorInfo, role: TensorRole, recipe: Recipe) -> Iterat
             start, step = (index, parts) if layout.interleaved else (index * (rows // parts), 1)
             part = Slice(expert=expert, start=start, step=step, transposed=layout.transposed)
             module = f"{holder}.{expert}.{projection}"
-            yield from _linear_drafts(module, (rows // parts, columns), info, recipe, part, group)
+            yield from _linear_tensors(module, (rows // parts, columns), info, recipe, part, group)
 
 
-def _kv_drafts(headers: Headers, recipe: Recipe, architecture: Architecture) -> Iterator[Draft]:
+def _kv_scales(headers: Headers, recipe: Recipe, architecture: Architecture) -> Iterator[UnplacedTensor]:
     if recipe.kv_cache is None:
         return
     if not architecture.attention:
         raise ConfigError(f"recipe {recipe.name} asks for KV scales, but the model has no attention with a KV cache")
     shape_of = formats.format_of(recipe).kv_scale_shape
     for layer in architecture.attention:
-        if layer.mla:
+        if not layer.has_kv_scales:
             continue
         shape = shape_of(recipe.kv_cache.strategy, layer.num_kv_heads)
         shard = _shard_of(layer, headers)
-        yield Draft(f"{layer.name}.k_scale", "F32", shape, shard, "k_scale", layer.name)
-        yield Draft(f"{layer.name}.v_scale", "F32", shape, shard, "v_scale", layer.name)
+        yield UnplacedTensor(f"{layer.name}.k_scale", "F32", shape, shard, "k_scale", layer.name)
+        yield UnplacedTensor(f"{layer.name}.v_scale", "F32", shape, shard, "v_scale", layer.name)
 
 
 def _shard_of(layer: AttentionLayer, headers: Headers) -> str:
-    """The file that holds the attention's first tensor."""
+    """The file with the attention's first tensor."""
     return next(info.shard for info in headers.tensors.values() if info.name.startswith(f"{layer.name}."))
 
 
 # ---------------------------------------------------------------------------------------------- places
 
 
-def _place(headers: Headers, drafts: Iterable[Draft]) -> tuple[OutputTensor, ...]:
-    """Give every draft its bytes. Shards keep their names and tensors; a lone one gets the name that loaders expect."""
-    by_shard: dict[str, list[Draft]] = {shard.name: [] for shard in headers.shards}
-    for draft in drafts:
-        by_shard[draft.shard].append(draft)
+def _place(headers: Headers, tensors: Iterable[UnplacedTensor]) -> tuple[OutputTensor, ...]:
+    """Give every tensor its bytes. Shards keep their names and tensors; a single shard gets the name loaders expect."""
+    by_shard: dict[str, list[UnplacedTensor]] = {shard.name: [] for shard in headers.shards}
+    for tensor in tensors:
+        by_shard[tensor.shard].append(tensor)
     return tuple(
         output
         for shard, members in by_shard.items()
@@ -140,13 +141,13 @@ def _place(headers: Headers, drafts: Iterable[Draft]) -> tuple[OutputTensor, ...
     )
 
 
-def _place_in(file: str, members: list[Draft]) -> Iterator[OutputTensor]:
-    by_name = {draft.name: draft for draft in members}
+def _place_in(file: str, members: list[UnplacedTensor]) -> Iterator[OutputTensor]:
+    by_name = {tensor.name: tensor for tensor in members}
     if len(by_name) < len(members):
-        twice = Counter(draft.name for draft in members).most_common(1)[0][0]
+        twice = Counter(tensor.name for tensor in members).most_common(1)[0][0]
         raise InputError(f"{twice}: the checkpoint would hold it twice; is the source quantized already?")
-    for info in lay_out(file, [(draft.name, draft.dtype, draft.shape) for draft in members]):
-        draft = by_name[info.name]
+    for info in lay_out(file, [(tensor.name, tensor.dtype, tensor.shape) for tensor in members]):
+        tensor = by_name[info.name]
         yield OutputTensor(
             name=info.name,
             dtype=info.dtype,
@@ -154,10 +155,10 @@ def _place_in(file: str, members: list[Draft]) -> Iterator[OutputTensor]:
             shard=file,
             begin=info.begin,
             end=info.end,
-            role=draft.role,
-            source=draft.source,
-            slice=draft.slice,
-            group=draft.group,
+            role=tensor.role,
+            source=tensor.source,
+            slice=tensor.slice,
+            group=tensor.group,
         )
 
 
@@ -171,13 +172,13 @@ def quantization_config(
     choices: Mapping[str, Choice],
     outputs: Iterable[OutputTensor],
 ) -> dict[str, Any]:
-    """What config.json will say. Kept modules are named exactly, on disk and, where it differs, in transformers."""
+    """`quantization_config` of config.json. Kept modules are named exactly, as on disk and as in transformers."""
     modules: dict[str, None] = {"lm_head": None}
     experts: dict[str, None] = {}
     for name, role in architecture.tensors.items():
         if choices[name].action != "keep" or len(headers.tensors[name].shape) < 2 or role.kind in _NEVER_LINEAR:
             continue
-        if role.kind in {"expert", "fused_experts", "kept_experts"}:
+        if role.kind in EXPERT_KINDS or role.kind == "kept_experts":
             experts[experts_holder(name, role)] = None
         elif name.endswith(".weight"):
             modules[name.removesuffix(".weight")] = None

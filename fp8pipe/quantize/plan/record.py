@@ -1,4 +1,4 @@
-"""The plan as a record: every tensor of the source and of the checkpoint. `DIR/fp8pipe/plan.json`."""
+"""The plan as a record, DIR/fp8pipe/plan.json: every tensor of the source and of the checkpoint."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ from fp8pipe.config import Recipe
 from fp8pipe.model.headers import TensorInfo
 from fp8pipe.records import Record
 
-FP8 = "F8_E4M3"
-
 Role = Literal["copy", "dequantize", "weight", "weight_scale", "input_scale", "k_scale", "v_scale"]
-"""copy: the source's bytes. dequantize: an FP8 weight of the source that stays unquantized, as BF16."""
+"""copy: the source's bytes. dequantize: an FP8 weight of the source, kept as BF16. The others: what their name says."""
 
 
 class Slice(Record):
-    """Which Linear weight [out, in] of a 3-D tensor of experts: rows start, start + step, ... of one expert."""
+    """One Linear weight [out, in] in a 3-D tensor of experts: rows start, start + step, ... of one expert."""
 
     expert: int
     start: int
     step: int
     transposed: bool
-    """The expert's matrix is [in, out] on disk: rows of the weight are its columns."""
+    """The expert's matrix is [in, out] on disk, so that the weight's rows are its columns."""
 
 
 class OutputTensor(Record):
-    """One tensor of the checkpoint, and where its bytes will lie."""
+    """One tensor of the checkpoint, and the bytes it will occupy."""
 
     name: str
     dtype: str
@@ -39,11 +37,11 @@ class OutputTensor(Record):
     end: int
     role: Role
     source: str
-    """The tensor it is made from; for KV scales the attention module."""
+    """The tensor it is made from; for KV scales the attention module's name on disk."""
     slice: Slice | None = None
-    """Which part of `source`; None for all of it."""
+    """The part of `source` it is made from; None for all of it."""
     group: str = ""
-    """Weights of one group share their per-tensor weight_scale and their input_scale; empty: alone."""
+    """Weights of a group share their per-tensor weight_scale and their input_scale; empty for a weight of its own."""
 
     @property
     def module(self) -> str:
@@ -65,10 +63,10 @@ class PlannedTensor(Record):
     begin: int
     end: int
     action: Literal["quantize", "keep", "drop"]
-    """drop: a scale of a source that is FP8 already; new ones take its place."""
+    """drop: a scale of an FP8 source; new scales replace it."""
     reason: str
     scale: str = ""
-    """Name of the tensor that holds its scales, where the source is FP8 already."""
+    """For a weight of an FP8 source: the tensor with its scales."""
 
     @property
     def info(self) -> TensorInfo:
@@ -77,7 +75,7 @@ class PlannedTensor(Record):
 
 @dataclass(frozen=True, slots=True)
 class SummaryRow:
-    """Tensors that are treated alike for the same reason."""
+    """Tensors with the same action for the same reason."""
 
     action: str
     reason: str
@@ -87,7 +85,7 @@ class SummaryRow:
 
 
 class Plan(Record):
-    """Every tensor of the source and of the checkpoint. `DIR/fp8pipe/plan.json`."""
+    """What becomes of every tensor of the source, and every tensor of the checkpoint. `DIR/fp8pipe/plan.json`."""
 
     model_id: str
     source_commit: str
@@ -95,21 +93,21 @@ class Plan(Record):
     """The recipe's name."""
     settings: Recipe
     tensors: tuple[PlannedTensor, ...]
-    """The source's tensors, in the order of its shards and bytes."""
+    """The source's tensors, in the order of shards and bytes."""
     outputs: tuple[OutputTensor, ...]
-    """The checkpoint's tensors, in the order of their shards and bytes."""
+    """The checkpoint's tensors, in the order of shards and bytes."""
     source_block: tuple[int, int] | None = None
-    """Block shape of the scales of an FP8 source."""
+    """Rows and columns under one scale of an FP8 source in blocks; None for any other source."""
     quantization_config: dict[str, Any]
-    """What config.json will say."""
+    """`quantization_config` of the checkpoint's config.json."""
     source_bytes: int
     """Size of the source's safetensors files."""
     output_bytes: int
     """Size of the checkpoint's safetensors files."""
     trust_remote_code: bool = False
-    """The model's own code was run to find its architecture, and goes with the checkpoint."""
+    """The model's own code was run to find its architecture, and is copied to the checkpoint."""
     notes: tuple[str, ...] = ()
-    """What a user should know and need not act on."""
+    """What a user should know but need not act on."""
 
     def summary(self) -> tuple[SummaryRow, ...]:
         """Counts and bytes by action and reason, quantized first, then by size."""
@@ -132,17 +130,17 @@ class Plan(Record):
         return tuple(sorted(made, key=lambda row: (row.action != "quantize", -row.source_bytes, row.reason)))
 
     def work_digest(self) -> str:
-        """sha256 of what is read, made and written where; reasons, notes and config.json are no part of it."""
+        """sha256 of which tensors are read and written where. Reasons, notes and config.json do not count."""
         places = {"name", "dtype", "shape", "shard", "begin", "end", "scale"}
         wanted = {"outputs": True, "tensors": {"__all__": places}, "source_block": True}
         return hashlib.sha256(self.model_dump_json(include=wanted).encode()).hexdigest()
 
     def calibrated_modules(self) -> tuple[str, ...]:
-        """Modules whose input range the recipe needs, by name on disk; empty for dynamic activations."""
+        """Names on disk of the modules whose input range the recipe needs; empty for dynamic activations."""
         return tuple(output.module for output in self.outputs if output.role == "input_scale")
 
     def calibrated_attention(self) -> tuple[str, ...]:
-        """Attention modules whose KV range the recipe needs, by name on disk."""
+        """Names on disk of the attention modules whose KV range the recipe needs."""
         return tuple(output.source for output in self.outputs if output.role == "k_scale")
 
     def shards(self) -> dict[str, tuple[OutputTensor, ...]]:
