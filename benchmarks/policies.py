@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.page import put, table
 from fp8pipe import stages
 from fp8pipe.config import load_policy, load_suite, shipped
-from fp8pipe.gate.power import EvalPlan
+from fp8pipe.gate.evaluation_plan import EvalPlan
 
 DOCS = Path(__file__).parent.parent / "docs"
 GATE, EVALUATION = "Shipped policies", "Documents of the shipped suites"

@@ -68,7 +68,7 @@ def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, pat
 
     decision = _decide(job, snapshot, folder, workspace, path)
     release = None
-    if stages.may_publish(folder.checkpoint, decision):
+    if stages.may_publish(folder.checkpoint):
         release = publish(folder.checkpoint, spec.repo_id, spec.collection)
     elif stages.is_question(decision, job.policy):
         ask(job, folder.checkpoint, decision)

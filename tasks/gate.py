@@ -18,7 +18,7 @@ from prefect.settings import PREFECT_UI_URL
 
 from fp8pipe import stages
 from fp8pipe.config import ResolvedRelease
-from fp8pipe.gate.power import EvalPlan
+from fp8pipe.gate.evaluation_plan import EvalPlan
 from fp8pipe.records import Approval, EvalReport, GateDecision, Outcome
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets

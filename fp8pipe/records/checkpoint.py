@@ -29,7 +29,7 @@ class Checkpoint(Record):
 
     @property
     def release_tag(self) -> str:
-        """The tag that its release gets on the Hub, unless another is asked for."""
+        """The tag of its release on the Hub."""
         return f"fp8pipe-{self.fingerprint[:12]}"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.records import EvalReport, GateDecision, TaskDecision, metric_label
-from fp8pipe.release.card import in_points, interval_of, number
+from fp8pipe.release.scores import in_points, interval_of, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

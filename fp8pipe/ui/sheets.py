@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from fp8pipe.convert import Conversion
-    from fp8pipe.gate.power import EvalPlan
+    from fp8pipe.gate.evaluation_plan import EvalPlan
     from fp8pipe.quantize.plan import Plan
     from fp8pipe.records.calibration import Calibration
     from fp8pipe.ui.doctor import Check

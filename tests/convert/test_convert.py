@@ -22,6 +22,7 @@ from fp8pipe.cli import app
 from fp8pipe.convert import Conversion, convert, plan_conversion
 from fp8pipe.convert import write as write_module
 from fp8pipe.errors import InputError, Refused, SourceChanged
+from fp8pipe.gate.publishable import require_publishable
 from fp8pipe.hub.headers import read_headers
 from fp8pipe.hub.source import resolve
 from fp8pipe.model.identity import folder_identity
@@ -29,7 +30,6 @@ from fp8pipe.progress import ProgressEvent
 from fp8pipe.quantize import quantize
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Checkpoint
-from fp8pipe.release.publish import load_evidence
 from fp8pipe.stages import convert_model
 from fp8pipe.validate import validate
 
@@ -291,7 +291,7 @@ def test_no_evidence_of_the_source_comes_with_the_result(gated: Path, tmp_path: 
     theirs, ours = (Checkpoint.load(folder / "fp8pipe" / "checkpoint.json") for folder in (gated, tmp_path / "out"))
     assert done.source_fingerprint == theirs.fingerprint != ours.fingerprint == done.fingerprint
     with pytest.raises(Refused, match=r"validation\.json"):
-        load_evidence(tmp_path / "out")
+        require_publishable(tmp_path / "out")
 
 
 def test_the_records_of_the_result_speak_of_the_result(gated: Path, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_a_verdict_copied_over_by_hand_is_of_another_checkpoint(gated: Path, tmp
     verdict = accepted(folder).model_copy(update={"candidate_fingerprint": fingerprint})
     verdict.save(folder / "fp8pipe" / "gate.json")
     with pytest.raises(Refused, match="the gate decided on checkpoint"):
-        load_evidence(folder)
+        require_publishable(folder)
 
 
 def test_a_checkpoint_of_ours_that_was_altered_is_anybodys(gated: Path, tmp_path: Path) -> None:

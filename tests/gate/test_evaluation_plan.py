@@ -17,7 +17,8 @@ from fp8pipe import config, stages
 from fp8pipe.cli import app
 from fp8pipe.config import PerplexityPolicy, TaskPolicy
 from fp8pipe.errors import ConfigError
-from fp8pipe.gate.power import ClusterDesign, Design, MeanDesign, look_sizes, plan_evaluation
+from fp8pipe.gate.evaluation_plan import plan_evaluation
+from fp8pipe.gate.power import ClusterDesign, Design, MeanDesign, look_sizes
 from fp8pipe.gate.statistics import paired_test, ratio_bootstrap, score_statistic
 
 

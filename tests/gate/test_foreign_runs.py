@@ -138,7 +138,7 @@ def test_a_samples_file_that_is_cut_off_is_an_error_that_names_it(tmp_path):
     folder = write(tmp_path, values(90, 100))
     (samples,) = folder.rglob("samples_*")
     samples.write_text(samples.read_text()[:-9])
-    with pytest.raises(InputError, match=rf"{samples.name}: not JSON"):
+    with pytest.raises(InputError, match=rf"{samples.name}: not one JSON object per line"):
         read_report(folder, role="baseline")
 
 
@@ -200,7 +200,7 @@ def test_a_folder_that_lacks_samples_is_refused(tmp_path):
     def cut(rows: Rows, results: dict[str, Any]) -> None:
         rows.pop()
 
-    with pytest.raises(InputError, match="1999 under strict; it is not whole"):
+    with pytest.raises(InputError, match="1999 under strict; it is incomplete"):
         decided(tmp_path, change=cut)
     (tmp_path / "a" / "acme__tiny" / f"samples_qa_{STAMP}.jsonl").unlink()
     with pytest.raises(InputError, match="--log_samples"):
@@ -208,7 +208,7 @@ def test_a_folder_that_lacks_samples_is_refused(tmp_path):
 
 
 def test_a_folder_without_results_and_one_of_two_models_are_refused(tmp_path):
-    with pytest.raises(InputError, match="neither report"):
+    with pytest.raises(InputError, match=r"expected report\.json or results"):
         read_report(tmp_path, role="baseline")
     write(tmp_path / "one", values(9, 10))
     write(tmp_path / "two", values(9, 10))
