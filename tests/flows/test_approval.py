@@ -66,7 +66,7 @@ def test_an_approval_of_another_decision_is_none(tmp_path: Path) -> None:
     [
         ({"lost": 20, "won": 20}, ASKING, "the gate accepted it"),
         ({"lost": 200, "won": 20}, ASKING, "the gate rejected it"),
-        ({"lost": 70, "won": 35}, policy(), "stops where the gate is inconclusive"),
+        ({"lost": 70, "won": 35}, policy(), "stops at an inconclusive result"),
     ],
 )
 def test_only_an_inconclusive_result_of_an_asking_policy_can_be_approved(tmp_path, counts, rules, words) -> None:

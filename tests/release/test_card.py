@@ -219,7 +219,7 @@ def test_card_states_the_engines_noise_and_the_speed_of_both_sides() -> None:
     card = render_card(facts_of(timed))
     assert "13 of 1,000 (1.30 %)" in card
     assert re.search(r"\| requests per second \| 2\.0 \| 3\.0 \| 1\.50 \|", card)
-    assert "Taken on a CPU: not comparable" in card
+    assert "Timed on a CPU" in card
     untimed = render_card(facts_of((timed[0], candidate)))
     assert "Speed and memory" not in untimed
 
@@ -243,7 +243,7 @@ def test_several_metrics_of_one_task_are_named_apart_everywhere(tmp_path: Path) 
     facts = facts_of(sides, policy(tasks={"qa": limits}))
     card = plain(render_card(facts))
     assert "qa exact_match,strict: 91.00 -> 90.50" in card and "qa exact_match,loose: 91.00 -> 91.00" in card
-    assert "Paired on the same 2,000 samples" in card
+    assert "the same 2,000 prompts" in card
     assert "qa exact_match,loose: 91.00" in collection_note(facts.decision)
     rows = decision_sheet(facts.decision).rows
     assert [row[0] for row in rows] == ["qa exact_match,strict", "qa exact_match,loose"]

@@ -20,7 +20,7 @@ def engine_rows(report: EvalReport) -> list[tuple[str, str]]:
         ("Linear kernels", ", ".join(engine.linear_kernels) or "not recorded"),
         ("attention", engine.attention_backend),
         ("KV cache dtype", engine.kv_cache_dtype),
-        ("other dtype", engine.dtype),
+        ("unquantized dtype", engine.dtype),
         ("context", f"{engine.max_model_len:,} tokens"),
         ("chat template", "applied" if report.chat_template_hash else "not applied"),
         ("beginning-of-sequence token", "added" if report.add_bos_token else "not added"),
@@ -65,12 +65,16 @@ def serving_note(facts: CardFacts) -> str:
     figures = facts.candidate.serving
     if figures is None:
         return ""
-    asked = figures.workload
-    said = (
-        f"vLLM's benchmark: {asked['num_prompts']} random prompts of {asked['input_len']} tokens, "
-        f"{asked['output_len']} tokens generated for each, {asked['max_concurrency']} at a time."
+    workload = figures.workload
+    what = (
+        f"vLLM's benchmark: {workload['num_prompts']} random prompts of {workload['input_len']} tokens, "
+        f"{workload['output_len']} tokens generated for each, {workload['max_concurrency']} at a time."
     )
-    return said if figures.comparable else f"{said} Taken on a CPU: not comparable with any GPU, nor BF16 with FP8."
+    return (
+        what
+        if figures.comparable
+        else f"{what} Timed on a CPU: the figures say nothing about a GPU, nor about FP8 against BF16."
+    )
 
 
 def serving_limits(facts: CardFacts) -> list[str]:

@@ -23,9 +23,9 @@ _WEIGHTS = {"tensor": "one scale per tensor", "channel": "one scale per output c
 
 _ACTIVATIONS = {
     ("static", "tensor"): "FP8 E4M3, calibrated, one scale per tensor",
-    ("dynamic", "tensor"): "FP8 E4M3, scaled as they come, one scale per tensor",
-    ("dynamic", "token"): "FP8 E4M3, scaled as they come, one scale per token",
-    ("dynamic", "group"): "FP8 E4M3, scaled as they come, one scale per group of 128",
+    ("dynamic", "tensor"): "FP8 E4M3, dynamic, one scale per tensor",
+    ("dynamic", "token"): "FP8 E4M3, dynamic, one scale per token",
+    ("dynamic", "group"): "FP8 E4M3, dynamic, one scale per group of 128",
 }
 
 

@@ -25,7 +25,7 @@ def verdict_lines(facts: CardFacts) -> Iterator[str]:
     engine = facts.candidate.engine
     yield f"Measured with vLLM {facts.candidate.versions.get('vllm', '?')} on {engine.device_class}."
     for tried in decision.earlier:
-        yield f"Before it, the gate rejected recipe {tried.recipe}: {tried.reason}"
+        yield f"Before this one, the gate rejected recipe {tried.recipe}: {tried.reason}"
     if decision.verdict == "inconclusive" and approval is not None:
         yield f"The samples do not settle it; released by {approval.who} on {approval.when}: {approval.reason}"
 
@@ -81,8 +81,9 @@ def _with_interval(task: TaskDecision, mean: float, report: EvalReport) -> str:
 
 def collection_note(decision: GateDecision) -> str:
     """The line under the model in its collection, at most `MAX_NOTE` characters. Refused for a rejected checkpoint."""
-    ending = " Measured on CPU with reference kernels, no GPU verdict." if decision.device_class == "cpu" else ""
-    ending = ending or f" Measured on {decision.device_class}."
+    on_cpu = decision.device_class == "cpu"
+    device = "a CPU with reference kernels, no GPU verdict" if on_cpu else decision.device_class
+    ending = f" Measured on {device}."
     note = f"{headline(decision)}."
     for index, task in enumerate(decision.tasks):
         sentence = f" {task_sentence(task, decision.tasks)}."
