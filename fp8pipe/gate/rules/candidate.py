@@ -49,7 +49,7 @@ def kernels(pair: Pair) -> Ruling:
     if not theirs.linear_kernels:
         return unchecked("the report does not record the kernels that served the quantized Linears")
     weight_only = pair.recipe is not None and pair.recipe.activations is None
-    wrong = [name for name in theirs.linear_kernels if is_w8a8(name) == weight_only]
+    wrong = [name for name in theirs.linear_kernels if _is_w8a8(name) == weight_only]
     served = ", ".join(theirs.linear_kernels)
     if wrong:
         wanted = "weight-only FP8" if weight_only else "FP8 W8A8"
@@ -57,7 +57,7 @@ def kernels(pair: Pair) -> Ruling:
     return passed(f"served by {served}")
 
 
-def is_w8a8(kernel: str) -> bool:
+def _is_w8a8(kernel: str) -> bool:
     """Whether the vLLM kernel of this name multiplies FP8 weights by FP8 activations."""
     name = kernel.lower()
     return "fp8" in name and not any(part in name for part in _WEIGHT_ONLY)
