@@ -24,7 +24,8 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/pytest -q tests/test_layering.py tests/test_config.py
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q tests/test_layering.py tests/test_fields.py tests/test_architecture_page.py tests/config
 
 fix: setup
 	$(BIN)/ruff check --fix .

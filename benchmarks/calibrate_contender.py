@@ -89,7 +89,7 @@ def ours(source: Path, data: Path, output: Path, device: str) -> Spent:
     warm_up(device)
     snapshot = stages.pin(str(source))
     spent = clock()
-    plan = stages.plan_snapshot(snapshot, recipe)
+    plan = stages.plan(snapshot, recipe)
     ranges = calibrate(snapshot, plan, recipe, output.parent / "ranges", device=device)
     quantize(snapshot, plan, output, calibration=ranges)
     return spent() | {"calibrate": ranges.seconds}
@@ -104,7 +104,7 @@ def datafree(source: Path, data: Path, output: Path) -> Spent:
     preload()
     snapshot, recipe = stages.pin(str(source)), load_recipe("autofp8-dynamic")
     spent = clock()
-    quantize(snapshot, stages.plan_snapshot(snapshot, recipe), output)
+    quantize(snapshot, stages.plan(snapshot, recipe), output)
     return spent()
 
 

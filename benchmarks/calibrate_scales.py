@@ -126,7 +126,7 @@ def _distance(model: Path, recipe: Recipe, judge: Path, scratch: Path) -> tuple[
     from fp8pipe.calibrate.samples import choose_samples, tokenizer_of
 
     snapshot = stages.pin(str(model))
-    ranges = calibrate(snapshot, stages.plan_snapshot(snapshot, recipe), recipe, scratch)
+    ranges = calibrate(snapshot, stages.plan(snapshot, recipe), recipe, scratch)
     count = len(judge.read_text().splitlines())
     spec = recipe.calibration.model_copy(update={"dataset": str(judge), "num_samples": count})
     samples = choose_samples(spec, load_rows(spec, ""), tokenizer_of(model), None).token_ids

@@ -251,7 +251,7 @@ def measure(work: Path) -> Cases:
 
     baseline = measured("baseline", "baseline")
     again = measured("candidate", "again")
-    itself = stages.decide_release(baseline, again, policy, suite=suite, checkpoint_folder=None)
+    itself = stages.gate(baseline, again, policy, suite=suite, checkpoint_folder=None)
     cases = [_case(ITSELF, "accepted", baseline, again, itself)]
     for number, damage in enumerate(DAMAGES):
         place = work / f"damage-{number}"
@@ -260,7 +260,7 @@ def measure(work: Path) -> Cases:
         candidate = stages.evaluate_model(
             str(folder), suite, work / f"measured-{number}", kv_cache_dtype="fp8", online=None, limit=limit
         )
-        decision = stages.decide_release(baseline, candidate, policy, suite=suite, checkpoint_folder=folder)
+        decision = stages.gate(baseline, candidate, policy, suite=suite, checkpoint_folder=folder)
         cases.append(_case(damage.name, damage.expected, baseline, candidate, decision))
         print(cases[-1], flush=True)
     return Cases(vllm=baseline.versions["vllm"], cases=tuple(cases))

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from fp8pipe.gate.power import Design, look_sizes
+from fp8pipe.config import look_sizes
+from fp8pipe.gate.power import Design
 from fp8pipe.gate.statistics import paired_test, rejection_p, score_statistic
 
 ALPHA, MARGIN, ACCURACY = 0.05, 0.02, 0.75

@@ -35,7 +35,7 @@ many samples. WikiText's are pages; `needle`, `hops` and `arrows` are as many as
 def plan_of(name: str) -> EvalPlan:
     """The shipped policy on the suite of its name."""
     with tempfile.TemporaryDirectory() as folder:
-        return stages.plan_eval(load_policy(name), load_suite(name), Path(folder))
+        return stages.plan_evaluation(load_policy(name), load_suite(name), Path(folder))
 
 
 def policies() -> str:

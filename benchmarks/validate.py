@@ -133,7 +133,7 @@ def _quantize(what: str, recipe: str, source: str, output: Path) -> tuple[float,
     snapshot = stages.pin(source)
     imports_mb = peak_mb()
     began = time.perf_counter()
-    plan = stages.plan_snapshot(snapshot, load_recipe(recipe))
+    plan = stages.plan(snapshot, load_recipe(recipe))
     quantize(snapshot, plan, output)
     return time.perf_counter() - began, imports_mb
 

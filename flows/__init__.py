@@ -1,1 +1,1 @@
-"""The pipeline as sentences: each line of a flow is one stage, each branch is a decision."""
+"""The pipeline as sentences: each line of a flow is a stage, each branch a decision."""

@@ -1,4 +1,4 @@
-"""A list of models, every recipe: one release after the other, and one failure does not stop the rest."""
+"""A list of models with every recipe: one release after the other. A failure does not stop the rest."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
+import tasks
 from flows.release_model import release_model
 from fp8pipe.config import CollectionSpec, ReleaseSpec, load_collection
 from fp8pipe.errors import Fp8PipeError
 from fp8pipe.records import BatchEntry, BatchResult, Outcome
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets
-from tasks.gate import plan_evaluation
 from tasks.progress import artifact_key
 
 
@@ -25,7 +25,7 @@ def release_collection(collection: CollectionSpec | str) -> State[BatchResult]:
     spec = load_collection(collection) if isinstance(collection, str) else collection
     releases = spec.releases()
     for one in releases:
-        plan_evaluation(one.resolve(), Workspace(Path(one.work_dir).resolve()))
+        tasks.plan_evaluation(one.resolve(), Workspace(Path(one.work_dir).resolve()))
     result = BatchResult(collection=spec.collection.title, entries=tuple(_release(one) for one in releases))
     key = artifact_key("collection", spec.collection.namespace, spec.collection.title)
     create_markdown_artifact(

@@ -1,4 +1,6 @@
-"""The command line. Each command parses, calls one stage and shows its record; `--help` imports nothing heavy.
+"""The command line. Each command parses its arguments, calls one stage and shows the record it returns.
+
+Heavy imports happen inside the commands, so that `--help` answers at once.
 
 Exit codes: 0 done or accepted, 1 findings or rejected, 2 input, 3 inconclusive, 4 environment, 5 internal defect,
 130 interrupted.
@@ -39,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-hub_app = typer.Typer(help="A Hub on loopback, for rehearsal and tests.", no_args_is_help=True)
+hub_app = typer.Typer(help="A Hub on loopback, for rehearsals and tests.", no_args_is_help=True)
 app.add_typer(hub_app, name="hub")
 
 err = Console(stderr=True, highlight=False)
@@ -54,7 +56,7 @@ def main() -> None:
 
 
 def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
-    """Turn what a command returns or raises into the exit code of the design, and errors into one clear message."""
+    """Exit with the code that a command returns; show an error as one message and exit with its code."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -65,9 +67,9 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
             err.print(str(error), markup=False)
             code = error.exit_code
         except KeyboardInterrupt:
-            err.print("interrupted; run the same command again to go on where it stopped")
+            err.print("interrupted; run the same command again to resume")
             code = 130
-        except Exception:  # the outermost frame: an unforeseen error is a defect and must say where its trace lies
+        except Exception:  # the outermost frame: an unforeseen error is a defect, so say where its trace is
             code = 5
             err.print(f"[red]internal error[/red]: {_store_trace()}")
         raise typer.Exit(code)
@@ -83,7 +85,7 @@ def _store_trace() -> str:
 
 
 def emit_json(value: Any) -> None:
-    """One JSON object on stdout."""
+    """Write `value` to stdout as JSON."""
     sys.stdout.write(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
@@ -111,7 +113,7 @@ def _recipe_with(
     activation_scheme: str | None = None,
     checkpoint_format: str | None = None,
 ) -> Recipe:
-    """The recipe with the command line's overrides, checked again as a whole."""
+    """The recipe with the command line's overrides, validated as a whole."""
     from fp8pipe.config import Recipe as RecipeClass
     from fp8pipe.config import load_recipe, validated
 
@@ -125,7 +127,7 @@ def _recipe_with(
         content["activations"] = {"mode": "dynamic", "strategy": strategy}
     if checkpoint_format is not None:
         content["checkpoint_format"] = checkpoint_format
-    return validated(RecipeClass, content, f"recipe {name} with the options given")
+    return validated(RecipeClass, content, f"recipe {name} with these options")
 
 
 # ------------------------------------------------------------------------------------------ stages
@@ -139,13 +141,13 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would become of every tensor, from headers alone; no weight is read."""
+    """Show what would become of every tensor, from headers alone: no weight is read."""
+    from fp8pipe import stages
     from fp8pipe.config import load_recipe
-    from fp8pipe.stages import pin, plan_snapshot
     from fp8pipe.ui.sheets import plan_sheet, terminal
 
     chosen = load_recipe(recipe)
-    made = plan_snapshot(pin(model), chosen, trust_remote_code=trust_remote_code)
+    made = stages.plan(stages.pin(model), chosen, trust_remote_code=trust_remote_code)
     if as_json:
         emit_json(made.model_dump(mode="json"))
     else:
@@ -171,9 +173,9 @@ def quantize(
         Literal["compressed-tensors", "fp8"] | None, typer.Option(help="Override the recipe")
     ] = None,
 ) -> None:
-    """Write the FP8 checkpoint, calibrating first when the recipe needs it."""
+    """Write the FP8 checkpoint, after calibrating if the recipe needs it."""
+    from fp8pipe import stages
     from fp8pipe.progress import human_bytes
-    from fp8pipe.stages import quantize_model
 
     chosen = _recipe_with(
         recipe,
@@ -184,7 +186,7 @@ def quantize(
         checkpoint_format=checkpoint_format,
     )
     with _stage_display("quantize") as display:
-        made = quantize_model(
+        made = stages.quantize_model(
             model, chosen, output, device=device, trust_remote_code=trust_remote_code, progress=display
         )
     sizes = f"{human_bytes(made.source_bytes)} -> {human_bytes(made.output_bytes)}"
@@ -199,21 +201,21 @@ def validate(
     source: Annotated[str | None, typer.Option(help="Source model, for fidelity checks")] = None,
     depth: Annotated[
         Literal["headers", "values", "fidelity"] | None,
-        typer.Option(help="How much to read; on the Hub headers, and more is downloaded", show_default="all there is"),
+        typer.Option(help="How much to read. On the Hub, more than headers is downloaded", show_default="deepest"),
     ] = None,
     oracles: Annotated[
-        bool, typer.Option("--oracles", help="Also ask transformers' and vLLM's own model; half a minute")
+        bool, typer.Option("--oracles", help="Also ask transformers' and vLLM's own model (half a minute)")
     ] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Check a checkpoint's structure and values, and against its source when given. Any FP8 checkpoint of the Hub."""
-    from fp8pipe.stages import validate_model
+    """Check the structure and values of any FP8 checkpoint, also on the Hub; with its source, compare the weights."""
+    from fp8pipe import stages
     from fp8pipe.ui.sheets import findings_sheet, terminal
 
     with _stage_display("validate") as display:
-        report = validate_model(model, source=source, depth=depth, oracles=oracles, progress=display)
+        report = stages.validate_model(model, source=source, depth=depth, oracles=oracles, progress=display)
     if depth is not None and report.depth != depth:
-        err.print(f"depth {report.depth}: the files are not a whole checkpoint, so nothing more was downloaded")
+        err.print(f"depth {report.depth} only: the checkpoint is incomplete, so nothing more was downloaded")
     if as_json:
         emit_json(report.model_dump(mode="json"))
     else:
@@ -225,22 +227,22 @@ def validate(
 @guarded
 def convert(
     model: Model,
-    to: Annotated[Literal["compressed-tensors", "fp8"] | None, typer.Option(help="Spelling to write")] = None,
-    migrate: Annotated[bool, typer.Option("--migrate", help="Mend legacy names (with --to: as well)")] = False,
+    to: Annotated[Literal["compressed-tensors", "fp8"] | None, typer.Option(help="Format to write")] = None,
+    migrate: Annotated[bool, typer.Option("--migrate", help="Rename legacy tensors; --to does so too")] = False,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="New folder; default: the source's name and --to")
+        Path | None, typer.Option("--output", "-o", help="New folder", show_default="source name and format")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rewrite an FP8 checkpoint in the other spelling, or mend its legacy names; no FP8 byte changes."""
+    """Rewrite an FP8 checkpoint in another format, or rename its legacy tensors; no FP8 byte changes."""
+    from fp8pipe import stages
     from fp8pipe.errors import InputError
-    from fp8pipe.stages import convert_model
     from fp8pipe.ui.sheets import conversion_sheet, terminal
 
     if to is None and not migrate:
-        raise InputError("nothing asked for: give --to compressed-tensors, --to fp8, or --migrate")
+        raise InputError("nothing to do: give --to compressed-tensors, --to fp8, or --migrate")
     with _stage_display("convert") as display:
-        done, folder = convert_model(model, output, to=to, progress=display)
+        done, folder = stages.convert(model, output, to=to, progress=display)
     if as_json:
         emit_json(done.model_dump(mode="json") | {"folder": str(folder) if done.changes else None})
     else:
@@ -251,10 +253,10 @@ def convert(
 @guarded
 def sensitivity(folder: Folder, as_json: AsJson = False) -> None:
     """Show what FP8 costs each Linear of a calibrated checkpoint: the ten worst, and a plot of all."""
-    from fp8pipe.stages import show_sensitivity
+    from fp8pipe import stages
     from fp8pipe.ui.sheets import sensitivity_sheet, terminal
 
-    calibration, plot = show_sensitivity(folder)
+    calibration, plot = stages.sensitivity(folder)
     if as_json:
         fields = {"model_id", "sensitivity", "layers", "expert_tokens", "kept", "kv_absent"}
         emit_json(calibration.model_dump(mode="json", include=fields))
@@ -276,14 +278,14 @@ def evaluate(
     online: Annotated[Literal["fp8"] | None, typer.Option(help="Let vLLM quantize the BF16 model at load")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N samples of each task", min=1)] = None,
 ) -> None:
-    """Measure a model or checkpoint with lm-eval in vLLM; writes report.json."""
+    """Measure a model or checkpoint with lm-eval in vLLM, and write report.json."""
+    from fp8pipe import stages
     from fp8pipe.config import load_suite
-    from fp8pipe.stages import evaluate_model
     from fp8pipe.ui.sheets import measurement_notes
 
     chosen = load_suite(suite)
     with _stage_display("evaluate") as display:
-        report = evaluate_model(
+        report = stages.evaluate_model(
             model, chosen, output, kv_cache_dtype=kv_cache_dtype, online=online, limit=limit, progress=display
         )
     out.print(report.table, markup=False)
@@ -300,20 +302,20 @@ def plan_eval(
     attempts: Annotated[int, typer.Option(help="Recipes that a fallback ladder may try", min=1)] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Show how many samples the policy's margins take, and whether the suite has them; exit 2 when it has not."""
+    """Show how many samples the policy's margins need, and whether the suite has them; exit 2 if it has not."""
+    from fp8pipe import stages
     from fp8pipe.config import check_fit, load_policy, load_suite
-    from fp8pipe.stages import plan_eval as stage
     from fp8pipe.ui.sheets import eval_plan_sheet, terminal
 
     rules, measured = load_policy(policy), load_suite(suite)
     check_fit(rules, measured)
     with tempfile.TemporaryDirectory(prefix="fp8pipe-plan-eval-") as folder:
-        plan = stage(rules, measured, Path(folder), attempts=attempts)
+        evaluation_plan = stages.plan_evaluation(rules, measured, Path(folder), attempts=attempts)
     if as_json:
-        emit_json(plan.model_dump(mode="json"))
+        emit_json(evaluation_plan.model_dump(mode="json"))
     else:
-        out.print(terminal(eval_plan_sheet(plan)))
-    plan.require()
+        out.print(terminal(eval_plan_sheet(evaluation_plan, rules, measured)))
+    evaluation_plan.require()
 
 
 @app.command()
@@ -325,12 +327,12 @@ def gate(
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder; writes its fp8pipe/gate.json")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Decide whether the candidate is non-inferior to the baseline; exit 0, 1 or 3."""
+    """Decide whether the candidate is non-inferior to the baseline: exit 0, 1 or 3."""
+    from fp8pipe import stages
     from fp8pipe.config import load_policy
-    from fp8pipe.stages import gate_reports
     from fp8pipe.ui.sheets import decision_sheet, terminal
 
-    decision = gate_reports(baseline, candidate, load_policy(policy), checkpoint=checkpoint)
+    decision = stages.gate_reports(baseline, candidate, load_policy(policy), checkpoint=checkpoint)
     if as_json:
         emit_json(decision.model_dump(mode="json"))
     else:
@@ -345,10 +347,10 @@ def approve(
     by: Annotated[str, typer.Option("--by", help="Who decides; published in the card", show_default=False)],
     reason: Annotated[str, typer.Option(help="Why; published in the card", show_default=False)],
 ) -> None:
-    """Release what the gate left inconclusive, under a policy with on_inconclusive: ask. Then `publish`."""
-    from fp8pipe.stages import approve_folder
+    """Approve an inconclusive result, if its policy has on_inconclusive: ask. Then run `publish`."""
+    from fp8pipe import stages
 
-    approval = approve_folder(folder, who=by, reason=reason)
+    approval = stages.approve(folder, who=by, reason=reason)
     out.print(f"{folder}: released by decision of {approval.who}, {approval.when}", markup=False)
 
 
@@ -356,11 +358,11 @@ def approve(
 @guarded
 def publish(folder: Folder, repo_id: RepoId, collection: Collection = None) -> None:
     """Publish an accepted checkpoint with its card and evidence, and verify it from the Hub's side."""
-    from fp8pipe.stages import publish_folder
+    from fp8pipe import stages
     from fp8pipe.ui.sheets import release_sheet, terminal
 
     with _stage_display("publish") as display:
-        release = publish_folder(folder, repo_id=repo_id, collection=collection, progress=display)
+        release = stages.publish(folder, repo_id=repo_id, collection=collection, progress=display)
     out.print(terminal(release_sheet(release)))
 
 
@@ -380,7 +382,7 @@ def release(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for calibration")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Let this model bring its own Python code")] = False,
 ) -> int:
-    """The whole way for one model: quantize, validate, evaluate, gate, publish. Here, now, under Prefect."""
+    """Quantize, validate, evaluate, gate and publish one model: the Prefect flow, run here and now."""
     from fp8pipe.config import ReleaseSpec, validated
     from fp8pipe.ui.sheets import outcome_sheet, terminal
 
@@ -396,7 +398,7 @@ def release(
         "trust_remote_code": trust_remote_code,
     }
     spec = validated(ReleaseSpec, content, "release")
-    spec.resolve()  # a wrong name answers at once, before any server starts
+    spec.resolve()  # reports a wrong name before any server starts
     with _flow_session(Path(spec.work_dir), "release") as session:
         outcome = session.release(spec)
     out.print(terminal(outcome_sheet(outcome)))
@@ -406,7 +408,7 @@ def release(
 @app.command()
 @guarded
 def batch(collection: Annotated[str, typer.Argument(help="Collection file, or name in configs/collections")]) -> int:
-    """The whole way for every model and recipe of a collection. Here, now, under Prefect."""
+    """Release every model of a collection with every recipe: the Prefect flow, run here and now."""
     from fp8pipe.config import load_collection
     from fp8pipe.ui.sheets import batch_sheet, terminal
 
@@ -420,13 +422,13 @@ def batch(collection: Annotated[str, typer.Argument(help="Collection file, or na
 
 
 def worst_exit(codes: list[int]) -> int:
-    """The first present of 5, 4, 2, 1, 3, 0."""
+    """The worst of `codes`: the first of 5, 4, 2, 1, 3, 0 that occurs."""
     return next(code for code in (5, 4, 2, 1, 3, 0) if code in codes)
 
 
 @contextmanager
 def _flow_session(work_dir: Path, name: str, prefect_home: Path | None = None) -> Iterator[FlowSession]:
-    """A quiet terminal with a stage display, and a Prefect server that starts in the background."""
+    """A quiet terminal with a stage display, and a Prefect server starting in the background."""
     from fp8pipe.machine.prefect_server import prefect_api
     from fp8pipe.release.workspace import Workspace
     from fp8pipe.ui.terminal import StageDisplay, quiet_terminal
@@ -444,7 +446,7 @@ def _flow_session(work_dir: Path, name: str, prefect_home: Path | None = None) -
 
 @dataclass(frozen=True)
 class FlowSession:
-    """What it takes to run flows here and now."""
+    """The display and the Prefect server of flows that run here and now."""
 
     display: StageDisplay
     server: EmbeddedServer | None
@@ -464,7 +466,7 @@ class FlowSession:
         return here.batch(spec, self.display)
 
     def _prefect(self) -> None:
-        """Wait for the server; only then may prefect be imported, since it reads its settings once."""
+        """Wait for the server. Prefect may be imported only after this, since it reads its settings once."""
         from fp8pipe.progress import ProgressEvent
 
         where = self.server.api_url if self.server else "the configured server"
@@ -475,7 +477,7 @@ class FlowSession:
 
 @contextmanager
 def _stage_display(name: str) -> Iterator[StageDisplay]:
-    """A quiet terminal with a stage display, for one stage by hand."""
+    """A quiet terminal with a stage display, for a single stage."""
     from fp8pipe.ui.terminal import StageDisplay, quiet_terminal
 
     log = Path(tempfile.gettempdir()) / f"fp8pipe-{name}-{os.getpid()}.log"
@@ -483,16 +485,16 @@ def _stage_display(name: str) -> Iterator[StageDisplay]:
         yield display
 
 
-# ------------------------------------------------------------------------------------------ around it
+# ------------------------------------------------------------------------------------------ other commands
 
 
 @app.command()
 @guarded
 def demo(
     workdir: Annotated[Path, typer.Option(help="Work folder of the demo")] = Path("fp8pipe-demo"),
-    sabotage: Annotated[bool, typer.Option("--sabotage", help="Calibrate badly, to see the gate reject")] = False,
+    sabotage: Annotated[bool, typer.Option("--sabotage", help="Calibrate badly, so that the gate rejects")] = False,
 ) -> int:
-    """The whole pipeline on a tiny model, a local Hub and real vLLM: about five minutes, nothing to set up."""
+    """Run the whole pipeline on a tiny model with a local Hub and real vLLM: five minutes, nothing to set up."""
     from fp8pipe.machine import device
 
     device.require()
@@ -511,7 +513,7 @@ def status(
     work_dir: WorkDir = "fp8pipe-work",
     as_json: AsJson = False,
 ) -> None:
-    """What is released, rejected or under way in a work folder."""
+    """Show which releases of a work folder are published, rejected or in progress."""
     from fp8pipe.config import load_collection
     from fp8pipe.ui.sheets import status_sheet, terminal
     from fp8pipe.ui.status import release_status
@@ -527,7 +529,7 @@ def status(
 @app.command()
 @guarded
 def doctor(as_json: AsJson = False) -> int:
-    """Whether this machine can do the work: device, packages, Hub, disk, Prefect. Exit 4 when it cannot."""
+    """Check that this machine can do the work: device, packages, Hub, disk, Prefect. Exit 4 if it cannot."""
     from fp8pipe.ui.doctor import examine
     from fp8pipe.ui.sheets import doctor_sheet, terminal
 
@@ -545,7 +547,7 @@ def serve(
     root: Annotated[Path, typer.Option(help="Folder that holds the Hub's state", show_default=False)],
     port: Annotated[int, typer.Option(help="Port on loopback")] = 8765,
 ) -> None:
-    """Serve the Hub that lies in a folder, until interrupted."""
+    """Serve the Hub stored in a folder, until interrupted."""
     from fp8pipe.rehearsal.localhub import serve as serve_hub
 
     serve_hub(root, port)

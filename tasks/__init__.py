@@ -1,1 +1,28 @@
-"""Policy around the library's stages: retries, concurrency, run names, artifacts. A task is one call."""
+"""Policy around the stages: retries, concurrency, run names, artifacts. A task calls one stage.
+
+Flows write `tasks.plan(...)`, `tasks.quantize(...)`: the functions here are called like the stages.
+"""
+
+from tasks.evaluate import evaluate_baseline, evaluate_candidate
+from tasks.gate import approve, ask, gate, plan_evaluation, question
+from tasks.publish import publish
+from tasks.quantize import calibrate, quantize
+from tasks.source import download, pin, plan
+from tasks.validate import validate
+
+__all__ = [
+    "approve",
+    "ask",
+    "calibrate",
+    "download",
+    "evaluate_baseline",
+    "evaluate_candidate",
+    "gate",
+    "pin",
+    "plan",
+    "plan_evaluation",
+    "publish",
+    "quantize",
+    "question",
+    "validate",
+]

@@ -1,4 +1,4 @@
-"""Measuring in vLLM: one engine at a time on this machine, in a child process that ends with the task."""
+"""Evaluations in vLLM: one engine at a time on this machine, in a child process that ends with the task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tasks.progress import artifact_key, reporter
 def evaluate_baseline(
     snapshot: Snapshot, suite: EvalSuite, workspace: Workspace, looks: tuple[float, ...], look: int
 ) -> EvalReport:
-    """The BF16 source up to this look, measured once for all recipes."""
+    """The BF16 source, measured up to this look; one measurement serves all recipes."""
     progress = reporter("evaluate baseline", suite.name)
     with engine_slot():
         return stages.evaluate_baseline(snapshot, suite, workspace, looks=looks, look=look, progress=progress)
@@ -31,7 +31,7 @@ def evaluate_baseline(
 def evaluate_candidate(
     checkpoint_folder: Path, job: ResolvedRelease, folder: Path, baseline: EvalReport, look: int
 ) -> EvalReport:
-    """The checkpoint up to this look, served as its recipe means it to be; with the table of both sides."""
+    """The checkpoint, measured up to this look and served as its recipe intends; leaves a table of both sides."""
     progress, recipe = reporter("evaluate candidate", job.suite.name), job.recipe.name
     with engine_slot():
         report = stages.evaluate_candidate(

@@ -1,4 +1,4 @@
-"""What a worker does before a run: find the code where this worker has it installed, not where it was deployed from."""
+"""The pull step of a worker: run the code that this worker has installed, wherever it was deployed from."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def package_root() -> dict[str, str]:
-    """Pull step of prefect.yaml. Prefect changes into `directory`, where the deployment's entrypoint must exist.
+    """Pull step of prefect.yaml: Prefect changes into `directory`, in which it looks for the deployment's entrypoint.
 
-    Without an explicit step Prefect stores the deploying machine's working directory, also when `pull` is empty.
+    Without an explicit step Prefect stores the deploying machine's working directory, even when `pull` is empty.
     """
     return {"directory": str(Path(__file__).resolve().parent.parent)}

@@ -1,4 +1,4 @@
-"""Deciding, with every number it compared where a person can read it; planning before, asking a person after."""
+"""The gate, with every number it compared in an artifact; the evaluation plan before it, a person's decision after."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from prefect.settings import PREFECT_UI_URL
 from fp8pipe import stages
 from fp8pipe.config import ResolvedRelease
 from fp8pipe.gate.evaluation_plan import EvalPlan
-from fp8pipe.records import Approval, EvalReport, GateDecision, Outcome
+from fp8pipe.records import Approval, EvalReport, GateDecision, Outcome, record_path
+from fp8pipe.release.outcome import earlier_attempts
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets
 from tasks.policy import HUB_RETRIES, HUB_RETRY_DELAYS, is_transient
@@ -38,15 +39,15 @@ APPROVAL_DEPLOYMENT = "approve-release/approve-release"
     retry_condition_fn=is_transient,
 )
 def plan_evaluation(job: ResolvedRelease, workspace: Workspace) -> EvalPlan:
-    """Whether the suite can settle what the policy asks: an error now, not after hours of GPU time."""
+    """Fail now, not after hours of GPU time, if the suite cannot settle what the policy asks."""
     reporter("plan evaluation", job.suite.name)
     folder = workspace.suite(job.suite.digest())
-    made = stages.plan_eval(job.policy, job.suite, folder, attempts=len(job.ladder()))
+    evaluation_plan = stages.plan_evaluation(job.policy, job.suite, folder, attempts=len(job.ladder()))
     key = artifact_key("plan-eval", job.policy.name, job.suite.name)
-    table = sheets.markdown(sheets.eval_plan_sheet(made))
+    table = sheets.markdown(sheets.eval_plan_sheet(evaluation_plan, job.policy, job.suite))
     create_markdown_artifact(table, key=key, description=f"Policy {job.policy.name} on suite {job.suite.name}")
-    made.require()
-    return made
+    evaluation_plan.require()
+    return evaluation_plan
 
 
 @task(
@@ -60,11 +61,11 @@ def gate(
     job: ResolvedRelease,
     checkpoint_folder: Path,
     look: int,
-    path: Sequence[Outcome],
+    earlier: Sequence[Outcome],
 ) -> GateDecision:
-    """The verdict at this look, after the rungs in `path`. A rejection is a result, not a failure."""
+    """The verdict at this look, after the `earlier` attempts of the ladder. A rejection is a result, not a failure."""
     reporter("gate", job.policy.name)
-    decision = stages.decide_release(
+    decision = stages.gate(
         baseline,
         candidate,
         job.policy,
@@ -73,7 +74,7 @@ def gate(
         attempt=job.attempt,
         attempts=job.attempts,
         look=look,
-        earlier=stages.earlier_attempts(path),
+        earlier=earlier_attempts(earlier),
     )
     recipe = job.recipe.name
     key = artifact_key("gate", candidate.model_id, recipe)
@@ -89,8 +90,8 @@ def gate(
 
 @task(name="ask", task_run_name="ask a person about {job.spec.repo_id}", cache_policy=NO_CACHE)
 def ask(job: ResolvedRelease, checkpoint_folder: Path, decision: GateDecision) -> None:
-    """Start the flow that waits for a person's decision; without its deployment, say how to decide by hand."""
-    by_hand = (
+    """Start the flow that waits for a person's decision; without its deployment, log the commands that decide it."""
+    commands = (
         f"fp8pipe approve {checkpoint_folder} --by NAME --reason WHY, then "
         f"fp8pipe publish {checkpoint_folder} --repo-id {job.spec.repo_id}"
     )
@@ -100,8 +101,8 @@ def ask(job: ResolvedRelease, checkpoint_folder: Path, decision: GateDecision) -
         "collection": job.spec.collection,
     }
     try:
-        # The key makes one question of one decision, however often the release is run again.
-        asked = cast(  # of Prefect's two forms, the synchronous one
+        # One question per decision, however often the release runs again.
+        asked = cast(  # Prefect's type covers the asynchronous call too
             FlowRun,
             run_deployment(
                 APPROVAL_DEPLOYMENT,
@@ -112,21 +113,21 @@ def ask(job: ResolvedRelease, checkpoint_folder: Path, decision: GateDecision) -
             ),
         )
     except ObjectNotFound:
-        get_run_logger().warning("no deployment %s to ask a person; by hand: %s", APPROVAL_DEPLOYMENT, by_hand)
+        get_run_logger().warning("no deployment %s to ask a person; decide with: %s", APPROVAL_DEPLOYMENT, commands)
         return
     link = f"{PREFECT_UI_URL.value()}/runs/flow-run/{asked.id}"
     key = artifact_key("approval", job.spec.repo_id)
-    create_link_artifact(link, link_text="Decide here", key=key, description=f"Or by hand: {by_hand}")
+    create_link_artifact(link, link_text="Decide here", key=key, description=f"Or with: {commands}")
 
 
 @task(name="question", cache_policy=NO_CACHE)
 def question(checkpoint_folder: Path) -> str:
-    """What a person is asked to decide on, as Markdown."""
-    decision = GateDecision.load(stages.evidence(checkpoint_folder, "gate"))
+    """The decision that a person is asked about, as Markdown."""
+    decision = GateDecision.load(record_path(checkpoint_folder, "gate"))
     return sheets.markdown(sheets.decision_sheet(decision))
 
 
 @task(name="approve", task_run_name="approved by {who}", cache_policy=NO_CACHE)
 def approve(checkpoint_folder: Path, who: str, reason: str) -> Approval:
     """Record who decided, when and why."""
-    return stages.approve_folder(checkpoint_folder, who=who, reason=reason)
+    return stages.approve(checkpoint_folder, who=who, reason=reason)

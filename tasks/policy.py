@@ -1,4 +1,4 @@
-"""What tasks share: no result cache (records resume), retries for transient errors, one engine a machine."""
+"""What tasks share: retries for transient errors, and one engine per machine. Records, not a result cache, resume."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ HUB_RETRY_DELAYS = exponential_backoff(backoff_factor=5)
 
 
 def is_transient(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether the failure is worth another try: the error itself says so."""
+    """Whether to retry: the error itself knows whether it may pass by itself."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, Fp8PipeError) and error.transient
 
 
 @contextmanager
 def engine_slot() -> Iterator[None]:
-    """This machine's one engine slot: two vLLM engines would fight for the device's memory.
+    """Hold this machine's one engine slot: two vLLM engines would compete for the device's memory.
 
-    A global concurrency limit `engine:<host>`, created when absent and then acquired strictly: Prefect skips a missing
-    limit silently otherwise, and the body would run unprotected.
+    It is the global concurrency limit `engine:<host>`, created when absent and acquired with `strict`: otherwise
+    Prefect skips a missing limit silently and the body would run unprotected.
     """
     name = f"engine:{socket.gethostname()}"
     with get_client(sync_client=True) as client:

@@ -1,4 +1,4 @@
-"""Progress of a running task, to the terminal that started the flow (if one did) and to a Prefect progress artifact."""
+"""Progress of a running task, for the terminal that started the flow (if any) and for a Prefect progress artifact."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ _terminal: Progress = quiet
 
 
 def show_on(listener: Progress) -> None:
-    """Send the progress of all tasks of this process to `listener` as well."""
+    """Also send the progress of all tasks of this process to `listener`."""
     global _terminal
     _terminal = listener
 
 
 def reporter(stage: str, subject: str) -> Progress:
-    """A listener for one task, which announces `stage` at once; `subject` is what is worked on. Call it in the task."""
+    """A listener for one task, which announces `stage` at once. subject: what it works on. Call it in the task."""
     listener = _Reporter(stage, subject)
     _terminal(ProgressEvent(stage, 0, None, note=subject))
     return listener
 
 
 def artifact_key(*parts: str) -> str:
-    """Prefect's artifact keys: lower case, digits and dashes."""
+    """`parts` as one artifact key: lower case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
 
 
 class _Reporter:
-    """Renames the room's events to the task's stage, and keeps one progress artifact, updated every few seconds.
+    """Renames a stage's events to the task's stage and keeps one progress artifact, updated every few seconds.
 
-    Events come from any thread; those of a pool know nothing of the task that Prefect would link the artifact to. A
-    Prefect that does not answer costs the artifact, not the work."""
+    Events come from any thread, and the threads of a pool lack the context that links an artifact to its task. When
+    Prefect does not answer, the artifact is lost but the work continues.
+    """
 
     def __init__(self, stage: str, subject: str) -> None:
         self.stage = stage
@@ -60,11 +61,11 @@ class _Reporter:
             return
         with self.lock:
             try:
-                self.task.copy().run(self._keep_artifact, event)  # a copy: two threads cannot be in one context
+                self.task.copy().run(self._keep_artifact, event)  # a copy: a context serves one thread at a time
                 self.failed = False
-            except Exception as error:  # whatever a server, a network or a client can do wrong: it is progress only
+            except Exception as error:  # progress must never end the work
                 if not self.failed:
-                    get_logger(__name__).warning("%s: progress is not shown: %s", self.stage, error)
+                    get_logger(__name__).warning("%s: no progress artifact: %s", self.stage, error)
                 self.failed = True
 
     def _keep_artifact(self, event: ProgressEvent) -> None:
@@ -85,5 +86,5 @@ class _Reporter:
 
 def _create(key: str, percent: float, text: str) -> UUID:
     made = create_progress_artifact(progress=percent, key=key, description=text)
-    assert isinstance(made, UUID)  # the synchronous call returns the id, not a coroutine
+    assert isinstance(made, UUID)  # called from synchronous code, it returns the id
     return made

@@ -1,4 +1,4 @@
-"""Publishing what was accepted. Every step checks before it acts, so a retry converges."""
+"""Publishing an accepted checkpoint. Every step checks before it acts, so a retry converges."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tasks.progress import artifact_key, reporter
 def publish(folder: Path, repo_id: str, collection: str | None) -> Release:
     """One commit, verified from the Hub's side, tagged and in its collection."""
     progress = reporter("publish", repo_id)
-    release = stages.publish_folder(folder, repo_id=repo_id, collection=collection, progress=progress)
+    release = stages.publish(folder, repo_id=repo_id, collection=collection, progress=progress)
     link = f"{release.repo_url}/tree/{release.tag}"
     create_link_artifact(link, link_text=f"{repo_id}@{release.tag}", key=artifact_key("release", repo_id))
     return release

@@ -1,4 +1,4 @@
-"""Calibrating and quantizing. Both resume from their own records, so a crashed run is simply run again."""
+"""Calibrating and quantizing. Both resume from their own records: after a crash, run the release again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tasks.progress import reporter
 def calibrate(snapshot: Snapshot, plan: Plan, recipe: Recipe, workspace: Workspace, device: str) -> Calibration:
     """Ranges of activations and KV cache from the recipe's dataset."""
     progress = reporter("calibrate", recipe.calibration.dataset)
-    return stages.calibrate_snapshot(snapshot, plan, recipe, workspace, device=device, progress=progress)
+    return stages.calibrate(snapshot, plan, recipe, workspace, device=device, progress=progress)
 
 
 @task(
@@ -42,6 +42,6 @@ def calibrate(snapshot: Snapshot, plan: Plan, recipe: Recipe, workspace: Workspa
 def quantize(
     snapshot: Snapshot, plan: Plan, folder: Path, calibration: Calibration | None
 ) -> tuple[Checkpoint, Snapshot]:
-    """The FP8 checkpoint, and the snapshot on this machine: what is still on the Hub is quantized as it arrives."""
+    """The FP8 checkpoint, and the snapshot on this machine. Files still on the Hub are quantized as they arrive."""
     progress = reporter("quantize", plan.recipe)
-    return stages.quantize_snapshot(snapshot, plan, folder, calibration=calibration, progress=progress)
+    return stages.quantize(snapshot, plan, folder, calibration=calibration, progress=progress)

@@ -1,4 +1,4 @@
-"""Pinning, planning and downloading. The network is retried; a wrong name is not."""
+"""Pinning, planning and downloading. Network errors are retried; a wrong name is not."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fp8pipe import stages
 from fp8pipe.config import Recipe
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Snapshot
+from fp8pipe.records.calibration import Calibration
 from fp8pipe.ui import sheets
 from tasks.policy import HUB_RETRIES, HUB_RETRY_DELAYS, is_transient
 from tasks.progress import artifact_key, reporter
@@ -37,10 +38,10 @@ def pin(model: str) -> Snapshot:
     retry_delay_seconds=HUB_RETRY_DELAYS,
     retry_condition_fn=is_transient,
 )
-def plan(snapshot: Snapshot, recipe: Recipe, trust_remote_code: bool) -> Plan:
-    """Decide for every tensor from headers alone, and show the decision."""
+def plan(snapshot: Snapshot, recipe: Recipe, trust_remote_code: bool, calibration: Calibration | None = None) -> Plan:
+    """Decide for every tensor from headers alone, and show the decision; made again once a calibration knows better."""
     reporter("plan", recipe.name)
-    made = stages.plan_snapshot(snapshot, recipe, trust_remote_code=trust_remote_code)
+    made = stages.plan(snapshot, recipe, calibration=calibration, trust_remote_code=trust_remote_code)
     key = artifact_key("plan", snapshot.model_id, recipe.name)
     table = sheets.markdown(sheets.plan_sheet(made))
     create_markdown_artifact(table, key=key, description=f"Plan: {snapshot.model_id}, {recipe.name}")
@@ -56,6 +57,6 @@ def plan(snapshot: Snapshot, recipe: Recipe, trust_remote_code: bool) -> Plan:
     retry_condition_fn=is_transient,
 )
 def download(snapshot: Snapshot, trust_remote_code: bool) -> Snapshot:
-    """Bring the snapshot's files here; finished files are not fetched again."""
+    """Bring the snapshot's files to this machine; files that are already here are not fetched again."""
     progress = reporter("download", snapshot.model_id)
-    return stages.fetch(snapshot, trust_remote_code=trust_remote_code, progress=progress)
+    return stages.download(snapshot, trust_remote_code=trust_remote_code, progress=progress)

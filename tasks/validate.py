@@ -1,4 +1,4 @@
-"""Validating, with the findings where a person can read them."""
+"""Validating, with the findings in an artifact."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tasks.progress import artifact_key, reporter
 @task(name="validate", task_run_name="validate {source.model_id}", cache_policy=NO_CACHE)
 def validate(folder: Path, source: Snapshot, recipe: str) -> ValidationReport:
     """Structure, values and fidelity to the source. Findings are data; the flow decides."""
-    report = stages.validate_checkpoint(folder, source=source, progress=reporter("validate", source.model_id))
+    report = stages.validate(folder, source=source, progress=reporter("validate", source.model_id))
     key = artifact_key("findings", source.model_id, recipe)
     table = sheets.markdown(sheets.findings_sheet(report))
     create_markdown_artifact(table, key=key, description=f"Findings: {source.model_id}, {recipe}")

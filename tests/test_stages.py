@@ -39,32 +39,32 @@ def test_a_model_on_the_hub_is_quantized_while_it_arrives(
 ) -> None:
     recipe, out = load_recipe("fp8-dynamic"), tmp_path / "out"
     remote = stages.pin(model)
-    plan = stages.plan_snapshot(remote, recipe)
+    plan = stages.plan(remote, recipe)
     last = sorted({tensor.shard for tensor in plan.tensors})[-1]
     break_hub(Fault(path=f"/resolve/.*{last}", method="GET", action="status", status=503, times=1000))
     with pytest.raises(EnvironmentFault):
-        stages.quantize_snapshot(remote, plan, out, calibration=None)
+        stages.quantize(remote, plan, out, calibration=None)
     finished = (out / RECORD_DIR / JOURNAL_NAME).read_text().count('"weight"')
     assert 0 < finished < len(plan.outputs), "what had arrived was quantized before the rest was there"
     assert not (out / "config.json").exists()
 
     break_hub()
     events: list[ProgressEvent] = []
-    _, here = stages.quantize_snapshot(remote, plan, out, calibration=None, progress=events.append)
+    _, here = stages.quantize(remote, plan, out, calibration=None, progress=events.append)
     assert {event.stage for event in events} == {"quantize"}
     assert here.root is not None and (here.path / last).exists()
     local = stages.pin(str(tmp_path / "model"))
-    stages.quantize_snapshot(local, stages.plan_snapshot(local, recipe), tmp_path / "other", calibration=None)
+    stages.quantize(local, stages.plan(local, recipe), tmp_path / "other", calibration=None)
     assert bytes_of(out) == bytes_of(tmp_path / "other")
 
 
 def test_a_finished_checkpoint_still_brings_its_source(model: str, tmp_path: Path) -> None:
     remote = stages.pin(model)
-    plan = stages.plan_snapshot(remote, load_recipe("fp8-dynamic"))
-    first, here = stages.quantize_snapshot(remote, plan, tmp_path / "out", calibration=None)
+    plan = stages.plan(remote, load_recipe("fp8-dynamic"))
+    first, here = stages.quantize(remote, plan, tmp_path / "out", calibration=None)
     lost = here.path / "config.json"
     lost.unlink()
-    again, here = stages.quantize_snapshot(remote, plan, tmp_path / "out", calibration=None)
+    again, here = stages.quantize(remote, plan, tmp_path / "out", calibration=None)
     assert again == first and lost.exists()
 
 
@@ -75,8 +75,8 @@ def test_a_plan_of_a_model_on_the_hub_reads_headers_and_nothing_else(
     folder = stages.pin(str(tmp_path / "model"))
     shards = {file.name: file.size for file in folder.files if file.name.endswith(".safetensors")}
     break_hub(*(Fault(path=f"/resolve/.*{name}", action="status", after=1) for name in shards))
-    remote = stages.plan_snapshot(stages.pin(model), recipe)
-    local = stages.plan_snapshot(folder, recipe)
+    remote = stages.plan(stages.pin(model), recipe)
+    local = stages.plan(folder, recipe)
     assert remote.outputs == local.outputs and remote.quantization_config == local.quantization_config
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     with urllib.request.urlopen(f"{hub.endpoint}/_faults") as answer:

@@ -193,7 +193,7 @@ def _model_root(work: Path, model: str) -> Path:
 
 def _plan_or_refusal(source: Path, recipe: Recipe) -> Plan | str:
     try:
-        return stages.plan_snapshot(stages.pin(str(source)), recipe)
+        return stages.plan(stages.pin(str(source)), recipe)
     except InputError as error:
         return str(error)
 
@@ -203,8 +203,8 @@ def _quantize(source: Path, recipe: Recipe, plan: Plan, folder: Path, work: Path
     calibration = None
     if recipe.needs_calibration:
         workspace = Workspace(work)
-        calibration = stages.calibrate_snapshot(snapshot, plan, recipe, workspace, device="cpu")
-    stages.quantize_snapshot(snapshot, plan, folder, calibration=calibration)
+        calibration = stages.calibrate(snapshot, plan, recipe, workspace, device="cpu")
+    stages.quantize(snapshot, plan, folder, calibration=calibration)
 
 
 def _with_doubled_scales(folder: Path, plan: Plan, pattern: str) -> Path:

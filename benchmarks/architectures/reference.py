@@ -91,7 +91,8 @@ def _capture(chosen: list[Any]) -> Any:
 def _projections(folder: Path) -> list[str]:
     """One pattern for each kind of Linear in the last layer that the data-free recipe quantizes."""
     from fp8pipe.config import load_recipe
-    from fp8pipe.stages import pin, plan_snapshot
+    from fp8pipe.stages import pin
+    from fp8pipe.stages import plan as plan_snapshot
 
     plan = plan_snapshot(pin(str(folder)), load_recipe("fp8-dynamic"))
     modules = [output.module for output in plan.outputs if output.role == "weight"]

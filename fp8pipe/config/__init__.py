@@ -1,9 +1,10 @@
-"""What people write, as YAML, and what it means: Recipe, EvalSuite, GatePolicy, ReleaseSpec, CollectionSpec.
+"""The YAML files that people write, as classes: Recipe, EvalSuite, GatePolicy, ReleaseSpec, CollectionSpec.
 
 Unknown keys are errors, bounds are in the types, and every message names the file and the key. A name without a slash
 or suffix is looked up in `configs/`; anything else is a path.
 
-Nothing heavy is imported, so a config error answers at once."""
+Nothing heavy is imported, so a config error is reported at once.
+"""
 
 from fp8pipe.config.base import Config
 from fp8pipe.config.collection import (
@@ -27,6 +28,7 @@ from fp8pipe.config.policy import (
     TaskPolicies,
     TaskPolicy,
     load_policy,
+    look_sizes,
 )
 from fp8pipe.config.recipe import (
     ActivationScheme,
@@ -81,6 +83,7 @@ __all__ = [
     "load_policy",
     "load_recipe",
     "load_suite",
+    "look_sizes",
     "shipped",
     "validated",
 ]

@@ -1,11 +1,8 @@
-"""The base of everything that people write as YAML."""
+"""The base class of all configuration."""
 
 from __future__ import annotations
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-)
+from pydantic import BaseModel, ConfigDict
 
 from fp8pipe.files import digest_of
 
@@ -16,5 +13,5 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def digest(self) -> str:
-        """sha256 of the resolved content; part of identities."""
+        """sha256 hex of the resolved content, as it enters identities."""
         return digest_of(self.model_dump(mode="json"))

@@ -1,12 +1,10 @@
-"""A collection: models times recipes, released together."""
+"""A collection: every model with every recipe, released together."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from fp8pipe.config.base import Config
 from fp8pipe.config.files import load, validated
@@ -40,13 +38,11 @@ class CollectionSpec(Config):
     suite: str
     policy: str
     repo_name: str = "{namespace}/{model}{suffix}"
-    """Where each release goes; {namespace}, {model} (the id's last part), {suffix} (the recipe's), {recipe}."""
-    schedule: str | None = None
-    """Cron line for the deployment; None: by hand."""
+    """Repository of a release, from {namespace}, {model} (last part of its id), {suffix} (of the recipe), {recipe}."""
     work_dir: str = "fp8pipe-work"
 
     def releases(self) -> tuple[ReleaseSpec, ...]:
-        """Every model with every recipe, as release specs."""
+        """One release spec for every model and recipe."""
         specs = []
         for entry in self.models:
             for recipe_name in self.recipes:

@@ -1,4 +1,4 @@
-"""Configuration files: a name or path in, a checked object out; every message names the file and the key."""
+"""Reads configuration files: from a name or path to a validated object. Every message names the file and the key."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from fp8pipe.config.base import Config
 from fp8pipe.errors import ConfigError
 
 _PACKAGE = Path(__file__).parent.parent
 CONFIG_DIR = next(path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir())
-"""The shipped configurations: inside an installed package, beside it in a checkout."""
+"""The shipped configurations: inside the installed package, or beside it in a checkout."""
 Kind = Literal["recipes", "suites", "gates", "collections"]
 C = TypeVar("C", bound=Config)
 
 
 def load(kind_class: type[C], kind: Kind, name: str) -> C:
-    """Read one YAML file into its class; every failure is a ConfigError that names file and key."""
+    """Read one YAML file into `kind_class`. Raises ConfigError, which names file and key."""
     path = find(kind, name)
     return validated(kind_class, _read(path), str(path))
 
@@ -37,7 +35,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def validated(kind_class: type[C], content: dict[str, Any], where: str) -> C:
-    """`content` as `kind_class`; ConfigError with one line per problem."""
+    """`content` as `kind_class`. Raises ConfigError with one line per problem."""
     try:
         return kind_class.model_validate(content)
     except ValidationError as error:

@@ -1,12 +1,12 @@
-"""llm-compressor's recipe files as recipes of ours.
+"""Reads llm-compressor's recipe files as recipes.
 
-In: the content of a file with stages, modifiers and one QuantizationModifier, as llm-compressor reads it or as it
-writes it beside a checkpoint (recipe.yaml). Out: the fields of a Recipe. Whatever cannot be honoured is a ConfigError
-that names the key: nothing is dropped in silence. Its presets FP8, FP8_DYNAMIC and FP8_BLOCK are known by name.
+From a file with stages, modifiers and one QuantizationModifier, as llm-compressor reads it or writes it beside a
+checkpoint (recipe.yaml), to the fields of a Recipe. The presets FP8, FP8_DYNAMIC and FP8_BLOCK are known by name. A
+setting that cannot be honoured raises ConfigError, which names the key: nothing is dropped silently.
 
-Two things are read as what they are meant to be. An observer `minmax` is a running maximum, not the moving average
-that llm-compressor makes of it for activations and caches. An `ignore` entry that matches nothing is noted in the plan,
-since these files often list modules of several models.
+Two settings are read as they are meant. The observer `minmax` is a running maximum, not the moving average that
+llm-compressor makes of it for activations and caches. An `ignore` entry that matches nothing becomes a note in the
+plan, because these files often list modules of several models.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _SUFFIXES = {"tensor": "-FP8", "channel": "-FP8-dynamic", "block": "-FP8-block"}
 
 
 def is_recipe(content: Mapping[str, Any]) -> bool:
-    """Whether a YAML mapping is a recipe of llm-compressor."""
+    """Whether a YAML mapping is an llm-compressor recipe."""
     return any(str(key).endswith(("_stage", "_modifiers", "Modifier")) for key in content)
 
 
 def recipe_fields(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of our Recipe that say the same. `path` gives the recipe its name."""
+    """The equivalent fields of a Recipe, named after the file `path`."""
     modifier = _the_modifier(_Node(content, "", path))
     ignore = modifier.take("ignore", [])
     kv_cache = _kv_cache(modifier.child("kv_cache_scheme"))
@@ -69,7 +69,7 @@ def recipe_fields(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _the_modifier(root: _Node) -> _Node:
-    """The one QuantizationModifier, below stages and groups of modifiers or not."""
+    """The only QuantizationModifier, inside stages and modifier groups or outside."""
     found: list[_Node] = []
     _collect(root, found)
     if len(found) != 1:
@@ -86,14 +86,14 @@ def _collect(node: _Node, found: list[_Node]) -> None:
         elif key == "run_type":
             node.expect("run_type", "oneshot")
         else:
-            node.refuse_key(key, f"fp8pipe honours {_MODIFIER} and no other modifier or setting")
+            node.refuse_key(key, f"fp8pipe honours only {_MODIFIER}; remove this key")
 
 
 # ---------------------------------------------------------------------------------------------- schemes
 
 
 def _scheme(modifier: _Node) -> dict[str, Any]:
-    """weights, activations and targets, out of `scheme` or `config_groups`."""
+    """weights, activations and targets, from `scheme` or `config_groups`."""
     targets = _names(modifier.take("targets", ["Linear"]))
     groups = _groups(modifier, targets)
     _override_observers(modifier, groups)
@@ -131,7 +131,7 @@ def _preset(name: str, where: str, file: Path) -> _Node:
 
 
 def _override_observers(modifier: _Node, groups: list[tuple[_Node, list[str]]]) -> None:
-    """weight_observer, input_observer, and `observer`, which goes before both."""
+    """Apply weight_observer, input_observer, and `observer`, which overrides both."""
     both = modifier.child("observer") or _Node({}, modifier.path_of("observer"), modifier.file)
     named = {"weights": modifier.take("weight_observer", None), "input": modifier.take("input_observer", None)}
     chosen = {key: both.take(key, name) for key, name in named.items()}
@@ -209,7 +209,7 @@ def _observer(args: _Node) -> str:
 
 
 def _fp8(args: _Node) -> None:
-    """What is left of QuantizationArgs: it must be symmetric FP8 with float scales."""
+    """Check the rest of QuantizationArgs: symmetric FP8 with float scales."""
     args.expect("num_bits", 8)
     args.expect("type", "float", "FLOAT")
     args.expect("symmetric", True)
@@ -226,11 +226,11 @@ def _names(value: Any) -> list[str]:
 
 
 _DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "run_type": "oneshot"}
-"""What llm-compressor takes an absent key for, where that is not nothing."""
+"""llm-compressor's value of an absent key, where it is not None."""
 
 
 class _Node:
-    """A mapping of the file that knows where it is, and which of its keys have been read."""
+    """A mapping in the file that knows its path and which of its keys have not been read yet."""
 
     def __init__(self, content: Mapping[str, Any], where: str, file: Path) -> None:
         self.content, self.where, self.file = dict(content), where, file
@@ -239,12 +239,12 @@ class _Node:
         return f"{self.where}.{key}" if self.where else str(key)
 
     def take(self, key: str, default: Any) -> Any:
-        """The value of a key, which is now read; a null is an absent key."""
+        """Read the value of a key; null means absent."""
         value = self.content.pop(key, None)
         return default if value is None else value
 
     def child(self, key: str) -> _Node | None:
-        """The mapping under a key, None when absent."""
+        """Read the mapping under a key; None when absent."""
         value = self.take(key, None)
         if value is None:
             return None
@@ -259,7 +259,7 @@ class _Node:
         return node
 
     def expect(self, key: str, *honoured: Any) -> None:
-        """The key must have one of these values, or be absent where that means the same."""
+        """Refuse the key unless it has one of these values or is absent and means one of them."""
         value = self.take(key, _DEFAULTS.get(key))
         if value not in honoured and not (value is None and False in honoured):
             wanted = " or ".join("nothing" if one is None else str(one) for one in honoured)
@@ -271,7 +271,7 @@ class _Node:
             self.content[key] = {**self.content[key], "observer": name}
 
     def done(self) -> None:
-        """Every key must have been read."""
+        """Refuse any key that has not been read."""
         for key in self.content:
             self.refuse_key(key, "cannot be honoured; remove it if it does not matter")
 

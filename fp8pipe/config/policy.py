@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,31 +20,36 @@ from fp8pipe.config.files import load
 
 
 def _is_unset(value: object) -> bool:
-    """Left out of files and digests: a policy that does not use a newer limit stays the policy that it was."""
+    """Leaves a newer limit that is not used out of files and digests, so that older policies keep their identity."""
     return value is None
 
 
 LIKELIHOODS = ("word_perplexity", "byte_perplexity", "perplexity", "bits_per_byte")
-"""Metrics of lm-eval whose samples are log-likelihoods."""
+"""lm-eval metrics whose samples are log-likelihoods."""
+
+
+def look_sizes(total: int, looks: Sequence[float]) -> tuple[int, ...]:
+    """Samples scored by the end of each look, when `total` are scored in all. A share is rounded up."""
+    return tuple(math.ceil(total * share) for share in looks)
 
 
 class TaskPolicy(Config):
-    """What one metric of a task must show."""
+    """The limit for one metric of a task."""
 
     metric: str
     filter: str = "none"
     margin: float = Field(gt=0)
-    """Largest drop that is still acceptable, absolute: 0.02 is two points."""
+    """Smallest drop that is unacceptable, absolute: 0.02 is two points."""
     min_baseline: float | None = None
-    """The baseline must be above this, or the measurement itself is broken (chance level plus a distance)."""
+    """The baseline must exceed this (chance level and some more), or the measurement itself is broken."""
     discordance: float = Field(default=0.06, gt=0, lt=1)
-    """Share of answers expected to differ between BF16 and FP8. Only planning uses it: how many samples it takes."""
+    """Share of answers expected to differ between BF16 and FP8. Used only to plan how many samples are needed."""
     spread: float | None = Field(default=None, gt=0, exclude_if=_is_unset)
-    """For a graded metric, instead of `discordance`: by how much one sample's score is expected to change, as a
-    standard deviation. Only planning uses it."""
+    """Expected standard deviation of the change of one sample's score, for graded metrics, instead of `discordance`.
+    Used only to plan."""
     design_effect: float | None = Field(default=None, ge=1, exclude_if=_is_unset)
-    """For a task of sub-tasks: how many times the variance of independent samples is expected, because damage hits some
-    sub-tasks more than others; None for 1.5. Only planning uses it."""
+    """Expected variance of a task made of sub-tasks, relative to independent samples; damage hits some harder than
+    others. None means 1.5. Used only to plan."""
 
     @field_validator("metric")
     @classmethod
@@ -58,21 +64,21 @@ class TaskPolicy(Config):
 
 
 class PerplexityPolicy(Config):
-    """How much less likely a text may become. Decided by a paired bootstrap over documents, beside the tasks."""
+    """How much less likely a text may become; decided by a paired bootstrap over documents."""
 
     metric: Literal["word_perplexity", "byte_perplexity", "perplexity"] = "word_perplexity"
     filter: str = "none"
     max_increase: float = Field(gt=0)
-    """Largest acceptable growth, relative: 0.01 is 1 %."""
+    """Smallest unacceptable increase, relative: 0.01 is 1 %."""
     min_baseline: float | None = None
     """The baseline must be below this, or the measurement itself is broken."""
     spread: float = Field(default=0.01, gt=0, exclude_if=lambda value: value == 0.01)
-    """By how much a text's log-likelihood per unit is expected to change, in nats, as a standard deviation over texts.
-    Only planning uses it."""
+    """Expected standard deviation, over texts, of the change of the log-likelihood per unit, in nats. Used only to
+    plan."""
 
     @property
     def margin(self) -> float:
-        """The growth as what is tested: nats per unit, the logarithm of the ratio."""
+        """The increase as it is tested: nats per unit, the logarithm of the ratio."""
         return math.log1p(self.max_increase)
 
 
@@ -88,7 +94,7 @@ def _as_written(value: tuple[TaskPolicy, ...], handler: SerializerFunctionWrapHa
 TaskPolicies = Annotated[
     tuple[TaskPolicy, ...], Field(min_length=1), BeforeValidator(_listed), WrapSerializer(_as_written)
 ]
-"""What a task must show: one metric, or a list of several."""
+"""Limits for a task: one metric, or a list of several."""
 
 
 class GatePolicy(Config):
@@ -97,52 +103,53 @@ class GatePolicy(Config):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str = ""
     alpha: float = Field(default=0.05, gt=0, lt=0.5)
-    """Chance of accepting a drop of exactly the margin, over all looks and attempts."""
+    """Probability of accepting a drop of exactly the margin, over all looks and attempts."""
     power: float = Field(default=0.8, gt=0, lt=1)
-    """Chance with which an undamaged model must be accepted, or the suite is too small for the margins."""
+    """Probability with which an undamaged model must be accepted, or the suite is too small for the margins."""
     tasks: dict[str, TaskPolicies] = Field(default={})
-    """Per task one metric, or a list of metrics; each of them must be shown."""
+    """Per task, the limit for one metric or for each of several."""
     perplexity: dict[str, PerplexityPolicy] = Field(default={})
-    """Limits on tasks that score the likelihood of texts."""
+    """Limits for tasks that score the likelihood of texts."""
     max_size_ratio: float | None = Field(default=None, gt=0)
-    """Largest checkpoint bytes / source bytes."""
+    """Largest ratio of checkpoint bytes to source bytes."""
     min_speedup: float | None = Field(default=None, gt=0, exclude_if=_is_unset)
-    """Least generated tokens per second / those of the baseline, on the suite's serving workload."""
+    """Smallest ratio of generated tokens per second to the baseline's, on the suite's serving workload."""
     max_memory_ratio: float | None = Field(default=None, gt=0, exclude_if=_is_unset)
-    """Largest bytes of weights in the engine's memory / those of the baseline."""
+    """Largest ratio of the weights' bytes in the engine's memory to the baseline's."""
     looks: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (1.0,)
-    """Shares of the suite's samples at which to look; the last must be 1."""
+    """Shares of the suite's samples after which to decide; the last must be 1."""
     max_attempts: int = Field(default=3, ge=1)
-    """Attempts of the fallback ladder that alpha is split over (a recipe without fallback makes one)."""
+    """Most attempts of a fallback ladder. Alpha is split over the attempts that the recipe allows."""
     on_inconclusive: Literal["stop", "ask"] = "stop"
     device_classes: tuple[str, ...] = ("ada", "hopper")
-    """Where a verdict counts."""
+    """Classes of devices on which a verdict counts."""
 
     @property
-    def schedule(self) -> tuple[int, ...]:
-        """The numbers of the looks."""
+    def look_numbers(self) -> tuple[int, ...]:
+        """1, 2, ... one for each look."""
         return tuple(range(1, len(self.looks) + 1))
 
     @property
     def gated(self) -> tuple[tuple[str, TaskPolicy | PerplexityPolicy], ...]:
-        """Every metric that must show something, with its task."""
+        """Every limit, with its task."""
         several = [(name, metric) for name, metrics in self.tasks.items() for metric in metrics]
         return (*several, *self.perplexity.items())
 
     @property
     def gated_tasks(self) -> tuple[str, ...]:
-        """The tasks whose metrics are gated."""
+        """The tasks that have limits."""
         return (*self.tasks, *self.perplexity)
 
     def label(self, task: str, limit: TaskPolicy | PerplexityPolicy) -> str:
-        """The task's name, with metric and filter where several of it are gated."""
+        """The task's name; with metric and filter where it has several limits."""
         alone = sum(name == task for name, _ in self.gated) == 1
         return task if alone else f"{task} {limit.metric},{limit.filter}"
 
     @property
     def serving_limits(self) -> tuple[str, ...]:
         """The limits that need serving figures."""
-        return tuple(name for name in ("min_speedup", "max_memory_ratio") if getattr(self, name) is not None)
+        limits = {"min_speedup": self.min_speedup, "max_memory_ratio": self.max_memory_ratio}
+        return tuple(name for name, limit in limits.items() if limit is not None)
 
     @model_validator(mode="after")
     def _each_metric_once(self) -> GatePolicy:

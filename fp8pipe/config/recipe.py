@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from fp8pipe.config import llmcompressor
 from fp8pipe.config.base import Config
@@ -16,27 +12,27 @@ from fp8pipe.config.files import _read, find, validated
 
 
 class WeightScheme(Config):
-    """How Linear weights become E4M3."""
+    """How Linear weights are quantized to E4M3."""
 
     format: Literal["e4m3"] = "e4m3"
     strategy: Literal["tensor", "channel", "block"] = "channel"
     """One scale per tensor, per output row, or per 128x128 block."""
     observer: Literal["minmax", "mse"] = "minmax"
-    """minmax: scale = amax/448. mse: the shrink of amax that minimises the squared error."""
+    """minmax: scale = amax / 448. mse: amax is shrunk to where the squared error is smallest."""
     share_scales: bool = True
-    """Per-tensor only: one scale per fused group (q/k/v, gate/up), so that vLLM's requantization is the identity."""
+    """One scale per fused group (q/k/v, gate/up), so that vLLM has nothing to requantize. Strategy tensor only."""
     block_shape: tuple[int, int] = (128, 128)
 
 
 class ActivationScheme(Config):
-    """How the inputs of quantized Linears become E4M3."""
+    """How the inputs of quantized Linears are quantized to E4M3."""
 
     mode: Literal["static", "dynamic"] = "dynamic"
     strategy: Literal["tensor", "token", "group"] = "token"
-    """Static is per tensor. Dynamic is per token, per tensor, or per group of 128 (with block weights)."""
+    """Static: per tensor. Dynamic: per token, per tensor, or (with block weights) per group of 128."""
     observer: Literal["minmax", "percentile", "mse"] = "minmax"
     percentile: float = Field(default=99.99, gt=50, le=100)
-    """Share of absolute values kept in range, for the percentile observer."""
+    """Percentage of absolute values that stay in range, for the percentile observer."""
 
     @model_validator(mode="after")
     def _static_is_per_tensor(self) -> ActivationScheme:
@@ -46,7 +42,7 @@ class ActivationScheme(Config):
 
 
 class KVCacheScheme(Config):
-    """How keys and values are cached."""
+    """How cached keys and values are quantized."""
 
     strategy: Literal["tensor", "head"] = "tensor"
     """One k_scale and v_scale per layer, or one per KV head."""
@@ -61,25 +57,25 @@ class CalibrationSpec(Config):
     """Hub id, or a local .json, .jsonl, .parquet or .txt file, with a `messages` or `text` column."""
     revision: str | None = None
     subset: str | None = None
-    """Hub dataset configuration, where it has several."""
+    """Configuration of a Hub dataset that has several."""
     split: str = "train_sft"
     num_samples: int = Field(default=512, ge=1)
     max_seq_len: int = Field(default=2048, ge=1)
     seed: int = 42
     chat_template: Literal["model", "none"] = "model"
-    """model: chat messages pass through the tokenizer's template. none: their contents are joined by newlines."""
+    """model: apply the tokenizer's chat template to messages. none: join their contents with newlines."""
     quantized_weights: bool = False
-    """Observe activations through fake-quantized weights."""
+    """Run calibration through quantized and dequantized weights, and observe what those produce."""
     min_expert_tokens: int = Field(default=128, ge=0)
-    """Tokens that every expert sees: one that the router gives fewer is shown others, for its range alone."""
+    """Fewest tokens per expert. An expert that the router gives fewer also sees others, only to measure its range."""
 
 
 class KeepRule(Config):
     """Which Linears stay in the source's dtype because calibration finds them sensitive."""
 
     worst: float = Field(gt=0, le=0.5)
-    """Share of the Linears, worst output SQNR first: `2%` or 0.02. What vLLM fuses stays together, so that the last
-    group taken may exceed it; at least one group is kept."""
+    """Share of the Linears to keep, worst output SQNR first: `2%` or 0.02. Layers that vLLM fuses are kept together, so
+    the last group may exceed the share; at least one group is kept."""
 
     @field_validator("worst", mode="before")
     @classmethod
@@ -100,7 +96,7 @@ class Recipe(Config):
     description: str = ""
     weights: WeightScheme = WeightScheme()
     activations: ActivationScheme | None = ActivationScheme()
-    """None: weight-only."""
+    """None: weights only."""
     kv_cache: KVCacheScheme | None = None
     """None: the cache keeps the model's dtype."""
     targets: tuple[str, ...] = ("Linear",)
@@ -108,17 +104,17 @@ class Recipe(Config):
     ignore: tuple[str, ...] = ()
     """Exact module names or `re:` patterns (match from the start) that stay in the source's dtype."""
     unmatched_ignore: Literal["error", "note"] = "error"
-    """An entry of ignore that matches nothing is an error, or a note of the plan."""
+    """Whether an ignore entry that matches nothing is an error or a note in the plan."""
     keep_bf16: KeepRule | None = None
-    """The most sensitive Linears stay in the source's dtype: {worst: 2%}. Needs calibration data."""
+    """Keep the most sensitive Linears in the source's dtype: {worst: 2%}. Needs calibration data."""
     checkpoint_format: Literal["compressed-tensors", "fp8"] = "compressed-tensors"
     fp8_source: Literal["refuse", "requantize"] = "refuse"
-    """A source that is already FP8: refuse it, or dequantize and quantize anew."""
+    """What to do with a source that is already FP8: refuse it, or dequantize and quantize it again."""
     calibration: CalibrationSpec = CalibrationSpec()
     fallback: tuple[str | dict[str, Any], ...] = ()
-    """What to try, in order, when the gate rejects this one: names of recipes, or fields to change in this one."""
+    """What to try next, in order, when the gate rejects this recipe: recipe names, or fields to change in this one."""
     repo_suffix: str = ""
-    """Ending of the published repository's name, as the field has it: -FP8, -FP8-dynamic, -FP8-KV, -FP8-block."""
+    """Ending of the published repository's name. Customary: -FP8, -FP8-dynamic, -FP8-KV, -FP8-block."""
 
     @model_validator(mode="after")
     def _format_can_spell_it(self) -> Recipe:
@@ -141,16 +137,16 @@ class Recipe(Config):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether data must be run through the model."""
+        """Whether data must run through the model."""
         return self.kv_cache is not None or self.keep_bf16 is not None or self.static_activations
 
     @property
     def static_activations(self) -> bool:
-        """Whether inputs of Linears are quantized with ranges known in advance."""
+        """Whether the inputs of Linears are quantized with calibrated scales."""
         return self.activations is not None and self.activations.mode == "static"
 
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes: everything but names, descriptions, fallbacks and unused calibration settings."""
+        """What decides the bytes: all fields but names, descriptions, fallbacks and unused calibration settings."""
         fields = self.model_dump(
             mode="json", exclude={"name", "description", "unmatched_ignore", "fallback", "repo_suffix"}
         )
@@ -159,7 +155,7 @@ class Recipe(Config):
 
 
 def load_recipe(name: str) -> Recipe:
-    """A shipped recipe by name, or a recipe file by path, ours or one of llm-compressor's."""
+    """A shipped recipe by name, or a recipe file by path, in our format or llm-compressor's."""
     path = find("recipes", name)
     content = _read(path)
     if llmcompressor.is_recipe(content):

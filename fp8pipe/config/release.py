@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from fp8pipe.config.base import Config
 from fp8pipe.config.files import validated
@@ -23,22 +21,22 @@ class ReleaseSpec(Config):
     recipe: str = Field(default="fp8-dynamic", description="Name in configs/recipes or path")
     suite: str = Field(default="quick", description="Name in configs/suites or path")
     policy: str = Field(default="quick", description="Name in configs/gates or path")
-    repo_id: str = Field(description="Where to publish: namespace/name", pattern=r"^[\w.-]+/[\w.-]+$")
+    repo_id: str = Field(description="Repository to publish to: namespace/name", pattern=r"^[\w.-]+/[\w.-]+$")
     collection: str | None = Field(default=None, description="Collection: namespace/title, or a slug")
     trust_remote_code: bool = Field(default=False, description="Let this model bring its own Python code")
     work_dir: str = Field(default="fp8pipe-work", description="Folder for releases and baselines")
     device: str = Field(default="auto", description="auto, cpu or cuda, for calibration")
 
     def resolve(self) -> ResolvedRelease:
-        """Read the files that the spec names; ConfigError before anything is started, also when they do not fit."""
+        """Read the files that the spec names. Raises ConfigError if one is wrong or they do not fit together."""
         resolved = ResolvedRelease(self, load_recipe(self.recipe), load_suite(self.suite), load_policy(self.policy))
         check_fit(resolved.policy, resolved.suite)
-        resolved.ladder()  # a fallback that is no recipe is an error now, not after hours
+        resolved.ladder()  # reports a wrong fallback now, not after hours
         return resolved
 
 
 def check_fit(policy: GatePolicy, suite: EvalSuite) -> None:
-    """ConfigError when the policy gates on what the suite does not measure."""
+    """Raise ConfigError if the policy limits what the suite does not measure."""
     missing = set(policy.gated_tasks) - set(suite.tasks)
     if missing:
         raise ConfigError(
@@ -54,7 +52,7 @@ def check_fit(policy: GatePolicy, suite: EvalSuite) -> None:
 
 @dataclass(frozen=True)
 class ResolvedRelease:
-    """A ReleaseSpec with the files it names read and checked against each other: one attempt of a release."""
+    """A ReleaseSpec with the files that it names, read and checked: one attempt of a release."""
 
     spec: ReleaseSpec
     recipe: Recipe
@@ -62,12 +60,12 @@ class ResolvedRelease:
     policy: GatePolicy
     attempt: int = 1
     attempts: int = 1
-    """How many recipes the ladder holds; the policy's alpha is divided over them."""
+    """How many recipes the ladder has; the policy's alpha is divided among them."""
 
     def ladder(self) -> tuple[ResolvedRelease, ...]:
-        """The release itself and what its recipe falls back to, as many as the policy lets try.
+        """This release and its recipe's fallbacks, as many as the policy allows.
 
-        A fallback is published under its own ending where the repository's name has that of the first recipe.
+        A repository name that ends in the first recipe's suffix ends in the fallback's own instead.
         """
         recipes = (self.recipe, *(_fallback(self.recipe, index) for index in range(len(self.recipe.fallback))))
         recipes = recipes[: self.policy.max_attempts]
@@ -84,7 +82,7 @@ class ResolvedRelease:
 
 
 def _fallback(recipe: Recipe, index: int) -> Recipe:
-    """What stands at this place of the recipe's fallback list, without a fallback of its own."""
+    """The recipe at this place of the fallback list, without fallbacks of its own."""
     entry = recipe.fallback[index]
     if isinstance(entry, str):
         return load_recipe(entry).model_copy(update={"fallback": ()})

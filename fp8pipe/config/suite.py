@@ -1,4 +1,4 @@
-"""A suite: what is measured, and how."""
+"""A suite: what to measure, and how."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from fp8pipe.config.base import Config
 from fp8pipe.config.files import find, load
@@ -24,17 +20,17 @@ class TaskSpec(Config):
 
     num_fewshot: int = Field(default=0, ge=0)
     samples: int | None = Field(default=None, ge=1)
-    """Documents to score, the first of the suite's seeded permutation; None for all."""
+    """How many documents to score, from the start of the suite's seeded permutation; None: all."""
     documents: int | None = Field(default=None, ge=1)
-    """Documents that the task has. A plan then needs no data; data that hold another number are refused."""
+    """How many documents the task has, so that a plan needs no data. Data with another count are refused."""
     subtasks: int | None = Field(default=None, ge=2)
-    """Sub-tasks that a group's documents come from, named with `documents`; data with another number are refused."""
+    """How many sub-tasks a group has; goes with `documents`. Data with another count are refused."""
     repeat: bool = False
-    """Score the baseline a second time, in other batches: the share of answers that flip is the engine's own."""
+    """Score the baseline twice, in different batches, to measure how many answers the engine flips by itself."""
 
     @property
     def scored(self) -> int | None:
-        """Documents that are scored, where the suite tells."""
+        """How many documents are scored; None where the suite does not say."""
         return self.documents if self.samples is None else self.samples
 
     @model_validator(mode="after")
@@ -47,15 +43,15 @@ class TaskSpec(Config):
 
 
 class ServingWorkload(Config):
-    """What the engine is timed on: random prompts of one length, answers of one length, at most so many at a time."""
+    """The requests that the engine is timed on: random prompts of one length, answers of one length."""
 
     num_prompts: int = Field(default=64, ge=1)
     input_len: int = Field(default=1024, ge=1)
     """Tokens of a prompt."""
     output_len: int = Field(default=128, ge=2)
-    """Tokens of an answer; the end-of-sequence token does not end it."""
+    """Tokens of an answer, which the end-of-sequence token does not cut short."""
     max_concurrency: int = Field(default=16, ge=1)
-    """Requests in the engine at a time."""
+    """Most requests in the engine at once."""
 
 
 SAMPLE_PROMPTS = (
@@ -66,22 +62,22 @@ SAMPLE_PROMPTS = (
     "Question: What is 12 times 7?\nAnswer:",
     "List three reasons why people plant trees:",
 )
-"""What both models are asked to go on from, before they are measured."""
+"""Prompts that both models continue before they are measured."""
 
 
 class _TaskFile(yaml.SafeLoader):
-    """lm-eval's task files have tags of their own (`!function`), of no interest here."""
+    """Reads lm-eval's task files and skips their own YAML tags, such as `!function`."""
 
 
 _TaskFile.add_multi_constructor("!", lambda loader, tag, node: None)
 
 
 def _local_data(task_file: Path) -> Iterator[Path]:
-    """Files of this machine that a task's `dataset_kwargs: {data_files: ...}` names."""
+    """The local files that a task names under `dataset_kwargs: {data_files: ...}`."""
     try:
         task = yaml.load(task_file.read_text(), _TaskFile)
     except (yaml.YAMLError, ValueError):
-        return  # lm-eval says what is wrong with it
+        return  # lm-eval will report what is wrong with it
     settings = task.get("dataset_kwargs") if isinstance(task, dict) else None
     named = settings.get("data_files") if isinstance(settings, dict) else None
     for files in named.values() if isinstance(named, dict) else [named]:
@@ -96,13 +92,13 @@ def _sha256_of(path: Path) -> str:
 
 
 class EvalSuite(Config):
-    """What is measured, and how; the same for baseline and candidate."""
+    """What to measure, and how; the same for baseline and candidate."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")
     description: str = ""
     tasks: dict[str, TaskSpec] = Field(min_length=1)
     task_dir: str | None = None
-    """Folder of lm-eval task files, relative to the suite's file, for tasks that lm-eval does not ship."""
+    """Folder with lm-eval task files of your own, relative to the suite's file."""
     engine: dict[str, Any] = Field(default={})
     """vLLM engine arguments for both sides: max_model_len, dtype, ..."""
     generation: dict[str, Any] = Field(default={})
@@ -110,15 +106,15 @@ class EvalSuite(Config):
     apply_chat_template: bool = False
     add_bos_token: bool = True
     sample_prompts: tuple[str, ...] = SAMPLE_PROMPTS
-    """Prompts of the sample generation: greedy, before the tasks. Empty or repeating text is a finding."""
+    """Prompts that the model continues greedily before the tasks. Empty or repetitive text is reported."""
     serving: ServingWorkload | None = None
-    """Timed after the tasks, with vLLM's benchmark code; None: not timed."""
+    """Workload that is timed after the tasks with vLLM's benchmark code; None: nothing is timed."""
     seed: int = 1234
 
     def digest(self) -> str:
-        """sha256 of what is measured: the content of `task_dir` and of local data that its tasks name, not their place;
-        neither description nor counts."""
-        counts = {"__all__": {"documents", "subtasks"}}  # what the data are held to, not what is done with them
+        """sha256 hex of what is measured. The contents of `task_dir` and of local data count; paths, descriptions and
+        document counts do not."""
+        counts = {"__all__": {"documents", "subtasks"}}  # checks on the data, not part of the measurement
         content = self.model_dump(mode="json", exclude={"description": True, "task_dir": True, "tasks": counts})
         if self.task_dir is not None:
             root = Path(self.task_dir)
@@ -139,7 +135,7 @@ class EvalSuite(Config):
 
 
 def load_suite(name: str) -> EvalSuite:
-    """A shipped suite by name, or a suite file by path; `task_dir` comes back absolute."""
+    """A shipped suite by name, or a suite file by path, with an absolute `task_dir`."""
     path = find("suites", name)
     suite = load(EvalSuite, "suites", name)
     if suite.task_dir is None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fp8pipe.errors import InputError, Refused
 from fp8pipe.gate.publishable import policy_objection, read_policy
-from fp8pipe.records import RECORD_DIR, Approval, GateDecision
-from fp8pipe.records.paths import evidence
+from fp8pipe.records import Approval, GateDecision
+from fp8pipe.records.paths import record_path
 
 
 def approve(folder: Path, *, who: str, reason: str) -> Approval:
@@ -20,7 +20,7 @@ def approve(folder: Path, *, who: str, reason: str) -> Approval:
     for name, text in (("name", who), ("reason", reason)):
         if not text.strip():
             raise InputError(f"an approval needs a {name}; it is published with the checkpoint")
-    decision = GateDecision.load(evidence(folder, "gate"))
+    decision = GateDecision.load(record_path(folder, "gate"))
     if decision.verdict != "inconclusive":
         raise Refused(f"{folder}: the gate {decision.verdict} it; only an inconclusive result can be approved")
     objection = policy_objection(decision, read_policy(folder))
@@ -28,5 +28,5 @@ def approve(folder: Path, *, who: str, reason: str) -> Approval:
         raise Refused(f"{folder}: {objection}")
     when = datetime.now(UTC).isoformat(timespec="seconds")
     approval = Approval(who=who.strip(), when=when, reason=reason.strip(), decision=decision.digest())
-    approval.save(folder / RECORD_DIR / "approval.json")
+    approval.save(record_path(folder, "approval"))
     return approval

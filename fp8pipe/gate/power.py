@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import signal, stats
 
+from fp8pipe.config import look_sizes
 from fp8pipe.gate.statistics import MIN_CLUSTERS, Array, score_statistic
 
 _TAIL = 1e-13
@@ -86,11 +87,6 @@ class ClusterDesign(MeanDesign):
 
     def power(self, n: int, margin: float, drop: float = 0.0) -> float:
         return self._power(self.clusters, self.effect * self.discordance / n, margin - drop)
-
-
-def look_sizes(n: int, looks: Sequence[float]) -> tuple[int, ...]:
-    """Samples scored by the end of each look, of n in all."""
-    return tuple(math.ceil(n * share) for share in looks)
 
 
 def acceptance(sizes: Sequence[int], *, discordance: float, drop: float, margin: float, alpha: float) -> float:

@@ -20,7 +20,7 @@ from fp8pipe.config import GatePolicy
 from fp8pipe.errors import InputError, Refused
 from fp8pipe.model.identity import folder_identity
 from fp8pipe.records import RECORD_DIR, Approval, Checkpoint, EvalReport, GateDecision, Record, ValidationReport
-from fp8pipe.records.paths import evidence
+from fp8pipe.records.paths import record_path
 
 R = TypeVar("R", bound=Record)
 
@@ -54,19 +54,19 @@ class Evidence:
 def read_policy(folder: Path) -> GatePolicy | None:
     """The policy in a checkpoint folder; None if there is none, or none that can be read."""
     try:
-        return GatePolicy.model_validate_json(evidence(folder, "policy").read_bytes())
+        return GatePolicy.model_validate_json(record_path(folder, "policy").read_bytes())
     except (OSError, ValidationError):
         return None
 
 
 def read_approval(folder: Path) -> Approval | None:
     """The approval in a checkpoint folder, whichever decision it is of; None if there is none."""
-    return Approval.load_if_present(folder / RECORD_DIR / "approval.json")
+    return Approval.load_if_present(record_path(folder, "approval"))
 
 
 def _load(kind: type[R], folder: Path, name: str, stage: str) -> R:
     try:
-        return kind.load(evidence(folder, name))
+        return kind.load(record_path(folder, name))
     except InputError as error:
         raise InputError(f"{error}; run `fp8pipe {stage}` first") from error
 

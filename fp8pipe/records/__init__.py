@@ -31,7 +31,7 @@ from fp8pipe.records.evaluation import (
     TaskResult,
     mean_of_samples,
 )
-from fp8pipe.records.paths import EVIDENCE, evidence
+from fp8pipe.records.paths import RECORD_FILES, record_path
 from fp8pipe.records.release import (
     VERDICT_EXIT_CODES,
     BatchEntry,
@@ -47,8 +47,8 @@ from fp8pipe.records.validation import (
 )
 
 __all__ = [
-    "EVIDENCE",
     "RECORD_DIR",
+    "RECORD_FILES",
     "VERDICT_EXIT_CODES",
     "Approval",
     "BatchEntry",
@@ -77,7 +77,7 @@ __all__ = [
     "TaskResult",
     "ValidationReport",
     "Verdict",
-    "evidence",
     "mean_of_samples",
     "metric_label",
+    "record_path",
 ]

@@ -1,4 +1,4 @@
-"""What every record is: frozen, strict, JSON, written last, so that its presence means complete."""
+"""The base of all records: frozen, strict about unknown keys, saved as JSON."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from fp8pipe.errors import InputError
 from fp8pipe.files import digest_of, write_atomically
 
 RECORD_DIR = "fp8pipe"
-"""Folder inside a checkpoint that holds its records."""
+"""Folder of the records inside a checkpoint folder."""
 
 
 class Record(BaseModel):
-    """Base of all records: frozen, strict about unknown keys, saved atomically."""
+    """A frozen JSON document. It is written last and atomically, so its presence means that its stage is complete."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def save(self, path: Path) -> Path:
-        """Write as JSON under a temporary name, fsync, rename: a reader sees all of it or none."""
+        """Write atomically: a reader sees the whole record or none."""
         write_atomically(path, self.model_dump_json(indent=1).encode() + b"\n")
         return path
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read back; a file that is not this record raises InputError naming the path."""
+        """Read the record at `path`. Raises InputError if there is none or it is something else."""
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
@@ -38,12 +38,12 @@ class Record(BaseModel):
 
     @classmethod
     def load_if_present(cls, path: Path) -> Self | None:
-        """The record, or None when it was never finished (or was written by an incompatible version)."""
+        """Read the record at `path`; None if it was never finished, or written by an incompatible version."""
         try:
             return cls.load(path)
         except InputError:
             return None
 
     def digest(self) -> str:
-        """sha256 of the canonical JSON: equal content, equal digest."""
+        """sha256 hex of the canonical JSON: equal records have equal digests."""
         return digest_of(self.model_dump(mode="json"))

@@ -1,4 +1,4 @@
-"""What the quantize stage made, and the content of what is published."""
+"""What the quantize stage made, and the hashes of its files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Checkpoint(Record):
     """What the quantize stage made. `DIR/fp8pipe/checkpoint.json`."""
 
     fingerprint: str
-    """Source commit + canonical recipe + engine version + calibration digest: two equal fingerprints, equal bytes."""
+    """Digest of source commit, canonical recipe, engine version and calibration: equal fingerprints, equal bytes."""
     model_id: str
     source_commit: str
     recipe: str
@@ -23,9 +23,9 @@ class Checkpoint(Record):
     quantized_tensors: int
     kept_tensors: int
     zero_units: tuple[str, ...] = ()
-    """Scale units (`tensor` or `tensor[index]`) whose weights are all zero."""
+    """Units that share a scale (`tensor` or `tensor[index]`) and have only zeros as weights."""
     seconds: float
-    """Plan to fsynced files, resumed work not counted. A figure for people, not identity."""
+    """From plan to fsynced files, without work of earlier runs. For people; not part of any identity."""
 
     @property
     def release_tag(self) -> str:
@@ -34,7 +34,7 @@ class Checkpoint(Record):
 
 
 class FileHash(Record):
-    """Content of one published file."""
+    """The content hash of one file."""
 
     name: str
     size: int
@@ -42,9 +42,9 @@ class FileHash(Record):
 
 
 class Manifest(Record):
-    """Content hashes of a finished folder, computed once. `DIR/fp8pipe/manifest.json`."""
+    """Content hashes of a finished folder, so that weights are hashed once. `DIR/fp8pipe/manifest.json`."""
 
     fingerprint: str
     identity: str
-    """Digest of config and safetensors headers with sizes and times, as the folder was when it was hashed."""
+    """Identity of the folder when it was hashed, from its config and weight headers, sizes and times."""
     files: tuple[FileHash, ...]

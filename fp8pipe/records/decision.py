@@ -1,4 +1,4 @@
-"""What the gate decided, with every number that it compared."""
+"""The gate's decision, with every number that it compared, and a person's approval."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Verdict = Literal["accepted", "rejected", "inconclusive"]
 
 
 class RuleOutcome(Record):
-    """One rule of the gate, one line of reason."""
+    """The outcome of one rule of the gate, with its reason in one line."""
 
     rule: str
     """samples | versions | templates | seeds | shots | bos | context | tokenizer | chance | metrics | ..."""
@@ -20,9 +20,9 @@ class RuleOutcome(Record):
 
 
 class TaskDecision(Record):
-    """The paired test of one metric of a task; drop = baseline - candidate, in the metric's own unit.
+    """The paired test of one metric of a task. drop = baseline - candidate, in the metric's unit: 0.02 is two points.
 
-    0.02 is two points of an accuracy. Where lower is better the drop is candidate - baseline: a drop is always a loss.
+    Where lower is better, drop = candidate - baseline, so that a drop is always a loss.
     """
 
     task: str
@@ -35,9 +35,9 @@ class TaskDecision(Record):
     candidate: float
     drop: float
     drop_lower: float
-    """One-sided lower bound at the alpha used for rejection."""
+    """One-sided lower bound, at the alpha of rejection."""
     drop_upper: float
-    """One-sided upper bound at the alpha used for acceptance."""
+    """One-sided upper bound, at the alpha of acceptance."""
     margin: float
     method: str
     """score-paired | bootstrap-paired | cluster-bootstrap | ..."""
@@ -46,22 +46,22 @@ class TaskDecision(Record):
     p_reject: float
     """p value of H0: drop <= margin, before Holm."""
     discordant_lost: int | None = None
-    """0/1 metrics: samples right in the baseline, wrong in the candidate."""
+    """0/1 metrics: samples that the baseline got right and the candidate wrong."""
     discordant_won: int | None = None
     mcnemar_p: float | None = None
-    """One-sided exact McNemar; reported, decides nothing."""
+    """One-sided exact McNemar test; reported only."""
     recovery: float | None = None
-    """candidate / baseline; reported, decides nothing."""
+    """candidate / baseline; reported only."""
 
 
 def metric_label(task: TaskDecision, among: Sequence[TaskDecision]) -> str:
-    """The task's name, with metric and filter where several of it were decided."""
+    """The task's name; with metric and filter where several metrics of it were tested."""
     alone = sum(other.task == task.task for other in among) == 1
     return task.task if alone else f"{task.task} {task.metric},{task.filter}"
 
 
 class EarlierAttempt(Record):
-    """A recipe of the ladder that the gate rejected before this one was tried."""
+    """A recipe of a fallback ladder that was tried and rejected before."""
 
     recipe: str
     fingerprint: str
@@ -69,7 +69,7 @@ class EarlierAttempt(Record):
 
 
 class GateDecision(Record):
-    """The verdict with every number it compared. `DIR/fp8pipe/gate.json`."""
+    """The verdict, with every number that was compared. `DIR/fp8pipe/gate.json`."""
 
     verdict: Verdict
     vetoed: tuple[str, ...]
@@ -81,13 +81,13 @@ class GateDecision(Record):
     suite: str
     alpha: float
     alpha_spent: float
-    """alpha of this look of this attempt, after the split over looks and attempts."""
+    """alpha of this look, after alpha was split over looks and attempts."""
     attempt: int
     max_attempts: int
     look: int
     looks: int
     earlier: tuple[EarlierAttempt, ...] = ()
-    """The way down the ladder to this attempt."""
+    """The attempts of the ladder before this one."""
     baseline_fingerprint: str
     candidate_fingerprint: str
     baseline_report: str
@@ -99,16 +99,16 @@ class GateDecision(Record):
 
     @property
     def final(self) -> bool:
-        """Whether nothing more is to be measured: settled, or after the last look."""
+        """Whether it is settled or was the last look, so that nothing more will be measured."""
         return self.verdict != "inconclusive" or self.look == self.looks
 
 
 class Approval(Record):
-    """A person's decision to publish what the gate found inconclusive. `DIR/fp8pipe/approval.json`."""
+    """A person's decision to publish an inconclusive result. `DIR/fp8pipe/approval.json`."""
 
     who: str
     when: str
     """ISO 8601, UTC."""
     reason: str
     decision: str
-    """Digest of the GateDecision that was approved: another decision needs another approval."""
+    """Digest of the approved GateDecision; another decision needs another approval."""

@@ -1,4 +1,4 @@
-"""What an evaluation measured, sample by sample, and how the engine was set up."""
+"""What an evaluation measured, sample by sample, and with which engine."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fp8pipe.records.base import Record
 
 
 def mean_of_samples(metric: str, values: Sequence[float], weights: Sequence[float] = ()) -> float:
-    """What lm-eval reports of these samples: their mean, weighted where they have weights; of log-likelihoods the
-    perplexity, or bits."""
+    """lm-eval's aggregate of these samples: their (weighted) mean, or perplexity or bits per byte if they are
+    log-likelihoods."""
     mean = (
         math.fsum(map(operator.mul, values, weights)) / math.fsum(weights)
         if weights
@@ -39,70 +39,70 @@ class MetricSamples(Record):
     """lm-eval's standard error of the mean."""
     values: tuple[float, ...]
     weights: tuple[float, ...] = ()
-    """Per sample: words or bytes that its log-likelihood is spread over; empty where every sample counts the same."""
+    """Per sample: the words or bytes that its log-likelihood covers. Empty where all samples weigh the same."""
     extraction_failed: tuple[bool, ...] = ()
-    """Per sample: the filter found no answer in the text. Empty for metrics without extraction."""
+    """Per sample: whether the filter found no answer in the text. Empty for metrics without extraction."""
 
 
 class TaskResult(Record):
-    """One lm-eval task, one entry per document in each tuple."""
+    """The result of one lm-eval task; tuples have one entry per scored document."""
 
     task: str
     version: str
     num_fewshot: int
     doc_ids: tuple[int, ...]
     available: int | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Documents that the task has, scored or not; None where the source of this result did not tell."""
+    """How many documents the task has, scored or not; None if unknown."""
     doc_hashes: tuple[str, ...]
     prompt_hashes: tuple[str, ...]
     target_hashes: tuple[str, ...]
     clusters: tuple[str, ...] = ()
-    """Cluster of each document (subtask, source document); empty when documents are independent."""
+    """The cluster of each document (sub-task, source document). Empty where documents are independent."""
     truncated: tuple[bool, ...] = ()
-    """Per sample: the generation hit its length limit. Empty for loglikelihood tasks."""
+    """Per sample: whether the generation reached its length limit. Empty for loglikelihood tasks."""
     unrecorded: tuple[str, ...] = ()
-    """What the source of this result did not tell, though the task can have it: `truncated generations`, ..."""
+    """What was not recorded although the task may have it: `truncated generations`, ..."""
     metrics: tuple[MetricSamples, ...]
 
     def samples_of(self, metric: str, filter: str) -> MetricSamples | None:
-        """The one entry for this metric and filter, None when there is none."""
+        """The entry for this metric and filter; None if there is not exactly one."""
         found = [m for m in self.metrics if m.metric == metric and m.filter == filter]
         return found[0] if len(found) == 1 else None
 
 
 class EngineFacts(Record):
-    """What vLLM resolved and chose, read back from the engine."""
+    """What vLLM resolved and chose, read from the running engine."""
 
     linear_kernels: tuple[str, ...]
-    """Names of the kernels that serve the quantized Linears; empty for an unquantized model."""
+    """Kernels that serve the quantized Linears; empty for an unquantized model."""
     attention_backend: str
     kv_cache_dtype: str
     quantization: str | None
     dtype: str
     max_model_len: int
     arguments: dict[str, Any]
-    """Engine arguments as passed, after defaults of fp8pipe; paths excluded."""
+    """Engine arguments as passed, with fp8pipe's defaults and without paths."""
     device_class: str
-    """hopper | ada | blackwell | ... | cpu, from the device itself."""
+    """hopper | ada | blackwell | ... | cpu, as the device reports it."""
     device_name: str
     plugin: str | None
-    """Name of a platform plugin that supplied kernels (CPU reference kernels); None on stock vLLM."""
+    """The platform plugin that supplied kernels (reference kernels on a CPU); None on stock vLLM."""
     model_bytes: int | None = None
-    """Bytes of the weights and scales as they lie in the memory of all workers."""
+    """Bytes of weights and scales in the memory of all workers."""
 
 
 class SampleText(Record):
-    """What the model said to one of the suite's fixed prompts, greedily, before it was measured."""
+    """The model's greedy continuation of one of the suite's fixed prompts, before it was measured."""
 
     prompt: str
     text: str
     tokens: int
     finding: Literal["empty", "repeating"] | None
-    """empty: nothing but white space. repeating: the end is one short passage over and over."""
+    """empty: only white space. repeating: ends in one short passage over and over."""
 
 
 class FlipRate(Record):
-    """One metric of one task, scored twice by the same model in other batches: the engine's own noise."""
+    """The engine's own noise: how one metric of one task changed when the same model was scored in other batches."""
 
     task: str
     metric: str
@@ -118,7 +118,7 @@ class FlipRate(Record):
 
 
 class ServingFigures(Record):
-    """Timings of a fixed workload, by vLLM's own benchmark code."""
+    """Timings of a fixed workload, taken with vLLM's benchmark code."""
 
     workload: dict[str, int]
     """num_prompts, input_len, output_len (tokens), max_concurrency, seed."""
@@ -137,53 +137,53 @@ class ServingFigures(Record):
     median_itl_ms: float
     p99_itl_ms: float
     comparable: bool
-    """Whether the figures say something about serving. False on a CPU, where reference kernels serve FP8."""
+    """Whether the figures describe real serving. False on a CPU, where reference kernels serve FP8."""
 
 
 class Retry(Record):
-    """The engine ran out of memory and was started anew with less."""
+    """The engine ran out of memory and was started again with smaller settings."""
 
     cause: str
-    """The line of its log that says so."""
+    """The line of its log that reports it."""
     changed: dict[str, int | float]
-    """Engine arguments that replaced those asked for."""
+    """Engine arguments that replaced the requested ones."""
 
 
 class EvalReport(Record):
-    """One model measured once. `baselines/<key>/report.json`, `evaluation/report.json`."""
+    """One measurement of one model. `baselines/<key>/report.json`, `evaluation/report.json`."""
 
     role: Literal["baseline", "candidate"]
     model_id: str
     fingerprint: str
-    """The checkpoint's fingerprint; for a baseline the source commit."""
+    """Fingerprint of the checkpoint; for a baseline, the source commit."""
     suite: str
     suite_digest: str
     engine: EngineFacts
     tasks: tuple[TaskResult, ...]
     add_bos_token: bool | None
-    """None where it was not recorded."""
+    """None if it was not recorded."""
     chat_template_hash: str | None
-    """sha256 of the template that was applied; None when none was."""
+    """sha256 hex of the chat template that was applied; None without one."""
     tokenizer_hash: str
-    """sha256 over the vocabulary, merges and special tokens as loaded."""
+    """sha256 hex of vocabulary, merges and special tokens as loaded."""
     seeds: dict[str, int]
     versions: dict[str, str]
     """vllm, lm_eval, transformers, torch, fp8pipe."""
     table: str
     """lm-eval's own result table."""
     folder_identity: str | None = None
-    """Identity of the checkpoint folder as it was measured; None for a baseline."""
+    """Identity of the checkpoint folder when it was measured; None for a baseline."""
     samples: tuple[SampleText, ...] = ()
-    """The sample generation; the card and the report show what is odd about it."""
+    """The sample generation. Card and reports show what is odd about it."""
     flips: tuple[FlipRate, ...] = ()
-    """A baseline measured against itself, for the tasks whose suite says `repeat`."""
+    """A baseline compared with itself, for tasks with `repeat` in the suite."""
     serving: ServingFigures | None = None
     retries: tuple[Retry, ...] = ()
-    """What it took to fit into memory; empty when the engine ran as asked."""
+    """What it took to fit into memory; empty if the engine ran as requested."""
     seconds: dict[str, float]
-    """start (process to ready engine), evaluate, total. Figures for people, not identity."""
+    """start (of the process, until the engine is ready), evaluate, total. For people; not part of any identity."""
 
     def task(self, name: str) -> TaskResult | None:
-        """The one result of this task, None when absent or ambiguous."""
+        """The result of this task; None if there is not exactly one."""
         found = [t for t in self.tasks if t.task == name]
         return found[0] if len(found) == 1 else None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fp8pipe.records.base import RECORD_DIR
 
-EVIDENCE = {
+RECORD_FILES = {
     "source": "source.json",
     "plan": "plan.json",
     "calibration": "calibration.json",
@@ -16,10 +16,11 @@ EVIDENCE = {
     "baseline": "baseline.json",
     "candidate": "candidate.json",
     "gate": "gate.json",
+    "approval": "approval.json",
 }
-"""Files in DIR/fp8pipe/, written by the stages, published with the checkpoint."""
+"""Files in DIR/fp8pipe/, written by the stages and published with the checkpoint."""
 
 
-def evidence(folder: Path, name: str) -> Path:
-    """Where a checkpoint folder keeps the record called `name`."""
-    return folder / RECORD_DIR / EVIDENCE[name]
+def record_path(folder: Path, name: str) -> Path:
+    """Path of the record called `name` (a key of RECORD_FILES) of a checkpoint folder."""
+    return folder / RECORD_DIR / RECORD_FILES[name]

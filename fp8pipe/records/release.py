@@ -1,4 +1,4 @@
-"""How a release ended, and what is on the Hub."""
+"""How a release ended, and what it left on the Hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fp8pipe.records.decision import GateDecision, Verdict
 
 
 class Release(Record):
-    """A checkpoint on the Hub, proven by re-reading it. `release.json`."""
+    """A checkpoint on the Hub, verified by reading it back. `release.json`."""
 
     model_id: str
     source_commit: str
@@ -27,16 +27,16 @@ class Release(Record):
     collection_url: str | None
     collection_note: str | None
     files: tuple[FileHash, ...]
-    """What the Hub was asked to hold, each verified against the Hub's own checksums."""
+    """The published files, each verified against the Hub's own checksum."""
     new_commit: bool
-    """False when the Hub already held these bytes."""
+    """False if the Hub already had these bytes."""
 
 
 class Outcome(Record):
-    """How one release ended, whichever way. `releases/.../release.json`."""
+    """How one release ended. `releases/.../release.json`."""
 
     verdict: Verdict | Literal["unsound"]
-    """unsound: the validator found errors, so nothing was evaluated."""
+    """unsound: the validator found errors, and nothing was evaluated."""
     reason: str
     model_id: str
     source_commit: str
@@ -48,31 +48,31 @@ class Outcome(Record):
     output_bytes: int
     decision: GateDecision | None
     release: Release | None
-    """None unless it was published."""
+    """None if nothing was published."""
 
     @property
     def ending(self) -> str:
-        """released, whoever decided it; else the verdict."""
+        """released, if it was published; otherwise the verdict."""
         return "released" if self.release is not None else self.verdict
 
     def kept(self, path: Path) -> Self:
-        """Itself, once it is saved."""
+        """Save the record and return it."""
         self.save(path)
         return self
 
     @property
     def exit_code(self) -> int:
-        """How it ends a command: released by decision is done, too."""
+        """Exit code of a command that ends like this: 0 if it was published, also by a person's decision."""
         return 0 if self.release is not None else VERDICT_EXIT_CODES[self.verdict]
 
     @property
     def falls_back(self) -> bool:
-        """Whether the numbers rejected it, so that the next recipe may be tried. A veto never starts the ladder."""
+        """Whether the numbers rejected it, so that the next recipe may be tried. A veto never starts a fallback."""
         return self.verdict == "rejected" and self.decision is not None and not self.decision.vetoed
 
 
 VERDICT_EXIT_CODES = {"accepted": 0, "rejected": 1, "unsound": 1, "inconclusive": 3}
-"""How a decided release ends a command."""
+"""Exit code of a command, by verdict."""
 
 
 class BatchEntry(Record):

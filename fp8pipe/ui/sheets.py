@@ -1,4 +1,4 @@
-"""Records as tables that a person can read: one sheet a record, drawn for the terminal or as Markdown."""
+"""Records as tables for people: one sheet per record, drawn in the terminal or as Markdown."""
 
 from __future__ import annotations
 
@@ -26,34 +26,35 @@ from fp8pipe.records import (
 if TYPE_CHECKING:
     from rich.console import Group
 
+    from fp8pipe.config import EvalSuite, GatePolicy
     from fp8pipe.convert import Conversion
     from fp8pipe.gate.evaluation_plan import EvalPlan
     from fp8pipe.quantize.plan import Plan
     from fp8pipe.records.calibration import Calibration
-    from fp8pipe.ui.doctor import Check
+    from fp8pipe.ui.doctor import Diagnosis
     from fp8pipe.ui.status import ReleaseStatus
 
 
 NAME = 26
-"""Characters of a name in one line of a terminal."""
+"""Longest piece of a name in one line of a terminal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """A titled table with lines of text under it."""
+    """A titled table with notes below it."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
     right: frozenset[int] = frozenset()
-    """Indices of columns that hold numbers."""
+    """Indices of columns with numbers."""
     names: frozenset[int] = frozenset()
-    """Indices of columns that hold long names, which a terminal breaks behind a dot, slash or dash."""
+    """Indices of columns with long names, which a terminal breaks after a dot, slash or dash."""
 
 
 def terminal(sheet: Sheet) -> Group:
-    """The sheet for a rich console."""
+    """Draw the sheet for a rich console."""
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -71,12 +72,12 @@ def terminal(sheet: Sheet) -> Group:
 
 
 def _broken(cell: str) -> str:
-    """`cell` with line ends where rich, which knows spaces alone, would break names anywhere."""
+    """Break long names after punctuation: rich would break them anywhere."""
     return re.sub(rf"(?=\S{{{NAME + 1}}})\S{{1,{NAME}}}[./:-](?=\S)", lambda found: f"{found[0]}\n", cell)
 
 
 def markdown(sheet: Sheet) -> str:
-    """The sheet as Markdown."""
+    """Write the sheet as Markdown."""
     lines = [f"## {sheet.title}", ""]
     if sheet.rows:
         rules = ("---:" if index in sheet.right else "---" for index in range(len(sheet.columns)))
@@ -91,7 +92,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def plots_markdown(checkpoint_folder: Path) -> str:
-    """The checkpoint's plots inside the text, so that they show wherever the artifact is read."""
+    """The checkpoint's plots as Markdown with the images inline, so that they show wherever an artifact is read."""
     parts = []
     for path in sorted((checkpoint_folder / RECORD_DIR / "plots").glob("*.png")):
         data = base64.b64encode(path.read_bytes()).decode()
@@ -99,25 +100,25 @@ def plots_markdown(checkpoint_folder: Path) -> str:
     return "".join(parts)
 
 
-# ------------------------------------------------------------------------------------------ one sheet a record
+# ------------------------------------------------------------------------------------------ one sheet per record
 
 MAX_FINDINGS = 100
-"""Rows of a table for people; --json has them all."""
+"""Most rows for people; --json has them all."""
 
 
 def findings_sheet(report: ValidationReport) -> Sheet:
-    """Every finding, errors first; below them what vLLM would do and the remedy, once for all that share it."""
+    """Findings, errors first. Below them, once per check: what vLLM would do, and the remedy."""
     ordered = (*report.errors, *report.warnings)
     rows = tuple(
         (f.check, f.severity, "\n".join(place for place in (f.tensor, f.file) if place), f.expected, f.found)
         for f in ordered[:MAX_FINDINGS]
     )
-    told = dict.fromkeys((f.check, f.consequence, f.remedy) for f in ordered)
+    advice = dict.fromkeys((f.check, f.consequence, f.remedy) for f in ordered)
     more = (f"{len(ordered) - MAX_FINDINGS} more findings: see --json",) if len(ordered) > MAX_FINDINGS else ()
     verdict = "sound" if report.sound else "NOT sound"
     notes = (
         *more,
-        *(f"{check}: {consequence}. Remedy: {remedy}" for check, consequence, remedy in told),
+        *(f"{check}: {consequence}. Remedy: {remedy}" for check, consequence, remedy in advice),
         f"{verdict}: {len(report.errors)} errors, {len(report.warnings)} warnings",
         f"{report.tensors} tensors, {len(report.checks)} checks",
         f"depth {report.depth}, {human_bytes(report.bytes_read)} read",
@@ -126,7 +127,7 @@ def findings_sheet(report: ValidationReport) -> Sheet:
 
 
 def evaluation_sheet(baseline: EvalReport, candidate: EvalReport) -> Sheet:
-    """Both sides, metric by metric."""
+    """Baseline and candidate, metric by metric."""
     rows = []
     for task in baseline.tasks:
         other = candidate.task(task.task)
@@ -153,10 +154,10 @@ def evaluation_sheet(baseline: EvalReport, candidate: EvalReport) -> Sheet:
 
 
 def measurement_notes(report: EvalReport) -> list[str]:
-    """What a report says beside its tasks: odd samples, the engine's own noise, speed and memory, retries."""
+    """Everything in a report but the scores: odd samples, the engine's own noise, speed, memory, retries."""
     who = report.role
     notes = [
-        f"{who} {'says nothing' if sample.finding == 'empty' else 'repeats itself'} after {sample.prompt!r}"
+        f"{who} {'answers nothing' if sample.finding == 'empty' else 'repeats itself'} after {sample.prompt!r}"
         for sample in report.samples
         if sample.finding
     ]
@@ -171,7 +172,7 @@ def measurement_notes(report: EvalReport) -> list[str]:
 
 
 def serving_line(report: EvalReport) -> str:
-    """Speed and memory of one engine."""
+    """Speed and memory of one engine, in one line."""
     assert report.serving is not None
     figures, memory = report.serving, report.engine.model_bytes
     parts = [
@@ -189,7 +190,7 @@ def _arguments(changed: Mapping[str, float]) -> str:
 
 
 def decision_sheet(decision: GateDecision) -> Sheet:
-    """The tests and every rule that was checked."""
+    """The tests, and every rule with its outcome."""
     rows = tuple(
         (
             metric_label(task, decision.tasks),
@@ -205,14 +206,14 @@ def decision_sheet(decision: GateDecision) -> Sheet:
     )
     notes = (
         f"{decision.verdict.upper()}: {decision.reason}",
-        *(f"before it, recipe {tried.recipe} was rejected: {tried.reason}" for tried in decision.earlier),
+        *(f"earlier attempt: recipe {tried.recipe} was rejected: {tried.reason}" for tried in decision.earlier),
         *(f"{rule.rule}: {rule.outcome}, {rule.reason}" for rule in decision.rules),
     )
     columns = ("task", "n", "baseline", "candidate", "drop, points", "interval", "margin", "verdict")
     return Sheet("Gate", columns, rows, notes, right=frozenset(range(1, 7)))
 
 
-def eval_plan_sheet(plan: EvalPlan) -> Sheet:
+def eval_plan_sheet(plan: EvalPlan, policy: GatePolicy, suite: EvalSuite) -> Sheet:
     """What each task's samples can settle."""
     rows = tuple(
         (
@@ -229,8 +230,9 @@ def eval_plan_sheet(plan: EvalPlan) -> Sheet:
         for task in plan.tasks
     )
     notes = (
-        "power: chance that a candidate without any true drop is accepted; on every metric "
-        f"{100 * plan.acceptance:.1f} %, {100 * plan.power:g} % is asked for",
+        *(f"{one.name}: {one.description}" for one in (policy, suite) if one.description),
+        "power: probability that an undamaged candidate is accepted; on all metrics together "
+        f"{100 * plan.acceptance:.1f} %, the policy asks for {100 * plan.power:g} %",
         f"alpha {plan.alpha:g} over {len(plan.looks)} look(s) and {plan.attempts} attempt(s): "
         f"{plan.alpha_spent:.3g} each",
     )
@@ -240,10 +242,10 @@ def eval_plan_sheet(plan: EvalPlan) -> Sheet:
 
 
 def release_sheet(release: Release) -> Sheet:
-    """Where the release lies."""
+    """Where the release is."""
     rows = [
         ("repo", release.repo_id),
-        ("commit", release.commit + ("" if release.new_commit else " (already there, nothing uploaded)")),
+        ("commit", release.commit + ("" if release.new_commit else " (already there: nothing uploaded)")),
         ("tag", release.tag),
         ("card", release.repo_url),
     ]
@@ -253,7 +255,7 @@ def release_sheet(release: Release) -> Sheet:
 
 
 def outcome_sheet(outcome: Outcome) -> Sheet:
-    """The end of a run in one table."""
+    """How a release ended, in one table."""
     rows: list[tuple[str, str]] = [
         ("model", f"{outcome.model_id} @ {outcome.source_commit[:12]}"),
         ("recipe", outcome.recipe),
@@ -280,7 +282,7 @@ def _sizes(outcome: Outcome) -> str:
 
 
 def batch_sheet(result: BatchResult) -> Sheet:
-    """One line a release."""
+    """One row per release."""
     rows = tuple(
         (
             entry.model,
@@ -297,32 +299,32 @@ def batch_sheet(result: BatchResult) -> Sheet:
 
 
 def status_sheet(rows: Sequence[ReleaseStatus]) -> Sheet:
-    """Every release of a work folder."""
+    """The releases of a work folder."""
     cells = tuple((row.model, row.recipe, row.state, row.fingerprint[:12], row.detail) for row in rows)
-    notes = () if cells else ("nothing here yet",)
+    notes = () if cells else ("no releases yet",)
     return Sheet("Releases", ("model", "recipe", "state", "fingerprint", "detail"), cells, notes)
 
 
-def doctor_sheet(checks: Sequence[Check]) -> Sheet:
-    """What the machine can and cannot do."""
+def doctor_sheet(checks: Sequence[Diagnosis]) -> Sheet:
+    """What this machine can and cannot do."""
     return Sheet("Doctor", ("check", "outcome", "detail"), tuple((c.name, c.outcome, c.detail) for c in checks))
 
 
 def conversion_sheet(conversion: Conversion, folder: Path) -> Sheet:
-    """What was renamed and reshaped, and what it means to readers."""
+    """What was renamed and reshaped, and what that means for whoever reads the checkpoint."""
     if not conversion.changes:
-        note = f"{conversion.model_id} is {conversion.method} under current names already: nothing was written"
+        note = f"{conversion.model_id} already is {conversion.method} under current names: nothing was written"
         return Sheet("Nothing to convert", ("", ""), (), (note,))
     rows = tuple((change.what, str(change.tensors or "config.json")) for change in conversion.changes)
     notes = (
-        f"{folder}: {conversion.method}, every FP8 byte as it was; a folder of its own, not measured and not gated",
+        f"{folder}: {conversion.method}, with every FP8 byte unchanged; not yet measured or gated",
         *conversion.notes,
     )
     return Sheet(f"Converted {conversion.model_id}", ("change", "tensors"), rows, notes, right=frozenset({1}))
 
 
 def sensitivity_sheet(calibration: Calibration, count: int = 10) -> Sheet:
-    """The Linears that FP8 costs most, and what was left out of FP8 for it."""
+    """The Linears that FP8 damages most, and those that were kept out of FP8 for that reason."""
     from fp8pipe.calibrate.sensitivity import worst_modules
 
     worst = worst_modules(calibration, count)
@@ -345,27 +347,27 @@ def sensitivity_sheet(calibration: Calibration, count: int = 10) -> Sheet:
     notes += _expert_notes(calibration)
     notes += [f"{n} without KV scales: {reason}" for reason, n in Counter(calibration.kv_absent.values()).items()]
     notes += [f"{name}: {reason}" for name, reason in calibration.kept.items()]
-    notes.append("SQNR of output and weight in dB; amax, kurtosis and clipped are of the input")
+    notes.append("out, w: SQNR of output and weight in dB; amax, kurtosis and clipped describe the input")
     columns = (f"{stem}*" if stem else "Linear", "out dB", "w dB", "amax", "kurtosis", "clipped")
-    title = f"Sensitivity of {calibration.model_id}: the {len(rows)} worst by output SQNR"
+    title = f"Sensitivity of {calibration.model_id}: the {len(rows)} worst Linears by output SQNR"
     return Sheet(title, columns, rows, tuple(notes), right=frozenset(range(1, 6)))
 
 
 def _expert_notes(calibration: Calibration) -> list[str]:
-    """How many tokens the experts saw; those that were shown more are counted, the least used is named."""
+    """How many tokens the router gave the experts, and how many experts were shown more."""
     experts = calibration.expert_tokens
     if not experts:
         return []
     routed = [tokens.routed for tokens in experts.values()]
     least = min(experts, key=lambda name: experts[name].routed)
-    notes = [f"{len(experts)} experts: the router gave them {min(routed)} to {max(routed)} tokens, fewest to {least}"]
+    notes = [f"{len(experts)} experts: the router gave each {min(routed)} to {max(routed)} tokens, fewest to {least}"]
     if topped := sum(tokens.added > 0 for tokens in experts.values()):
-        notes.append(f"{topped} experts had too few tokens and were shown others, for their range alone")
+        notes.append(f"{topped} experts had too few tokens and were shown others, only to measure their range")
     return notes
 
 
 def _common_stem(names: Sequence[str]) -> str:
-    """What all dotted names begin with, up to a dot: a table of 80 columns has no room for it in every row."""
+    """The dotted prefix that all names share: 80 columns have no room for it in every row."""
     parents = zip(*(name.split(".")[:-1] for name in names), strict=False)
     return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, parents))
 
@@ -375,13 +377,14 @@ def _decibels(value: float | None) -> str:
 
 
 def plan_sheet(plan: Plan) -> Sheet:
-    """What becomes of the tensors, counted by treatment and reason."""
+    """What becomes of the tensors, counted by action and reason."""
     rows = tuple(
         (row.action, row.reason, str(row.tensors), human_bytes(row.source_bytes), human_bytes(row.output_bytes))
         for row in plan.summary()
     )
     share = plan.output_bytes / plan.source_bytes
-    notes = (f"{human_bytes(plan.source_bytes)} -> {human_bytes(plan.output_bytes)} ({share:.0%})", *plan.notes)
+    size = f"{human_bytes(plan.source_bytes)} -> {human_bytes(plan.output_bytes)} ({share:.0%})"
+    notes = (*filter(None, (plan.settings.description,)), size, *plan.notes)
     columns = ("action", "reason", "tensors", "source", "output")
     return Sheet(f"Plan {plan.model_id}, {plan.recipe}", columns, rows, notes, right=frozenset({2, 3, 4}))
 

@@ -1,4 +1,4 @@
-"""What lies in a work folder: which releases are done, decided against, or under way. Reads records only."""
+"""The state of every release in a work folder, read from its records."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from fp8pipe.config import CollectionSpec, load_recipe
 from fp8pipe.records import Checkpoint, EvalReport, Outcome, Record, ValidationReport
-from fp8pipe.records.paths import evidence
+from fp8pipe.records.paths import record_path
 from fp8pipe.release.workspace import ReleaseFolder, Workspace
 
 _DONE = {"accepted": "released", "rejected": "rejected", "unsound": "unsound", "inconclusive": "inconclusive"}
 
 
 class ReleaseStatus(Record):
-    """Where one model with one recipe stands."""
+    """The state of one model with one recipe."""
 
     model: str
     recipe: str
@@ -24,7 +24,7 @@ class ReleaseStatus(Record):
 
 
 def release_status(work_dir: Path, spec: CollectionSpec | None) -> tuple[ReleaseStatus, ...]:
-    """Every release folder; with a collection only its own, and those that have not begun."""
+    """All releases of a work folder. With a collection: only its releases, and those that have not started."""
     rows = tuple(_status(folder) for folder in Workspace(work_dir).releases())
     if spec is None:
         return rows
@@ -51,13 +51,13 @@ def _status(folder: ReleaseFolder) -> ReleaseStatus:
             detail=where,
         )
     model, recipe, fingerprint = [*folder.path.name.rsplit("--", 2), "", ""][:3]
-    checkpoint = Checkpoint.load_if_present(evidence(folder.checkpoint, "checkpoint"))
+    checkpoint = Checkpoint.load_if_present(record_path(folder.checkpoint, "checkpoint"))
     return ReleaseStatus(
         model=checkpoint.model_id if checkpoint else model.replace("--", "/"),
         recipe=recipe,
         state=_progress_of(folder, checkpoint),
         fingerprint=fingerprint,
-        detail=f"under way in {folder.path}",
+        detail=f"in progress in {folder.path}",
     )
 
 
@@ -66,6 +66,6 @@ def _progress_of(folder: ReleaseFolder, checkpoint: Checkpoint | None) -> str:
         return "quantizing"
     if EvalReport.load_if_present(folder.evaluation / "report.json") is not None:
         return "evaluated"
-    if ValidationReport.load_if_present(evidence(folder.checkpoint, "validation")) is not None:
+    if ValidationReport.load_if_present(record_path(folder.checkpoint, "validation")) is not None:
         return "validated"
     return "quantized"

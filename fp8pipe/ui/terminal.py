@@ -1,7 +1,7 @@
-"""What the person at the terminal sees: one line per stage, a table at the end, and nothing that a library prints.
+"""What a person sees in the terminal: one line per stage and a table at the end, but nothing that libraries print.
 
-Libraries and child processes write where they like; `quiet_terminal` points the process's own stdout and stderr at a
-log file and gives the real terminal to fp8pipe alone.
+Libraries and child processes write to stdout and stderr as they like, so `quiet_terminal` redirects both to a log file
+and keeps the real terminal for fp8pipe.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PRINT_EVERY_S = 30
 
 @contextmanager
 def quiet_terminal(log_path: Path) -> Iterator[Console]:
-    """File descriptors 1 and 2 write to `log_path` inside; the yielded console writes to the terminal's stderr."""
+    """Redirect file descriptors 1 and 2 to `log_path`; the yielded console writes to the terminal's stderr."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -56,7 +56,7 @@ class _Stage:
     event: ProgressEvent
     seconds: float | None = None
     before: float = 0
-    """Done when this run's first event with an amount came."""
+    """What an earlier run had already done, by the first event with a unit."""
     failed: bool = False
 
     def elapsed(self) -> float:
@@ -73,10 +73,10 @@ class _Stage:
 
 @dataclass
 class StageDisplay:
-    """A live list of stages. Use as a context manager; call it with ProgressEvents from any thread.
+    """A live list of stages: a context manager that takes ProgressEvents from any thread.
 
-    On something that is not a terminal it prints one line when a stage starts, one when it is done, and one every half
-    minute between.
+    Where the output is no terminal it prints a line when a stage starts, one when it ends, and one every half minute in
+    between.
     """
 
     console: Console

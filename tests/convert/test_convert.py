@@ -30,7 +30,7 @@ from fp8pipe.progress import ProgressEvent
 from fp8pipe.quantize import quantize
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Checkpoint
-from fp8pipe.stages import convert_model
+from fp8pipe.stages import convert as convert_model
 from fp8pipe.validate import validate
 
 Models = Callable[..., Path]

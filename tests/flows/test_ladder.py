@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cards import facts_of
+from support.cards import facts_of, saved
 from support.demo import Demo, hub_of, on_the_hub
 from support.processes import FP8PIPE
 from support.reports import checkpoint, pair, policy, recipe, suite
@@ -21,6 +21,7 @@ from fp8pipe.config import ReleaseSpec, ResolvedRelease, load_recipe
 from fp8pipe.errors import ConfigError, InputError, SourceChanged
 from fp8pipe.gate import decide
 from fp8pipe.records import EarlierAttempt, EvalReport, GateDecision, Outcome
+from fp8pipe.records.paths import record_path
 from fp8pipe.rehearsal.demo.model import BASE_ID
 from fp8pipe.release.card import render_card
 from fp8pipe.release.workspace import Workspace
@@ -50,14 +51,23 @@ def test_a_ladder_has_no_more_rungs_than_the_policy_lets_try_and_alpha_is_split_
     assert [rung.attempts for rung in job(()).ladder()] == [1]
 
 
-def test_a_checkpoint_that_was_an_attempt_is_no_first_one_when_it_is_asked_again(tmp_path: Path) -> None:
+def test_gating_a_checkpoint_again_keeps_the_attempt_that_it_was(tmp_path: Path) -> None:
+    baseline, candidate = pair()
+    for side in (baseline, candidate):
+        side.save(tmp_path / side.role / "report.json")
+    folder = tmp_path / "checkpoint"
+    saved(folder)
     rejected = EarlierAttempt(recipe="fp8-static-kv", fingerprint="a" * 64, reason="drop 5 points")
-    before = decide(*pair(), policy(max_attempts=3), attempt=2, attempts=3, earlier=[rejected])
-    before.save(stages.evidence(tmp_path, "gate"))
-    assert stages._attempt_of(tmp_path, policy(max_attempts=3)) == {"attempt": 2, "attempts": 3, "earlier": (rejected,)}
-    assert stages._attempt_of(tmp_path / "new", policy()) == {}
-    with pytest.raises(InputError, match="attempt 2 of 3, policy unit has max_attempts: 2"):
-        stages._attempt_of(tmp_path, policy(max_attempts=2))
+    decide(*pair(), policy(max_attempts=3), attempt=2, attempts=3, earlier=[rejected]).save(record_path(folder, "gate"))
+
+    def gated(max_attempts: int) -> GateDecision:
+        sides = (tmp_path / "baseline", tmp_path / "candidate")
+        return stages.gate_reports(*sides, policy(max_attempts=max_attempts), checkpoint=folder)
+
+    again = gated(3)
+    assert (again.attempt, again.max_attempts, again.earlier) == (2, 3, (rejected,))
+    with pytest.raises(InputError, match="attempt 2 of 3, but policy unit has max_attempts: 2"):
+        gated(2)
 
 
 def test_a_checkpoint_that_was_not_what_was_measured_is_not_gated(tmp_path: Path) -> None:
@@ -66,7 +76,7 @@ def test_a_checkpoint_that_was_not_what_was_measured_is_not_gated(tmp_path: Path
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    with pytest.raises(SourceChanged, match=r"checkpoint: not what .*candidate measured, or altered since then"):
+    with pytest.raises(SourceChanged, match=r"checkpoint: not what .*candidate measured, or changed since then"):
         stages.gate_reports(tmp_path / "baseline", tmp_path / "candidate", policy(), checkpoint=folder)
 
 
@@ -121,10 +131,10 @@ def test_an_open_look_leaves_no_verdict_behind_that_could_be_published(tmp_path:
     assert gated(tmp_path, lost=0, won=0).verdict == "accepted"
     (tmp_path / "fp8pipe" / "gate.json").unlink()
     sides = pair(1000, right=900, lost=35, won=18)
-    first = stages.decide_release(*sides, rules, suite=suite(2000), checkpoint_folder=tmp_path, look=1)
+    first = stages.gate(*sides, rules, suite=suite(2000), checkpoint_folder=tmp_path, look=1)
     assert (first.verdict, first.final) == ("inconclusive", False)
     assert not (tmp_path / "fp8pipe" / "gate.json").exists()
-    whole = stages.decide_release(*pair(lost=70, won=36), rules, suite=suite(2000), checkpoint_folder=tmp_path, look=2)
+    whole = stages.gate(*pair(lost=70, won=36), rules, suite=suite(2000), checkpoint_folder=tmp_path, look=2)
     assert whole.final
     assert (tmp_path / "fp8pipe" / "gate.json").exists()
 
@@ -186,9 +196,9 @@ from fp8pipe.release.workspace import Workspace
 
 recipe, workspace = load_recipe("demo-fp8-static-kv"), Workspace(Path({str(work)!r}))
 snapshot = stages.pin({BASE_ID!r})
-plan = stages.plan_snapshot(snapshot, recipe)
-snapshot = stages.fetch(snapshot)
-honest = stages.calibrate_snapshot(snapshot, plan, recipe, Workspace(Path({str(work)!r}) / "honest"), device="auto")
+plan = stages.plan(snapshot, recipe)
+snapshot = stages.download(snapshot)
+honest = stages.calibrate(snapshot, plan, recipe, Workspace(Path({str(work)!r}) / "honest"), device="auto")
 honest.scaled(1 / 16).save(workspace.calibration(calibration_key(snapshot, recipe, device="auto")) / RECORD_NAME)
 """
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | environment, capture_output=True)

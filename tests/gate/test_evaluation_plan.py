@@ -15,10 +15,10 @@ from benchmarks import policies
 from benchmarks.page import put
 from fp8pipe import config, stages
 from fp8pipe.cli import app
-from fp8pipe.config import PerplexityPolicy, TaskPolicy
+from fp8pipe.config import PerplexityPolicy, TaskPolicy, look_sizes
 from fp8pipe.errors import ConfigError
 from fp8pipe.gate.evaluation_plan import plan_evaluation
-from fp8pipe.gate.power import ClusterDesign, Design, MeanDesign, look_sizes
+from fp8pipe.gate.power import ClusterDesign, Design, MeanDesign
 from fp8pipe.gate.statistics import paired_test, ratio_bootstrap, score_statistic
 
 
@@ -66,7 +66,7 @@ def test_more_looks_and_attempts_need_more_samples():
 def test_shipped_margins_are_resolvable_by_the_suite_of_the_same_name(name, tmp_path):
     rules, suite = config.load_policy(name), config.load_suite(name)
     config.check_fit(rules, suite)
-    plan = stages.plan_eval(rules, suite, tmp_path)
+    plan = stages.plan_evaluation(rules, suite, tmp_path)
     plan.require()
     assert plan.acceptance >= rules.power
     assert [(task.task, task.metric) for task in plan.tasks] == [(name, limit.metric) for name, limit in rules.gated]
@@ -278,4 +278,4 @@ def test_the_command_tells_what_a_suite_resolves(tmp_path):
 def test_the_command_refuses_a_suite_that_is_too_small(tmp_path):
     answer = CliRunner().invoke(app, write(tmp_path, 400))
     assert answer.exit_code == 2
-    assert "80 % is asked" in answer.stdout
+    assert "asks for 80 %" in answer.stdout

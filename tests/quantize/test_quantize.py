@@ -213,7 +213,7 @@ def test_a_gpu_that_a_command_names_is_the_one_that_quantizes(
     source = model_folder("llama")
     options = {} if asked is None else {"device": asked}
     plan = plan_of(source, recipe())
-    stages.quantize_snapshot(resolve(str(source)), plan, tmp_path / "out", calibration=None, **options)
+    stages.quantize(resolve(str(source)), plan, tmp_path / "out", calibration=None, **options)
     assert devices == [used]
 
 

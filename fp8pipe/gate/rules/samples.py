@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from fp8pipe.config import PerplexityPolicy, TaskPolicy
+from fp8pipe.config import PerplexityPolicy, TaskPolicy, look_sizes
 from fp8pipe.gate.rules.pair import Pair, Ruling, few, mean_of, settled, unchecked
 from fp8pipe.records import EvalReport, MetricSamples, TaskResult
 
@@ -139,7 +139,6 @@ def completeness(pair: Pair) -> Ruling:
     """Both sides scored as many samples as the suite requests at this look."""
     if pair.suite is None:
         return unchecked("no suite was given, so the number of samples to expect is unknown")
-    share = pair.policy.looks[pair.look - 1]
     problems, unknown = [], []
     for name, ours, theirs in pair.tasks():
         spec = pair.suite.tasks.get(name)
@@ -148,7 +147,7 @@ def completeness(pair: Pair) -> Ruling:
         elif (total := spec.scored or ours.available) is None:
             unknown.append(name)
         else:
-            wanted = math.ceil(total * share)
+            wanted = look_sizes(total, pair.policy.looks)[pair.look - 1]
             for role, task in (("baseline", ours), ("candidate", theirs)):
                 if len(task.doc_ids) != wanted:
                     problems.append(f"{name}: {role} scored {len(task.doc_ids)} samples, the suite requests {wanted}")

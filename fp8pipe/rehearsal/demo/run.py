@@ -114,10 +114,10 @@ def _spoil_calibration(spec: ReleaseSpec, workdir: Path, progress: Progress) -> 
 
     job, workspace = spec.resolve(), Workspace(Path(spec.work_dir))
     snapshot = stages.pin(spec.model)
-    plan = stages.plan_snapshot(snapshot, job.recipe)
-    snapshot = stages.fetch(snapshot, progress=progress)
+    plan = stages.plan(snapshot, job.recipe)
+    snapshot = stages.download(snapshot, progress=progress)
     honest = Workspace(workdir / "work")
-    ranges = stages.calibrate_snapshot(snapshot, plan, job.recipe, honest, device=spec.device, progress=progress)
+    ranges = stages.calibrate(snapshot, plan, job.recipe, honest, device=spec.device, progress=progress)
     key = calibration_key(snapshot, job.recipe, device=spec.device)
     ranges.scaled(SABOTAGE).save(workspace.calibration(key) / RECORD_NAME)
     baselines = workspace.root / "baselines"

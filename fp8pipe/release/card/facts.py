@@ -11,7 +11,7 @@ from fp8pipe.config import GatePolicy, Recipe
 from fp8pipe.files import write_atomically
 from fp8pipe.gate.publishable import read_approval, read_policy
 from fp8pipe.records import RECORD_DIR, Approval, Checkpoint, EvalReport, GateDecision, Snapshot, ValidationReport
-from fp8pipe.records.paths import evidence
+from fp8pipe.records.paths import record_path
 
 if TYPE_CHECKING:
     from fp8pipe.quantize.plan import SummaryRow
@@ -80,22 +80,22 @@ def facts_of_folder(folder: Path, *, repo_id: str) -> CardFacts:
     from fp8pipe.records.calibration import Calibration
 
     _keep_source_card(folder)
-    checkpoint = Checkpoint.load(evidence(folder, "checkpoint"))
-    plan = Plan.load(evidence(folder, "plan"))
+    checkpoint = Checkpoint.load(record_path(folder, "checkpoint"))
+    plan = Plan.load(record_path(folder, "plan"))
     source_card, records = folder / SOURCE_CARD, folder / RECORD_DIR
     return CardFacts(
         repo_id=repo_id,
-        source=Snapshot.load(evidence(folder, "source")),
+        source=Snapshot.load(record_path(folder, "source")),
         source_card=source_card.read_text(errors="replace") if source_card.is_file() else None,
         recipe=plan.settings,
         checkpoint=checkpoint,
         plan_summary=plan.summary(),
         notes=plan.notes,
-        calibration=Calibration.load(evidence(folder, "calibration")) if checkpoint.calibration_digest else None,
-        validation=ValidationReport.load(evidence(folder, "validation")),
-        baseline=EvalReport.load(evidence(folder, "baseline")),
-        candidate=EvalReport.load(evidence(folder, "candidate")),
-        decision=GateDecision.load(evidence(folder, "gate")),
+        calibration=Calibration.load(record_path(folder, "calibration")) if checkpoint.calibration_digest else None,
+        validation=ValidationReport.load(record_path(folder, "validation")),
+        baseline=EvalReport.load(record_path(folder, "baseline")),
+        candidate=EvalReport.load(record_path(folder, "candidate")),
+        decision=GateDecision.load(record_path(folder, "gate")),
         policy=read_policy(folder),
         approval=read_approval(folder),
         plots={name: f"{RECORD_DIR}/plots/{name}.png" for name in PLOTS if (records / f"plots/{name}.png").is_file()},

@@ -1,0 +1,71 @@
+"""How a release ended, as a record: unsound, or decided by the gate; and what became of it on the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from fp8pipe.config import ResolvedRelease
+from fp8pipe.records import (
+    Checkpoint,
+    EarlierAttempt,
+    GateDecision,
+    Outcome,
+    Release,
+    Snapshot,
+    ValidationReport,
+    Verdict,
+)
+
+
+def unsound(job: ResolvedRelease, snapshot: Snapshot, checkpoint: Checkpoint, report: ValidationReport) -> Outcome:
+    """The release ended before any evaluation, because the validator found errors."""
+    reason = f"{len(report.errors)} validation errors, the first: {report.errors[0].sentence()}"
+    return _outcome(job, snapshot, checkpoint, "unsound", reason)
+
+
+def decided(
+    job: ResolvedRelease, snapshot: Snapshot, checkpoint: Checkpoint, decision: GateDecision, release: Release | None
+) -> Outcome:
+    """The release ended at the gate or, if it was published, on the Hub."""
+    return _outcome(job, snapshot, checkpoint, decision.verdict, decision.reason, decision, release)
+
+
+def earlier_attempts(attempts: Sequence[Outcome]) -> tuple[EarlierAttempt, ...]:
+    """The attempts of a fallback ladder that ended before this one, as the next decision records them."""
+    return tuple(EarlierAttempt(recipe=one.recipe, fingerprint=one.fingerprint, reason=one.reason) for one in attempts)
+
+
+def released_by_decision(folder: Path, release: Release) -> Outcome | None:
+    """Add the release that a person decided on to the outcome beside checkpoint folder `folder`; None without one."""
+    path = folder.parent / "release.json"
+    outcome = Outcome.load_if_present(path)
+    if outcome is None:
+        return None
+    return outcome.model_copy(update={"release": release}).kept(path)
+
+
+def _outcome(
+    job: ResolvedRelease,
+    snapshot: Snapshot,
+    checkpoint: Checkpoint,
+    verdict: Verdict | Literal["unsound"],
+    reason: str,
+    decision: GateDecision | None = None,
+    release: Release | None = None,
+) -> Outcome:
+    return Outcome(
+        verdict=verdict,
+        reason=reason,
+        model_id=snapshot.model_id,
+        source_commit=snapshot.commit,
+        recipe=job.recipe.name,
+        suite=job.suite.name,
+        policy=job.policy.name,
+        fingerprint=checkpoint.fingerprint,
+        source_bytes=checkpoint.source_bytes,
+        output_bytes=checkpoint.output_bytes,
+        decision=decision,
+        release=release,
+    )
