@@ -446,7 +446,10 @@ def may_publish(folder: Path) -> bool:
 
 def is_question(decision: GateDecision, policy: GatePolicy) -> bool:
     """Whether a person is to be asked: inconclusive, nothing left unchecked, and a policy that lets people decide."""
-    return decision.verdict == "inconclusive" and not decision.unchecked and policy.on_inconclusive == "ask"
+    from fp8pipe.gate.publishable import policy_objection
+
+    open_question = decision.verdict == "inconclusive" and not decision.unchecked
+    return open_question and policy_objection(decision, policy) is None
 
 
 def approve(folder: Path, *, who: str, reason: str) -> Approval:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -258,7 +259,8 @@ def test_files_that_lm_eval_itself_wrote_are_read_including_perplexities(tmp_pat
     )
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "dummy", "--tasks", "toy,roll", "--log_samples"]
     command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
-    subprocess.run(command, check=True, capture_output=True)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # it would ask the Hub about itself, and wait where there is none
+    subprocess.run(command, check=True, capture_output=True, env=offline)
     report = read_report(tmp_path / "out", role="baseline")
     rules = policy(
         tasks={"toy": TaskPolicy(metric="exact_match", margin=0.2, min_baseline=-1.0)},
