@@ -1,11 +1,11 @@
-"""The gate on damage whose size is known: the demo's checkpoint, spoilt in one place at a time, measured and judged.
+"""The gate on damage of known size: the demo's checkpoint, spoilt in one place at a time, measured and judged.
 
     python -m benchmarks.damages [--work DIR] [--page docs/gate-damages.md]
 
-Trains the demo's model, quantizes it, and measures in vLLM, one engine each, the base model twice, the checkpoint and
-every spoilt copy of it: on the 2,000 questions of the suite `demo`, by which the gate decides, and on others that tell
-the true drop: 20,000 where the verdict hangs on it, else 2,000. Written are the page and, beside it, the counts that it
-is made from (JSON). What is in `--work` already is not made or measured again.
+Trains the demo's model, quantizes it, and measures the base model twice, the checkpoint, and every spoilt copy of it,
+each in a vLLM engine of its own. The gate decides on the 2,000 questions of the suite `demo`. Other questions give the
+true drop: 20,000 where the expected verdict depends on it, otherwise 2,000. The command writes the page and, beside it,
+the counts that it is made from (JSON). What `--work` already holds is neither made nor measured again.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ from fp8pipe.records import EvalReport, GateDecision, Record, TaskDecision, Verd
 from fp8pipe.rehearsal.demo import model, task
 
 PAGE = Path(__file__).parent.parent / "docs" / "gate-damages.md"
-EVIDENCE = PAGE.with_suffix(".json")
+COUNTS = PAGE.with_suffix(".json")
+"""The counts that the page is made from."""
 TRUTH = "arrows_truth"
 TRUTH_SAMPLES = 20_000
 TRUTH_SEED = 4
-"""Neither the training's, the calibration's nor the suite's."""
+"""Differs from the seeds of training, calibration and suite."""
 TRUTH_LEVEL = 0.05
-"""The interval of the true drop leaves out so much, half of it on each side."""
+"""Probability outside the interval of the true drop, half of it on each side."""
 
 # ---------------------------------------------------------------------------------------------- damages
 
 Expected = Literal["accepted", "rejected", "vetoed", "truth"]
 LINEAR = "model.layers.1.self_attn.o_proj"
-"""The Linear that is spoilt. It stands alone in vLLM: no other one takes over its scale."""
+"""The Linear that is spoilt. vLLM does not fuse it, so no other Linear shares its scale."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One way to spoil a checkpoint folder in place, and what the gate is to say of it."""
+    """One way to spoil a checkpoint folder in place, and the verdict that it should get."""
 
     name: str
     expected: Expected
@@ -53,16 +54,16 @@ class Damage:
 
 
 def leave(folder: Path) -> None:
-    """Nothing is spoilt."""
+    """Spoil nothing."""
 
 
 def scale_times(factor: float, folder: Path) -> None:
-    """One weight scale is wrong by a factor."""
+    """Multiply one weight scale by a wrong factor."""
     _change(folder, lambda name, scale: scale * factor if name == f"{LINEAR}.weight_scale" else scale)
 
 
 def shuffle_codes(folder: Path) -> None:
-    """The codes of one weight [out, in] are there, but none in its place."""
+    """Permute the codes of one weight [out, in]."""
     import torch
 
     def shuffled(name: str, codes: torch.Tensor) -> torch.Tensor:
@@ -75,14 +76,14 @@ def shuffle_codes(folder: Path) -> None:
 
 
 def small_k_scales(folder: Path) -> None:
-    """Keys are cached with a tenth of their scale, and clipped."""
+    """Divide every k_scale by 10, so that cached keys are clipped."""
     _change(folder, lambda name, scale: scale / 10 if name.endswith(".k_scale") else scale)
 
 
 def begin_with_eos(folder: Path) -> None:
-    """The tokenizer takes </s> for its BOS token and puts it in front of every text.
+    """Make the tokenizer take </s> for its BOS token, and put it in front of every text.
 
-    Both files say so: asked for a BOS token, lm-eval has the rule in tokenizer.json made anew from the config's token.
+    Both files must agree: for a BOS token, lm-eval rebuilds the rule in tokenizer.json from the token in the config.
     """
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())
@@ -94,7 +95,7 @@ def begin_with_eos(folder: Path) -> None:
 
 
 def quantize_head(folder: Path) -> None:
-    """lm_head in FP8 with one scale for the tensor; vLLM reads that where a group targets it by name."""
+    """Quantize lm_head to FP8 with one scale for the tensor, which vLLM reads if a group targets it by name."""
     import torch
 
     def quantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -127,7 +128,7 @@ ITSELF = "the base model, measured again"
 
 
 def spoilt(sound: Path, damage: Damage, folder: Path) -> Path:
-    """A copy of a checkpoint with one damage; it keeps its records, as a checkpoint spoilt on the way does."""
+    """Copy a checkpoint and damage the copy. It keeps its records, like a checkpoint that is spoilt in transit."""
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     shutil.copytree(sound, unfinished)
@@ -140,7 +141,7 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _change(folder: Path, change: Callable[[str, Any], Any]) -> None:  # Any: torch.Tensor, imported late
-    """Replace tensors by what `change(name, tensor)` makes of them."""
+    """Replace every tensor by `change(name, tensor)`."""
     for shard in set(_index(folder).values()):
         _rewrite(folder / shard, lambda tensors: {name: change(name, value) for name, value in tensors.items()})
 
@@ -164,14 +165,14 @@ def _edit_json(path: Path, keys: list[str], update: dict[str, Any]) -> None:
 
 
 class Counts(Record):
-    """Answers of both sides on the questions that tell the truth."""
+    """How both sides answered the questions that give the true drop."""
 
     n: int
     lost: int
     won: int
 
     def interval(self) -> tuple[float, float]:
-        """Of the drop, two-sided: the score test inverted on both sides."""
+        """Two-sided interval of the drop, from the score test inverted on both sides."""
         from fp8pipe.gate.statistics import score_test
 
         test = score_test(self.lost, self.won, self.n, margin=0.0)
@@ -179,27 +180,27 @@ class Counts(Record):
 
 
 class Case(Record):
-    """What one damage did, and what the gate said."""
+    """What one damage did, and how the gate decided."""
 
     damage: str
     expected: Expected
     verdict: Verdict
     vetoed: tuple[str, ...]
     same_tokenizer: bool
-    """Whether both sides had one tokenizer, as it was loaded."""
+    """Whether both sides loaded the same tokenizer."""
     task: TaskDecision
     truth: Counts
 
 
 class Cases(Record):
-    """All of them, as measured in one run."""
+    """All cases of one run."""
 
     vllm: str
     cases: tuple[Case, ...]
 
 
 def prepare(work: Path) -> tuple[Path, Path, EvalSuite]:
-    """The base model, its sound checkpoint, and a suite of the demo's questions and those that tell the truth."""
+    """Make the base model, its sound checkpoint, and a suite of both kinds of questions."""
     base, checkpoint = model.build_base(work / "base"), work / "checkpoint"
     recipe = load_recipe("demo-fp8-static-kv")
     assert recipe.calibration is not None
@@ -212,7 +213,7 @@ def prepare(work: Path) -> tuple[Path, Path, EvalSuite]:
 
 
 def _suite(folder: Path) -> EvalSuite:
-    """The suite `demo` with its rows as local files, and a second task of the same kind with other rows."""
+    """The suite `demo` with its rows in local files, and a second task of the same kind with other rows."""
     import yaml
 
     suite = load_suite("demo")
@@ -236,12 +237,12 @@ def _suite(folder: Path) -> EvalSuite:
 
 
 def _is_written(dataset: Path) -> bool:
-    """Its card comes last."""
+    """Whether the dataset is complete: its card is written last."""
     return (dataset / "README.md").exists()
 
 
 def measure(work: Path) -> Cases:
-    """Every damage, measured in an engine of its own and judged under the policy `demo`."""
+    """Measure every damage in an engine of its own, and judge it under the policy `demo`."""
     base, sound, suite = prepare(work)
     policy = load_policy("demo")
     snapshot = stages.pin(str(base))
@@ -272,7 +273,7 @@ def _case(damage: str, expected: Expected, baseline: EvalReport, candidate: Eval
     assert one is not None and other is not None and one.doc_ids[: len(other.doc_ids)] == other.doc_ids
     ours, theirs = (side.samples_of(gated.metric, gated.filter) for side in (one, other))
     assert ours is not None and theirs is not None
-    pairs = list(zip(ours.values, theirs.values, strict=False))  # of the candidate perhaps no more than the first ones
+    pairs = list(zip(ours.values, theirs.values, strict=False))  # the candidate may have answered only the first ones
     return Case(
         damage=damage,
         expected=expected,
@@ -287,8 +288,8 @@ def _case(damage: str, expected: Expected, baseline: EvalReport, candidate: Eval
 # ---------------------------------------------------------------------------------------------- judging
 
 
-def lawful(found: Case) -> tuple[Verdict, ...]:
-    """The verdicts that may stand: as expected, or else as the true drop and the margin have it."""
+def right_verdicts(found: Case) -> tuple[Verdict, ...]:
+    """The right verdicts: the expected one or, where the true drop decides, all that it does not contradict."""
     if found.expected != "truth":
         return ("accepted",) if found.expected == "accepted" else ("rejected",)
     low, high = found.truth.interval()
@@ -300,40 +301,40 @@ def lawful(found: Case) -> tuple[Verdict, ...]:
 
 
 def is_right(found: Case) -> bool:
-    """Whether the gate said what it should, and by what it should: the numbers, or the rule about tokenizers."""
+    """Whether the verdict is right, and for the right reason: the numbers, or the rule about tokenizers."""
     rightly = "tokenizer" in found.vetoed if found.expected == "vetoed" else found.task.verdict == found.verdict
-    return found.verdict in lawful(found) and rightly
+    return found.verdict in right_verdicts(found) and rightly
 
 
 HEAD = """\
 # The gate on known damage
 
-Written by `python -m benchmarks.damages`; not to be edited by hand.
+Written by `python -m benchmarks.damages`; do not edit.
 
 """
 
 
 def page_text(found: Cases) -> str:
-    """The page."""
+    """The whole page, as Markdown."""
     said = (
-        "The demo's checkpoint (recipe `demo-fp8-static-kv`), spoilt in one place at a time, each copy measured in an "
-        f"engine of its own (vLLM {found.vllm}) and judged under the policy `demo`: {task.EVALUATION_SAMPLES:,} "
-        f"questions, margin {100 * found.cases[0].task.margin:g} points. The true drop is counted on other questions, "
-        f"once, with its {1 - TRUTH_LEVEL:.0%} interval. Scale and codes are those of `{LINEAR}`.\n\n"
-        "Where the truth decides, a drop clearly above the margin must not be accepted, and one clearly below it must "
-        "not be rejected."
+        "The demo's checkpoint (recipe `demo-fp8-static-kv`) is spoilt in one place at a time. Each copy is measured "
+        f"in an engine of its own (vLLM {found.vllm}) and judged under the policy `demo`: {task.EVALUATION_SAMPLES:,} "
+        f"questions, margin {100 * found.cases[0].task.margin:g} points. The true drop is counted once, on other "
+        f"questions, and has a {1 - TRUTH_LEVEL:.0%} interval. The spoilt scale and codes are those of `{LINEAR}`.\n\n"
+        "Where the true drop decides, a drop clearly above the margin must not be accepted, and one clearly below it "
+        "must not be rejected."
     )
-    head = ("damage", "true drop, points", "questions", "drop on the suite", "the gate says", "asked for", "right")
+    head = ("damage", "true drop, points", "questions", "drop on the suite", "verdict", "expected", "right")
     rows = [_row(one) for one in found.cases]
     right = sum(map(is_right, found.cases))
-    return f"{HEAD}{said}\n\n{page.table(head, rows)}\n{right} of {len(rows)} are as they should be.\n"
+    return f"{HEAD}{said}\n\n{page.table(head, rows)}\n{right} of {len(rows)} verdicts are right.\n"
 
 
 def _row(one: Case) -> tuple[str, ...]:
     counts, seen = one.truth, one.task
     truth = _points((counts.lost - counts.won) / counts.n, *counts.interval())
     said = f"{one.verdict}, vetoed by {', '.join(one.vetoed)}" if one.vetoed else one.verdict
-    asked = f"by the truth: {' or '.join(lawful(one))}" if one.expected == "truth" else one.expected
+    asked = f"by the true drop: {' or '.join(right_verdicts(one))}" if one.expected == "truth" else one.expected
     shown = _points(seen.drop, seen.drop_lower, seen.drop_upper)
     return one.damage, truth, f"{counts.n:,}", shown, said, asked, "yes" if is_right(one) else "**no**"
 
@@ -344,7 +345,7 @@ def _points(drop: float, low: float, high: float) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="folder that is kept, and gone on in; else a temporary one")
+    parser.add_argument("--work", type=Path, help="folder to keep, and to resume in; default: a temporary one")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="fp8pipe-bench-") as folder:

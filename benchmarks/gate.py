@@ -1,10 +1,10 @@
-"""The gate's error rates and power by simulation, beside the rules that others gate by, on the same data.
+"""Simulate the gate's error rates and power, and compare it with the rules that others gate by, on the same data.
 
     python -m benchmarks.gate [--evaluations 10000] [--bootstrap 1000] [--docs docs]
 
-Each evaluation draws n paired 0/1 answers with a given discordance (share right on one side only) and true drop, from a
-baseline that is right in 75 % of cases. Written are docs/gate-simulation.md with every cell, and a plot as PNG and SVG.
-All draws are seeded: the same command gives the same file.
+Each evaluation draws n paired 0/1 answers with a given discordance (share right on one side only) and true drop; the
+baseline is right in 75 % of cases. The command writes docs/gate-simulation.md with every cell, and a plot as PNG and
+SVG. All draws are seeded, so the same command writes the same files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from fp8pipe.gate.power import Design, look_sizes
+from fp8pipe.config import look_sizes
+from fp8pipe.gate.power import Design
 from fp8pipe.gate.statistics import paired_test, rejection_p, score_statistic
 
 ALPHA, MARGIN, ACCURACY = 0.05, 0.02, 0.75
@@ -36,7 +37,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Cell:
-    """One true state of the world, and how often each rule passes it."""
+    """One true state of the world, and how often the gate accepts and rejects it."""
 
     n: int
     discordance: float
@@ -44,7 +45,7 @@ class Cell:
     accepted: float
     rejected: float
     planned: float = math.nan
-    """Chance of acceptance that `plan-eval` states."""
+    """Probability of acceptance that `plan-eval` reports."""
 
 
 # ---------------------------------------------------------------------------------------------- the gate
@@ -54,7 +55,7 @@ def verdicts(lost: Ints, won: Ints, n: int, alpha: float) -> Ints:
     """The gate's verdict on each table."""
     statistic = score_statistic(lost, won, n, MARGIN)
     result = np.where(stats.norm.cdf(statistic) < alpha, ACCEPTED, OPEN)
-    for i in np.flatnonzero(stats.norm.sf(statistic) < alpha):  # the counted tail is asked only where it can matter
+    for i in np.flatnonzero(stats.norm.sf(statistic) < alpha):  # count the tail only where it can matter
         result[i] = REJECTED if _rejects(int(lost[i]), int(won[i]), n, alpha) else OPEN
     return result
 
@@ -65,7 +66,7 @@ def _rejects(lost: int, won: int, n: int, alpha: float) -> bool:
 
 
 def drawn(random: np.random.Generator, n: int, discordance: float, drop: float, count: int) -> tuple[Ints, ...]:
-    """`count` evaluations of n samples: lost, won, right on both sides."""
+    """Numbers of samples lost, won and right on both sides, in each of `count` evaluations of n samples."""
     lost, won = (discordance + drop) / 2, (discordance - drop) / 2
     return tuple(random.multinomial(n, [lost, won, ACCURACY - lost, 1 - ACCURACY - won], size=count).T[:3])
 
@@ -79,7 +80,7 @@ def followed(
     looks: Sequence[float],
     alpha: float,
 ) -> Ints:
-    """Verdicts of `count` evaluations that grow from look to look until they are decided."""
+    """Verdicts of `count` evaluations, each of which grows from look to look until it is decided."""
     lost, won, before = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64), 0
     verdict = np.full(count, OPEN)
     for size in look_sizes(n, looks):
@@ -90,7 +91,7 @@ def followed(
 
 
 def simulate(design: str, n: int, discordance: float, count: int) -> list[Cell]:
-    """Every drop of one size and discordance, under one of the designs."""
+    """One cell per true drop at this size and discordance, under one of the designs."""
     random = np.random.default_rng([n, int(1000 * discordance), len(design)])
     looks = LOOKS if "looks" in design else (1.0,)
     attempts = ATTEMPTS if "ladder" in design else 1
@@ -99,7 +100,7 @@ def simulate(design: str, n: int, discordance: float, count: int) -> list[Cell]:
     for drop in DROPS:
         if drop > discordance:
             continue
-        # Every recipe of the ladder has the same true drop; the next is tried only after a rejection.
+        # All recipes of the ladder have the same true drop; the next one is tried only after a rejection.
         verdict, refused = np.full(count, REJECTED), np.zeros(count, dtype=bool)
         for _ in range(attempts):
             tried = verdict == REJECTED
@@ -111,7 +112,7 @@ def simulate(design: str, n: int, discordance: float, count: int) -> list[Cell]:
 
 
 def exact_at_margin(n: int, discordance: float) -> tuple[float, float]:
-    """Exact chances that a drop of the margin is accepted and that it is rejected, in one look."""
+    """Exact probabilities that a drop of the margin is accepted, and that it is rejected, in one look."""
     rates = [(discordance + MARGIN) / 2, (discordance - MARGIN) / 2, 1 - discordance]
     lost, won = (axis.ravel() for axis in np.indices((n + 1, n + 1)))
     chance = stats.multinomial.pmf(np.stack([lost, won, n - lost - won], axis=1), n, rates)
@@ -132,7 +133,7 @@ OTHERS: dict[str, Rule] = {
 
 
 def compare(n: int, discordance: float, count: int) -> list[tuple[str, dict[float, float]]]:
-    """How often each rule passes each drop, all on the same draws; the gate first."""
+    """How often each rule passes each drop, the gate first. All see the same draws."""
     random = np.random.default_rng([n, int(1000 * discordance)])
     passed: dict[str, dict[float, float]] = {name: {} for name in ("the gate", *OTHERS)}
     for drop in DROPS:
@@ -150,7 +151,7 @@ def compare(n: int, discordance: float, count: int) -> list[tuple[str, dict[floa
 
 
 def bootstrap(kind: str, n: int, discordance: float, count: int) -> list[Cell]:
-    """Graded metrics (a differing answer moves by 0.5 to 1), or 0/1 answers in clusters whose flips go together."""
+    """Graded metrics (a differing answer changes by 0.5 to 1), or 0/1 answers in clusters that flip together."""
     random = np.random.default_rng([n, int(1000 * discordance), len(kind)])
     cells = []
     for drop in DROPS:
@@ -169,7 +170,7 @@ def _bootstrap_once(random: np.random.Generator, kind: str, n: int, discordance:
         losses, clusters = sign * random.uniform(0.5, 1, n), []
     else:
         members = np.arange(n) % CLUSTERS
-        share = random.gamma(2.0, 0.5, CLUSTERS)[members]  # mean 1: some clusters flip three times as much as others
+        share = random.gamma(2.0, 0.5, CLUSTERS)[members]  # mean 1: some clusters flip three times as often
         chances = share * (discordance + drop) / 2, share * (discordance - drop) / 2
         draw = random.random(n)
         losses = np.where(draw < chances[0], 1.0, np.where(draw < chances[0] + chances[1], -1.0, 0.0))
@@ -224,11 +225,11 @@ def report(
 ) -> str:
     """The whole page."""
     parts = [
-        "# The gate by simulation\n\nWritten by `python -m benchmarks.gate`; not to be edited by hand.\n\n"
-        f"Margin {100 * MARGIN:g} points, alpha {100 * ALPHA:g} %, {count:,} evaluations a cell, three standard errors "
-        f"of which are {100 * slack(count):.2f} points at alpha. Each entry is `accepted / rejected`, in percent of "
-        "the evaluations; what is missing to 100 was inconclusive. `plan` is the power that "
-        "`fp8pipe plan-eval` states.\n\n"
+        "# The gate by simulation\n\nWritten by `python -m benchmarks.gate`; do not edit.\n\n"
+        f"Margin {100 * MARGIN:g} points, alpha {100 * ALPHA:g} %. Each cell is the result of {count:,} evaluations, "
+        f"and three standard errors of a rate of alpha are {100 * slack(count):.2f} points. An entry is "
+        "`accepted / rejected`, in percent of the evaluations; the rest were inconclusive. `plan` is the power that "
+        "`fp8pipe plan-eval` reports.\n\n"
         "![How often each rule passes a true drop](gate-simulation.png)\n"
     ]
     for name, title in DESIGNS.items():
@@ -242,7 +243,7 @@ def report(
     for kind, title in titles.items():
         parts += [
             f"## {title}\n",
-            f"{boot_count:,} evaluations a cell, {RESAMPLES} resamples each.\n",
+            f"{boot_count:,} evaluations per cell, {RESAMPLES} resamples each.\n",
             grid(boot[kind]),
         ]
         parts += judgement(boot[kind], boot_count)
@@ -250,15 +251,15 @@ def report(
 
 
 OTHERS_TEXT = (
-    "Percent of evaluations that each rule passes, on the same draws from a baseline of 75 % accuracy. A rule on two "
-    "point estimates has no error rate of its own: what it passes depends on n and on luck. At 75 %, a recovery of "
-    "0.945 (which rounds to 0.95) is a drop of 4.1 points, and 92 % of the baseline one of 6.\n"
+    "Percent of evaluations that each rule passes, on the same draws from a baseline of 75 % accuracy. A rule that "
+    "compares two point estimates controls no error rate: what it passes depends on n and on luck. At 75 %, a recovery "
+    "of 0.945 (which rounds to 0.95) is a drop of 4.1 points, and 92 % of the baseline is a drop of 6.\n"
 )
 SMALL_TEXT = (
-    "Computed, not drawn: every table with its probability, at a true drop of the margin. False rejection stays below "
-    "alpha because the tail is counted. False acceptance exceeds it in one corner: where every difference is a loss "
-    "(differing = margin) and n is close to 133, the smallest n at which no difference at all is accepted; then a "
-    "single chance event, no loss in n samples, decides, and it is as likely as 0.98^n.\n"
+    "Computed from the probability of every table, not drawn, at a true drop of the margin. False rejections stay "
+    "below alpha because the tail is counted. False acceptances exceed it in one corner: where every difference is a "
+    "loss (differing = margin) and n is close to 133, the smallest n at which a model without any difference is "
+    "accepted. There a single event, no loss in n samples, decides, and its probability is 0.98^n.\n"
 )
 
 
@@ -268,7 +269,7 @@ def slack(count: int) -> float:
 
 
 def judgement(cells: list[Cell], count: int) -> list[str]:
-    """What was claimed, and every cell that does not keep it."""
+    """The largest error rates, every cell above the limit, and how well the plan predicts the power."""
     limit = ALPHA + slack(count)
     broken = [
         f"n={cell.n}, {cell.discordance:.0%} discordance, drop {100 * cell.drop:g}: {what} in {100 * rate:.2f} %"
@@ -290,7 +291,7 @@ def judgement(cells: list[Cell], count: int) -> list[str]:
     planned = [cell for cell in cells if not math.isnan(cell.planned) and cell.drop == 0]
     if planned:
         off = max(abs(cell.accepted - cell.planned) for cell in planned)
-        lines.append(f"- power is what `plan-eval` says within {100 * off:.2f} points")
+        lines.append(f"- the power is within {100 * off:.2f} points of what `plan-eval` reports")
     return ["\n".join(lines) + "\n"]
 
 
@@ -309,7 +310,7 @@ def grid(cells: list[Cell]) -> str:
 
 
 def small_grid() -> str:
-    """Exact error rates at the margin, where n is small and where every difference is a loss."""
+    """Exact error rates at the margin for small n, down to where every difference is a loss."""
     differing = (MARGIN, *DISCORDANCES)
     rows = []
     for n in (100, 133, 150, 200):
@@ -338,7 +339,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def plot(
     cells: list[Cell], compared: dict[tuple[int, float], list[tuple[str, dict[float, float]]]], stem: Path
 ) -> None:
-    """Chance to pass against the true drop at 6 % discordance, one panel per n: the gate, its plan, the others."""
+    """Plot how often each rule passes a true drop at 6 % discordance, one panel per n: gate, plan, other rules."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

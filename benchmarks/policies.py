@@ -1,6 +1,6 @@
-"""What the shipped policies ask of the shipped suites, as tables: `python -m benchmarks.policies` writes them on docs/.
+"""What the shipped policies require of the shipped suites: `python -m benchmarks.policies` writes the tables in docs/.
 
-Planned, not measured: `fp8pipe plan-eval` says the same of one policy.
+The figures are planned, not measured; `fp8pipe plan-eval` reports the same for one policy.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from pathlib import Path
 from benchmarks.page import put, table
 from fp8pipe import stages
 from fp8pipe.config import load_policy, load_suite, shipped
-from fp8pipe.gate.power import EvalPlan
+from fp8pipe.gate.evaluation_plan import EvalPlan
 
 DOCS = Path(__file__).parent.parent / "docs"
 GATE, EVALUATION = "Shipped policies", "Documents of the shipped suites"
 
 POLICIES_TEXT = """\
-Each is planned on the suite of its name, one look and one attempt at alpha 0.05. Power is the chance that an undamaged
-model is accepted; behind a policy's name stands that of all its metrics together, which must reach 80 %. What a row
-assumes stands in the policy as `discordance`, `spread` or `design_effect`. A model's first evaluations show whether it
-was right, and a baseline scored twice (`repeat`) how much of it is the engine's own noise."""
+Each policy is planned on the suite of the same name, with one look and one attempt at alpha 0.05. Power is the
+probability that an undamaged model is accepted. The figure after a policy's name is that of all its metrics together,
+which must reach 80 %. What a row assumes is set in the policy as `discordance`, `spread` or `design_effect`. The first
+evaluations of a model show whether the assumption holds, and a baseline scored twice (`repeat`) shows how much of it is
+the engine's own noise."""
 
 DOCUMENTS_TEXT = """\
-A suite names how many documents its tasks have, so that a plan needs no data. Data that hold another number, or come in
-another number of sub-tasks, are refused before an engine starts, and the gate's rule `completeness` wants exactly as
-many samples. WikiText's are pages; `needle`, `hops` and `arrows` are as many as the suite asks for."""
+A suite states how many documents its tasks have, so that planning needs no data. A dataset with another number of
+documents or sub-tasks is refused before an engine starts, and the gate's rule `completeness` requires exactly as many
+samples. WikiText's documents are pages; `needle`, `hops` and `arrows` generate as many as the suite requests."""
 
 
 @functools.cache

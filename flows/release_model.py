@@ -66,7 +66,7 @@ def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, ear
 
     decision = _decide(job, snapshot, folder, workspace, earlier)
     release = None
-    if stages.may_publish(folder.checkpoint, decision):
+    if stages.may_publish(folder.checkpoint):
         release = tasks.publish(folder.checkpoint, spec.repo_id, spec.collection)
     elif stages.is_question(decision, job.policy):
         tasks.ask(job, folder.checkpoint, decision)

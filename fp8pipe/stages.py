@@ -32,7 +32,7 @@ from fp8pipe.release.workspace import Workspace
 
 if TYPE_CHECKING:
     from fp8pipe.convert import Conversion, Method
-    from fp8pipe.gate.power import EvalPlan
+    from fp8pipe.gate.evaluation_plan import EvalPlan
     from fp8pipe.quantize.plan import Plan
     from fp8pipe.records.calibration import Calibration
     from fp8pipe.validate.findings import Depth
@@ -239,7 +239,7 @@ def convert(
 def plan_evaluation(policy: GatePolicy, suite: EvalSuite, folder: Path, *, attempts: int = 1) -> EvalPlan:
     """What the suite's samples can settle, before any of them is scored; `folder` keeps the count of documents."""
     from fp8pipe.evaluate.documents import count_documents
-    from fp8pipe.gate.power import plan_evaluation
+    from fp8pipe.gate.evaluation_plan import plan_evaluation
 
     gated = suite.model_copy(update={"tasks": {name: suite.tasks[name] for name in policy.gated_tasks}})
     found = count_documents(gated, folder)
@@ -437,18 +437,19 @@ def _write_evidence(
     decision.save(record_path(folder, "gate"))
 
 
-def may_publish(folder: Path, decision: GateDecision) -> bool:
-    """Accepted, or approved by a person where the policy lets people decide. `publish` itself checks everything."""
-    from fp8pipe.gate.approval import objection
+def may_publish(folder: Path) -> bool:
+    """Whether the folder may be published; Refused if the verdict allows it and something else forbids it."""
+    from fp8pipe.gate import publishable
 
-    return decision.verdict == "accepted" or (
-        decision.verdict == "inconclusive" and objection(folder, decision) is None
-    )
+    return publishable.may_publish(folder)
 
 
 def is_question(decision: GateDecision, policy: GatePolicy) -> bool:
     """Whether a person is to be asked: inconclusive, nothing left unchecked, and a policy that lets people decide."""
-    return decision.verdict == "inconclusive" and not decision.unchecked and policy.on_inconclusive == "ask"
+    from fp8pipe.gate.publishable import policy_objection
+
+    open_question = decision.verdict == "inconclusive" and not decision.unchecked
+    return open_question and policy_objection(decision, policy) is None
 
 
 def approve(folder: Path, *, who: str, reason: str) -> Approval:
@@ -460,10 +461,10 @@ def approve(folder: Path, *, who: str, reason: str) -> Approval:
 
 def publish(folder: Path, *, repo_id: str, collection: str | None, progress: Progress = quiet) -> Release:
     """Card, upload, verification, tag and collection item for an accepted checkpoint; idempotent."""
+    from fp8pipe.gate.publishable import require_publishable
     from fp8pipe.release.card import card_for_folder, collection_note
-    from fp8pipe.release.publish import load_evidence, publish
+    from fp8pipe.release.publish import publish
 
-    proof = load_evidence(folder)
-    card = card_for_folder(folder, repo_id=repo_id)
-    note = collection_note(proof.decision)
+    decision = require_publishable(folder).decision
+    card, note = card_for_folder(folder, repo_id=repo_id), collection_note(decision)
     return publish(folder, repo_id=repo_id, card=card, collection=collection, note=note, progress=progress)

@@ -18,7 +18,7 @@ from prefect.settings import PREFECT_UI_URL
 
 from fp8pipe import stages
 from fp8pipe.config import ResolvedRelease
-from fp8pipe.gate.power import EvalPlan
+from fp8pipe.gate.evaluation_plan import EvalPlan
 from fp8pipe.records import Approval, EvalReport, GateDecision, Outcome, record_path
 from fp8pipe.release.outcome import earlier_attempts
 from fp8pipe.release.workspace import Workspace

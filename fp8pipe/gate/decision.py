@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
-from fp8pipe.config import EvalSuite, GatePolicy, PerplexityPolicy, Recipe, TaskPolicy
-from fp8pipe.gate.evidence import Evidence, comparable, mean_of
-from fp8pipe.gate.vetoes import apply_rules
+from fp8pipe.config import EvalSuite, GatePolicy, Recipe
+from fp8pipe.gate.comparison import LikelihoodComparison, ScoreComparison, compare
+from fp8pipe.gate.rules import apply_rules
+from fp8pipe.gate.rules.pair import Pair
 from fp8pipe.records import (
     Checkpoint,
     EarlierAttempt,
     EvalReport,
     GateDecision,
-    MetricSamples,
     TaskDecision,
     Verdict,
     metric_label,
 )
-
-if TYPE_CHECKING:
-    from fp8pipe.gate.statistics import PairedTest
 
 
 def decide(
@@ -37,27 +32,26 @@ def decide(
     look: int = 1,
     earlier: Sequence[EarlierAttempt] = (),
 ) -> GateDecision:
-    """Whether `candidate` is non-inferior to `baseline` under `policy`.
+    """Decide whether `candidate` is non-inferior to `baseline` under `policy`.
 
-    `checkpoint`, `suite` and `recipe` are evidence for some of the rules; without them those rules are `unchecked`.
-    `attempt` of `attempts` counts the recipes of a fallback ladder, `look` the looks of the policy, both from 1; alpha
-    is divided evenly over all of them (Bonferroni), so that the chance of accepting a drop of the margin stays below
-    alpha over the whole ladder; `earlier` are the recipes that the gate rejected before. A verdict with `unchecked`
-    rules is a verdict on the numbers alone.
+    Some rules need `checkpoint`, `suite` or `recipe`, and are `unchecked` without them. A verdict with unchecked rules
+    rests on the numbers alone. `attempt` of `attempts` counts the recipes of a fallback ladder and `look` the looks of
+    the policy, both from 1. alpha is divided evenly over all of them (Bonferroni), so that the whole ladder accepts a
+    drop of the margin with a probability below alpha. `earlier` are the recipes that the gate has already rejected.
     """
     assert 1 <= attempt <= attempts <= policy.max_attempts, f"attempt {attempt} of {attempts}"
     assert 1 <= look <= len(policy.looks), f"look {look} of {len(policy.looks)}"
     alpha = policy.alpha / (len(policy.looks) * attempts)
-    rules = apply_rules(Evidence(baseline, candidate, policy, checkpoint, suite, recipe, look))
-    vetoed = tuple(rule.rule for rule in rules if rule.outcome == "vetoed")
+    rulings = apply_rules(Pair(baseline, candidate, policy, checkpoint, suite, recipe, look))
+    vetoes = [ruling for ruling in rulings if ruling.outcome == "vetoed"]
     tasks = _compare_tasks(baseline, candidate, policy, alpha)
-    verdict = _verdict(vetoed, tasks, len(policy.gated))
-    vetoes = [f"{rule.rule}: {rule.reason}" for rule in rules if rule.outcome == "vetoed"]
+    verdict = _verdict(bool(vetoes), tasks, len(policy.gated))
+    vetoed_because = ". ".join(f"{ruling.rule}: {ruling.reason}" for ruling in vetoes)
     return GateDecision(
         verdict=verdict,
-        vetoed=vetoed,
-        unchecked=tuple(rule.rule for rule in rules if rule.outcome == "unchecked"),
-        rules=rules,
+        vetoed=tuple(ruling.rule for ruling in vetoes),
+        unchecked=tuple(ruling.rule for ruling in rulings if ruling.outcome == "unchecked"),
+        rules=rulings,
         tasks=tasks,
         policy=policy.name,
         policy_digest=policy.digest(),
@@ -74,21 +68,21 @@ def decide(
         baseline_report=_digest(baseline),
         candidate_report=_digest(candidate),
         device_class=candidate.engine.device_class,
-        reason=f"vetoed: {'. '.join(vetoes)}" if vetoes else _summary(verdict, tasks),
+        reason=f"vetoed: {vetoed_because}" if vetoes else _summary(verdict, tasks),
     )
 
 
 def _digest(report: EvalReport) -> str:
     try:
         return report.digest()
-    except ValueError:  # a NaN has no JSON; the rule `metrics` vetoes such a report
+    except ValueError:  # JSON has no NaN; the rule `metrics` vetoes such a report
         return "not finite"
 
 
-def _verdict(vetoed: Sequence[str], tasks: Sequence[TaskDecision], expected: int) -> Verdict:
+def _verdict(vetoed: bool, tasks: Sequence[TaskDecision], expected: int) -> Verdict:
     if vetoed or any(task.verdict == "rejected" for task in tasks):
         return "rejected"
-    assert len(tasks) == expected, "the rule `metrics` vetoes a task that cannot be compared"
+    assert len(tasks) == expected, "the rule `metrics` vetoes a metric that cannot be compared"
     return "accepted" if all(task.verdict == "accepted" for task in tasks) else "inconclusive"
 
 
@@ -103,153 +97,69 @@ def _summary(verdict: Verdict, tasks: Sequence[TaskDecision]) -> str:
     return f"{start}. {listed}"
 
 
-# ---------------------------------------------------------------------------------------------- tasks
-
-
 def _compare_tasks(
     baseline: EvalReport, candidate: EvalReport, policy: GatePolicy, alpha: float
 ) -> tuple[TaskDecision, ...]:
-    """One decision for every metric that can be paired; the rest is the rule `metrics`' to veto."""
+    """One decision per metric that can be paired. The rule `metrics` vetoes the others."""
     from fp8pipe.gate.statistics import holm_levels
 
-    pairs = [pair for name, wanted in policy.gated if (pair := _paired(name, baseline, candidate, wanted))]
-    tests = [pair.test() for pair in pairs]
-    # Holm's family is every metric of the policy, also those that could not be compared.
-    p_reject = [test.p_reject for test in tests] + [1.0] * (len(policy.gated) - len(pairs))
-    levels = holm_levels(p_reject, alpha)
-    decided = zip(pairs, tests, levels, strict=False)  # more levels than pairs, where some could not be compared
-    return tuple(_decide_task(pair, test, alpha, level) for pair, test, level in decided)
+    found = (compare(name, baseline, candidate, wanted) for name, wanted in policy.gated)
+    comparisons = [comparison for comparison in found if comparison is not None]
+    # Holm's family is every metric of the policy, including those that could not be compared.
+    missing = len(policy.gated) - len(comparisons)
+    levels = holm_levels([comparison.test.p_reject for comparison in comparisons] + [1.0] * missing, alpha)
+    return tuple(_decide_task(one, alpha, level) for one, level in zip(comparisons, levels, strict=False))
 
 
-def _paired(
-    name: str, baseline: EvalReport, candidate: EvalReport, policy: TaskPolicy | PerplexityPolicy
-) -> _Scores | _Likelihoods | None:
-    """One metric of one task on both sides; None where there is nothing to pair sample by sample."""
-    one, other = baseline.task(name), candidate.task(name)
-    if one is None or other is None or one.doc_ids != other.doc_ids:
-        return None
-    ours, theirs = (task.samples_of(policy.metric, policy.filter) for task in (one, other))
-    if ours is None or theirs is None or not comparable(ours, theirs) or ours.weights != theirs.weights:
-        return None
-    if isinstance(policy, PerplexityPolicy):
-        return _Likelihoods(name, policy, ours, theirs)
-    return _Scores(name, policy, ours, theirs, one.clusters if len(one.clusters) == len(ours.values) else ())
-
-
-class _Scores:
-    """Scores whose mean counts: accuracies and graded metrics."""
-
-    def __init__(
-        self, name: str, policy: TaskPolicy, ours: MetricSamples, theirs: MetricSamples, clusters: tuple[str, ...]
-    ) -> None:
-        import numpy as np
-
-        from fp8pipe.gate.statistics import is_binary, value_range
-
-        self.name, self.policy, self.clusters = name, policy, clusters
-        one, other = np.asarray(ours.values), np.asarray(theirs.values)
-        self.n, self.units = len(one), len(set(clusters)) if clusters else None
-        self.baseline, self.candidate = float(one.mean()), float(other.mean())
-        # Where lower is better the two are turned over, so that a drop is always a loss. 0/1 values stay 0/1.
-        self.better, self.worse = (one, other) if ours.higher_is_better else (other, one)
-        self.binary = is_binary(one) and is_binary(other)
-        self.in_points = value_range(one, other) == 1.0
-
-    def test(self) -> PairedTest:
-        from fp8pipe.gate.statistics import paired_test
-
-        return paired_test(self.better, self.worse, self.clusters, self.policy.margin)
-
-    def shown(self, drop: float) -> str:
-        return f"{100 * drop:.2f}" if self.in_points else f"{drop:.4g}"
-
-    @property
-    def unit(self) -> str:
-        return " points" if self.in_points else ""
-
-    def reported(self) -> dict[str, Any]:
-        """What stands beside the test and decides nothing."""
-        from fp8pipe.gate.statistics import mcnemar_p
-
-        beside: dict[str, Any] = {"recovery": self.candidate / self.baseline if self.baseline else None}
-        if self.binary:
-            losses = self.better - self.worse
-            lost, won = int((losses > 0).sum()), int((losses < 0).sum())
-            beside |= {"discordant_lost": lost, "discordant_won": won, "mcnemar_p": mcnemar_p(lost, won)}
-        return beside
-
-
-class _Likelihoods:
-    """Log-likelihoods of documents; the drop is the growth of perplexity, in nats per unit."""
-
-    def __init__(self, name: str, policy: PerplexityPolicy, ours: MetricSamples, theirs: MetricSamples) -> None:
-        import numpy as np
-
-        self.name, self.policy, self.unit = name, policy, " %"
-        self.n = self.units = len(ours.values)
-        self.weights = np.asarray(ours.weights or (1.0,) * self.n)
-        self.ours, self.theirs = np.asarray(ours.values), np.asarray(theirs.values)
-        self.baseline, self.candidate = mean_of(ours), mean_of(theirs)
-
-    def test(self) -> PairedTest:
-        from fp8pipe.gate.statistics import likelihood_test
-
-        return likelihood_test(self.ours, self.theirs, self.weights, self.policy.margin)
-
-    def shown(self, drop: float) -> str:
-        return f"{100 * math.expm1(min(drop, 100.0)):.2f}"
-
-    def reported(self) -> dict[str, Any]:
-        """Recovery of a perplexity has no meaning."""
-        return {}
-
-
-def _decide_task(pair: _Scores | _Likelihoods, test: PairedTest, alpha: float, reject_alpha: float) -> TaskDecision:
+def _decide_task(comparison: ScoreComparison | LikelihoodComparison, alpha: float, reject_alpha: float) -> TaskDecision:
     from fp8pipe.gate.statistics import MIN_CLUSTERS
 
-    too_few = pair.units is not None and pair.units < MIN_CLUSTERS
+    test, wanted = comparison.test, comparison.policy
+    too_few = comparison.clusters is not None and comparison.clusters < MIN_CLUSTERS
     verdict: Verdict = "inconclusive"
     if not too_few and test.p_accept < alpha:
         verdict = "accepted"
     elif not too_few and test.p_reject < reject_alpha:
         verdict = "rejected"
-    upper, lower = test.upper(alpha), test.lower(reject_alpha)
-    bounds = _reason(verdict, pair, test.drop, lower, upper, alpha, reject_alpha)
-    warning = f"{pair.units} clusters, at least {MIN_CLUSTERS} are needed; " if too_few else ""
+    lower, upper = test.lower(reject_alpha), test.upper(alpha)
+    warning = f"{comparison.clusters} clusters, at least {MIN_CLUSTERS} are needed; " if too_few else ""
+    bounds = _reason(verdict, comparison, lower, upper, alpha, reject_alpha)
     return TaskDecision(
-        task=pair.name,
-        metric=pair.policy.metric,
-        filter=pair.policy.filter,
+        task=comparison.name,
+        metric=wanted.metric,
+        filter=wanted.filter,
         verdict=verdict,
-        reason=f"{warning}{bounds}, n={pair.n}",
-        n=pair.n,
-        baseline=pair.baseline,
-        candidate=pair.candidate,
+        reason=f"{warning}{bounds}, n={comparison.n}",
+        n=comparison.n,
+        baseline=comparison.baseline,
+        candidate=comparison.candidate,
         drop=test.drop,
         drop_lower=lower,
         drop_upper=upper,
-        margin=pair.policy.margin,
+        margin=wanted.margin,
         method=test.method,
         p_accept=test.p_accept,
         p_reject=test.p_reject,
-        **pair.reported(),
+        discordant_lost=comparison.lost,
+        discordant_won=comparison.won,
+        mcnemar_p=comparison.mcnemar_p,
+        recovery=comparison.recovery,
     )
 
 
 def _reason(
     verdict: Verdict,
-    pair: _Scores | _Likelihoods,
-    drop: float,
+    comparison: ScoreComparison | LikelihoodComparison,
     lower: float,
     upper: float,
     alpha: float,
     reject_alpha: float,
 ) -> str:
-    """`drop 0.4 points, upper bound 1.1 < margin 2.0 points at alpha 0.05`."""
-    unit = pair.unit
-    d, lo, up, m = (pair.shown(value) for value in (drop, lower, upper, pair.policy.margin))
+    """`drop 0.40 points, upper bound 1.06 < margin 2.00 points at alpha 0.05`."""
+    unit, numbers = comparison.unit, (comparison.test.drop, lower, upper, comparison.policy.margin)
+    drop, low, high, margin = (comparison.shown(value) for value in numbers)
     if verdict == "accepted":
-        return f"drop {d}{unit}, upper bound {up} < margin {m}{unit} at alpha {alpha:.3g}"
+        return f"drop {drop}{unit}, upper bound {high} < margin {margin}{unit} at alpha {alpha:.3g}"
     if verdict == "rejected":
-        return f"drop {d}{unit}, lower bound {lo} > margin {m}{unit} at alpha {reject_alpha:.3g}"
-    return f"drop {d}{unit}, bounds {lo} to {up} around margin {m}{unit} at alpha {alpha:.3g}"
+        return f"drop {drop}{unit}, lower bound {low} > margin {margin}{unit} at alpha {reject_alpha:.3g}"
+    return f"drop {drop}{unit}, bounds {low} to {high} around margin {margin}{unit} at alpha {alpha:.3g}"

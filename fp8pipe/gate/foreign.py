@@ -1,11 +1,11 @@
-"""Other people's runs: a folder that lm-eval wrote with `--log_samples --output_path` in, an EvalReport out.
+"""Reports on other people's runs: from a folder that lm-eval wrote with `--log_samples --output_path`.
 
     FOLDER/<model>/results_<time>.json           means, versions, shots, settings
                   /samples_<task>_<time>.jsonl   one line per document and filter
 
-Samples are read as they are: repeated documents, NaN and missing values are the gate's to veto. What lm-eval does not
-write (kernels, device, tokenizer, truncations, ...) stays empty, and the rules that need it are `unchecked`. A folder
-of fp8pipe's own is read from its report.json.
+Samples are not repaired: the gate vetoes repeated documents, NaN and missing values. What lm-eval does not write
+(kernels, device, tokenizer, truncations, ...) stays empty, and the rules that need it are `unchecked`. If the folder
+holds a report.json, it is fp8pipe's own, and the report is read from that.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fp8pipe.errors import InputError
-from fp8pipe.records import EngineFacts, EvalReport, MetricSamples, TaskResult
+from fp8pipe.records import EngineFacts, EvalReport, MetricSamples, TaskResult, mean_of_samples
 
 Row = dict[str, Any]  # Any: one line of a samples file
 Results = dict[str, Any]  # Any: lm-eval's results file
 Role = Literal["baseline", "candidate"]
 
 _NO_ANSWER = "[invalid]"
-"""What lm-eval's extracting filters say when they find no answer, unless the task says otherwise."""
+"""What lm-eval's extracting filters return when they find no answer, unless the task sets another text."""
 
 
 def read_report(folder: Path, *, role: Role) -> EvalReport:
-    """The report in `folder`, ours or lm-eval's; InputError when there is none, or its files do not belong together.
+    """Read the report in `folder`, fp8pipe's or lm-eval's; of several runs in one folder, the last.
 
-    Of several runs in one folder the last counts.
+    Raises InputError if there is none, or if its files do not belong together.
     """
     if (folder / "report.json").is_file():
         return EvalReport.load(folder / "report.json")
@@ -66,16 +66,18 @@ def _last_results(folder: Path) -> Path:
     found = sorted(folder.rglob("results_*.json"), key=lambda path: path.name)
     if not found:
         raise InputError(
-            f"{folder}: neither report.json nor results_*.json; give a folder that `fp8pipe evaluate` wrote, or "
-            "lm-eval with --log_samples --output_path"
+            f"{folder}: expected report.json or results_*.json, found neither; give a folder written by "
+            "`fp8pipe evaluate`, or by lm-eval with --log_samples --output_path"
         )
     models = sorted({path.parent.name for path in found})
     if len(models) > 1:
-        raise InputError(f"{folder}: holds results of {', '.join(models)}; give the folder of one model")
+        raise InputError(
+            f"{folder}: holds the results of several models, {', '.join(models)}; give the folder of one of them"
+        )
     return found[-1]
 
 
-def _json(path: Path) -> Any:  # Any: whatever the file holds
+def _json(path: Path) -> Any:  # Any: the file's content
     try:
         return json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -83,7 +85,7 @@ def _json(path: Path) -> Any:  # Any: whatever the file holds
 
 
 def _model_arguments(results: Results) -> dict[str, Any]:  # Any: values of the engine's arguments
-    """lm-eval keeps `--model_args` as it got them: a mapping, or `name=value,...`."""
+    """lm-eval's `--model_args`, which it stores as given: a mapping, or `name=value,...`."""
     given = results.get("config", {}).get("model_args") or {}
     if isinstance(given, dict):
         return given
@@ -93,7 +95,7 @@ def _model_arguments(results: Results) -> dict[str, Any]:  # Any: values of the 
 
 
 def _engine(results: Results) -> EngineFacts:
-    """What was asked of the engine; what it made of it is not written."""
+    """What the engine was asked for; lm-eval does not record what it did."""
     given = _model_arguments(results)
     quantization = given.get("quantization")
     return EngineFacts(
@@ -114,7 +116,7 @@ def _engine(results: Results) -> EngineFacts:
 
 
 def _tasks(results: Results, folder: Path, stamp: str) -> Iterator[TaskResult]:
-    """Every task with samples, and every group as one task whose clusters are its parts."""
+    """Every task with samples, and every group as one task in which each member is a cluster."""
     leaves = {name: _leaf(name, results, folder / f"samples_{name}_{stamp}.jsonl") for name in results["n-samples"]}
     yield from leaves.values()
     for group, parts in results.get("group_subtasks", {}).items():
@@ -124,7 +126,7 @@ def _tasks(results: Results, folder: Path, stamp: str) -> Iterator[TaskResult]:
 
 
 def _flat(name: str, results: Results) -> Iterator[str]:
-    """The leaf tasks of a group of groups."""
+    """The tasks of a group, which may contain groups."""
     parts = results.get("group_subtasks", {}).get(name) or ()
     if not parts:
         yield name
@@ -134,7 +136,7 @@ def _flat(name: str, results: Results) -> Iterator[str]:
 
 def _leaf(name: str, results: Results, path: Path) -> TaskResult:
     if not path.is_file():
-        raise InputError(f"{path}: no samples of {name}; run lm-eval with --log_samples")
+        raise InputError(f"{path}: the samples of {name} are missing; run lm-eval with --log_samples")
     rows = _rows(path)
     by_filter: dict[str, list[Row]] = {}
     for row in rows:
@@ -158,21 +160,25 @@ def _leaf(name: str, results: Results, path: Path) -> TaskResult:
 
 
 def _rows(path: Path) -> list[Row]:
-    try:  # lines end with \n alone: a text may hold other ends of line as they are
+    try:  # not splitlines(): texts may contain other line separators unescaped
         return [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
     except ValueError as error:
-        raise InputError(f"{path}: not JSON, line by line: {error}; the file is cut off or not lm-eval's") from error
+        raise InputError(
+            f"{path}: not one JSON object per line: {error}; the file is cut off or not lm-eval's"
+        ) from error
 
 
 def _check_complete(name: str, by_filter: dict[str, list[Row]], results: Results, path: Path) -> None:
-    """Every filter over the same documents, as many as lm-eval says that it scored."""
+    """InputError unless every filter has the same documents, as many as lm-eval says it scored."""
     documents = {key: [row["doc_id"] for row in some] for key, some in by_filter.items()}
     expected = results["n-samples"][name]["effective"]
     if not documents or any(len(set(ids)) != expected for ids in documents.values()):
         found = ", ".join(f"{len(set(ids))} under {key}" for key, ids in documents.items()) or "none"
-        raise InputError(f"{path}: {name} was scored on {expected} documents, the file holds {found}; it is not whole")
+        raise InputError(
+            f"{path}: {name} was scored on {expected} documents, but the file holds {found}; it is incomplete"
+        )
     if len({tuple(ids) for ids in documents.values()}) > 1:
-        raise InputError(f"{path}: the filters of {name} hold different documents; the file is not whole")
+        raise InputError(f"{path}: the filters of {name} cover different documents; the file is incomplete")
 
 
 def _hashes(rows: list[Row], key: str) -> tuple[str, ...]:
@@ -203,13 +209,13 @@ def _metric(name: str, cell: tuple[str, str], rows: list[Row], results: Results)
     )
 
 
-def _number(value: Any) -> float:  # Any: what a task scored
-    """NaN stands for what is no number, so that the gate vetoes it."""
+def _number(value: Any) -> float:  # Any: from lm-eval's file
+    """The value as a float; NaN, which the gate vetoes, if it is not a number."""
     return float(value) if isinstance(value, bool | int | float) else float("nan")
 
 
 def _unanswered(name: str, filter_name: str, rows: list[Row], results: Results) -> tuple[bool, ...]:
-    """Per sample whether the filter found nothing; empty where it does not extract."""
+    """Per sample, whether the filter found no answer; empty if it does not extract one."""
     filters = results.get("configs", {}).get(name, {}).get("filter_list") or ()
     steps = [step for one in filters if one.get("name") == filter_name for step in one.get("filter", ())]
     fallbacks = {str(step.get("fallback", _NO_ANSWER)) for step in steps if "regex" in str(step.get("function", ""))}
@@ -219,7 +225,7 @@ def _unanswered(name: str, filter_name: str, rows: list[Row], results: Results) 
 
 
 def _group(name: str, members: list[TaskResult], results: Results) -> TaskResult:
-    """A group as the suites of fp8pipe have it: documents count on from part to part, each part is a cluster."""
+    """A group as fp8pipe's suites represent it: one numbering of documents over all members, each member a cluster."""
     offsets, total = {}, 0
     for part in members:
         offsets[part.task] = total
@@ -246,9 +252,7 @@ def _all(members: list[TaskResult], field: str) -> tuple[str, ...]:
 
 
 def _group_metric(cell: tuple[str, str], members: list[TaskResult]) -> MetricSamples:
-    """Over documents, whatever weights a group's own figure gives its parts."""
-    from fp8pipe.gate.evidence import mean_of
-
+    """The mean over all documents. lm-eval may weight the members of a group differently."""
     found = [metric for part in members for metric in part.metrics if (metric.metric, metric.filter) == cell]
     joined = found[0].model_copy(
         update={
@@ -258,4 +262,4 @@ def _group_metric(cell: tuple[str, str], members: list[TaskResult]) -> MetricSam
             "stderr": None,
         }
     )
-    return joined.model_copy(update={"mean": mean_of(joined)})
+    return joined.model_copy(update={"mean": mean_of_samples(joined.metric, joined.values, joined.weights)})

@@ -1,7 +1,7 @@
 """Paired tests of one drop against one margin. Numbers in, numbers out.
 
 The drop is how much worse the candidate's mean is than the baseline's on the same n samples. Two one-sided hypotheses
-are tested against the margin m, and each test is inverted into a bound:
+about the margin m are tested, and each test is inverted into a bound:
 
     p_accept   H0: drop >= m     small: the drop is shown to be below the margin
     p_reject   H0: drop <= m     small: the drop is shown to be above the margin
@@ -20,18 +20,18 @@ from scipy import optimize, stats
 Array = NDArray[np.float64]
 
 MIN_CLUSTERS = 20
-"""Fewer clusters than this say too little about the variance between clusters for any verdict."""
+"""With fewer clusters, the variance between clusters is too uncertain for any verdict."""
 RESAMPLES = 9_999
-"""Bootstrap resamples: p values in steps of 1/10,000."""
+"""Bootstrap resamples; p values come in steps of 1/10,000."""
 SEED = 1234
-"""Seed of the bootstrap. Fixed, so that the same two reports always give the same decision."""
+"""Seed of the bootstrap, fixed so that the same two reports always give the same decision."""
 _CHUNK = 1_000_000
-"""Draws held in memory at once by the bootstrap."""
+"""Draws that the bootstrap holds in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairedTest:
-    """What one test says about one drop, and the bounds it inverts to at any level."""
+    """The result of one test of one drop, with its bounds at any level."""
 
     method: str
     drop: float
@@ -47,34 +47,34 @@ class PairedTest:
 
 
 def constrained_won(lost: ArrayLike, won: ArrayLike, n: int, drop: ArrayLike) -> Array:
-    """Maximum-likelihood probability of a won sample when P(lost) - P(won) is held at `drop`; broadcasts.
+    """Maximum-likelihood estimate of P(won) under the constraint P(lost) - P(won) = `drop`. Broadcasts.
 
-    The larger root of 2n q^2 + (-lost - won + (2n - lost + won) drop) q - won drop (1 - drop) = 0 (Tango 1998).
+    It is the larger root of 2n q^2 + (-lost - won + (2n - lost + won) drop) q - won drop (1 - drop) = 0 (Tango 1998).
     """
     lost, won, drop = (np.asarray(value, dtype=np.float64) for value in (lost, won, drop))
     b = -lost - won + (2 * n - lost + won) * drop
     c = -won * drop * (1 - drop)
     root = np.sqrt(np.maximum(b * b - 8 * n * c, 0.0))
-    # The textbook formula loses all digits where b > 0 and c is tiny; the product of the roots does not.
+    # Where b > 0 and c is tiny, the textbook formula loses all digits; the product of the roots keeps them.
     stable = np.divide(-2 * c, b + root, out=np.zeros_like(root), where=b > 0)
     return np.where(b <= 0, (root - b) / (4 * n), stable)
 
 
 def score_statistic(lost: ArrayLike, won: ArrayLike, n: int, drop: ArrayLike) -> Array:
-    """Tango's score statistic of H: P(lost) - P(won) = drop; standard normal under H, falls as `drop` grows.
+    """Tango's score statistic of H: P(lost) - P(won) = `drop`, standard normal under H. Broadcasts.
 
-    Broadcasts over its arguments.
+    It falls as `drop` grows.
     """
     lost, won, drop = (np.asarray(value, dtype=np.float64) for value in (lost, won, drop))
     variance = n * (2 * constrained_won(lost, won, n, drop) + drop * (1 - drop))
     distance = lost - won - n * drop
-    # No discordant pair and drop 0, or every pair lost and drop 1: no variance, the hypothesis fits exactly or not.
+    # Without variance (no discordant pair at drop 0, every pair lost at drop 1) H either fits exactly or is impossible.
     certain = np.where(distance == 0, 0.0, np.copysign(np.inf, distance))
     return np.divide(distance, np.sqrt(np.maximum(variance, 0)), out=certain, where=variance > 0)
 
 
 def score_bound(lost: int, won: int, n: int, z: float) -> float:
-    """The drop at which the score statistic is z: z < 0 gives an upper bound, z > 0 a lower one."""
+    """The drop at which the score statistic equals z: an upper bound for z < 0, a lower bound for z > 0."""
     observed = (lost - won) / n
     end = -1.0 if z > 0 else 1.0
     if z == 0 or observed == end:
@@ -85,18 +85,18 @@ def score_bound(lost: int, won: int, n: int, z: float) -> float:
 
 
 def rejection_p(lost: int, won: int, n: int, drop: float) -> float:
-    """p value of H0: the drop is at most `drop`: the score test's, and no less than what counting says.
+    """p value of H0: the true drop is at most `drop`. The larger of the score test's and the counted one.
 
-    Few losses are skewed, and the normal tail is then too short: 8.9 % instead of 5 % at n=150 and 3 % discordance. So
-    the tail is also counted: the chance, at the constrained maximum-likelihood rates, of a table whose score statistic
-    is at least the observed one (estimated p value; Lloyd, Biometrics 64, 2008, 716-723). The larger of the two holds.
+    With few losses the distribution is skewed and the normal tail too short: at n=150 and 3 % discordance it rejects
+    8.9 % instead of 5 %. The counted p value is the probability, at the constrained maximum-likelihood rates, of a
+    table whose score statistic is at least the observed one (estimated p value; Lloyd, Biometrics 64, 2008, 716-723).
     """
     observed = float(score_statistic(lost, won, n, drop))
     return max(float(stats.norm.sf(observed)), _counted_tail(lost, won, n, drop, observed))
 
 
 def _counted_tail(lost: int, won: int, n: int, drop: float, observed: float) -> float:
-    """P(score statistic >= observed) over all tables, with won and lost at their constrained rates."""
+    """P(score statistic >= observed) over all tables, at the constrained rates of won and lost samples."""
     rate = float(constrained_won(lost, won, n, drop))
     wons = np.arange(int(stats.binom.isf(1e-12, n, rate)) + 1)
     lost_rate = min(max((rate + drop) / (1 - rate), 0.0), 1.0) if rate < 1 else 0.0
@@ -105,7 +105,7 @@ def _counted_tail(lost: int, won: int, n: int, drop: float, observed: float) -> 
 
 
 def _fewest_lost(wons: NDArray[np.int64], n: int, drop: float, observed: float) -> NDArray[np.int64]:
-    """Per number of won samples the fewest lost ones that reach the statistic, which grows with them; by bisection."""
+    """For each number of won samples, the fewest lost ones at which the statistic reaches `observed`; by bisection."""
     low, high = np.full_like(wons, -1), n - wons + 1
     while (high - low > 1).any():
         middle = (low + high) // 2
@@ -115,9 +115,10 @@ def _fewest_lost(wons: NDArray[np.int64], n: int, drop: float, observed: float) 
 
 
 def rejection_bound(lost: int, won: int, n: int, margin: float, alpha: float) -> float:
-    """Lower bound of the drop: where `rejection_p` reaches alpha; above `margin` exactly where its p is below alpha.
+    """Lower bound of the drop: where `rejection_p` reaches alpha. It exceeds `margin` exactly if the p value there is
+    below alpha.
 
-    The counted tail has steps, so a root is looked for on the margin's own side.
+    The counted tail has steps and may cross alpha more than once, so the root is sought on the margin's side only.
     """
     observed = (lost - won) / n
     low, high = -1.0 + 1e-12, observed
@@ -134,9 +135,9 @@ def rejection_bound(lost: int, won: int, n: int, margin: float, alpha: float) ->
 def score_test(lost: int, won: int, n: int, margin: float) -> PairedTest:
     """Score test on paired proportions (Tango, Statistics in Medicine 17, 1998, 891-908).
 
-    `lost` samples are right in the baseline and wrong in the candidate, `won` the reverse, `n` all samples. Without a
-    discordant pair the statistic is -sqrt(n m / (1 - m)): accepted only if n >= z^2 (1 - m) / m. The side that rejects
-    is also counted, see `rejection_p`.
+    `lost` samples are right in the baseline and wrong in the candidate, `won` the reverse, and `n` counts all samples.
+    Without a discordant pair the statistic is -sqrt(n m / (1 - m)), so the drop is accepted only if
+    n >= z^2 (1 - m) / m. The rejecting side is also counted, see `rejection_p`.
     """
     return PairedTest(
         method="score-paired",
@@ -149,7 +150,7 @@ def score_test(lost: int, won: int, n: int, margin: float) -> PairedTest:
 
 
 def mcnemar_p(lost: int, won: int) -> float:
-    """One-sided exact McNemar: the chance of at least this many losses among the discordant pairs at odds 1:1."""
+    """One-sided exact McNemar p value: P(at least `lost` losses) if each discordant pair is lost or won at odds 1:1."""
     return float(stats.binom.sf(lost - 1, lost + won, 0.5))
 
 
@@ -159,16 +160,16 @@ def mcnemar_p(lost: int, won: int) -> float:
 def bootstrap_test(
     losses: Array, clusters: Sequence[str], margin: float, method: str, resamples: int = RESAMPLES
 ) -> PairedTest:
-    """Studentized paired bootstrap of the mean of `losses` [n], whole clusters drawn together.
+    """Studentized paired bootstrap of the mean of `losses` [n], which draws whole clusters.
 
-    Without clusters each sample is its own. A resample that happens to hold no variation counts as infinitely far out,
-    so that a mean resting on a handful of samples gets wide bounds by itself.
+    Without `clusters` each sample is a cluster. A resample without any variation counts as infinitely far from the
+    mean, so a mean that rests on a handful of samples gets wide bounds.
     """
     return ratio_bootstrap(*_per_cluster(losses, clusters), margin, method, resamples)
 
 
 def ratio_bootstrap(sums: Array, sizes: Array, margin: float, method: str, resamples: int = RESAMPLES) -> PairedTest:
-    """The same for losses given as one sum and one size per unit drawn: clusters, or documents and their words."""
+    """The same for sum(sums) / sum(sizes). One entry per drawn unit: a cluster, or a document and its words."""
     drop, error = _ratio_and_error(_moments(sums, sizes).sum(axis=0), len(sums))
     t = _resampled_t(sums, sizes, float(drop), resamples)
     observed = (float(drop) - margin) / float(error) if error > 0 else np.nan
@@ -190,7 +191,7 @@ def _per_cluster(losses: Array, clusters: Sequence[str]) -> tuple[Array, Array]:
 
 
 def _moments(sums: Array, sizes: Array) -> Array:
-    """[clusters, 5]: what adds up over clusters to a ratio and its cluster-robust error."""
+    """[clusters, 5]: terms whose sums over clusters give a ratio and its cluster-robust error."""
     return np.stack([sums, sizes, sums * sums, sums * sizes, sizes * sizes], axis=1)
 
 
@@ -199,7 +200,7 @@ def _ratio_and_error(totals: Array, count: int) -> tuple[Array, Array]:
     s, n, ss, sn, nn = np.moveaxis(totals, -1, 0)
     mean = s / n
     squares = ss - 2 * mean * sn + mean * mean * nn
-    # Rounding leaves about 1e-16 of ss where all clusters agree; that is no variation.
+    # If all clusters agree, rounding still leaves about 1e-16 of ss; that is not variation.
     squares = np.where(squares > 1e-12 * (ss + mean * mean * nn), squares, 0.0)
     return mean, np.sqrt(squares * (count / max(count - 1, 1))) / n
 
@@ -222,18 +223,18 @@ def _resampled_t(sums: Array, sizes: Array, drop: float, resamples: int) -> Arra
 
 
 def _drawn_sum(column: Array, drawn: NDArray[np.int32]) -> Array:
-    if column.min() == column.max():  # the sizes, where there are no clusters
+    if column.min() == column.max():  # constant, as sizes are without clusters
         return np.full(len(drawn), column[0] * drawn.shape[1])
     return column[drawn].sum(axis=1)
 
 
 def _share(hits: NDArray[np.bool_]) -> float:
-    """Bootstrap p value, the observed sample counted as one of the resamples."""
+    """Bootstrap p value, which counts the observed sample among the resamples."""
     return float((1 + np.count_nonzero(hits)) / (1 + len(hits)))
 
 
 def _low_quantile(t: Array, alpha: float) -> float:
-    """The t below which the p value is at most alpha: the floor(alpha (R + 1))-th smallest, -inf if there is none."""
+    """The floor(alpha (R + 1))-th smallest t, at which the p value is at most alpha; -inf if there is none."""
     rank = int(np.floor(alpha * (len(t) + 1) + 1e-9))
     return float(np.partition(t, rank - 1)[rank - 1]) if rank >= 1 else -np.inf
 
@@ -244,11 +245,11 @@ def _low_quantile(t: Array, alpha: float) -> float:
 def paired_test(
     baseline: Array, candidate: Array, clusters: Sequence[str], margin: float, resamples: int = RESAMPLES
 ) -> PairedTest:
-    """The test that fits the data: values [n] oriented so that higher is better.
+    """The test that fits the data. `baseline` and `candidate` [n] are oriented so that higher is better.
 
-    0/1 values: score test. Others: bootstrap; where no sample differs, the score test of zero discordant pairs on the
-    metric's own range. Clusters: the more cautious of that and of the cluster bootstrap, since clustering can only
-    take information away and few discordant pairs say little about it.
+    0/1 values get the score test. Others get the bootstrap or, if no sample differs, the score test of zero discordant
+    pairs scaled to the metric's range. With clusters, the more cautious of that and the cluster bootstrap counts:
+    clustering can only remove information, and few discordant pairs say little about how much.
     """
     losses = baseline - candidate
     width = value_range(baseline, candidate)
@@ -265,10 +266,10 @@ def paired_test(
 
 
 def likelihood_test(baseline: Array, candidate: Array, weights: Array, margin: float) -> PairedTest:
-    """Log-likelihoods per unit [n] of documents with so many units: by how many nats per unit they fall.
+    """Paired bootstrap over documents of the fall in log-likelihood, in nats per unit.
 
-    The paired bootstrap draws documents. Where not one differs, the score test of zero discordant pairs on the range of
-    the likelihoods that were seen.
+    `baseline` and `candidate` [n] are log-likelihoods per unit, `weights` [n] the units (words, bytes) of each
+    document. If no document differs, it is the score test of zero discordant pairs scaled to the observed range.
     """
     losses = (baseline - candidate) * weights
     if not losses.any():
@@ -282,7 +283,7 @@ def is_binary(values: Array) -> bool:
 
 
 def value_range(baseline: Array, candidate: Array) -> float:
-    """How far apart two values can lie: 1 for metrics within [0, 1], else what was observed."""
+    """How far apart two values can be: 1 for metrics within [0, 1], otherwise the observed range."""
     both = np.concatenate([baseline, candidate])
     return 1.0 if both.min() >= 0 and both.max() <= 1 else float(both.max() - both.min())
 
@@ -312,7 +313,7 @@ def _more_cautious(one: PairedTest, other: PairedTest) -> PairedTest:
 
 
 def _within(test: PairedTest, width: float) -> PairedTest:
-    """Bounds beyond the metric's range say nothing more than the range does."""
+    """Cut the bounds off at the metric's range."""
     return PairedTest(
         test.method,
         test.drop,
@@ -324,7 +325,10 @@ def _within(test: PairedTest, width: float) -> PairedTest:
 
 
 def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
-    """Per p value the level Holm's step-down tests it at; values after the first that fails share its level."""
+    """The level at which Holm's step-down procedure tests each p value.
+
+    Values after the first that fails share its level.
+    """
     levels, level, going = [0.0] * len(p_values), alpha, True
     for step, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         if going:
@@ -335,7 +339,7 @@ def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
 
 
 def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
-    """Two-sided interval of one side's mean, for display: Wilson for 0/1 values, normal otherwise."""
+    """Two-sided interval of one side's mean, for display: Wilson's for 0/1 values, otherwise normal."""
     if is_binary(values):
         interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(level, method="wilson")
         return float(interval.low), float(interval.high)

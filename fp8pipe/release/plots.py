@@ -1,12 +1,12 @@
-"""Pictures of records, as PNG for the card and SVG for everything else. The same records, the same bytes.
+"""Plots of records, as PNG for the card and SVG for everything else. The same records give the same bytes.
 
     accuracy      both sides per task, with 95 % intervals
     drop          each drop with its bounds, against its margin
-    flips         every sample whose result changed, where it lies in the order of the suite
+    flips         every sample whose result changed, by its place in the order of the suite
     sensitivity   what FP8 costs each Linear, layer by layer (of a calibration, not of a decision)
 
-Tasks share an axis, in percent or points; a metric that is no share is drawn in its own unit on the same axis, so its
-label carries the value.
+Tasks share an axis, in percent or points. A metric that is not a share is drawn in its own unit on the same axis, and
+its label gives the value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.records import EvalReport, GateDecision, TaskDecision, metric_label
-from fp8pipe.release.card import in_points, interval_of, number
+from fp8pipe.release.scores import in_points, interval_of, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 _INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
 _ON_WHITE = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none"}
-"""Behind labels, so that no grid line runs through a number."""
+"""A white box behind labels, so that no grid line runs through a number."""
 _BASELINE, _CANDIDATE = "#9aa5b1", "#2f6fde"
 _COLOURS = {"accepted": "#2d8a5f", "rejected": "#c8372d", "inconclusive": "#c27c0e"}
-_STYLE: Any = {  # Any: matplotlib's own settings, whose names its stubs list one by one
+_STYLE: Any = {  # Any: settings have many types, and matplotlib's stubs list their names
     "svg.hashsalt": "fp8pipe",
     "svg.fonttype": "path",
     "font.family": "DejaVu Sans",
@@ -55,7 +55,7 @@ _STYLE: Any = {  # Any: matplotlib's own settings, whose names its stubs list on
 
 
 def write_plots(decision: GateDecision, baseline: EvalReport, candidate: EvalReport, folder: Path) -> dict[str, Path]:
-    """Draw into `folder`; plot name -> its PNG, with the SVG of the same stem beside it. Nothing to draw, no plots."""
+    """Draw into `folder`: plot name -> its PNG, with the SVG beside it. Empty if no task was decided."""
     if not decision.tasks:
         return {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def _save(make: Callable[[], Figure], stem: Path) -> Path:
 
 
 def _canvas(tasks: int, title: str, *, row: float = 0.62) -> tuple[Figure, Axes]:
-    """A figure with one row per task, the first on top."""
+    """A figure with one row per task, the first at the top."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.7 + row * tasks))
@@ -206,7 +206,7 @@ def changed_samples(task: TaskDecision, baseline: EvalReport, candidate: EvalRep
     sides = [report.task(task.task) for report in (baseline, candidate)]
     metrics = [side.samples_of(task.metric, task.filter) for side in sides if side is not None]
     one, other = metrics
-    assert one is not None and other is not None, f"the gate compared {task.task}, so both sides have it"
+    assert one is not None and other is not None, f"the gate compared {task.task}, so both sides must have it"
     sign = 1 if one.higher_is_better else -1
     gains = [sign * (after - before) for before, after in zip(one.values, other.values, strict=True)]
     return [i for i, gain in enumerate(gains) if gain < 0], [i for i, gain in enumerate(gains) if gain > 0]
@@ -219,12 +219,12 @@ def _legend(figure: Figure, handles: list[Any], labels: list[str]) -> None:  # A
 # ---------------------------------------------------------------------------------------------- sensitivity
 
 _SERIES = ("#2f6fde", "#c8372d", "#2d8a5f", "#c27c0e", "#7a4fbf", "#17818c", "#b5508e", "#5d6b1e")
-"""Colours of kinds of Linears; with more kinds they come again with another marker."""
+"""Colours for kinds of Linears; with more kinds, they repeat with another marker."""
 _MARKERS = ("o", "s", "^", "D")
 
 
 def write_sensitivity_plot(calibration: Calibration, folder: Path) -> Path | None:
-    """Draw `folder`/sensitivity.png and .svg; the PNG, None when no Linear was measured."""
+    """Draw `folder`/sensitivity.png and .svg. The path of the PNG; None if no Linear was measured."""
     if not calibration.layers:
         return None
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,7 +248,7 @@ def _sensitivity(calibration: Calibration) -> Figure:
 
 
 def _decibels(axes: Axes, calibration: Calibration, field: str) -> dict[str, Any]:  # Any: matplotlib's handles
-    """One mark per Linear in its layer, a line for whole layers; label -> handle."""
+    """Draw one mark per Linear at its layer, and a line for whole layers: label -> handle."""
     layers = list(calibration.layers)
     whole = [getattr(layer, field) for layer in calibration.layers.values()]
     known = [(x, db) for x, db in enumerate(whole) if db is not None]
@@ -259,7 +259,9 @@ def _decibels(axes: Axes, calibration: Calibration, field: str) -> dict[str, Any
         style = {"linestyle": "none", "marker": marker, "markersize": 4.5, "markeredgewidth": 0, "alpha": 0.85}
         (handles[kind],) = axes.plot(*zip(*points, strict=True), color=colour, **style)
     low, high = axes.get_ylim()
-    axes.set_ylim(min(low, (low + high) / 2 - 1.5), max(high, (low + high) / 2 + 1.5))  # tenths of a dB are no news
+    axes.set_ylim(
+        min(low, (low + high) / 2 - 1.5), max(high, (low + high) / 2 + 1.5)
+    )  # keep tenths of a dB from filling the axis
     axes.grid(axis="y")
     axes.set_xlim(-0.6, len(layers) - 0.4)
     axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[attr-defined]  # matplotlib's default locator
@@ -267,11 +269,11 @@ def _decibels(axes: Axes, calibration: Calibration, field: str) -> dict[str, Any
 
 
 def _by_kind(calibration: Calibration, field: str, layers: list[str]) -> dict[str, list[tuple[int, float]]]:
-    """Last name of a Linear (q_proj, w1, ...) -> (layer, dB) of all that bear it."""
+    """Last part of a Linear's name (q_proj, w1, ...) -> (layer, dB) of every Linear with it."""
     place = {layer: index for index, layer in enumerate(layers)}
     kinds: dict[str, list[tuple[int, float]]] = {}
     for name, one in calibration.sensitivity.items():
         db = getattr(one, field)
         if db is not None:
             kinds.setdefault(name.rpartition(".")[2], []).append((place[one.layer], db))
-    return dict(sorted(kinds.items()))  # a kind has the same colour in every model of an architecture
+    return dict(sorted(kinds.items()))  # sorted: a kind has one colour in all models of an architecture

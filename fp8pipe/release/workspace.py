@@ -1,11 +1,11 @@
-"""Where things lie in a work folder, so that a restart finds what is finished.
+"""The layout of a work folder. A restart finds finished work by its path.
 
-WORK/releases/<model>--<recipe>--<fingerprint>/checkpoint/    the publishable folder, its records inside
+WORK/releases/<model>--<recipe>--<fingerprint>/checkpoint/    the publishable folder with its records
                                               /evaluation/    the candidate's report, request and log
-                                              /release.json   what was published, or why not
+                                              /release.json   what was published, or why nothing was
 WORK/baselines/<key>/                                         one BF16 measurement, shared by all recipes
 WORK/suites/<key>/                                            how many documents a suite's tasks have
-WORK/calibrations/<key>/                                      ranges, shared by the recipes that need the same
+WORK/calibrations/<key>/                                      ranges, shared by recipes that need the same ones
 WORK/logs/                                                    full logs of runs started here
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class ReleaseFolder:
-    """One model with one recipe."""
+    """The folder of one model with one recipe."""
 
     path: Path
 
@@ -37,7 +37,7 @@ class ReleaseFolder:
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """A work folder."""
+    """A work folder, and the path of everything in it."""
 
     root: Path
 

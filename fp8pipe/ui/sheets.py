@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from fp8pipe.config import EvalSuite, GatePolicy
     from fp8pipe.convert import Conversion
-    from fp8pipe.gate.power import EvalPlan
+    from fp8pipe.gate.evaluation_plan import EvalPlan
     from fp8pipe.quantize.plan import Plan
     from fp8pipe.records.calibration import Calibration
     from fp8pipe.ui.doctor import Diagnosis

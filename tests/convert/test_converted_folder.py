@@ -18,12 +18,12 @@ from support.tiny_models import calibration_for, plan_of, recipe
 import fp8pipe
 from fp8pipe.convert import Conversion
 from fp8pipe.errors import Refused
+from fp8pipe.gate.publishable import require_publishable
 from fp8pipe.hub.headers import read_headers
 from fp8pipe.hub.source import resolve
 from fp8pipe.quantize import quantize
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Checkpoint
-from fp8pipe.release.publish import load_evidence
 
 
 def test_companions_are_copied_byte_for_byte_and_the_card_is_not(llama: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_the_result_has_no_evidence_of_the_source(gated: Path, tmp_path: Path) -
     theirs, ours = (Checkpoint.load(folder / "fp8pipe" / "checkpoint.json") for folder in (gated, tmp_path / "out"))
     assert done.source_fingerprint == theirs.fingerprint != ours.fingerprint == done.fingerprint
     with pytest.raises(Refused, match=r"validation\.json"):
-        load_evidence(tmp_path / "out")
+        require_publishable(tmp_path / "out")
 
 
 def test_the_records_of_the_result_describe_the_result(gated: Path, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_verdict_copied_from_the_source_is_refused(gated: Path, tmp_path: Path
     verdict = accepted(folder).model_copy(update={"candidate_fingerprint": fingerprint})
     verdict.save(folder / "fp8pipe" / "gate.json")
     with pytest.raises(Refused, match="the gate decided on checkpoint"):
-        load_evidence(folder)
+        require_publishable(folder)
 
 
 def test_an_altered_checkpoint_of_fp8pipe_has_no_lineage(gated: Path, tmp_path: Path) -> None:

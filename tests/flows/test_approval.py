@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from fp8pipe import stages
 from fp8pipe.cli import app
 from fp8pipe.errors import InputError, Refused
-from fp8pipe.gate.approval import approval_of
+from fp8pipe.gate.publishable import objections, read_approval
 from fp8pipe.hub.client import client
 from fp8pipe.model.identity import folder_identity
 from fp8pipe.records import GateDecision
@@ -46,19 +46,19 @@ def gated(folder: Path, rules: Any = ASKING, **counts: int) -> GateDecision:
 def test_an_approval_says_who_when_why_and_of_which_decision(tmp_path: Path) -> None:
     decision = gated(tmp_path, lost=70, won=35)
     assert decision.verdict == "inconclusive"
-    assert not stages.may_publish(tmp_path, decision)
+    assert not stages.may_publish(tmp_path)
     made = stages.approve(tmp_path, who="R. Lee", reason="known noise of this task")
     assert (made.who, made.reason, made.decision) == ("R. Lee", "known noise of this task", decision.digest())
     assert made.when.endswith("+00:00")
-    assert stages.may_publish(tmp_path, decision)
+    assert stages.may_publish(tmp_path)
 
 
 def test_an_approval_of_another_decision_is_none(tmp_path: Path) -> None:
     gated(tmp_path, lost=70, won=35)
     stages.approve(tmp_path, who="R. Lee", reason="noise")
-    other = gated(tmp_path, lost=71, won=35)
-    assert approval_of(tmp_path, other) is None
-    assert not stages.may_publish(tmp_path, other)
+    gated(tmp_path, lost=71, won=35)
+    assert any("approval is of another decision" in line for line in objections(tmp_path))
+    assert not stages.may_publish(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_an_approval_of_another_decision_is_none(tmp_path: Path) -> None:
     [
         ({"lost": 20, "won": 20}, ASKING, "the gate accepted it"),
         ({"lost": 200, "won": 20}, ASKING, "the gate rejected it"),
-        ({"lost": 70, "won": 35}, policy(), "stops where the gate is inconclusive"),
+        ({"lost": 70, "won": 35}, policy(), "stops at an inconclusive result"),
     ],
 )
 def test_only_an_inconclusive_result_of_an_asking_policy_can_be_approved(tmp_path, counts, rules, words) -> None:
@@ -173,13 +173,13 @@ def test_a_suspended_flow_waits_for_a_person_and_does_as_answered(
 
     def nothing_yet() -> None:
         assert not client().repo_exists(repo_id)
-        assert approval_of(folder, decision) is None
+        assert read_approval(folder) is None
 
     ended = asyncio.run(answered(deployed, parameters, answer, nothing_yet))
     assert ended.name == ("Released" if publish else "Declined")
     assert "R. Lee: noise of this task" in ended.message
     assert client().repo_exists(repo_id) is publish
-    approval = approval_of(folder, decision)
+    approval = read_approval(folder)
     assert (approval is not None and approval.who == "R. Lee") is publish
     if publish:
         names = client().list_repo_files(repo_id)

@@ -120,7 +120,7 @@ def test_each_rung_pays_in_alpha_and_the_card_tells_the_way_there() -> None:
     decision = decide(facts.baseline, facts.candidate, policy(max_attempts=2), attempt=2, attempts=2, earlier=earlier)
     assert decision.alpha_spent == pytest.approx(0.025)
     card = render_card(replace(facts, decision=decision))
-    assert "Before it, the gate rejected recipe fp8-static: qa: drop 3.10 points" in card
+    assert "the gate rejected recipe fp8-static: qa: drop 3.10 points" in card
     assert "attempt 2" in card
 
 

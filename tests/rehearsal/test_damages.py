@@ -14,8 +14,8 @@ from support import reference_checkpoints as reference
 from support.reports import checkpoint, flipped, metric, recipe, report, task, values
 
 from benchmarks.damages import (
+    COUNTS,
     DAMAGES,
-    EVIDENCE,
     ITSELF,
     LINEAR,
     PAGE,
@@ -23,8 +23,8 @@ from benchmarks.damages import (
     Cases,
     Counts,
     is_right,
-    lawful,
     page_text,
+    right_verdicts,
     spoilt,
 )
 from fp8pipe.config import load_policy
@@ -32,7 +32,7 @@ from fp8pipe.gate import decide
 from fp8pipe.records import GateDecision
 from fp8pipe.rehearsal.demo import model
 
-MEASURED = Cases.load(EVIDENCE)
+MEASURED = Cases.load(COUNTS)
 
 # ---------------------------------------------------------------------------------------------- the measured cases
 
@@ -95,7 +95,7 @@ def test_truth_forbids_only_what_it_contradicts(truth: Counts, verdicts: set[str
         told = {"verdict": verdict, "vetoed": (), "truth": truth}
         told["task"] = sample.task.model_copy(update={"verdict": verdict})
         case = sample.model_copy(update=told)
-        assert (verdict in lawful(case)) == is_right(case) == (verdict in verdicts)
+        assert (verdict in right_verdicts(case)) == is_right(case) == (verdict in verdicts)
 
 
 def test_a_verdict_for_another_reason_is_not_as_it_should_be() -> None:

@@ -132,7 +132,7 @@ def test_known_damage_is_judged_as_it_should_be(demo, tmp_path, damage):
         assert run([*map(str, command)]).returncode == 0
         verdict = run([str(FP8PIPE), "gate", str(baseline), str(measured), "--policy", "demo", "--json"])
     decision = GateDecision.model_validate_json(verdict.stdout)
-    known = next(case for case in damages.Cases.load(damages.EVIDENCE).cases if case.damage == damage.name)
+    known = next(case for case in damages.Cases.load(damages.COUNTS).cases if case.damage == damage.name)
     seen = {"verdict": decision.verdict, "vetoed": decision.vetoed, "task": decision.tasks[0]}
     assert damages.is_right(known.model_copy(update=seen)), verdict.stdout + verdict.stderr
 

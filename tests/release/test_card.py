@@ -1,17 +1,14 @@
-"""The card: what it must say, that nothing in a name or a foreign card can break it, and that it is always the same."""
+"""The card and the collection note: what they must say."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
-from markdown_it import MarkdownIt
-from support.cards import SOURCE_CARD_TEXT, calibration, facts_of, saved, validation
+from support.cards import calibration, commands, facts_of, plain, validation
 from support.reports import (
     FINGERPRINT,
     SOURCE_COMMIT,
@@ -29,32 +26,12 @@ from support.reports import (
 )
 
 from fp8pipe.config import TaskPolicy
-from fp8pipe.errors import InputError, Refused
-from fp8pipe.quantize.plan import SummaryRow
-from fp8pipe.records import (
-    Approval,
-    Finding,
-    FlipRate,
-    GateDecision,
-    ServingFigures,
-    Snapshot,
-)
-from fp8pipe.release.card import (
-    EVIDENCE,
-    MAX_NOTE,
-    PLOTS,
-    SOURCE_CARD,
-    CardFacts,
-    card_for_folder,
-    card_metadata,
-    code,
-    collection_note,
-    escape,
-    fence,
-    render_card,
-    summary_rows,
-)
-from fp8pipe.release.plots import changed_samples, write_plots
+from fp8pipe.hub.collections import MAX_NOTE
+from fp8pipe.records import Finding, FlipRate, ServingFigures, Snapshot
+from fp8pipe.release.card import collection_note, render_card
+from fp8pipe.release.card.facts import PLOTS, CardFacts
+from fp8pipe.release.card.verdict import summary_rows
+from fp8pipe.release.plots import write_plots
 from fp8pipe.ui.sheets import decision_sheet
 
 
@@ -67,20 +44,6 @@ def on_cpu() -> CardFacts:
 
 def front_matter(card: str) -> dict[str, Any]:
     return yaml.safe_load(card.split("---\n")[1])
-
-
-def commands(card: str) -> list[list[str]]:
-    """Every command line in a bash block, split as a shell does."""
-    blocks = re.findall(r"```bash\n(.*?)\n```", card, re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.splitlines()]
-
-
-def plain(card: str) -> str:
-    """The card without its escapes."""
-    return re.sub(r"\\(.)", r"\1", card)
-
-
-# ---------------------------------------------------------------------------------------------- what it says
 
 
 def test_card_states_verdict_drop_interval_margin_and_n() -> None:
@@ -133,7 +96,7 @@ def test_serve_command_pins_the_tag_and_turns_on_the_cache_that_was_measured() -
     assert serve in commands(render_card(replace(plain_cache, decision=accepted, recipe=recipe(kv_cache=None))))
 
 
-def test_reproduction_commands_are_ones_that_the_command_line_takes() -> None:
+def test_reproduction_commands_name_the_release_and_its_measurement() -> None:
     lines = commands(render_card(facts_of()))
     assert [
         "fp8pipe",
@@ -181,14 +144,14 @@ def test_a_verdict_from_a_cpu_is_labelled_loudly() -> None:
     assert "not on a GPU" not in render_card(facts_of())
 
 
-def test_warnings_of_the_validator_and_notes_of_the_plan_are_passed_on() -> None:
+def test_card_repeats_the_validations_warnings_and_the_plans_notes() -> None:
     warning = Finding(check="C9", severity="warning", expected="x", found="y", remedy="do z")
     card = plain(render_card(facts_of(validation=validation(warning), notes=("MLA: no KV scales",))))
     assert "C9 warning" in card
     assert "MLA: no KV scales" in card
 
 
-def test_card_lists_plots_by_relative_path_and_the_evidence_that_is_there() -> None:
+def test_card_lists_plots_by_relative_path_and_only_records_that_exist() -> None:
     card = render_card(facts_of())
     assert re.findall(r"!\[.*?\]\((.*?)\)", card) == [f"fp8pipe/plots/{name}.png" for name in PLOTS]
     assert "`fp8pipe/gate.json`" in card
@@ -203,119 +166,14 @@ def test_a_local_calibration_file_is_named_without_the_machines_path() -> None:
     assert "datasets" not in front_matter(card)
 
 
-def test_a_local_source_is_no_base_model_of_the_hub() -> None:
+def test_a_local_source_is_not_named_as_a_base_model() -> None:
     local = Snapshot(model_id="tiny", commit="local-" + "0" * 20, files=(), root="/data/someone/tiny")
     card = render_card(facts_of(source=local))
     assert "base_model" not in front_matter(card)
     assert "someone" not in card
 
 
-# ---------------------------------------------------------------------------------------------- what it refuses
-
-
-def test_a_rejected_checkpoint_gets_neither_card_nor_note() -> None:
-    rejected = facts_of(pair(lost=200))
-    assert rejected.decision.verdict == "rejected"
-    with pytest.raises(Refused, match="rejected"):
-        render_card(rejected)
-    with pytest.raises(Refused, match="rejected"):
-        collection_note(rejected.decision)
-
-
-def test_an_inconclusive_result_needs_an_approval_of_this_very_decision() -> None:
-    open_facts = facts_of(pair(lost=70, won=35))
-    assert open_facts.decision.verdict == "inconclusive"
-    with pytest.raises(Refused, match="approval"):
-        render_card(open_facts)
-    approval = Approval(who="ada", when="2026-08-01T10:00:00Z", reason="known noise", decision="0" * 64)
-    with pytest.raises(Refused, match="approval"):
-        render_card(replace(open_facts, approval=approval))
-    signed = approval.model_copy(update={"decision": open_facts.decision.digest()})
-    card = plain(render_card(replace(open_facts, approval=signed)))
-    assert "**Inconclusive, released by decision.**" in card
-    assert "released by ada on 2026-08-01T10:00:00Z: known noise" in card
-    assert collection_note(open_facts.decision).startswith("Inconclusive, released by decision.")
-
-
-# ---------------------------------------------------------------------------------------------- what cannot break it
-
-HOSTILE = "a|b`c``d</td><script>alert(1)</script>[x](javascript:y)*_~\n# e\n| f |\n```\n{{ 7*7 }} $(rm)"
-
-
-def html_of(card: str) -> str:
-    """As a renderer that lets HTML through would show it."""
-    return MarkdownIt("commonmark", {"html": True}).enable("table").render(card.split("---\n", 2)[2])
-
-
-def test_hostile_names_become_plain_text_everywhere() -> None:
-    warning = Finding(check=HOSTILE, severity="warning", tensor=HOSTILE, expected=HOSTILE, found="y", remedy="z")
-    ours = values(900, 1000)
-    baseline, candidate = (
-        report(task(ours, name=HOSTILE), candidate=role, suite=HOSTILE, model_id=HOSTILE) for role in (False, True)
-    )
-    candidate = change_engine(candidate, device_name=HOSTILE, attention_backend=HOSTILE)
-    named = facts_of()
-    decision = named.decision.model_copy(
-        update={"tasks": (named.decision.tasks[0].model_copy(update={"task": HOSTILE}),), "policy": HOSTILE}
-    )
-    card = render_card(
-        facts_of(
-            baseline=baseline,
-            candidate=candidate,
-            decision=decision,
-            repo_id=f"acme/{HOSTILE}",
-            tag=HOSTILE,
-            source=Snapshot(model_id=HOSTILE, commit=HOSTILE, files=()),
-            recipe=recipe(description=HOSTILE),
-            validation=validation(warning),
-            notes=(HOSTILE,),
-            calibration=calibration(dataset=HOSTILE, dataset_split=HOSTILE),
-            plan_summary=(SummaryRow("keep", HOSTILE, 1, 2, 3),),
-        )
-    )
-    ours_only, theirs = html_of(render_card(facts_of())), html_of(card)
-    for tag in ("<script", "<a ", "<em", "<strong", "<h1", "<h2", "<h3", "<img", "<table", "<tr", "<pre", "<li"):
-        extra = 1 if tag == "<li" else 0  # the warning itself
-        assert theirs.count(tag) == ours_only.count(tag) + extra, tag
-    assert "{{ 7*7 }}" in plain(card)
-    for line in commands(card):
-        assert line[0] in ("vllm", "fp8pipe", "lm_eval")
-
-
-@pytest.mark.parametrize(
-    "text", [HOSTILE, "a_b", "1 < 2", "`", "``x``", "a\\|b", "1. a", "1.5", "- a", "---", "# a", "> a", "=", "&amp;"]
-)
-def test_escaped_text_and_code_render_to_themselves(text: str) -> None:
-    flat = " ".join(text.split())
-    renderer = MarkdownIt("commonmark", {"html": True})
-    import html
-
-    assert html.unescape(renderer.render(escape(text))) == f"<p>{flat}</p>\n"
-    if "|" not in text:  # a pipe in a code span is escaped for the table around it
-        assert html.unescape(renderer.renderInline(code(text))) == f"<code>{flat}</code>"
-    assert html.unescape(renderer.render(fence(text))) == f"<pre><code>{text}\n</code></pre>\n"
-
-
-@pytest.mark.parametrize(
-    "card",
-    [
-        None,
-        "",
-        "# no front matter",
-        "---\n: [broken\n---\n",
-        "---\n- a list\n---\n",
-        "---\nlicense: {a: b}\nlanguage: 3\n---\n",
-        "---\nlicense: !!python/object/apply:os.system [id]\n---\n",
-    ],
-)
-def test_a_source_card_that_says_nothing_clear_is_not_quoted(card: str | None) -> None:
-    assert card_metadata(card) == {}
-
-
-# ---------------------------------------------------------------------------------------------- note, rows
-
-
-def test_note_quotes_the_result() -> None:
+def test_a_note_quotes_the_result() -> None:
     note = collection_note(facts_of().decision)
     assert note == (
         "Accepted. qa: 91.00 -> 90.60, drop 0.40 points (-0.24 to 1.06), margin 2.00, n=2,000. Measured on hopper."
@@ -341,100 +199,11 @@ def test_summary_rows_show_both_sides_with_intervals() -> None:
     assert (row["n"], row["verdict"]) == ("2,000", "accepted")
 
 
-# ---------------------------------------------------------------------------------------------- always the same
-
-
-def test_the_same_records_render_to_the_same_bytes_whatever_they_took() -> None:
-    facts = facts_of()
-    slower = checkpoint(seconds=99.0)
-    again = facts_of(
-        checkpoint=slower,
-        baseline=facts.baseline.model_copy(update={"seconds": {"total": 77.0}}),
-        candidate=facts.candidate.model_copy(update={"seconds": {"total": 88.0}}),
-        calibration=calibration(seconds=55.0),
-        decision=facts.decision,
-    )
-    assert render_card(facts) == render_card(again)
-
-
-def test_plots_are_the_same_bytes_each_time_in_both_formats(tmp_path: Path) -> None:
-    facts = facts_of()
-    folders = [tmp_path / name for name in ("one", "two")]
-    for folder in folders:
-        drawn = write_plots(facts.decision, facts.baseline, facts.candidate, folder)
-        assert set(drawn) == set(PLOTS)
-    names = sorted(path.name for path in folders[0].iterdir())
-    assert names == sorted(f"{plot}.{suffix}" for plot in PLOTS for suffix in ("png", "svg"))
-    for name in names:
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
-
-
-def test_changed_samples_are_found_where_they_are_in_either_direction() -> None:
-    ours, theirs = (1.0, 1.0, 0.0, 0.0, 1.0), (1.0, 0.0, 0.0, 1.0, 1.0)
-    for higher, worse, better in ((True, [1], [3]), (False, [3], [1])):
-        baseline, candidate = (
-            report(task(side, metrics=(metric(side, higher_is_better=higher),)), candidate=side is theirs)
-            for side in (ours, theirs)
-        )
-        compared = facts_of().decision.tasks[0]
-        assert changed_samples(compared, baseline, candidate) == (worse, better)
-
-
-def test_plots_of_a_vetoed_decision_without_tasks_are_none(tmp_path: Path) -> None:
-    facts = facts_of()
-    empty = facts.decision.model_copy(update={"tasks": (), "verdict": "rejected", "vetoed": ("metrics",)})
-    assert write_plots(empty, facts.baseline, facts.candidate, tmp_path / "plots") == {}
-
-
-def test_metrics_in_their_own_unit_are_drawn_and_written_so(tmp_path: Path) -> None:
-    import numpy as np
-
-    random = np.random.default_rng(0)
-    ours = (30 + random.normal(0, 3, 400)).tolist()
-    theirs = (np.array(ours) + random.normal(0, 0.2, 400)).tolist()
-    sides = report(task(ours, name="bleu")), report(task(theirs, name="bleu"), candidate=True)
-    facts = facts_of(sides, policy("bleu", margin=1.0))
-    assert facts.decision.verdict == "accepted"
-    assert "points" not in collection_note(facts.decision)
-    assert set(write_plots(facts.decision, *sides, tmp_path)) == set(PLOTS)
-
-
-def test_card_of_a_folder_is_the_same_before_and_after_it_replaced_the_sources_own(tmp_path: Path) -> None:
-    saved(tmp_path)
-    first = card_for_folder(tmp_path, repo_id="acme/tiny-FP8-KV")
-    (tmp_path / "README.md").write_text(first)
-    assert card_for_folder(tmp_path, repo_id="acme/tiny-FP8-KV") == first
-    assert (tmp_path / SOURCE_CARD).read_text() == SOURCE_CARD_TEXT
-    assert "llama3.1" in first
-    assert "fp8pipe/plots/drop.png" in first
-
-
-def test_card_of_a_folder_names_the_evidence_that_lies_there(tmp_path: Path) -> None:
-    saved(tmp_path)
-    listed = set(re.findall(r"`fp8pipe/([\w.]+)`", card_for_folder(tmp_path, repo_id="a/b").split("## Evidence")[1]))
-    lying = {path.name for path in (tmp_path / "fp8pipe").iterdir() if path.is_file()}
-    assert listed == lying | {"manifest.json"}
-    assert listed <= set(EVIDENCE)
-
-
-def test_card_of_a_folder_without_a_gate_names_the_missing_record(tmp_path: Path) -> None:
-    saved(tmp_path)
-    (tmp_path / "fp8pipe" / "gate.json").unlink()
-    with pytest.raises(InputError, match=r"gate\.json"):
-        card_for_folder(tmp_path, repo_id="a/b")
-
-
-def test_a_decision_read_back_from_its_file_gives_the_same_card(tmp_path: Path) -> None:
-    facts = facts_of()
-    again = GateDecision.load(facts.decision.save(tmp_path / "gate.json"))
-    assert render_card(replace(facts, decision=again)) == render_card(facts)
-
-
-def test_flipped_is_what_it_says() -> None:
+def test_flipped_loses_ones_and_wins_zeros() -> None:
     assert flipped((1.0, 1.0, 0.0), lost=1, won=1) == (0.0, 1.0, 1.0)
 
 
-def test_card_tells_the_engines_noise_and_both_sides_speed() -> None:
+def test_card_states_the_engines_noise_and_the_speed_of_both_sides() -> None:
     workload = {"num_prompts": 8, "input_len": 64, "output_len": 16, "max_concurrency": 4, "seed": 1}
     times = {f"{kind}_{name}_ms": 10.0 for kind in ("mean", "median", "p99") for name in ("ttft", "itl")}
     tokens = {"output_throughput": 32.0, "total_token_throughput": 160.0}
@@ -450,12 +219,12 @@ def test_card_tells_the_engines_noise_and_both_sides_speed() -> None:
     card = render_card(facts_of(timed))
     assert "13 of 1,000 (1.30 %)" in card
     assert re.search(r"\| requests per second \| 2\.0 \| 3\.0 \| 1\.50 \|", card)
-    assert "Taken on a CPU: not comparable" in card
+    assert "Timed on a CPU" in card
     untimed = render_card(facts_of((timed[0], candidate)))
     assert "Speed and memory" not in untimed
 
 
-def test_card_tells_the_limits_on_speed_and_memory_that_the_gate_held() -> None:
+def test_card_states_what_the_gate_ruled_on_limits_of_speed_and_memory() -> None:
     baseline, candidate = pair(lost=34, won=26)
     sides = timed(baseline, 100.0), timed(candidate, 130.0, 1_100_000)
     rules = policy(min_speedup=1.2, max_memory_ratio=0.6)
@@ -465,7 +234,7 @@ def test_card_tells_the_limits_on_speed_and_memory_that_the_gate_held() -> None:
     assert "The gate's limit" not in render_card(facts_of(sides, policy=policy()))
 
 
-def test_metrics_of_one_task_are_told_apart_everywhere(tmp_path: Path) -> None:
+def test_several_metrics_of_one_task_are_named_apart_everywhere(tmp_path: Path) -> None:
     ours = values(1820, 2000)
     theirs = flipped(ours, lost=20, won=10)
     metrics = [(metric(side, filter="strict"), metric(ours, filter="loose")) for side in (ours, theirs)]
@@ -474,7 +243,7 @@ def test_metrics_of_one_task_are_told_apart_everywhere(tmp_path: Path) -> None:
     facts = facts_of(sides, policy(tasks={"qa": limits}))
     card = plain(render_card(facts))
     assert "qa exact_match,strict: 91.00 -> 90.50" in card and "qa exact_match,loose: 91.00 -> 91.00" in card
-    assert "Paired on the same 2,000 samples" in card
+    assert "the same 2,000 prompts" in card
     assert "qa exact_match,loose: 91.00" in collection_note(facts.decision)
     rows = decision_sheet(facts.decision).rows
     assert [row[0] for row in rows] == ["qa exact_match,strict", "qa exact_match,loose"]

@@ -1,13 +1,15 @@
-"""The facts of a release as a card gets them."""
+"""The facts of a release, a folder that holds them, and how to read the card made of them."""
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 from fp8pipe.config import GatePolicy
 from fp8pipe.gate import decide
-from fp8pipe.quantize.plan import SummaryRow
+from fp8pipe.quantize.plan import Plan, SummaryRow
 from fp8pipe.records import (
     EvalReport,
     Finding,
@@ -15,10 +17,7 @@ from fp8pipe.records import (
     ValidationReport,
 )
 from fp8pipe.records.calibration import Calibration
-from fp8pipe.release.card import (
-    PLOTS,
-    CardFacts,
-)
+from fp8pipe.release.card.facts import PLOTS, CardFacts
 from fp8pipe.release.plots import write_plots
 from support.reports import (
     SOURCE_COMMIT,
@@ -42,6 +41,7 @@ extra_gated_prompt: sign here
 
 
 def calibration(**fields: Any) -> Calibration:
+    """A calibration on 128 samples of a Hub dataset."""
     known = {
         "key": "k" * 64,
         "model_id": "acme/tiny",
@@ -64,6 +64,7 @@ def calibration(**fields: Any) -> Calibration:
 
 
 def validation(*findings: Finding) -> ValidationReport:
+    """A validation with these findings."""
     return ValidationReport(
         folder_identity="i" * 64,
         depth="fidelity",
@@ -77,7 +78,7 @@ def validation(*findings: Finding) -> ValidationReport:
 def facts_of(
     sides: tuple[EvalReport, EvalReport] | None = None, rules: GatePolicy | None = None, **more: Any
 ) -> CardFacts:
-    """Facts of an accepted release, 0.4 points down."""
+    """Facts of an accepted release with a drop of 0.4 points; `more` replaces fields."""
     baseline, candidate = sides or pair(lost=34, won=26)
     names = tuple(t.task for t in baseline.tasks)
     asked = suite(len(baseline.tasks[0].doc_ids), *names)
@@ -86,7 +87,6 @@ def facts_of(
     )
     known: dict[str, Any] = {
         "repo_id": "acme/tiny-FP8-KV",
-        "tag": checkpoint().release_tag,
         "source": Snapshot(model_id="acme/tiny", commit=SOURCE_COMMIT, files=()),
         "source_card": SOURCE_CARD_TEXT,
         "recipe": recipe(),
@@ -98,15 +98,13 @@ def facts_of(
         "candidate": candidate,
         "decision": decision,
         "plots": {name: f"fp8pipe/plots/{name}.png" for name in PLOTS},
-        "evidence": ("gate.json", "candidate.json"),
+        "records": ("gate.json", "candidate.json"),
     }
     return CardFacts(**(known | more))
 
 
 def saved(folder: Path) -> CardFacts:
-    """A checkpoint folder's records, as the stages leave them."""
-    from fp8pipe.quantize.plan import Plan
-
+    """Write a checkpoint folder's records, as the stages leave them."""
     facts = facts_of()
     records = folder / "fp8pipe"
     plan = Plan(
@@ -135,3 +133,14 @@ def saved(folder: Path) -> CardFacts:
     write_plots(facts.decision, facts.baseline, facts.candidate, records / "plots")
     (folder / "README.md").write_text(SOURCE_CARD_TEXT)
     return facts
+
+
+def commands(card: str) -> list[list[str]]:
+    """Every command line in a bash block, split as a shell does."""
+    blocks = re.findall(r"```bash\n(.*?)\n```", card, re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+def plain(card: str) -> str:
+    """The card without its escapes."""
+    return re.sub(r"\\(.)", r"\1", card)

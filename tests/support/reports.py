@@ -1,6 +1,6 @@
 """Small, complete EvalReports, checkpoints, policies and recipes for tests of what comes after the evaluation.
 
-`report(...)` is one model's report with evidence for every rule of the gate; `change(...)` alters one field of it.
+`report(...)` is one model's report with all that the gate's rules need; `change_task` and `change_engine` alter it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def values(right: int, n: int) -> tuple[float, ...]:
 
 
 def flipped(outcomes: Sequence[float], *, lost: int, won: int) -> tuple[float, ...]:
-    """The same outcomes with the first `lost` ones wrong and the first `won` zeros right."""
+    """The same outcomes, with the first `lost` ones turned to 0 and the first `won` zeros turned to 1."""
     result = np.array(outcomes)
     result[np.flatnonzero(np.array(outcomes) == 1)[:lost]] = 0
     result[np.flatnonzero(np.array(outcomes) == 0)[:won]] = 1
@@ -80,7 +80,7 @@ def engine(*, candidate: bool, **fields: Any) -> EngineFacts:
 
 
 def report(*tasks: TaskResult, candidate: bool = False, **fields: Any) -> EvalReport:
-    """A whole report on `tasks`, with evidence for every rule."""
+    """A complete report on `tasks`, which leaves no rule unchecked."""
     known = {
         "role": "candidate" if candidate else "baseline",
         "model_id": "acme/tiny",
@@ -113,7 +113,7 @@ def pair(n: int = 2000, *, right: int = 1820, lost: int = 0, won: int = 0) -> tu
 
 
 def timed(side: EvalReport, tokens_per_second: float, model_bytes: int | None = 2_000_000, **fields: Any) -> EvalReport:
-    """The report with serving figures, as a GPU gives them."""
+    """The report with serving figures of a GPU."""
     times = {f"{kind}_{name}_ms": 10.0 for kind in ("mean", "median", "p99") for name in ("ttft", "itl")}
     known = {
         "workload": {"num_prompts": 64, "input_len": 1024, "output_len": 128, "max_concurrency": 16, "seed": 1234},

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 
 from fp8pipe.model.identity import folder_identity
-from fp8pipe.records import Checkpoint, EngineFacts, EvalReport, GateDecision, ValidationReport
+from fp8pipe.records import Approval, Checkpoint, EngineFacts, EvalReport, GateDecision, ValidationReport
 
 FINGERPRINT = "ab12" * 16
 
@@ -24,7 +24,7 @@ def safetensors(**tensors: bytes) -> bytes:
 
 
 def write_model(folder: Path, *, shards: int = 2) -> Path:
-    """A model folder with an index. Weights differ from folder to folder, so that a Hub does not know them."""
+    """A model folder with an index. Each folder has other weights, so that a Hub does not know them."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     for i, name in enumerate(names):
@@ -40,7 +40,7 @@ def write_model(folder: Path, *, shards: int = 2) -> Path:
 
 
 def write_checkpoint(folder: Path) -> Path:
-    """A folder that may be published: a model with the evidence of an accepting gate."""
+    """A folder that may be published: a model with the evidence of a gate that accepted it."""
     write_model(folder)
     records = folder / "fp8pipe"
     CHECKPOINT.save(records / "checkpoint.json")
@@ -51,7 +51,7 @@ def write_checkpoint(folder: Path) -> Path:
 
 
 def validation(folder: Path) -> ValidationReport:
-    """A report without findings on `folder` as it is."""
+    """A validation of `folder` in its present state, without findings."""
     return ValidationReport(
         folder_identity=folder_identity(folder), depth="values", checks=("F1",), findings=(), tensors=2, bytes_read=0
     )
@@ -74,7 +74,7 @@ CHECKPOINT = Checkpoint(
 
 
 def measured(folder: Path) -> EvalReport:
-    """A measurement of `folder` as it is."""
+    """A measurement of `folder` in its present state."""
     engine = EngineFacts(
         linear_kernels=(),
         attention_backend="CPU_ATTN",
@@ -107,7 +107,7 @@ def measured(folder: Path) -> EvalReport:
 
 
 def accepted(folder: Path) -> GateDecision:
-    """The verdict on that measurement."""
+    """The decision that accepts that measurement."""
     return GateDecision(
         verdict="accepted",
         vetoed=(),
@@ -130,3 +130,16 @@ def accepted(folder: Path) -> GateDecision:
         device_class="cpu",
         reason="the drop is below the margin on every task",
     )
+
+
+def decide_again(folder: Path, **changes: object) -> GateDecision:
+    """Replace the folder's decision by the accepting one with these changes."""
+    decision = accepted(folder).model_copy(update=changes)
+    decision.save(folder / "fp8pipe" / "gate.json")
+    return decision
+
+
+def approve_as_is(folder: Path, decision: GateDecision) -> None:
+    """Write an approval of this decision, whether or not it could be approved."""
+    approval = Approval(who="release team", when="2026-01-01T00:00:00Z", reason="known", decision=decision.digest())
+    approval.save(folder / "fp8pipe" / "approval.json")

@@ -1,4 +1,4 @@
-"""Rules about the samples: every metric once and finite, the same documents on both sides, as many as asked for."""
+"""Rules about the samples: each metric once and finite, the same documents on both sides, as many as requested."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from fp8pipe.config import PerplexityPolicy, TaskPolicy
-from fp8pipe.gate.evidence import Evidence, Outcome, few, mean_of, settled, unchecked
+from fp8pipe.config import PerplexityPolicy, TaskPolicy, look_sizes
+from fp8pipe.gate.rules.pair import Pair, Ruling, few, mean_of, settled, unchecked
 from fp8pipe.records import EvalReport, MetricSamples, TaskResult
 
 
-def metrics(evidence: Evidence) -> Outcome:
-    """Every task and metric of the policy exactly once on both sides, finite, and nothing that one side alone has."""
+def metrics(pair: Pair) -> Ruling:
+    """Each gated metric is on both sides exactly once, finite, and the mean of its samples. No task is one-sided."""
     problems = [
         problem
-        for side in (evidence.baseline, evidence.candidate)
-        for name, wanted in evidence.policy.gated
+        for side in (pair.baseline, pair.candidate)
+        for name, wanted in pair.policy.gated
         for problem in _task_problems(side, name, wanted)
     ]
-    problems.extend(_one_sided_tasks(evidence))
-    problems.extend(_readings(evidence))
-    return settled(problems, f"{len(evidence.policy.gated)} gated metric(s): each once, finite, on both sides")
+    problems.extend(_one_sided_tasks(pair))
+    problems.extend(_direction_and_weight_problems(pair))
+    return settled(problems, f"{len(pair.policy.gated)} gated metric(s): each once, finite, on both sides")
 
 
 def _task_problems(side: EvalReport, name: str, wanted: TaskPolicy | PerplexityPolicy) -> Iterator[str]:
@@ -34,8 +34,8 @@ def _task_problems(side: EvalReport, name: str, wanted: TaskPolicy | PerplexityP
     if len(found) != 1:
         present = ", ".join(sorted(f"{m.metric},{m.filter}" for m in task.metrics)) or "none"
         yield (
-            f"{side.role} has {len(found) or 'no'} metrics {wanted.metric},{wanted.filter} for {name}, expected one "
-            f"(there are: {present})"
+            f"{side.role} has {len(found) or 'no'} results for {name} {wanted.metric},{wanted.filter}, expected one "
+            f"(found: {present})"
         )
         return
     yield from _metric_problems(side.role, task, found[0])
@@ -46,27 +46,30 @@ def _metric_problems(role: str, task: TaskResult, metric: MetricSamples) -> Iter
     if len(metric.values) != len(task.doc_ids) or not metric.values:
         yield f"{where}: {len(metric.values)} values for {len(task.doc_ids)} samples"
     if metric.weights and (len(metric.weights) != len(metric.values) or min(metric.weights) <= 0):
-        yield f"{where}: {len(metric.weights)} lengths for {len(metric.values)} samples, or one without words"
+        yield f"{where}: expected {len(metric.values)} positive lengths, found {len(metric.weights)} or one of zero"
         return
     bad = [i for i, value in enumerate(metric.values) if not math.isfinite(value)]
     if bad or not math.isfinite(metric.mean):
-        place = f"value {metric.values[bad[0]]} at sample {bad[0]}, {len(bad)} in all" if bad else "the mean"
+        place = f"{len(bad)} values, the first {metric.values[bad[0]]} at sample {bad[0]}" if bad else "the mean"
         yield f"{where}: not finite: {place}"
     elif metric.values:
         mean = mean_of(metric)
         if not math.isclose(mean, metric.mean, rel_tol=1e-6, abs_tol=1e-9):
-            yield f"{where}: reported {metric.mean:.6g}, but its samples average {mean:.6g}; a paired test needs a mean"
+            yield (
+                f"{where}: the report says {metric.mean:.6g}, but the samples average {mean:.6g}; "
+                "only the mean of samples can be tested pair by pair"
+            )
 
 
-def _one_sided_tasks(evidence: Evidence) -> Iterator[str]:
-    ours = {task.task for task in evidence.baseline.tasks}
-    theirs = {task.task for task in evidence.candidate.tasks}
+def _one_sided_tasks(pair: Pair) -> Iterator[str]:
+    ours = {task.task for task in pair.baseline.tasks}
+    theirs = {task.task for task in pair.candidate.tasks}
     for name in sorted(ours ^ theirs):
         yield f"task {name} is only in the {'baseline' if name in ours else 'candidate'}"
 
 
-def _readings(evidence: Evidence) -> Iterator[str]:
-    for name, wanted, ours, theirs in evidence.gated_pairs():
+def _direction_and_weight_problems(pair: Pair) -> Iterator[str]:
+    for name, wanted, ours, theirs in pair.metrics():
         one, other = (side.samples_of(wanted.metric, wanted.filter) for side in (ours, theirs))
         if one is not None and other is not None and one.higher_is_better != other.higher_is_better:
             yield f"{name}: higher is better on one side only"
@@ -74,17 +77,17 @@ def _readings(evidence: Evidence) -> Iterator[str]:
             yield f"{name}: the lengths of the texts differ between the two sides"
 
 
-def samples(evidence: Evidence) -> Outcome:
-    """The same documents, prompts and targets, hash by hash, in the same order, none twice."""
-    pairs = list(evidence.pairs())
-    if not pairs:
-        return unchecked("no task is on both sides")
-    problems = [problem for pair in pairs for problem in _sample_problems(*pair)]
-    bare = [f"{name} {kind}" for name, ours, theirs in pairs for kind in _missing_hashes(ours, theirs)]
+def samples(pair: Pair) -> Ruling:
+    """Both sides scored the same documents, prompts and targets, compared by hash, in one order, none twice."""
+    tasks = list(pair.tasks())
+    if not tasks:
+        return unchecked("the sides have no gated task in common")
+    problems = [problem for task in tasks for problem in _sample_problems(*task)]
+    bare = [f"{name} {kind}" for name, ours, theirs in tasks for kind in _missing_hashes(ours, theirs)]
     if bare and not problems:
         return unchecked(f"not recorded: {', '.join(bare)}")
-    total = sum(len(ours.doc_ids) for _, ours, _ in pairs)
-    return settled(problems, f"{total} samples, equal hash by hash: documents, prompts and targets")
+    total = sum(len(ours.doc_ids) for _, ours, _ in tasks)
+    return settled(problems, f"the documents, prompts and targets of all {total} samples have equal hashes")
 
 
 _HASHES: dict[str, Callable[[TaskResult], tuple[str, ...]]] = {
@@ -123,32 +126,33 @@ def _sample_problems(name: str, ours: TaskResult, theirs: TaskResult) -> Iterato
 def _how_documents_differ(ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
     missing, extra = set(ours) - set(theirs), set(theirs) - set(ours)
     if not missing and not extra:
-        return f"the same documents in another order or number ({len(ours)} and {len(theirs)})"
+        return f"the same documents, but in another order or repeated ({len(ours)} and {len(theirs)} samples)"
     parts = []
     if missing:
-        parts.append(f"candidate lacks {len(missing)} documents ({few(map(str, sorted(missing)))})")
+        parts.append(f"the candidate lacks {len(missing)} documents ({few(map(str, sorted(missing)))})")
     if extra:
-        parts.append(f"candidate has {len(extra)} more ({few(map(str, sorted(extra)))})")
+        parts.append(f"the candidate has {len(extra)} others ({few(map(str, sorted(extra)))})")
     return ", ".join(parts)
 
 
-def completeness(evidence: Evidence) -> Outcome:
-    """As many samples as the suite asks for at this look."""
-    if evidence.suite is None:
-        return unchecked("the suite was not given, so the number of samples it asks for is not known")
-    share = evidence.policy.looks[evidence.look - 1]
+def completeness(pair: Pair) -> Ruling:
+    """Both sides scored as many samples as the suite requests at this look."""
+    if pair.suite is None:
+        return unchecked("no suite was given, so the number of samples to expect is unknown")
     problems, unknown = [], []
-    for name, ours, theirs in evidence.pairs():
-        spec = evidence.suite.tasks.get(name)
+    for name, ours, theirs in pair.tasks():
+        spec = pair.suite.tasks.get(name)
         if spec is None:
-            problems.append(f"suite {evidence.suite.name} has no task {name}")
-        elif (all_of_it := spec.scored or ours.available) is None:
+            problems.append(f"suite {pair.suite.name} has no task {name}")
+        elif (total := spec.scored or ours.available) is None:
             unknown.append(name)
         else:
-            wanted = math.ceil(all_of_it * share)
+            wanted = look_sizes(total, pair.policy.looks)[pair.look - 1]
             for role, task in (("baseline", ours), ("candidate", theirs)):
                 if len(task.doc_ids) != wanted:
-                    problems.append(f"{name}: {role} scored {len(task.doc_ids)} samples, the suite asks for {wanted}")
+                    problems.append(f"{name}: {role} scored {len(task.doc_ids)} samples, the suite requests {wanted}")
     if unknown and not problems:
-        return unchecked(f"neither suite nor baseline tells how many documents {few(unknown)} has")
-    return settled(problems, f"every task has the samples that suite {evidence.suite.name} asks for")
+        return unchecked(
+            f"neither the suite nor the baseline records how many documents these tasks have: {few(unknown)}"
+        )
+    return settled(problems, f"every task has as many samples as suite {pair.suite.name} requests")

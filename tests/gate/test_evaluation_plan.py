@@ -1,4 +1,4 @@
-"""Planning the gate: chances computed exactly agree with drawing, and a suite that is too small is refused."""
+"""Planning the gate: computed probabilities agree with simulation, and a suite that is too small is refused."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from benchmarks import policies
 from benchmarks.page import put
 from fp8pipe import config, stages
 from fp8pipe.cli import app
-from fp8pipe.config import PerplexityPolicy, TaskPolicy
+from fp8pipe.config import PerplexityPolicy, TaskPolicy, look_sizes
 from fp8pipe.errors import ConfigError
-from fp8pipe.gate.power import ClusterDesign, Design, MeanDesign, look_sizes, plan_evaluation
+from fp8pipe.gate.evaluation_plan import plan_evaluation
+from fp8pipe.gate.power import ClusterDesign, Design, MeanDesign
 from fp8pipe.gate.statistics import paired_test, ratio_bootstrap, score_statistic
 
 
@@ -37,17 +38,17 @@ def drawn_acceptance(n: int, discordance: float, drop: float, margin: float, alp
 @pytest.mark.parametrize(
     ("n", "discordance", "drop"), [(250, 0.03, 0.0), (500, 0.1, 0.01), (1319, 0.06, 0.0), (4000, 0.06, 0.02)]
 )
-def test_power_is_the_share_that_drawing_accepts(n, discordance, drop, looks):
+def test_power_is_the_share_of_simulated_evaluations_that_is_accepted(n, discordance, drop, looks):
     planned = Design(discordance, 0.05 / len(looks), looks).power(n, 0.02, drop)
     assert drawn_acceptance(n, discordance, drop, 0.02, 0.05 / len(looks), looks) == pytest.approx(planned, abs=0.012)
 
 
-def test_gsm8k_resolves_what_its_policy_says():
+def test_gsm8k_resolves_the_margins_that_its_policy_states():
     assert Design(0.06, 0.05).resolvable_margin(1319, 0.8) == pytest.approx(0.017, abs=0.0005)
     assert Design(0.10, 0.05).resolvable_margin(1319, 0.8) == pytest.approx(0.022, abs=0.0005)
 
 
-def test_samples_needed_is_where_the_power_is_reached():
+def test_samples_needed_is_the_size_at_which_the_power_is_reached():
     design = Design(0.06, 0.05)
     needed = design.samples_needed(0.02, 0.8)
     assert design.power(needed, 0.02) >= 0.8 > design.power(needed - 25, 0.02)
@@ -69,7 +70,7 @@ def test_shipped_margins_are_resolvable_by_the_suite_of_the_same_name(name, tmp_
     plan.require()
     assert plan.acceptance >= rules.power
     assert [(task.task, task.metric) for task in plan.tasks] == [(name, limit.metric) for name, limit in rules.gated]
-    assert not list(tmp_path.iterdir())  # no look at any data
+    assert not list(tmp_path.iterdir())  # nothing was looked up in the data
 
 
 def test_every_shipped_suite_has_a_policy_of_its_name():
@@ -80,7 +81,7 @@ def test_every_shipped_suite_has_a_policy_of_its_name():
     ("page", "title", "text"),
     [("gate.md", policies.GATE, policies.policies), ("evaluation.md", policies.EVALUATION, policies.documents)],
 )
-def test_the_tables_of_policies_in_docs_are_what_the_command_writes(page, title, text, tmp_path):
+def test_tables_of_policies_in_docs_are_what_the_command_writes(page, title, text, tmp_path):
     written = (policies.DOCS / page).read_text()
     copy = tmp_path / page
     copy.write_text(written)
@@ -107,7 +108,7 @@ def test_all_metrics_together_must_reach_the_power_that_the_policy_asks_for():
     plan_evaluation(policy("a", "b", "c"), "unit", enough).require()
 
 
-def test_one_metric_may_fall_short_where_the_others_have_power_to_spare():
+def test_one_metric_may_fall_short_if_the_others_have_power_to_spare():
     n = Design(0.06, 0.05).samples_needed(0.02, 0.85)
     plan = plan_evaluation(policy("a", "b"), "unit", {"a": n, "b": 4 * n})
     assert plan.tasks[0].power < plan.power_each
@@ -123,66 +124,21 @@ def test_every_metric_of_a_task_is_planned():
 
 # ---------------------------------------------------------------------------------------------- other metrics
 
+# fmt: off
 MMLU = (
-    *(
-        100,
-        135,
-        152,
-        100,
-        265,
-        144,
-        100,
-        100,
-        100,
-        173,
-        102,
-        100,
-        235,
-        114,
-        145,
-        378,
-        126,
-        100,
-        310,
-        203,
-        100,
-        165,
-        198,
-    ),
-    *(
-        193,
-        390,
-        270,
-        238,
-        151,
-        545,
-        216,
-        204,
-        237,
-        223,
-        131,
-        121,
-        108,
-        163,
-        112,
-        103,
-        234,
-        100,
-        783,
-        346,
-        895,
-        306,
-        311,
-    ),
-    *(324, 282, 1534, 272, 612, 110, 245, 201, 100, 166, 171),
+    100, 135, 152, 100, 265, 144, 100, 100, 100, 173, 102, 100, 235, 114, 145, 378, 126, 100, 310, 203, 100, 165,
+    198, 193, 390, 270, 238, 151, 545, 216, 204, 237, 223, 131, 121, 108, 163, 112, 103, 234, 100, 783, 346, 895,
+    306, 311, 324, 282, 1534, 272, 612, 110, 245, 201, 100, 166, 171,
 )
-"""Questions per subject."""
+# fmt: on
+"""Questions per subject of mmlu."""
 BBH = (*[250] * 21, 187, 146, 178)
+"""Questions per sub-task of bbh."""
 
 
 @pytest.mark.parametrize(("sizes", "discordance", "margin"), [(MMLU, 0.06, 0.0064), (BBH, 0.08, 0.0117)])
 def test_sub_tasks_are_accepted_as_often_as_planned(sizes, discordance, margin):
-    """200 evaluations in which every sub-task has a drop of its own, so that the variance is 1.5 times as large."""
+    """200 evaluations in which every sub-task has a drop of its own, which makes the variance 1.5 times as large."""
     random, counts, rounds, accepted = np.random.default_rng(3), np.array(sizes), 200, 0
     total, clusters = sum(sizes), [str(i) for i, size in enumerate(sizes) for _ in range(size)]
     scatter = np.sqrt(0.5 * discordance * total / (counts**2).sum())
@@ -214,12 +170,12 @@ def test_graded_metrics_and_texts_of_uneven_length_are_accepted_as_often_as_plan
     assert (mc2.unit, perplexity.unit, perplexity.shown(perplexity.margin)) == ("points", "%", "0.39")
 
 
-def test_a_mean_needs_what_the_normal_approximation_says():
+def test_a_mean_needs_as_many_samples_as_the_normal_approximation_says():
     needed = MeanDesign(0.2, 0.05).samples_needed(0.02, 0.8)
     assert needed == pytest.approx(6.18 * 0.2**2 / 0.02**2, rel=0.03)
 
 
-def test_a_plan_says_what_it_assumes_and_needs_more_where_drops_scatter():
+def test_a_plan_states_its_assumption_and_needs_more_samples_where_drops_vary():
     few, many = ({"qa": limits(design_effect=effect)} for effect in (1.0, 3.0))
     one, other = (
         plan_evaluation(policy(tasks=rules), "unit", {"qa": 6000}, subtasks={"qa": 30}).tasks[0]
@@ -231,7 +187,7 @@ def test_a_plan_says_what_it_assumes_and_needs_more_where_drops_scatter():
     assert alone.samples_needed < one.samples_needed
 
 
-def test_a_policy_on_a_group_of_too_few_sub_tasks_is_refused_whatever_its_margin():
+def test_a_policy_on_a_group_of_too_few_sub_tasks_is_refused_at_any_margin():
     group = policy(tasks={"musr": limits(margin=0.5)})
     plan = plan_evaluation(group, "unit", {"musr": 756}, subtasks={"musr": 3})
     assert (plan.tasks[0].power, plan.tasks[0].samples_needed, plan.tasks[0].resolvable_margin) == (0.0, None, None)
@@ -243,7 +199,7 @@ def test_a_policy_on_a_group_of_too_few_sub_tasks_is_refused_whatever_its_margin
 # ---------------------------------------------------------------------------------------------- refusals
 
 
-def test_a_suite_too_small_for_its_policy_is_an_error_that_says_what_would_do():
+def test_a_suite_too_small_for_its_policy_is_an_error_that_says_what_would_be_enough():
     plan = plan_evaluation(policy(), "unit", {"qa": 300})
     needed = plan.tasks[0].samples_needed
     with pytest.raises(
@@ -266,7 +222,7 @@ def write(folder: Path, samples: int) -> list[str]:
     return ["plan-eval", "--policy", str(folder / "p.yaml"), "--suite", str(folder / "s.yaml")]
 
 
-def test_the_command_tells_what_a_suite_resolves(tmp_path):
+def test_the_command_reports_what_a_suite_resolves(tmp_path):
     answer = CliRunner().invoke(app, [*write(tmp_path, 2000), "--json"])
     assert answer.exit_code == 0
     (task,) = json.loads(answer.stdout)["tasks"]
@@ -277,4 +233,4 @@ def test_the_command_tells_what_a_suite_resolves(tmp_path):
 def test_the_command_refuses_a_suite_that_is_too_small(tmp_path):
     answer = CliRunner().invoke(app, write(tmp_path, 400))
     assert answer.exit_code == 2
-    assert "80 % is asked" in answer.stdout
+    assert "asks for 80 %" in answer.stdout

@@ -1,0 +1,42 @@
+"""Collections on the Hub: the one that a name means, with a model in it."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from fp8pipe.errors import InputError
+
+if TYPE_CHECKING:
+    from huggingface_hub import Collection, HfApi
+
+MAX_NOTE = 500
+"""Characters that the Hub accepts in the note of a collection item."""
+
+
+def add_to_collection(api: HfApi, repo_id: str, name: str, note: str) -> Collection:
+    """Make sure that the collection exists and shows the model with this note.
+
+    `name` is `namespace/title`, or a slug as in the collection's address. A title that no collection of the namespace
+    has creates one. Raises InputError if `name` is neither.
+    """
+    collection = _find_or_create(api, name)
+    item = next((item for item in collection.items if item.item_type == "model" and item.item_id == repo_id), None)
+    if item is None:
+        api.add_collection_item(collection.slug, repo_id, "model", note=note, exists_ok=True)
+    elif item.note != note:
+        api.update_collection_item(collection.slug, item.item_object_id, note=note)
+    return collection
+
+
+def _find_or_create(api: HfApi, name: str) -> Collection:
+    """The collection, with all its items."""
+    namespace, slash, title = name.partition("/")
+    if not (namespace and slash and title):
+        raise InputError(f"collection {name}: expected namespace/title, or a slug as in the collection's address")
+    if re.fullmatch(r"(?:[a-z0-9-]+-)?[0-9a-f]{24}", title):
+        return api.get_collection(name)
+    for collection in api.list_collections(owner=namespace):
+        if collection.title == title:
+            return api.get_collection(collection.slug)  # a listing shows only the first four items
+    return api.create_collection(title, namespace=namespace, exists_ok=True)

@@ -1,0 +1,48 @@
+"""The front matter of a model card, as the Hub's own client spells it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fp8pipe.records import TaskDecision
+
+
+def front_matter(
+    name: str,
+    *,
+    results: Sequence[TaskDecision],
+    tags: Sequence[str],
+    datasets: Sequence[str],
+    base_model: str | None,
+    inherited: Mapping[str, Any],  # Any: values of somebody else's YAML
+) -> str:
+    """YAML of a quantized model called `name`, without the dashes around it.
+
+    `inherited` are entries of the source's own card. `base_model` is None if the source is not on the Hub.
+    """
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base = {"base_model": base_model, "base_model_relation": "quantized"} if base_model is not None else {}
+    # Any: the constructor's keywords have many types
+    rest: dict[str, Any] = {"pipeline_tag": "text-generation"} | dict(inherited) | base
+    data = ModelCardData(
+        library_name="vllm",
+        tags=list(tags),
+        datasets=list(datasets) or None,
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                task_name=task.task,
+                dataset_type=task.task,
+                dataset_name=task.task,
+                metric_type=task.metric,
+                metric_value=round(task.candidate, 4),
+                metric_name=f"{task.metric} ({task.filter})",
+            )
+            for task in results
+        ],
+        **rest,
+    )
+    return data.to_yaml(line_break="\n").rstrip()

@@ -1,0 +1,114 @@
+"""Everything that a card says, and where a checkpoint folder keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp8pipe.config import GatePolicy, Recipe
+from fp8pipe.files import write_atomically
+from fp8pipe.gate.publishable import read_approval, read_policy
+from fp8pipe.records import RECORD_DIR, Approval, Checkpoint, EvalReport, GateDecision, Snapshot, ValidationReport
+from fp8pipe.records.paths import record_path
+
+if TYPE_CHECKING:
+    from fp8pipe.quantize.plan import SummaryRow
+    from fp8pipe.records.calibration import Calibration
+
+SOURCE_CARD = f"{RECORD_DIR}/source_card.md"
+"""The source's own README.md, kept because the release's card takes its place."""
+
+RECORDS = {
+    "gate.json": "the verdict, with every number compared and one reason per rule",
+    "policy.json": "margins, alpha and limits of the gate",
+    "baseline.json": "the BF16 source, sample by sample",
+    "candidate.json": "this checkpoint, sample by sample",
+    "validation.json": "every structural check and finding",
+    "plan.json": "every tensor: kept or quantized, how, why, where",
+    "calibration.json": "activation and KV ranges, and the samples they come from",
+    "checkpoint.json": "fingerprint, source commit, sizes",
+    "source.json": "the source's files with their hashes",
+    "manifest.json": "sha256 of every published file",
+    "approval.json": "who released an inconclusive result, when and why",
+    "source_card.md": "the source's own card",
+}
+"""Records that a release may carry in fp8pipe/, the most important first, and what each holds."""
+
+PLOTS = {"drop": "Drop against the margin", "accuracy": "Accuracy per task", "flips": "Samples that changed"}
+"""Titles of the plots, in the order of the card."""
+
+_MARK = b"and released by fp8pipe "
+"""In the first paragraph of every card of ours, and of no source's."""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Everything that a card says."""
+
+    repo_id: str
+    source: Snapshot
+    source_card: str | None
+    """The source's README.md; its front matter names the licence."""
+    recipe: Recipe
+    checkpoint: Checkpoint
+    plan_summary: Sequence[SummaryRow]
+    calibration: Calibration | None
+    validation: ValidationReport
+    baseline: EvalReport
+    candidate: EvalReport
+    decision: GateDecision
+    policy: GatePolicy | None = None
+    approval: Approval | None = None
+    notes: Sequence[str] = ()
+    """The plan's notes."""
+    plots: Mapping[str, str] = field(default_factory=dict)
+    """Name of a plot, as in PLOTS -> its path in the repository."""
+    records: Sequence[str] = ()
+    """Names of the files in fp8pipe/."""
+
+    @property
+    def fp8_cache(self) -> bool:
+        """Whether the candidate was measured with an FP8 KV cache."""
+        return self.candidate.engine.kv_cache_dtype.startswith("fp8")
+
+
+def facts_of_folder(folder: Path, *, repo_id: str) -> CardFacts:
+    """Read the facts from DIR/fp8pipe/. InputError names a record that is missing."""
+    from fp8pipe.quantize.plan import Plan
+    from fp8pipe.records.calibration import Calibration
+
+    _keep_source_card(folder)
+    checkpoint = Checkpoint.load(record_path(folder, "checkpoint"))
+    plan = Plan.load(record_path(folder, "plan"))
+    source_card, records = folder / SOURCE_CARD, folder / RECORD_DIR
+    return CardFacts(
+        repo_id=repo_id,
+        source=Snapshot.load(record_path(folder, "source")),
+        source_card=source_card.read_text(errors="replace") if source_card.is_file() else None,
+        recipe=plan.settings,
+        checkpoint=checkpoint,
+        plan_summary=plan.summary(),
+        notes=plan.notes,
+        calibration=Calibration.load(record_path(folder, "calibration")) if checkpoint.calibration_digest else None,
+        validation=ValidationReport.load(record_path(folder, "validation")),
+        baseline=EvalReport.load(record_path(folder, "baseline")),
+        candidate=EvalReport.load(record_path(folder, "candidate")),
+        decision=GateDecision.load(record_path(folder, "gate")),
+        policy=read_policy(folder),
+        approval=read_approval(folder),
+        plots={name: f"{RECORD_DIR}/plots/{name}.png" for name in PLOTS if (records / f"plots/{name}.png").is_file()},
+        # The manifest is written after the card, because it lists it.
+        records=[name for name in RECORDS if name == "manifest.json" or (records / name).is_file()],
+    )
+
+
+def _keep_source_card(folder: Path) -> None:
+    """Copy the source's README.md, once, before ours takes its place."""
+    readme, kept = folder / "README.md", folder / SOURCE_CARD
+    if kept.exists() or not readme.is_file():
+        return
+    content = readme.read_bytes()
+    if _MARK not in content:
+        write_atomically(kept, content)

@@ -1,0 +1,35 @@
+"""What was checked, and what was not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fp8pipe.records import ValidationReport
+from fp8pipe.release.card.facts import CardFacts
+
+
+def validation_line(validation: ValidationReport) -> str:
+    """The validation in one line, before its warnings."""
+    found = len(validation.warnings)
+    return (
+        f"{len(validation.checks)} checks over {validation.tensors} tensors, depth {validation.depth}: no error, "
+        + ("no warning." if not found else f"{found} warning{'s' if found > 1 else ''}:")
+    )
+
+
+def known_limits(facts: CardFacts) -> Iterator[str]:
+    """What the measurement says nothing about, one sentence each."""
+    engine = facts.candidate.engine
+    if engine.device_class == "cpu":
+        yield "Measured on a CPU. Measure it again on the GPU that will serve it before relying on the numbers."
+    else:
+        yield f"Measured on {engine.device_class} only; kernels differ between device classes."
+    if facts.recipe.activations is not None:
+        yield "Below compute capability 8.9, vLLM stores weights in FP8 but computes in 16 bits; this was not measured."
+    if facts.recipe.kv_cache is not None:
+        yield "Without --kv-cache-dtype fp8, the KV cache keeps the model's dtype; this was not measured."
+    names = ", ".join(dict.fromkeys(task.task for task in facts.decision.tasks))
+    yield f"Accuracy is known for {names} within {engine.max_model_len:,} tokens of context; nothing else was measured."
+    if facts.checkpoint.zero_units:
+        count = len(facts.checkpoint.zero_units)
+        yield f"{count} scale unit(s) hold only zeros; the first is {facts.checkpoint.zero_units[0]}."
