@@ -209,7 +209,7 @@ def _where(device: str) -> str:
     if device != "cpu":
         return f"on {torch.cuda.get_device_name(device)}"
 
-    from fp8pipe.calibrate.products import is_emulated
+    from fp8pipe.calibrate.cpu_linear import is_emulated
 
     if not is_emulated(torch.bfloat16, torch.device("cpu")):
         return "with bf16 instructions"

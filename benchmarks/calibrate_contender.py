@@ -115,7 +115,7 @@ def floor(source: Path, data: Path, output: Path, device: str) -> Spent:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fp8pipe.calibrate.products import is_emulated
+    from fp8pipe.calibrate.cpu_linear import is_emulated
 
     dtype = torch.float32 if is_emulated(torch.bfloat16, torch.device(device)) else torch.bfloat16
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)

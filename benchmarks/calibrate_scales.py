@@ -122,8 +122,9 @@ def _distance(model: Path, recipe: Recipe, judge: Path, scratch: Path) -> tuple[
 
     from fp8pipe import stages
     from fp8pipe.calibrate import calibrate
-    from fp8pipe.calibrate.rows import load_rows
-    from fp8pipe.calibrate.samples import choose_samples, tokenizer_of
+    from fp8pipe.calibrate.dataset import load_rows
+    from fp8pipe.calibrate.samples import choose_samples
+    from fp8pipe.calibrate.tokenization import tokenizer_of
 
     snapshot = stages.pin(str(model))
     ranges = calibrate(snapshot, stages.plan(snapshot, recipe), recipe, scratch)
@@ -147,7 +148,7 @@ def in_fp8(model: Any, recipe: Recipe, ranges: Calibration) -> None:
     """Round the weights of `model` to FP8, and by hooks the inputs of its Linears."""
     import torch
 
-    from fp8pipe.calibrate.rounding import round_in_place, rounded_input, shared_amax
+    from fp8pipe.calibrate.sensitivity.rounding import round_in_place, rounded_input, shared_amax
 
     fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
     for name, amax in ranges.inputs.items():
