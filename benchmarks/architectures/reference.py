@@ -1,7 +1,7 @@
-"""What the source model says: transformers in float32 on the checkpoint as it lies on disk.
+"""What the source model answers, run by transformers in float32.
 
-In: a checkpoint folder. Out: a `Reference` with the logits of fixed prompts, which experts each token was sent to, and
-the projection whose scale matters most, the one that the sabotaged copy doubles.
+In: a checkpoint folder. Out: a `Reference` with the logits of fixed prompts, the experts that each token was routed to,
+and the projection whose weights matter most, which the sabotaged copy doubles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PROMPTS = models.sequences(4, 24, seed=2)
 SCORED = len(PROMPTS[0]) - 1
-"""Positions scored of each prompt: vLLM returns the logits of those that predict a prompt token."""
+"""Positions of each prompt that are scored: vLLM returns the logits of those that predict a prompt token."""
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,27 @@ class Reference:
     logits: np.ndarray
     """[prompts x positions, vocabulary] float32."""
     routing: np.ndarray | None
-    """[prompts x positions, layers, top_k], sorted expert numbers; None without sparse experts."""
+    """[prompts x positions, layers, top_k], sorted indices of experts; None without sparse experts."""
     telling: tuple[str, ...]
-    """Patterns of modules, one for each kind of projection of the last layer, those first whose doubled weights change
-    the logits most."""
+    """Patterns of modules, one for each kind of projection in the last layer, ordered by how much doubling its weights
+    changes the logits, most first."""
 
 
 def reference(folder: Path) -> Reference:
-    """Run the source; the most telling projection is found by doubling each one of the last layer in turn."""
+    """Run the source, and again with each kind of projection in the last layer doubled."""
     logits, routing = answers(folder)
     effects = {leaf: relative_error(answers(folder, leaf)[0], logits) for leaf in _projections(folder)}
     return Reference(logits, routing, tuple(sorted(effects, key=lambda leaf: -effects[leaf])))
 
 
 def relative_error(logits: np.ndarray, source: np.ndarray) -> float:
-    """L2 norm of the difference of centred logits, over that of the source's: what softmax does not see is left out."""
+    """L2 norm of the difference of logits over that of the source's, both centred because softmax ignores a shift."""
     ours, theirs = (x - x.mean(axis=-1, keepdims=True) for x in (logits, source))
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 def answers(folder: Path, doubled: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """(logits, routing) of the model in `folder`, with the weights that match `doubled` multiplied by two."""
+    """(logits, routing) of the model in `folder`, with the weights that match `doubled` multiplied by 2."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -72,7 +72,7 @@ def answers(folder: Path, doubled: str | None = None) -> tuple[np.ndarray, np.nd
 
 
 def _routes(module: nn.Module) -> bool:
-    """Transformers' experts: one module that holds all matrices and is told each token's choice."""
+    """Whether this is transformers' module of all experts, which is called with each token's choice of experts."""
     import inspect
 
     return "top_k_index" in inspect.signature(module.forward).parameters
