@@ -43,7 +43,7 @@ def run(
         forwards = [_forward(skeleton, [token_ids[index] for index in batch]) for batch in batches]
         loop = _Loop(skeleton, modules, schemes, bookmark, batches, sum(map(len, token_ids)), progress)
         with Lockstep(skeleton.layers, forwards) as steps:
-            return loop.over(steps)
+            return loop.run(steps)
 
     ranges = with_smaller_batches(attempt, token_ids, skeleton.device)
     if schemes.static is not None:
@@ -72,7 +72,7 @@ class _Loop:
     tokens: int
     progress: Progress
 
-    def over(self, steps: Iterable[Step]) -> Ranges:
+    def run(self, steps: Iterable[Step]) -> Ranges:
         """Compute every layer that an earlier run has not finished."""
         finished, ranges, stored = self.bookmark.find()
         done: list[str] = []

@@ -13,22 +13,12 @@ import pytest
 from datasets import Dataset
 from huggingface_hub import CommitOperationAdd
 from pyarrow import parquet
-from support.calibration import (
-    STATIC_KV,
-    TEXTS,
-    planned,
-    run_calibration,
-    samples_of,
-    with_data,
-    write_dataset,
-)
+from support.calibration import STATIC_KV, TEXTS, planned, run_calibration, samples_of, with_data, write_dataset
 
 from fp8pipe.calibrate import calibrate
 from fp8pipe.calibrate.dataset import load_rows
 from fp8pipe.config import CalibrationSpec
-from fp8pipe.errors import (
-    CalibrationDataError,
-)
+from fp8pipe.errors import CalibrationDataError
 from fp8pipe.hub.client import client
 from fp8pipe.rehearsal.localhub import LocalHub
 

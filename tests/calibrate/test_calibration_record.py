@@ -6,12 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.calibration import (
-    STATIC_KV,
-    run_calibration,
-    with_data,
-    write_dataset,
-)
+from support.calibration import STATIC_KV, run_calibration, with_data, write_dataset
 
 from fp8pipe.calibrate import calibration_key, cpu_linear
 from fp8pipe.hub.source import resolve

@@ -11,14 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import TESTS
-from support.calibration import (
-    STATIC_KV,
-    TENSOR_KV,
-    make_model,
-    run_calibration,
-    with_data,
-    write_dataset,
-)
+from support.calibration import STATIC_KV, TENSOR_KV, make_model, run_calibration, with_data, write_dataset
 
 from fp8pipe.calibrate.lockstep import Pass
 from fp8pipe.calibrate.resume import Bookmark, Handover

@@ -7,13 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.calibration import (
-    STATIC_KV,
-    make_model,
-    run_calibration,
-    with_data,
-    write_dataset,
-)
+from support.calibration import STATIC_KV, make_model, run_calibration, with_data, write_dataset
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

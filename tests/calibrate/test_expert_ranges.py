@@ -6,20 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.calibration import (
-    TENSOR_KV,
-    make_model,
-    planned,
-    run_calibration,
-    with_data,
-    write_dataset,
-)
-from support.whole_model import (
-    CLOSE,
-    block_reference,
-    expert_reference,
-    token_ids_of,
-)
+from support.calibration import TENSOR_KV, make_model, planned, run_calibration, with_data, write_dataset
+from support.whole_model import CLOSE, block_reference, expert_reference, token_ids_of
 
 from fp8pipe.calibrate import calibrate
 from fp8pipe.quantize import quantize

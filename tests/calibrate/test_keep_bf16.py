@@ -7,22 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.calibration import (
-    MOE_NAMES,
-    STATIC_KV,
-    TENSOR_KV,
-    calibrated,
-    make_model,
-    planned,
-    with_data,
-)
+from support.calibration import MOE_NAMES, STATIC_KV, TENSOR_KV, calibrated, make_model, planned, with_data
 
 from fp8pipe.calibrate.sensitivity import worst_modules
 from fp8pipe.config import KeepRule, Recipe, validated
-from fp8pipe.errors import (
-    ConfigError,
-    InputError,
-)
+from fp8pipe.errors import ConfigError, InputError
 from fp8pipe.hub.headers import read_headers
 from fp8pipe.quantize import fingerprint, quantize
 from fp8pipe.quantize.plan import make_plan

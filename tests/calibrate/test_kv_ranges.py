@@ -5,20 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.calibration import (
-    STATIC_KV,
-    TENSOR_KV,
-    calibrated,
-    make_model,
-    run_calibration,
-    with_data,
-    write_dataset,
-)
+from support.calibration import STATIC_KV, TENSOR_KV, calibrated, make_model, run_calibration, with_data, write_dataset
 from transformers.models.llama import modeling_llama
 
-from fp8pipe.errors import (
-    UnsupportedArchitecture,
-)
+from fp8pipe.errors import UnsupportedArchitecture
 
 
 def test_latent_attention_is_named_with_the_reason(tmp_path: Path) -> None:

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 from fp8pipe.calibrate.lockstep import Lockstep
-from fp8pipe.errors import (
-    UnsupportedArchitecture,
-)
+from fp8pipe.errors import UnsupportedArchitecture
 
 
 class _Twice(nn.Module):

@@ -9,21 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support import TESTS
-from support.calibration import (
-    STATIC_KV,
-    make_model,
-    run_calibration,
-    with_data,
-    write_dataset,
-)
-from support.whole_model import (
-    CLOSE,
-)
+from support.calibration import STATIC_KV, make_model, run_calibration, with_data, write_dataset
+from support.whole_model import CLOSE
 from torch import Tensor
 
 from fp8pipe.calibrate import memory
-from fp8pipe.calibrate.memory import batches_of, is_out_of_memory
+from fp8pipe.calibrate.memory import Batches, batches_of, is_out_of_memory, with_smaller_batches
+from fp8pipe.errors import EnvironmentFault
 from fp8pipe.progress import ProgressEvent
 from fp8pipe.records.calibration import Calibration
 
@@ -35,6 +29,33 @@ def test_samples_of_equal_length_share_a_pass_and_nothing_is_padded() -> None:
     assert all(len({len(ids[index]) for index in batch}) == 1 for batch in batches)
     assert max(len(batch) * len(ids[batch[0]]) for batch in batches if len(batch) > 1) <= 16
     assert batches == [(0, 2, 3), (1, 5), (4,), (6,)]
+
+
+def test_every_failed_attempt_halves_the_largest_pass_until_each_is_one_sample(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tried: list[Batches] = []
+
+    def attempt(batches: Batches) -> None:
+        tried.append(batches)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with pytest.raises(EnvironmentFault, match="of up to 5 tokens"):
+        with_smaller_batches(attempt, [(1,) * 5] * 4, torch.device("cpu"))
+    assert tried == [[(0, 1, 2, 3)], [(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)]]
+    assert caplog.text.count("trying again") == 2
+
+
+def test_an_error_that_is_not_about_memory_is_not_tried_again() -> None:
+    tried: list[Batches] = []
+
+    def attempt(batches: Batches) -> None:
+        tried.append(batches)
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        with_smaller_batches(attempt, [(1,) * 5] * 4, torch.device("cpu"))
+    assert len(tried) == 1
 
 
 def test_hidden_states_of_all_samples_are_in_memory_twice_at_most(

@@ -8,17 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.calibration import (
-    STATIC_KV,
-    make_model,
-    planned,
-    run_calibration,
-    with_data,
-    write_dataset,
-)
-from support.whole_model import (
-    CLOSE,
-)
+from support.calibration import STATIC_KV, make_model, planned, run_calibration, with_data, write_dataset
+from support.whole_model import CLOSE
 
 from fp8pipe.config import ActivationScheme, Recipe, WeightScheme
 from fp8pipe.quantize import quantize

@@ -20,18 +20,10 @@ from support.calibration import (
     with_data,
     write_dataset,
 )
-from support.whole_model import (
-    CLOSE,
-    cache_reference,
-    expert_reference,
-    linear_reference,
-    token_ids_of,
-)
+from support.whole_model import CLOSE, cache_reference, expert_reference, linear_reference, token_ids_of
 
 from fp8pipe.calibrate import calibrate
-from fp8pipe.errors import (
-    UnsupportedArchitecture,
-)
+from fp8pipe.errors import UnsupportedArchitecture
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.calibration import (
-    STATIC_KV,
-    TENSOR_KV,
-    calibrated,
-    make_model,
-    samples_of,
-    with_data,
-)
+from support.calibration import STATIC_KV, TENSOR_KV, calibrated, make_model, samples_of, with_data
 from torch import Tensor
 from typer.testing import CliRunner
 

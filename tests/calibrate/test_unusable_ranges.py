@@ -6,20 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.calibration import (
-    STATIC_KV,
-    calibrated,
-    make_model,
-    run_calibration,
-    with_data,
-    write_dataset,
-)
+from support.calibration import STATIC_KV, calibrated, make_model, run_calibration, with_data, write_dataset
 
 from fp8pipe.config import ActivationScheme
-from fp8pipe.errors import (
-    CalibrationDataError,
-    NonFiniteActivation,
-)
+from fp8pipe.errors import CalibrationDataError, NonFiniteActivation
 
 
 def test_a_nan_activation_is_an_error_that_names_the_module(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ CLOSE = 1e-6
 
 
 def linear_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> dict[str, float]:
-    """amax of the input of every Linear of the whole model, by plain hooks."""
+    """Name of every Linear -> amax of its input."""
     amax: dict[str, float] = {}
     handles = []
     for name, module in model.named_modules():
@@ -37,7 +37,7 @@ def linear_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> dict[str
 
 
 def cache_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per layer the amax of K and V per head, out of an ordinary cache that keeps everything."""
+    """For each layer the amax of K and of V per head, from an ordinary cache that keeps everything."""
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     with torch.inference_mode():
         for ids in token_ids:
@@ -50,7 +50,7 @@ def cache_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> list[tupl
 
 
 def expert_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> dict[tuple[str, int], tuple[float, float]]:
-    """Per experts module and expert: amax of what it is given, and of what its down projection is given."""
+    """Experts module and expert -> amax of its input, and of its down projection's input."""
     amax: dict[tuple[str, int], tuple[float, float]] = {}
 
     def hook(module: Any, args: Any, name: str) -> None:
@@ -73,7 +73,7 @@ def expert_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> dict[tup
 
 
 def block_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> dict[tuple[str, int], tuple[float, float]]:
-    """The same as `expert_reference` for Llama 4, whose experts are given one block of tokens each."""
+    """`expert_reference` for Llama 4, whose experts get one block of tokens each."""
     amax: dict[tuple[str, int], tuple[float, float]] = {}
 
     def hook(module: Any, args: Any, name: str) -> None:
@@ -93,7 +93,7 @@ def block_reference(model: Any, token_ids: Sequence[Sequence[int]]) -> dict[tupl
 
 
 def token_ids_of(calibration: Calibration) -> list[list[int]]:
-    """What the byte tokenizer makes of TEXTS, in the order in which they were run."""
+    """TEXTS under the byte tokenizer, in the order in which they were run."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = {symbol: i for i, symbol in enumerate(alphabet)}
     texts = [TEXTS[index] for index in calibration.sample_indices]
