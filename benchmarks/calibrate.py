@@ -1,23 +1,23 @@
-"""Calibrating against llm-compressor's oneshot and against the plain forward pass, alternating on one machine.
+"""Compares calibrating with llm-compressor's oneshot and with a plain forward pass, in turns on one machine.
 
     python -m benchmarks.calibrate [--rounds 3] [--data 16x256:3] [--no-peer [64x512]] [--device cuda]
                                    [--folder DIR] [--page FILE]
     python -m benchmarks.calibrate --compare-scales [--fixtures DIR]
     python -m benchmarks.calibrate --through-weights MODEL TEXTS
 
-Source: the synthetic Llama of benchmarks.quantize, with 16 samples of 256 tokens and 64 of 512. Every contender is a
-process of its own; one round runs all of them once, and a ratio is taken within its round. On a CPU without bf16
-instructions (AVX512-BF16, AMX) a round takes many minutes, most of them the peer's: begin there with --no-peer, or
-leave the peer out of the longer samples.
+Source: the synthetic Llama of benchmarks.quantize, with 16 samples of 256 tokens and 64 of 512. Every contender runs in
+a process of its own; one round runs each of them once, and a ratio is taken within its round. On a CPU without bf16
+instructions (AVX512-BF16, AMX) a round takes many minutes, most of them for the peer: begin there with --no-peer, or
+leave the peer out for the longer samples.
 
 ours       calibrate, quantize and save: fp8-static-kv
 datafree   the same weights without calibration
 floor      the decoder's plain forward over the same tokens, one sample at a time, all weights in memory, no lm_head;
            in float32 where the CPU has no bf16 instructions, since that is faster there
-peer       oneshot FP8 static with an FP8 KV cache and its save, in its own environment (benchmarks/peer.txt)
+peer       oneshot with FP8 static and an FP8 KV cache, and its save, in its own environment (benchmarks/peer.txt)
 
---compare-scales runs oneshot (static_minmax, propagate_error=False) and fp8pipe on tiny models of the same samples and
-prints the largest relative difference of their scales; --fixtures writes the peer's scales for the tests.
+--compare-scales runs oneshot (static_minmax, propagate_error=False) and fp8pipe on tiny models and the same samples,
+and prints the largest relative difference of their scales; --fixtures writes the peer's scales for the tests.
 --through-weights asks whether ranges should be found through FP8 weights (recipe option quantized_weights)."""
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from benchmarks.page import machine, put, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 DATA = {"16x256": (16, 256), "64x512": (64, 512), "512x2048": (512, 2048)}
-"""Samples and tokens. The last, a recipe's default, is for a GPU: run only when --data names it."""
+"""Samples and tokens. The last, the default of recipes, is for a GPU: it runs only if --data names it."""
 USUAL = ("16x256", "64x512")
 QUICK = (4, 64)
 
 Timing = Mapping[str, float]
-"""What one process took: whole, inside, cpu, and calibrate of ours in seconds; peak_mb, device_mb."""
+"""What one process took: whole, inside, cpu and (ours) calibrate in seconds; peak_mb, device_mb."""
 Rounds = Mapping[str, Sequence[Mapping[str, Timing]]]
 """Samples -> what each contender took in each round."""
 
@@ -55,13 +55,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="where the models and the outputs go")
-    parser.add_argument("--page", type=Path, default=None, help=f"page to put the tables on, as {PAGE.name}")
-    parser.add_argument("--no-peer", nargs="*", choices=DATA, help="leave out llm-compressor, or on these samples")
+    parser.add_argument("--page", type=Path, default=None, help=f"page to write the tables to, such as {PAGE.name}")
+    parser.add_argument(
+        "--no-peer", nargs="*", choices=DATA, help="leave out llm-compressor; for these samples, or all"
+    )
     parser.add_argument("--data", action="append", type=_asked, help="only these samples; :N for N rounds of them")
     parser.add_argument("--device", default="cpu", help="where fp8pipe and the floor run; the peer chooses for itself")
-    parser.add_argument("--quick", action="store_true", help="a model of 20 MB: the command, not the figures")
-    parser.add_argument("--compare-scales", action="store_true", help="scales of tiny models beside the peer's")
-    parser.add_argument("--fixtures", type=Path, default=None, help="with --compare-scales: where the peer's scales go")
+    parser.add_argument("--quick", action="store_true", help="a model of 20 MB, to try the command")
+    parser.add_argument("--compare-scales", action="store_true", help="compare scales of tiny models with the peer's")
+    parser.add_argument(
+        "--fixtures", type=Path, default=None, help="with --compare-scales: folder for the peer's scales"
+    )
     parser.add_argument("--through-weights", nargs=2, type=Path, metavar=("MODEL", "TEXTS"))
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="fp8pipe-bench-") as scratch:
@@ -82,10 +86,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _asked(text: str) -> tuple[str, int | None]:
-    """Samples and rounds: 16x256, or 16x256:3."""
+    """--data: 16x256, or 16x256:3 for 3 rounds."""
     title, _, count = text.partition(":")
     if title not in DATA:
-        raise argparse.ArgumentTypeError(f"{title}: not among {', '.join(DATA)}")
+        raise argparse.ArgumentTypeError(f"{title} is not one of {', '.join(DATA)}")
     return title, int(count) if count else None
 
 
@@ -109,7 +113,7 @@ def _measure(scratch: Path, options: Any) -> None:
 
 
 class Arena:
-    """The model and the samples on disk, and the processes that are run on them."""
+    """The model and the samples on disk, and the processes that run on them."""
 
     def __init__(self, folder: Path, peer_python: Path | None, *, quick: bool, device: str) -> None:
         self._folder, self._peer_python, self._quick, self._device = folder, peer_python, quick, device
@@ -117,7 +121,7 @@ class Arena:
         self._source = self._make_llama(self._layers)
 
     def rounds(self, samples: int, tokens: int, count: int, *, with_peer: bool) -> list[dict[str, Timing]]:
-        """`count` rounds after a warm-up that fills the page cache and the architecture record."""
+        """`count` rounds, after a warm-up that fills the page cache and the cache of architectures."""
         data = self._make_data(samples, tokens)
         self._contend("datafree", self._source, data)
         contenders = ("ours", "floor", "datafree", *(("peer",) if with_peer else ()))
@@ -181,11 +185,11 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
-# ---------------------------------------------------------------------------------------------- telling
+# ---------------------------------------------------------------------------------------------- reporting
 
 
 def _fill(page: Path, name: str, text: str) -> None:
-    """Put `text` between the marks that bear `name`."""
+    """Put `text` between the marks called `name`."""
     before, mark, rest = page.read_text().partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- /{name} -->")
     assert mark and end, f"{page} has no place for {name}"
@@ -193,12 +197,13 @@ def _fill(page: Path, name: str, text: str) -> None:
 
 
 def report(rounds: Rounds, doubled: Mapping[str, Timing], device: str) -> str:
-    """The figures as Markdown: seconds, ratios and memory beside what issue C asks."""
+    """The figures as Markdown: seconds, ratios and memory, with the limits that they must keep."""
     intro = (
         f"Llama of 16 layers, hidden 2048, ffn 8192, bf16; fp8-static-kv. {machine()}, {_where(device)}. "
-        f"Rounds: {', '.join(f'{len(found)} of {title}' for title, found in rounds.items())}; medians, smallest to "
-        "largest in brackets; a ratio is taken within its round. CPU is the CPU time of all threads inside: other work "
-        "on the machine hardly changes it. Made by `python -m benchmarks.calibrate`.\n"
+        f"Rounds: {', '.join(f'{len(found)} of {title}' for title, found in rounds.items())}; medians, with the "
+        "smallest and largest in brackets; a ratio is taken within its round. CPU is the CPU time of all threads, "
+        "which other work on the machine hardly changes. Peak memory may be 1.2 GB plus twice the hidden states of all "
+        "samples. Made by `python -m benchmarks.calibrate`.\n"
     )
     return "\n".join((intro, _seconds(rounds), _ratios(rounds), _memory(rounds, doubled)))
 
@@ -209,7 +214,7 @@ def _where(device: str) -> str:
     if device != "cpu":
         return f"on {torch.cuda.get_device_name(device)}"
 
-    from fp8pipe.calibrate.products import is_emulated
+    from fp8pipe.calibrate.cpu_linear import is_emulated
 
     if not is_emulated(torch.bfloat16, torch.device("cpu")):
         return "with bf16 instructions"
@@ -259,10 +264,10 @@ def _memory(rounds: Rounds, doubled: Mapping[str, Timing]) -> str:
     rows = []
     for title, found in rounds.items():
         samples, tokens = DATA[title]
-        flying = samples * tokens * 2048 * 2 / 1e6
+        hidden = samples * tokens * 2048 * 2 / 1e6
         base = max(one["ours"]["peak_mb"] for one in found)
         theirs = f"{max(one['peer']['peak_mb'] for one in found):.0f}" if "peer" in found[0] else "not run"
-        rows.append([title, f"{base:.0f}", f"{doubled[title]['peak_mb']:.0f}", f"{1200 + flying:.0f}", theirs])
+        rows.append([title, f"{base:.0f}", f"{doubled[title]['peak_mb']:.0f}", f"{1200 + 2 * hidden:.0f}", theirs])
         on_device = max(one["ours"]["device_mb"] for one in found)
         if on_device:
             plain = max(one["floor"]["device_mb"] for one in found)

@@ -1,4 +1,4 @@
-"""One contender of the calibration benchmark in a process of its own, run by the interpreter of its environment.
+"""Runs one contender of the calibration benchmark, in the Python of its environment; the last line is JSON.
 
     python -m benchmarks.calibrate_contender WHAT SOURCE DATA OUTPUT [DEVICE]
 
@@ -6,13 +6,14 @@
     datafree   the same weights without calibration
     floor      the decoder's plain forward, and nothing else
     peer       llm-compressor's oneshot, FP8 static with FP8 KV
-    scales     the same with static_minmax and without propagated error, traced layer by layer (pipeline sequential);
-               prints the scales of activations and cache. untraced: by one plain pass (pipeline basic)
+    scales     the peer with static_minmax and without propagated error, traced layer by layer (pipeline sequential);
+               prints the scales of activations and cache
+    untraced   the same by one plain pass (pipeline basic)
 
-DATA is a .jsonl of texts, every one a sample. DEVICE, for ours and the floor: cpu (default) or cuda. `inside` is
+DATA is a .jsonl of texts, each of them a sample. DEVICE, for ours and the floor: cpu (default) or cuda. `inside` is
 seconds without imports and without reading the data, `calibrate` the part of them that calibration took, `cpu` the CPU
-seconds that all threads spent meanwhile; `peak_mb` is the process's largest resident set, `device_mb` the most memory
-on a GPU. Nothing is imported before its contender needs it."""
+seconds of all threads in that time; `peak_mb` is the process's largest resident set, `device_mb` the most memory on a
+GPU. A module is imported only when its contender needs it."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from benchmarks.contender import peak_mb
 KV = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 Spent = dict[str, float]
-"""inside and cpu in seconds; ours calibrate in seconds as well."""
+"""inside, cpu and (ours) calibrate, in seconds."""
 
 
 def main() -> None:
@@ -47,13 +48,13 @@ def main() -> None:
 
 
 def clock() -> Callable[[], Spent]:
-    """Starts now; called, it tells what was spent since."""
+    """A clock that starts now; calling it returns what was spent since."""
     wall, cpu = time.perf_counter(), time.process_time()
     return lambda: {"inside": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
 def warm_up(device: str) -> None:
-    """A GPU loads its libraries at their first use, which is no part of the inside."""
+    """Load a GPU's libraries, which happens at first use and is not part of `inside`."""
     if device == "cpu":
         return
     import torch
@@ -65,7 +66,7 @@ def warm_up(device: str) -> None:
 
 
 def device_mb(device: str) -> float:
-    """Most memory that tensors took on the GPU; 0 on a CPU."""
+    """The most memory that tensors took on the GPU, in MB; 0 on a CPU."""
     if device == "cpu":
         return 0.0
     import torch
@@ -74,8 +75,8 @@ def device_mb(device: str) -> float:
 
 
 def ours(source: Path, data: Path, output: Path, device: str) -> Spent:
-    """From the plan to the fsynced checkpoint."""
-    import transformers  # noqa: F401  imports count for the whole process, not the inside
+    """Everything from the plan to the fsynced checkpoint."""
+    import transformers  # noqa: F401  imports are not part of `inside`
 
     from fp8pipe import stages
     from fp8pipe.calibrate import calibrate, forward  # noqa: F401
@@ -96,7 +97,7 @@ def ours(source: Path, data: Path, output: Path, device: str) -> Spent:
 
 
 def datafree(source: Path, data: Path, output: Path) -> Spent:
-    """The same weights, one scale per tensor, with dynamic activations."""
+    """Quantize the same weights, one scale per tensor, with dynamic activations."""
     from fp8pipe import stages
     from fp8pipe.config import load_recipe
     from fp8pipe.quantize import preload, quantize
@@ -109,13 +110,13 @@ def datafree(source: Path, data: Path, output: Path) -> Spent:
 
 
 def floor(source: Path, data: Path, output: Path, device: str) -> Spent:
-    """Every sample through the decoder stack, one at a time, all weights in memory, no lm_head.
+    """Run every sample through the decoder, one at a time, with all weights in memory and without lm_head.
 
-    In float32 where the CPU has no bf16 instructions: there that is four times as fast."""
+    On a CPU without bf16 instructions in float32, which is four times as fast there."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from fp8pipe.calibrate.products import is_emulated
+    from fp8pipe.calibrate.cpu_linear import is_emulated
 
     dtype = torch.float32 if is_emulated(torch.bfloat16, torch.device(device)) else torch.bfloat16
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -132,15 +133,15 @@ def floor(source: Path, data: Path, output: Path, device: str) -> Spent:
 
 
 def peer(source: Path, data: Path, output: Path) -> Spent:
-    """oneshot and its save, loading included: it reads the weights as we do."""
-    oneshot_on(source, _token_ids(source, data), None)  # warm imports and registries on nothing
+    """oneshot and its save, with loading, since ours reads the weights too."""
+    oneshot_on(source, _token_ids(source, data), None)  # imports only
     spent = clock()
     oneshot_on(source, _token_ids(source, data), output)
     return spent()
 
 
 def oneshot_on(source: Path, token_ids: list[list[int]], output: Path | None, **changes: Any) -> None:
-    """llm-compressor's FP8 preset with an FP8 cache; without `output` only what it needs is imported."""
+    """Run llm-compressor's FP8 preset with an FP8 cache; without `output`, only import what it needs."""
     import torch
     from datasets import Dataset
     from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]  the peer's environment

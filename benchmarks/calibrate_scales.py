@@ -1,4 +1,4 @@
-"""Scales beside the peer's, and whether to calibrate through FP8 weights. Called by benchmarks.calibrate."""
+"""Compares scales with the peer's, and ranges found through BF16 weights with those found through FP8 weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from fp8pipe.records.calibration import Calibration
 
 TOLERANCE = 2**-8
-"""What issue C allows: half a step of bf16."""
+"""Scales whose relative difference is at most this count as equal: half a step of bf16."""
 
 
 def compare(scratch: Path, fixtures: Path | None) -> str:
-    """One row per architecture of tests/support/calibration.py: the largest relative difference of any scale."""
+    """A table with the largest relative difference of any scale, for each architecture of tests/support/calibration.py.
+
+    fixtures: folder for the peer's scales, which the tests compare with."""
     tests = of_the_tests("calibration")
 
     rows = []
@@ -44,7 +46,7 @@ def compare(scratch: Path, fixtures: Path | None) -> str:
 
 
 def _nearest(model: Path, data: Path, ours: dict[str, float]) -> tuple[dict[str, float], float, str]:
-    """The peer's scales by its traced pass, or by its plain one where that fails or says something else."""
+    """The peer's scales by its traced pass; by its plain pass where the traced one fails or finds other scales."""
     traced = _peers_scales("scales", model, data)
     worst = math.inf if isinstance(traced, str) else _worst(ours, traced)
     if worst <= TOLERANCE and isinstance(traced, dict):
@@ -61,7 +63,7 @@ def _worst(ours: dict[str, float], theirs: dict[str, float]) -> float:
 
 
 def scales_of(calibration: Calibration) -> dict[str, float]:
-    """amax / 448 of every range, by the name that the scale has on disk."""
+    """Name of a scale on disk -> amax / 448 of its range."""
     scales = {f"{name}.input_scale": amax / 448 for name, amax in calibration.inputs.items()}
     for name, ranges in calibration.kv.items():
         scales |= {f"{name}.k_scale": ranges.k_amax[0] / 448, f"{name}.v_scale": ranges.v_amax[0] / 448}
@@ -69,7 +71,7 @@ def scales_of(calibration: Calibration) -> dict[str, float]:
 
 
 def _peers_scales(how: str, model: Path, data: Path) -> dict[str, float] | str:
-    """The peer's scales, or the last line of its complaint."""
+    """The peer's scales, or the last line of its error."""
     command = [peer.interpreter(), "-m", "benchmarks.calibrate_contender", how, model, data, f"{model}-{how}"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
@@ -78,7 +80,7 @@ def _peers_scales(how: str, model: Path, data: Path) -> dict[str, float] | str:
 
 
 def _on_disk(name: str) -> str:
-    """Mixtral's name of an expert's projection, which the peer does not write back."""
+    """Mixtral's own name of an expert's projection, which the peer does not restore."""
     parent, projection, leaf = name.rsplit(".", 2)
     names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"} if ".block_sparse_moe.experts." in name else {}
     return f"{parent}.{names.get(projection, projection)}.{leaf}"
@@ -93,9 +95,10 @@ def _missing(ours: dict[str, float], theirs: dict[str, float]) -> str:
 
 
 def through_weights(model: Path, texts: Path, scratch: Path) -> str:
-    """Ranges found through BF16 and through FP8 weights, judged by the FP8 model's distance from BF16 on other texts.
+    """A table that compares ranges found through BF16 weights and through FP8 weights, by the FP8 model's distance from
+    the BF16 model.
 
-    texts: .jsonl with a text or messages in every row; the first half calibrates, the second half judges."""
+    texts: .jsonl with a text or messages in every row. The first half calibrates; the second measures the distance."""
     from fp8pipe.config import load_recipe
 
     rows = [line for line in texts.read_text().splitlines() if line.strip()]
@@ -116,14 +119,15 @@ def through_weights(model: Path, texts: Path, scratch: Path) -> str:
 
 
 def _distance(model: Path, recipe: Recipe, judge: Path, scratch: Path) -> tuple[str, str]:
-    """Mean KL divergence of next-token distributions, with its standard error, and agreement of the best token."""
+    """Mean KL divergence of next-token distributions with its standard error, and how often the best token agrees."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from fp8pipe import stages
     from fp8pipe.calibrate import calibrate
-    from fp8pipe.calibrate.rows import load_rows
-    from fp8pipe.calibrate.samples import choose_samples, tokenizer_of
+    from fp8pipe.calibrate.dataset import load_rows
+    from fp8pipe.calibrate.samples import choose_samples
+    from fp8pipe.calibrate.tokenization import tokenizer_of
 
     snapshot = stages.pin(str(model))
     ranges = calibrate(snapshot, stages.plan(snapshot, recipe), recipe, scratch)
@@ -144,10 +148,10 @@ def _distance(model: Path, recipe: Recipe, judge: Path, scratch: Path) -> tuple[
 
 
 def in_fp8(model: Any, recipe: Recipe, ranges: Calibration) -> None:
-    """Round the weights of `model` to FP8, and by hooks the inputs of its Linears."""
+    """Round the weights of `model` to FP8, and the inputs of its Linears whenever they run."""
     import torch
 
-    from fp8pipe.calibrate.rounding import round_in_place, rounded_input, shared_amax
+    from fp8pipe.calibrate.sensitivity.rounding import round_in_place, rounded_input, shared_amax
 
     fused = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
     for name, amax in ranges.inputs.items():

@@ -1,7 +1,7 @@
-"""The source model's answers, computed by transformers in float32 from the checkpoint on disk.
+"""What the source model answers, run by transformers in float32.
 
-In: a checkpoint folder. Out: a `Reference` with the logits of fixed prompts, the experts each token was sent to, and
-the projections in order of how much their scale matters; the sabotaged copy doubles the first that is quantized.
+In: a checkpoint folder. Out: a `Reference` with the logits of fixed prompts, the experts that each token was routed to,
+and the projection whose weights matter most, which the sabotaged copy doubles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PROMPTS = models.sequences(4, 24, seed=2)
 SCORED = len(PROMPTS[0]) - 1
-"""Positions scored in each prompt: vLLM returns logits only for those that predict a prompt token."""
+"""Positions of each prompt that are scored: vLLM returns the logits of those that predict a prompt token."""
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,27 @@ class Reference:
     logits: np.ndarray
     """[prompts x positions, vocabulary] float32."""
     routing: np.ndarray | None
-    """[prompts x positions, layers, top_k], sorted expert numbers; None without sparse experts."""
+    """[prompts x positions, layers, top_k], sorted indices of experts; None without sparse experts."""
     telling: tuple[str, ...]
-    """Patterns of modules, one for each kind of projection of the last layer. Doubling the weights of the first changes
-    the logits most."""
+    """Patterns of modules, one for each kind of projection in the last layer, ordered by how much doubling its weights
+    changes the logits, most first."""
 
 
 def reference(folder: Path) -> Reference:
-    """Run the source, and double each projection of the last layer in turn to see which one matters most."""
+    """Run the source, and again with each kind of projection in the last layer doubled."""
     logits, routing = answers(folder)
     effects = {leaf: relative_error(answers(folder, leaf)[0], logits) for leaf in _projections(folder)}
     return Reference(logits, routing, tuple(sorted(effects, key=lambda leaf: -effects[leaf])))
 
 
 def relative_error(logits: np.ndarray, source: np.ndarray) -> float:
-    """Relative L2 error of the logits, both centred first because softmax ignores their mean."""
+    """L2 norm of the difference of logits over that of the source's, both centred because softmax ignores a shift."""
     ours, theirs = (x - x.mean(axis=-1, keepdims=True) for x in (logits, source))
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 
 
 def answers(folder: Path, doubled: str | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """(logits, routing) of the model in `folder`; weights that match `doubled` are multiplied by two."""
+    """(logits, routing) of the model in `folder`, with the weights that match `doubled` multiplied by 2."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -72,7 +72,7 @@ def answers(folder: Path, doubled: str | None = None) -> tuple[np.ndarray, np.nd
 
 
 def _routes(module: nn.Module) -> bool:
-    """Whether this is a module of experts, which transformers calls with the experts chosen for each token."""
+    """Whether this is transformers' module of all experts, which is called with each token's choice of experts."""
     import inspect
 
     return "top_k_index" in inspect.signature(module.forward).parameters
@@ -89,7 +89,7 @@ def _capture(chosen: list[Any]) -> Any:
 
 
 def _projections(folder: Path) -> list[str]:
-    """A pattern for each kind of Linear in the last layer that fp8-dynamic quantizes."""
+    """One pattern for each kind of Linear in the last layer that the data-free recipe quantizes."""
     from fp8pipe.config import load_recipe
     from fp8pipe.stages import pin
     from fp8pipe.stages import plan as plan_snapshot

@@ -1,29 +1,29 @@
-"""Snapshot + samples -> ranges of activations and of the KV cache, in one forward pass with one layer in memory.
+"""Ranges of activations and of the KV cache, measured in one forward pass with one layer in memory.
 
-rows       dataset -> rows                           skeleton   the model without weights, filled layer by layer
-samples    rows -> token ids                         lockstep   all passes, one layer at a time
-batches    samples -> passes                         observe    hooks and cache -> ranges
-targets    plan -> what to observe                   experts    the same for mixture of experts
-ranges     observers: minmax, percentile, mse        noise      what FP8 costs each Linear
-identity   equal keys, equal ranges                  rounding   weights and inputs as FP8 has them
-forward    all of it put together                    resume     finished layers survive a kill
-products   16-bit products on a CPU without them     weights    a layer's weights, read
-record     Calibration, the result                   held       what passes hold besides, kept small
+dataset       rows of a local file or a Hub dataset     hooks        observes one layer while it runs
+tokenization  rows -> token ids; the chat template      experts      observes mixtures of experts
+samples       which rows are run                        observers    values -> range: minmax, percentile, mse
+targets       plan -> modules to observe                cpu_linear   16-bit Linears on CPUs without instructions
+skeleton      the model without weights                 resume       finished layers survive a kill
+lockstep      all passes, one layer at a time           key          equal keys, equal ranges
+forward       the loop over layers                      sensitivity  what FP8 costs each Linear
+memory        samples share passes; smaller passes when memory runs out
 """
 
 from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fp8pipe.calibrate.identity import circumstances, key_of, observers_of, resolved
+from fp8pipe.calibrate.key import environment, key_of, observers_of, resolved
 from fp8pipe.config import Recipe
 from fp8pipe.files import digest_of
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.records import Snapshot
-from fp8pipe.records.calibration import Calibration, KVRange, LayerSensitivity, Ranges, Sensitivity
+from fp8pipe.records.calibration import Calibration
 
 if TYPE_CHECKING:
     from fp8pipe.calibrate.samples import Samples
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fp8pipe.model.architecture import Architecture
     from fp8pipe.quantize.plan import Plan
 
-__all__ = ["Calibration", "KVRange", "LayerSensitivity", "Ranges", "Sensitivity", "calibrate", "calibration_key"]
+__all__ = ["RECORD_NAME", "calibrate", "calibration_key"]
 
 RECORD_NAME = "calibration.json"
 
@@ -44,27 +44,25 @@ def calibrate(
     *,
     architecture: Architecture | None = None,
     device: str = "cpu",
-    num_samples: int | None = None,
     progress: Progress = quiet,
 ) -> Calibration:
-    """Ranges of every module and cache that `plan` writes scales for; the record is `folder`/calibration.json.
+    """Ranges of every module and cache that `plan` writes scales for, saved as `folder`/calibration.json.
 
-    snapshot: downloaded. device: cpu, cuda, cuda:<n>, or auto. num_samples: in place of the recipe's. A record that is
-    there is returned when its key matches; finished layers of a run that was killed are not repeated. Raises
-    CalibrationDataError before any weight is read, or for data that leave an input without a range;
-    NonFiniteActivation, UnsupportedArchitecture, MalformedCheckpoint, SourceChanged, and EnvironmentFault when memory
-    does not suffice for one sample.
+    snapshot: downloaded. architecture: transformers is asked unless it is given. device: cpu, cuda, cuda:<n>, or auto.
+    An existing record is returned when its key matches, and a run that was killed resumes behind its last finished
+    layer. Raises CalibrationDataError for unfit data (before any weight is read) and for an input whose range is 0;
+    NonFiniteActivation, UnsupportedArchitecture, MalformedCheckpoint, SourceChanged, HubUnreachable; EnvironmentFault
+    when a single sample does not fit into memory.
     """
+    from fp8pipe.calibrate.dataset import pin
     from fp8pipe.calibrate.forward import run
-    from fp8pipe.calibrate.observe import Schemes
     from fp8pipe.calibrate.resume import Bookmark
-    from fp8pipe.calibrate.rows import pin
     from fp8pipe.calibrate.sensitivity import kept_by
-    from fp8pipe.calibrate.targets import targets_of
+    from fp8pipe.calibrate.targets import Schemes, targets_of
     from fp8pipe.oracle.transformers import inspect
 
     start = time.monotonic()
-    recipe, device = _with_samples(recipe, num_samples), resolved(device)
+    device = resolved(device)
     revision = pin(recipe.calibration)
     key = key_of(snapshot, recipe, revision, device)
     done = Calibration.load_if_present(folder / RECORD_NAME)
@@ -79,12 +77,23 @@ def calibrate(
     with ExitStack() as stack:
         skeleton = _skeleton(snapshot, plan, device, stack)
         ranges = run(skeleton, targets, samples.token_ids, Schemes.of(recipe), bookmark, progress=progress)
+    kept = kept_by(recipe.keep_bf16, plan, architecture, ranges.sensitivity)
     record = Calibration(
         **dict(ranges),
-        kept=kept_by(recipe.keep_bf16, plan, architecture, ranges.sensitivity),
+        kept=kept,
         key=key,
-        **_provenance(snapshot, recipe, revision, samples),
-        **circumstances(device),
+        model_id=snapshot.model_id,
+        source_commit=snapshot.commit,
+        dataset=recipe.calibration.dataset,
+        dataset_revision=revision,
+        dataset_split=recipe.calibration.split,
+        sample_indices=samples.indices,
+        token_ids_sha256=samples.sha256(),
+        tokens=samples.tokens,
+        max_seq_len=recipe.calibration.max_seq_len,
+        seed=recipe.calibration.seed,
+        observers=observers_of(recipe),
+        **asdict(environment(device)),
         seconds=time.monotonic() - start,
     )
     record.save(folder / RECORD_NAME)
@@ -93,19 +102,20 @@ def calibrate(
 
 
 def calibration_key(snapshot: Snapshot, recipe: Recipe, *, device: str = "cpu") -> str:
-    """Digest of everything that decides the ranges; a recipe's name and the place of a local dataset are no part of it.
+    """Digest of everything that decides the ranges; neither a recipe's name nor a local dataset's path enters it.
 
     Asks the Hub for the dataset's commit unless the recipe pins it. Raises CalibrationDataError, HubUnreachable.
     """
-    from fp8pipe.calibrate.rows import pin
+    from fp8pipe.calibrate.dataset import pin
 
     return key_of(snapshot, recipe, pin(recipe.calibration), resolved(device))
 
 
 def _samples(snapshot: Snapshot, plan: Plan, recipe: Recipe, revision: str) -> Samples:
-    """Token ids of the recipe's data, under the model's own tokenizer."""
-    from fp8pipe.calibrate.rows import load_rows
-    from fp8pipe.calibrate.samples import choose_samples, context_of, tokenizer_of
+    """Token ids of the recipe's data under the model's own tokenizer."""
+    from fp8pipe.calibrate.dataset import load_rows
+    from fp8pipe.calibrate.samples import choose_samples, context_of
+    from fp8pipe.calibrate.tokenization import tokenizer_of
 
     trusted = plan.trust_remote_code
     tokenizer = tokenizer_of(snapshot.path, trust_remote_code=trusted)
@@ -114,7 +124,7 @@ def _samples(snapshot: Snapshot, plan: Plan, recipe: Recipe, revision: str) -> S
 
 
 def _skeleton(snapshot: Snapshot, plan: Plan, device: str, stack: ExitStack) -> Skeleton:
-    """The model without weights; those of a source that is FP8 already are dequantized when they are loaded."""
+    """The model without weights; those of an FP8 source are dequantized when they are loaded."""
     from fp8pipe.calibrate.skeleton import Skeleton
     from fp8pipe.hub.headers import read_headers
     from fp8pipe.model.shards import SourceFiles
@@ -131,32 +141,7 @@ def _skeleton(snapshot: Snapshot, plan: Plan, device: str, stack: ExitStack) -> 
     )
 
 
-def _provenance(snapshot: Snapshot, recipe: Recipe, revision: str, samples: Samples) -> dict[str, Any]:
-    """Fields of the record that say where the ranges come from."""
-    data = recipe.calibration
-    return {
-        "model_id": snapshot.model_id,
-        "source_commit": snapshot.commit,
-        "dataset": data.dataset,
-        "dataset_revision": revision,
-        "dataset_split": data.split,
-        "sample_indices": samples.indices,
-        "token_ids_sha256": samples.sha256(),
-        "tokens": samples.tokens,
-        "max_seq_len": data.max_seq_len,
-        "seed": data.seed,
-        "observers": observers_of(recipe),
-    }
-
-
 def _covers(calibration: Calibration, plan: Plan) -> bool:
-    """Whether every module and attention of `plan` is in the record."""
+    """Whether the record has a range, or a reason for none, for every module and attention of `plan`."""
     attention = calibration.kv.keys() | calibration.kv_absent.keys()
     return calibration.inputs.keys() >= set(plan.calibrated_modules()) and attention >= set(plan.calibrated_attention())
-
-
-def _with_samples(recipe: Recipe, num_samples: int | None) -> Recipe:
-    if num_samples is None:
-        return recipe
-    calibration = recipe.calibration.model_copy(update={"num_samples": num_samples})
-    return recipe.model_copy(update={"calibration": calibration})

@@ -1,10 +1,11 @@
-"""Mixture of experts: transformers runs a layer's experts as one module with 3-D weights, so no Linear can be hooked.
+"""Observes a mixture of experts, and tops up the experts that saw too few tokens.
 
 In: the experts module of one layer and the names of its quantized projections. Out: what their inputs were, and how
-many tokens each expert saw. The module is run by a forward of ours, registered in ALL_EXPERTS_FUNCTIONS, which
-computes what the eager one computes and shows each expert's inputs on the way. Llama 4 hands all experts their tokens
-in one tensor, with zeros for what is not theirs; that forward is replaced on the module itself. Experts that the
-router gave fewer tokens than the minimum are then shown other tokens of the same layer; their outputs go nowhere.
+many tokens each expert saw. Transformers runs a layer's experts as one module with 3-D weights, so there is no Linear
+to hook. Instead the module runs a forward of ours, registered in ALL_EXPERTS_FUNCTIONS, which computes what the eager
+one computes and shows each expert's inputs to the watch. Llama 4 gives all experts their tokens in one tensor, zero
+where a token is not theirs; there the forward is replaced on the module itself. Experts that the router gave fewer
+tokens than the minimum are then shown other tokens of the same layer, and their outputs are discarded.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from fp8pipe.calibrate.noise import Matrix, spread
-from fp8pipe.calibrate.targets import Place
-from fp8pipe.calibrate.watched import WatchedInput
+from fp8pipe.calibrate.sensitivity.sampling import Matrix, WatchedInput, spread
 from fp8pipe.errors import UnsupportedArchitecture
 from fp8pipe.records.calibration import ExpertTokens
 
 IMPLEMENTATION = "fp8pipe_observed"
+
+Place = tuple[str, int]
+"""One input of an experts module: the parameter that reads it (gate_up_proj, up_proj, down_proj) and the expert."""
 
 
 class ExpertWatch:
@@ -41,8 +43,8 @@ class ExpertWatch:
         minimum: int,
         total: int,
     ) -> None:
-        """names: place -> names on disk of the modules that read this input. minimum: tokens that every expert is to
-        see. total: tokens that will run; each pass gives its share of the tokens for experts that saw too few."""
+        """names: place -> names on disk of the modules that read this input. minimum: tokens that every expert must
+        see. total: tokens that will run, over all samples."""
         self._module = module
         self._names = names
         self._inputs = inputs
@@ -53,12 +55,12 @@ class ExpertWatch:
         self._reserve: list[Tensor] = []
 
     def __enter__(self) -> Self:
-        _watches[id(self._module)] = self
         if _takes_blocks(self._module):
             self._module.forward = partial(_observed_blocks, self._module)
         else:
             config: Any = self._module.config  # transformers' configs share no typed base
             config._experts_implementation = IMPLEMENTATION
+        _watches[id(self._module)] = self
         return self
 
     def __exit__(
@@ -66,7 +68,7 @@ class ExpertWatch:
     ) -> None:
         del _watches[id(self._module)]
         if _takes_blocks(self._module):
-            del self._module.forward  # the instance attribute: the class's method is back
+            del self._module.forward  # the instance's attribute, which hid the method of the class
         self._reserve.clear()
 
     def saw(self, parameter: str, expert: int, values: Tensor) -> None:
@@ -76,19 +78,21 @@ class ExpertWatch:
             watched.saw(values)
 
     def routed(self, expert: int, tokens: int) -> None:
-        """The router gave `expert` so many tokens."""
+        """Count tokens that the router gave `expert`."""
         if expert in self._routed:
             self._routed[expert] += tokens
 
     def reserve(self, hidden: Tensor) -> None:
-        """Set aside a few tokens of one pass [tokens, hidden], drawn at random: a sample's first token is like no
-        other."""
+        """Set aside some of a pass's tokens [tokens, hidden] for experts that will have seen too few.
+
+        Each pass gives its share of the minimum. They are drawn at random, because a sample's first token is atypical.
+        """
         if share := math.ceil(self._minimum * len(hidden) / self._total):
             self._reserve.append(hidden[spread(len(hidden), share, len(self._reserve)).to(hidden.device)])
 
     @torch.inference_mode()
     def top_up(self) -> None:
-        """Show the experts below the minimum tokens from the reserve; the layer's weights must still be there."""
+        """Show reserved tokens to the experts below the minimum; the layer's weights must still be loaded."""
         if not self._reserve:
             return
         reserve = torch.cat(self._reserve)
@@ -99,7 +103,7 @@ class ExpertWatch:
                 self._added[expert] = len(tokens)
 
     def tokens(self) -> dict[str, ExpertTokens]:
-        """Name on disk of each expert -> tokens that it saw."""
+        """Name on disk of each expert -> how many tokens it saw."""
         experts = {expert: names[0].rpartition(".")[0] for (_, expert), names in self._names.items()}
         return {
             experts[expert]: ExpertTokens(routed=routed, added=self._added.get(expert, 0))
@@ -108,18 +112,19 @@ class ExpertWatch:
 
 
 def expert_matrix(module: nn.Module, place: Place, names: Sequence[str], group: str) -> Matrix:
-    """One expert's weight as [out, in]; gate and up are one above the other, as vLLM has them."""
+    """One expert's weight as [out, in]; gate is stacked on up, as in vLLM."""
     parameter, expert = place
     return Matrix(tuple(names), _weight(module, parameter, expert), group)
 
 
 def is_observable(module: nn.Module) -> bool:
-    """Whether the experts can be run by an implementation of ours."""
-    return hasattr(module, "is_transposed") or _takes_blocks(module)  # the former is set by use_experts_implementation
+    """Whether the experts can be run by a forward of ours."""
+    return hasattr(module, "is_transposed") or _takes_blocks(module)  # use_experts_implementation sets is_transposed
 
 
 def _takes_blocks(module: nn.Module) -> bool:
-    """Whether the module is given one block of tokens per expert, as Llama 4's is, instead of a choice of experts."""
+    """Whether the module is called with one block of tokens per expert, as in Llama 4, rather than with each token's
+    experts."""
     takes = list(inspect.signature(type(module).forward).parameters)
     gate_up = getattr(module, "gate_up_proj", None)
     return takes == ["self", "hidden_states"] and isinstance(gate_up, nn.Parameter) and gate_up.dim() == 3
@@ -129,8 +134,8 @@ def check_observable(module: nn.Module, name: str) -> None:
     """UnsupportedArchitecture unless the experts can be observed."""
     if not is_observable(module):
         raise UnsupportedArchitecture(
-            f"{name}: {type(module).__name__} runs its experts in a way that cannot be observed one by one; "
-            "use a recipe with dynamic activations, or add the experts to its ignore"
+            f"{name}: {type(module).__name__} runs its experts in a way that does not let us observe each of them; "
+            "use a recipe with dynamic activations, or add the experts to the recipe's ignore"
         )
 
 
@@ -155,8 +160,8 @@ def _observed_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 
 def _observed_blocks(experts: Any, hidden_states: Tensor) -> Tensor:
-    """Llama 4's forward. hidden_states: [experts * tokens, hidden], zero where a token is not an expert's: zeros lead
-    to zeros, so only the others are computed."""
+    """Llama 4's forward. hidden_states: [experts * tokens, hidden], zero where the router did not give the token to the
+    expert. Only the other rows are computed: zeros would give zeros."""
     watch = _watches[id(experts)]
     blocks = hidden_states.view(experts.num_experts, -1, hidden_states.shape[-1])
     output = torch.zeros_like(blocks)
@@ -169,7 +174,7 @@ def _observed_blocks(experts: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _expert_output(experts: Any, expert: int, hidden: Tensor) -> Tensor:
-    """One expert on its tokens [tokens, hidden], its inputs shown to the watch."""
+    """Run one expert on its tokens [tokens, hidden], and show its inputs to the watch."""
     watch = _watches.get(id(experts))
     has_gate = getattr(experts, "has_gate", True)
     up = "gate_up_proj" if has_gate else "up_proj"

@@ -1,12 +1,13 @@
 """Many forward passes, advanced together one layer at a time, so that one layer's weights are enough for all of them.
 
 In: the layers of a model by name, and one callable per forward pass. Out: an iterator of steps. At each step every pass
-stands before the same layer with the arguments that the model's own code gave it; the caller computes the layer for
-each and hands the output back, and that pass runs on to its next layer call. No tracing: whatever the model does
-between its layers (masks, rotary tables, per-layer inputs) is simply executed.
+is parked at a call of the same layer, with the arguments that the model's own code passed to it. The caller computes
+the layer for each pass and returns the output to it; the pass then runs to its next layer call. Nothing is traced:
+whatever the model does between its layers (masks, rotary tables, per-layer inputs) is simply executed.
 
-Each pass has a thread only because it needs a stack to be parked on. Exactly one thread runs at any time, and layers
-are computed on the caller's thread: one set of compute threads, no locks, and an error anywhere surfaces at the caller.
+A pass has a thread only because a parked pass needs a stack. Exactly one thread runs at any time, and layers are
+computed on the caller's thread: there is one set of compute threads, no lock is needed, and an error in any pass is
+raised in the caller.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from fp8pipe.errors import UnsupportedArchitecture
 
 
 class _Abandoned(BaseException):
-    """Unwinds a parked pass that will not be finished."""
+    """Unwinds the stack of a parked pass that will not be finished."""
 
 
-class Lane:
-    """One forward pass, parked at a layer call between two turns."""
+class Pass:
+    """One forward pass. Between two steps it is parked at a layer call."""
 
     def __init__(self, forward: Callable[[], object]) -> None:
         self._forward = forward
@@ -36,16 +37,16 @@ class Lane:
         self._stopped = threading.Semaphore(0)
         self._abandoned = False
         self._error: BaseException | None = None
-        self._output: Any = None  # whatever the layer returns
+        self._output: Any = None  # layers return tensors, tuples, ...
         self._thread = threading.Thread(target=self._run, name="lockstep", daemon=True)
         self.layer: str | None = None
-        """Name of the layer that it waits for; None once the pass is over."""
+        """Name of the layer that it has called; None once the pass has ended."""
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
 
     @property
     def hidden(self) -> torch.Tensor:
-        """The hidden states that the layer is called with."""
+        """The hidden states that the layer is called with, [samples, tokens, hidden]."""
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
     @hidden.setter
@@ -61,7 +62,7 @@ class Lane:
         self._turn()
 
     def proceed(self, output: Any) -> None:
-        """Give the layer's output; run to the next layer call, or to the end."""
+        """Return `output` from the layer call, and run to the next one or to the end."""
         self._output, self.args, self.kwargs = output, (), {}
         self._turn()
 
@@ -73,7 +74,7 @@ class Lane:
             self._thread.join()
 
     def park(self, layer: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Called on the pass's own thread in place of the layer: wait for its output."""
+        """Stands in for the layer on the pass's own thread: wait for the output and return it."""
         self.layer, self.args, self.kwargs = layer, args, kwargs
         self._stopped.release()
         self._go.acquire()
@@ -90,14 +91,13 @@ class Lane:
 
     def _run(self) -> None:
         self._go.acquire()
-        _of_thread.lane = self
+        _of_thread.running = self
         try:
-            if not self._abandoned:
-                with torch.inference_mode():  # thread-local
-                    self._forward()
+            with torch.inference_mode():  # thread-local
+                self._forward()
         except _Abandoned:
             pass
-        except BaseException as error:  # carried to the caller's thread, which raises it
+        except BaseException as error:  # raised again on the caller's thread
             self._error = error
         finally:
             self.layer = None
@@ -109,31 +109,28 @@ _of_thread = threading.local()
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """All passes stand before `layer`."""
+    """All passes are parked at `layer`."""
 
     layer: str
-    lanes: Sequence[Lane]
+    passes: Sequence[Pass]
     _compute: Callable[..., Any]
 
-    def compute(self, lane: Lane) -> Any:
-        """The layer's output for one lane; its weights must be there."""
+    def compute(self, one: Pass) -> Any:
+        """The layer's output for one pass; the layer's weights must be loaded."""
         with torch.inference_mode():
-            return self._compute(*lane.args, **lane.kwargs)
+            return self._compute(*one.args, **one.kwargs)
 
 
 class Lockstep:
-    """Context in which calling one of `layers` parks the calling pass; iterate it for the steps."""
+    """While it is entered, calling one of `layers` parks the calling pass. Iterate it for the steps.
 
-    def __init__(
-        self,
-        layers: Mapping[str, nn.Module],
-        forwards: Sequence[Callable[[], object]],
-        started: Callable[[int, Lane], object] = lambda index, lane: None,
-    ) -> None:
-        """started: told of each pass, by index, as soon as it stands before its first layer."""
-        self._layers, self._started = layers, started
+    Raises UnsupportedArchitecture when passes call different layers, and whatever a pass itself raises.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], forwards: Sequence[Callable[[], object]]) -> None:
+        self._layers = layers
         self._computes = {name: layer.forward for name, layer in layers.items()}
-        self._lanes = [Lane(forward) for forward in forwards]
+        self._passes = [Pass(forward) for forward in forwards]
 
     def __enter__(self) -> Self:
         for name, layer in self._layers.items():
@@ -143,33 +140,31 @@ class Lockstep:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for lane in self._lanes:
-            lane.abandon()
+        for one in self._passes:
+            one.abandon()
         for layer in self._layers.values():
-            del layer.forward  # the instance attribute: the class's method is back
+            del layer.forward  # the instance's attribute, which hid the method of the class
 
     def __iter__(self) -> Iterator[Step]:
-        for index, lane in enumerate(self._lanes):
-            lane.start()
-            if lane.layer is not None:
-                self._started(index, lane)
+        for one in self._passes:
+            one.start()
         while (layer := self._common_layer()) is not None:
-            yield Step(layer, self._lanes, self._computes[layer])
+            yield Step(layer, self._passes, self._computes[layer])
 
     def _common_layer(self) -> str | None:
-        waiting = {lane.layer for lane in self._lanes}
-        if len(waiting) > 1:
-            names = ", ".join(sorted(str(name) for name in waiting))
+        called = {one.layer for one in self._passes}
+        if len(called) > 1:
+            names = ", ".join(sorted(str(name) for name in called))
             raise UnsupportedArchitecture(
-                f"the order of layers depends on the sample (passes stand before {names} at once); "
-                "calibration runs layer by layer and cannot follow: use a data-free recipe such as fp8-dynamic"
+                f"the order of layers depends on the sample (at the same step, passes call {names}); calibration runs "
+                "layer by layer and cannot follow: use a data-free recipe such as fp8-dynamic"
             )
-        return waiting.pop() if waiting else None
+        return called.pop() if called else None
 
 
 def _parking(name: str) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        lane: Lane = _of_thread.lane
-        return lane.park(name, args, kwargs)
+        running: Pass = _of_thread.running
+        return running.park(name, args, kwargs)
 
     return forward

@@ -1,4 +1,4 @@
-"""The calibration record: ranges, where they come from, and what must be equal for them to be reused."""
+"""The calibration record: ranges, where they come from, and the key by which they are reused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fp8pipe.records import Record
 
 
 class KVRange(Record):
-    """Ranges of one attention's cache: one entry for strategy tensor, one per KV head for strategy head."""
+    """Ranges of one attention's cache: one value for strategy tensor, one per KV head for strategy head."""
 
     k_amax: tuple[float, ...]
     """Keys as cached, after rotary embedding."""
@@ -23,10 +23,10 @@ class KVRange(Record):
 
 
 class Sensitivity(Record):
-    """What FP8 does to one Linear, estimated from some of its rows and some of its tokens. A description, not identity.
+    """What FP8 does to one Linear, estimated from some of its rows and some of its tokens. Not part of any identity.
 
     SQNR is the signal-to-quantization-noise ratio in dB, 10 log10(sum of squares / sum of squared errors); None where
-    there is no error, or no signal.
+    there is no error or no signal.
     """
 
     layer: str
@@ -37,13 +37,13 @@ class Sensitivity(Record):
     weight_energy: float
     """Sum of squares of the weight."""
     output_energy: float
-    """Sum of squares of the output of one token, on average."""
+    """Sum of squares of the output for one token, averaged over tokens."""
     weight_saturation: float
-    """Share of the weights that the observer leaves out of range."""
+    """Share of the weights beyond the observer's range."""
     input_saturation: float
-    """Share of the inputs that a static range leaves out; 0 for dynamic activations."""
+    """Share of the input values beyond a static range; 0 for dynamic activations."""
     weight_kurtosis: float
-    """Fourth moment over the square of the second: 3 for normal values, more with heavy tails."""
+    """Fourth moment over the square of the second: 3 for normal values, more for heavy tails."""
     input_kurtosis: float
     input_amax: float
     """Largest absolute value of its input over all tokens."""
@@ -57,12 +57,12 @@ class LayerSensitivity(Record):
 
 
 class ExpertTokens(Record):
-    """How many calibration tokens one expert saw. A description, not identity."""
+    """How many calibration tokens one expert saw. Not part of any identity."""
 
     routed: int
     """Tokens that the router gave it."""
     added: int = 0
-    """Tokens that it was shown besides, because the router gave it fewer than calibration.min_expert_tokens."""
+    """Tokens that it was shown in addition, because the router gave it fewer than calibration.min_expert_tokens."""
 
 
 class Ranges(Record):
@@ -77,11 +77,12 @@ class Ranges(Record):
     sensitivity: dict[str, Sensitivity] = Field(default_factory=dict)
     """Quantized module -> what FP8 does to it."""
     layers: dict[str, LayerSensitivity] = Field(default_factory=dict)
+    """Transformers' name of a decoder layer -> what FP8 does to it."""
     expert_tokens: dict[str, ExpertTokens] = Field(default_factory=dict)
-    """Expert -> tokens it saw."""
+    """Expert -> how many tokens it saw."""
 
     def joined(self, other: Ranges) -> Ranges:
-        """Both together; their modules are disjoint."""
+        """The ranges of both; they have no module in common."""
         fields = Ranges.model_fields
         return Ranges(**{name: getattr(self, name) | getattr(other, name) for name in fields})
 
@@ -102,27 +103,27 @@ class Calibration(Ranges):
     sample_indices: tuple[int, ...]
     token_ids_sha256: str
     tokens: int
-    """Tokens run through the model, over all samples."""
+    """Number of tokens run through the model, over all samples."""
     max_seq_len: int
     seed: int
     observers: dict[str, Any]
-    """inputs and kv: observer settings of the recipe; null for what was not observed."""
+    """inputs and kv: the recipe's observer settings; null for what needs no range."""
     device_class: str
     versions: dict[str, str]
-    """torch, transformers."""
+    """torch and transformers."""
     threads: int
     """Compute threads; results differ in the last bits between thread counts."""
     instructions: str | None = None
-    """What the CPU multiplies with, and the 16-bit types that it has products of; they decide the last bits as well."""
+    """The CPU's instruction set, and the 16-bit types that it can multiply; they too change the last bits."""
     seconds: float
-    """A figure for people, not identity."""
+    """How long the calibration took. Not part of any identity."""
 
     def digest(self) -> str:
-        """sha256 of what decides the bytes of a checkpoint: the ranges, and what is kept."""
+        """sha256 of what decides the bytes of a checkpoint: the ranges, and the tensors that are kept."""
         return digest_of(self.model_dump(mode="json", include={"inputs", "kv"} | ({"kept"} if self.kept else set())))
 
     def scaled(self, factor: float) -> Calibration:
-        """All ranges multiplied by `factor`: what a wrong calibration would have found."""
+        """All ranges multiplied by `factor`, as a wrong calibration would have found them."""
         inputs = {name: amax * factor for name, amax in self.inputs.items()}
         kv = {name: found.scaled(factor) for name, found in self.kv.items()}
         return self.model_copy(update={"inputs": inputs, "kv": kv})

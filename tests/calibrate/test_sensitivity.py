@@ -1,4 +1,4 @@
-"""Sensitivity: the figures equal those of whole tensors, the worst are found, and a recipe keeps them in BF16."""
+"""Sensitivity: the figures equal those of whole weights and all tokens, and the worst Linears are shown."""
 
 from __future__ import annotations
 
@@ -9,19 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.calibration import MOE_NAMES, STATIC_KV, calibrated, make_model, planned, with_data
-from torch import Tensor, nn
+from support.calibration import STATIC_KV, TENSOR_KV, calibrated, make_model, samples_of, with_data
+from torch import Tensor
 from typer.testing import CliRunner
 
-from fp8pipe.calibrate.noise import TokenSample, spread, together
-from fp8pipe.calibrate.ranges import observer_for
 from fp8pipe.calibrate.sensitivity import worst_modules
+from fp8pipe.calibrate.sensitivity.figures import together
+from fp8pipe.calibrate.sensitivity.sampling import TokenSample, spread
 from fp8pipe.cli import app
-from fp8pipe.config import ActivationScheme, KeepRule, Recipe, WeightScheme, validated
-from fp8pipe.errors import ConfigError, InputError
-from fp8pipe.hub.headers import read_headers
-from fp8pipe.quantize import fingerprint, quantize
-from fp8pipe.quantize.plan import make_plan
+from fp8pipe.config import ActivationScheme, WeightScheme
 from fp8pipe.records.calibration import Calibration, Sensitivity
 from fp8pipe.release.plots import write_sensitivity_plot
 from fp8pipe.ui.sheets import sensitivity_sheet
@@ -64,7 +60,8 @@ def test_figures_equal_those_of_whole_weights_and_all_tokens(scheme: str, tmp_pa
     recipe = STATIC_KV.model_copy(update={"weights": weights, "activations": activations})
     found = calibrated(tmp_path, recipe)
     assert len(found.sensitivity) == 28
-    ids = [torch.tensor([tokens]) for tokens in found_tokens(tmp_path, recipe)]
+    samples = samples_of(tmp_path / "model", with_data(recipe, tmp_path / "data.jsonl"))
+    ids = [torch.tensor([tokens]) for tokens in samples.token_ids]
     for name, inputs in inputs_of(model, list(found.sensitivity), ids).items():
         weight = model.get_submodule(name).weight.detach()
         amax = weight.abs().amax() if scheme == "static" else weight.abs().amax(1, keepdim=True)
@@ -78,21 +75,10 @@ def test_figures_equal_those_of_whole_weights_and_all_tokens(scheme: str, tmp_pa
         assert one.weight_energy == pytest.approx(float(weight.square().sum()), rel=1e-4)
 
 
-def found_tokens(tmp_path: Path, recipe: Recipe) -> list[list[int]]:
-    """The samples, as calibration's own tokenizer sees them."""
-    from fp8pipe.calibrate.rows import load_rows
-    from fp8pipe.calibrate.samples import choose_samples, tokenizer_of
-
-    spec = with_data(recipe, tmp_path / "data.jsonl").calibration
-    return [
-        list(ids) for ids in choose_samples(spec, load_rows(spec, ""), tokenizer_of(tmp_path / "model"), None).token_ids
-    ]
-
-
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_every_expert_has_figures_and_its_layer_too(name: str, tmp_path: Path) -> None:
+def test_every_expert_and_its_layer_have_figures(name: str, tmp_path: Path) -> None:
     make_model(tmp_path / "model", name)
-    found = calibrated(tmp_path, STATIC_KV.model_copy(update={"weights": WeightScheme(strategy="tensor")}))
+    found = calibrated(tmp_path, TENSOR_KV)
     of_experts = [one for module, one in found.sensitivity.items() if ".experts." in module]
     assert len(of_experts) == 4 * 4 * 3
     assert all(one.weight_sqnr_db and 25 < one.weight_sqnr_db < 40 for one in of_experts)
@@ -103,16 +89,7 @@ def test_every_expert_has_figures_and_its_layer_too(name: str, tmp_path: Path) -
         assert min(mine) <= whole.output_sqnr_db <= max(mine)
 
 
-def test_clipped_share_is_exact_for_a_percentile() -> None:
-    observer = observer_for("percentile", 1, 90.0)
-    values = torch.arange(1, 201).to(torch.bfloat16)  # bf16 holds these exactly
-    observer.update(values)
-    (limit,) = observer.ranges()
-    assert observer.saturation() == pytest.approx(float((values.float() > limit).float().mean()))
-    assert observer_for("minmax", 1).saturation() == 0
-
-
-def test_signals_side_by_side_have_the_sqnr_of_the_whole() -> None:
+def test_sqnr_of_signals_side_by_side_is_that_of_the_whole() -> None:
     big, small = torch.full((100,), 10.0), torch.ones(50)
     noise = torch.tensor([0.1])
     parts = [(float(s.square().sum()), db(s, noise.expand_as(s))) for s in (big, small)]
@@ -120,7 +97,7 @@ def test_signals_side_by_side_have_the_sqnr_of_the_whole() -> None:
     assert together([(1.0, None)]) is None
 
 
-def test_tokens_are_drawn_from_everywhere_and_not_always_first() -> None:
+def test_tokens_are_drawn_from_all_positions() -> None:
     sample = TokenSample(total=64 * 100, wanted=128)
     for row in range(64):
         sample.add(torch.arange(100).reshape(1, 100, 1) + 1000 * row)
@@ -128,74 +105,6 @@ def test_tokens_are_drawn_from_everywhere_and_not_always_first() -> None:
     assert len(places) == 128
     assert len(set(places)) > 60
     assert torch.equal(spread(50, 5, 3), spread(50, 5, 3))
-
-
-# ---------------------------------------------------------------------------------------------- keep_bf16
-
-
-def keeping(recipe: Recipe, share: Any) -> Recipe:
-    return recipe.model_copy(update={"keep_bf16": KeepRule(worst=share)})
-
-
-def test_share_is_read_as_percent_or_fraction() -> None:
-    assert KeepRule.model_validate({"worst": "2%"}) == KeepRule.model_validate({"worst": 0.02})
-    for wrong in ("0%", "51%", "two%", -1):
-        with pytest.raises(ConfigError, match=r"worst"):
-            validated(KeepRule, {"worst": wrong}, "recipe")
-
-
-def test_the_most_sensitive_group_is_kept_whole_and_the_plan_says_why(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", "llama")
-    with torch.no_grad():
-        model.get_parameter("model.layers.2.self_attn.k_proj.weight")[0, 0] = (
-            3e4  # spoils the scale that all three share
-        )
-    model.save_pretrained(tmp_path / "model", max_shard_size="100KB")
-    recipe = keeping(STATIC_KV.model_copy(update={"weights": WeightScheme(strategy="tensor")}), "2%")
-    found = calibrated(tmp_path, recipe)
-    attention = {f"model.layers.2.self_attn.{leaf}_proj" for leaf in "qkv"}
-    assert {name for name, _ in worst_modules(found, 2)} == attention - {"model.layers.2.self_attn.k_proj"}
-    assert found.kept.keys() == {f"{name}.weight" for name in attention}
-
-    snapshot, _, architecture = planned(tmp_path / "model", with_data(recipe, tmp_path / "data.jsonl"))
-    settled = make_plan(snapshot, read_headers(snapshot), recipe, architecture, keep=found.kept)
-    kept = {tensor.name: tensor.reason for tensor in settled.tensors if "keep_bf16" in tensor.reason}
-    assert kept == found.kept
-    assert all("worst 2 %" in reason and "dB" in reason for reason in kept.values())
-    assert attention <= set(settled.quantization_config["ignore"])
-    assert not attention & set(settled.calibrated_modules())
-    made = quantize(snapshot, settled, tmp_path / "checkpoint", calibration=found)
-    assert made.fingerprint == fingerprint(snapshot, recipe, found.digest())
-    assert made.fingerprint != fingerprint(snapshot, recipe, found.model_copy(update={"kept": {}}).digest())
-
-
-def test_a_plan_that_quantizes_what_calibration_keeps_is_refused(tmp_path: Path) -> None:
-    make_model(tmp_path / "model", "llama")
-    recipe = keeping(STATIC_KV, 0.1)
-    found = calibrated(tmp_path, recipe)
-    snapshot, unsettled, _ = planned(tmp_path / "model", with_data(recipe, tmp_path / "data.jsonl"))
-    assert any("keep_bf16" in note for note in unsettled.notes)
-    with pytest.raises(InputError, match="plan again"):
-        quantize(snapshot, unsettled, tmp_path / "checkpoint", calibration=found)
-    with pytest.raises(InputError, match="needs a calibration"):
-        quantize(snapshot, unsettled, tmp_path / "checkpoint")
-
-
-@pytest.mark.parametrize("name", MOE_NAMES)
-def test_experts_of_a_layer_are_kept_together(name: str, tmp_path: Path) -> None:
-    make_model(tmp_path / "model", name)
-    recipe = keeping(STATIC_KV.model_copy(update={"weights": WeightScheme(strategy="tensor")}), "40%")
-    found = calibrated(tmp_path, recipe)
-    snapshot, _, architecture = planned(tmp_path / "model", with_data(recipe, tmp_path / "data.jsonl"))
-    make_plan(snapshot, read_headers(snapshot), recipe, architecture, keep=found.kept)  # raises for a mixed layer
-
-
-def test_data_free_recipe_that_keeps_the_worst_needs_calibration() -> None:
-    plain = Recipe(name="r")
-    assert not plain.needs_calibration
-    assert keeping(plain, "2%").needs_calibration
-    assert "keep_bf16" not in plain.identity()
-    assert keeping(plain, "2%").identity()["keep_bf16"] == {"worst": 0.02}
 
 
 # ---------------------------------------------------------------------------------------------- shown
@@ -221,13 +130,12 @@ def test_the_ten_worst_are_listed_worst_first(shown: tuple[Path, Calibration]) -
     assert values == [round(value, 1) for value in every[:10]]
 
 
-def test_experts_and_caches_without_scales_are_told(tmp_path: Path) -> None:
+def test_experts_and_caches_without_scales_are_listed(tmp_path: Path) -> None:
     make_model(tmp_path / "model", "deepseek_v2")
-    recipe = STATIC_KV.model_copy(update={"weights": WeightScheme(strategy="tensor")})
-    found = calibrated(tmp_path, recipe)
+    found = calibrated(tmp_path, TENSOR_KV)
     least = min(found.expert_tokens.values(), key=lambda tokens: tokens.routed)
     notes = "\n".join(sensitivity_sheet(found).notes)
-    assert f"8 experts: the router gave them {least.routed} to " in notes
+    assert "8 experts: the router gave" in notes and f" {least.routed} to " in notes
     topped = sum(tokens.added > 0 for tokens in found.expert_tokens.values())
     assert topped > 0
     assert f"{topped} experts had too few tokens" in notes
@@ -256,12 +164,3 @@ def test_folder_without_calibration_is_refused(tmp_path: Path) -> None:
     answer = CliRunner().invoke(app, ["sensitivity", str(tmp_path)])
     assert answer.exit_code == 2
     assert "needed no calibration" in answer.output.replace("\n", " ")
-
-
-def test_recipe_of_linears_is_measured_for_weight_only_too(tmp_path: Path) -> None:
-    model = make_model(tmp_path / "model", "llama")
-    assert isinstance(model, nn.Module)
-    found = calibrated(tmp_path, keeping(Recipe(name="r", activations=None, calibration=STATIC_KV.calibration), 0.1))
-    assert not found.inputs
-    assert found.kept
-    assert all(one.output_sqnr_db > 25 for one in found.sensitivity.values())

@@ -14,6 +14,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from fp8pipe.calibrate import calibrate
+from fp8pipe.calibrate.dataset import load_rows, pin
+from fp8pipe.calibrate.samples import Samples, choose_samples, context_of
+from fp8pipe.calibrate.tokenization import tokenizer_of
 from fp8pipe.config import ActivationScheme, CalibrationSpec, KVCacheScheme, Recipe, WeightScheme
 from fp8pipe.hub.headers import read_headers
 from fp8pipe.hub.source import resolve
@@ -95,13 +98,15 @@ LLAMA4 = {
     "interleave_moe_layer_step": 2,
     "attention_chunk_size": 8,
 }
+BLOOM = {"vocab_size": 300, "hidden_size": 64, "n_layer": 4, "n_head": 4}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3NextForCausalLM", MOE | LINEAR_ATTENTION),
     "llama4": ("Llama4ForCausalLM", MOE | LLAMA4),
     "granitemoe": ("GraniteMoeForCausalLM", MOE),
     "zamba2": ("Zamba2ForCausalLM", DENSE | SHARED_LAYERS),
+    "bloom": ("BloomForCausalLM", BLOOM),
 }
-"""Not in the table of references."""
+"""Architectures that only some tests need."""
 
 MOE_NAMES = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 
@@ -112,14 +117,16 @@ STATIC_KV = Recipe(
     calibration=CalibrationSpec(dataset="unset.jsonl", num_samples=5, max_seq_len=32),
 )
 
-PEER_RECIPE = STATIC_KV.model_copy(
+TENSOR_KV = STATIC_KV.model_copy(update={"weights": WeightScheme(strategy="tensor")})
+"""The same with one weight scale per tensor, which experts need with static activations."""
+
+PEER_RECIPE = TENSOR_KV.model_copy(
     update={
-        "weights": WeightScheme(strategy="tensor"),
         "kv_cache": KVCacheScheme(),
         "calibration": STATIC_KV.calibration.model_copy(update={"max_seq_len": 64, "min_expert_tokens": 0}),
     }
 )
-"""What llm-compressor does when it is told to keep running maxima and to show experts their own tokens only."""
+"""What llm-compressor does when it keeps running maxima and shows experts only their own tokens."""
 
 
 # ---------------------------------------------------------------------------------------------- models and data
@@ -153,8 +160,14 @@ def with_data(recipe: Recipe, dataset: Path | str, **changes: Any) -> Recipe:
     return recipe.model_copy(update={"calibration": spec})
 
 
+def samples_of(model: Path, recipe: Recipe) -> Samples:
+    """What calibration would run through `model`."""
+    spec = recipe.calibration
+    return choose_samples(spec, load_rows(spec, pin(spec)), tokenizer_of(model), context_of(model))
+
+
 def planned(model: Path, recipe: Recipe, *, trust_remote_code: bool = False) -> tuple[Snapshot, Plan, Architecture]:
-    """The plan, with an architecture that was examined in this process, which is faster than a child."""
+    """The plan, with an architecture that is examined in this process, which is faster than in a child."""
     snapshot = resolve(str(model))
     headers = read_headers(snapshot)
     shapes = {name: list(info.shape) for name, info in headers.tensors.items()}

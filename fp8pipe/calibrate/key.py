@@ -1,7 +1,8 @@
-"""What decides the ranges: equal keys, equal ranges."""
+"""The key of a calibration: equal keys, equal ranges."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe
@@ -13,7 +14,7 @@ CALIBRATION_VERSION = 4
 
 
 def key_of(snapshot: Snapshot, recipe: Recipe, revision: str, device: str) -> str:
-    """Digest of source, data, schemes and circumstances. A recipe's name and the place of a local dataset are no part.
+    """Digest of source, data, schemes and environment; neither a recipe's name nor a local dataset's path enters it.
 
     revision: the dataset's. device: resolved.
     """
@@ -29,13 +30,13 @@ def key_of(snapshot: Snapshot, recipe: Recipe, revision: str, device: str) -> st
             "keep_bf16": recipe.keep_bf16 and recipe.keep_bf16.model_dump(mode="json"),
             "observers": observers_of(recipe),
             "data": data | {"revision": revision},
-            **circumstances(device),
+            **asdict(environment(device)),
         }
     )
 
 
 def observers_of(recipe: Recipe) -> dict[str, Any]:
-    """inputs and kv: how their ranges are found; None for what needs none."""
+    """inputs and kv: how their ranges are found; None for what needs no range."""
     inputs = recipe.activations if recipe.static_activations else None
     return {
         "inputs": None if inputs is None else _observer(inputs),
@@ -49,8 +50,18 @@ def _observer(scheme: ActivationScheme | KVCacheScheme) -> dict[str, Any]:
     return {"observer": scheme.observer}
 
 
-def circumstances(device: str) -> dict[str, Any]:
-    """What changes the last bits of a forward pass."""
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What changes the last bits of a forward pass. The fields are those of the record."""
+
+    device_class: str
+    versions: dict[str, str]
+    threads: int
+    instructions: str | None
+
+
+def environment(device: str) -> Environment:
+    """That of this process."""
     from importlib.metadata import version
 
     import torch
@@ -58,26 +69,26 @@ def circumstances(device: str) -> dict[str, Any]:
     from fp8pipe.machine.device import class_of_capability
 
     on_gpu = device.startswith("cuda")
-    return {
-        "device_class": class_of_capability(*torch.cuda.get_device_capability(device)) if on_gpu else "cpu",
-        "versions": {"torch": torch.__version__, "transformers": version("transformers")},
-        "threads": torch.get_num_threads(),
-        "instructions": None if on_gpu else _instructions(),
-    }
+    return Environment(
+        device_class=class_of_capability(*torch.cuda.get_device_capability(device)) if on_gpu else "cpu",
+        versions={"torch": torch.__version__, "transformers": version("transformers")},
+        threads=torch.get_num_threads(),
+        instructions=None if on_gpu else _instructions(),
+    )
 
 
 def _instructions() -> str:
-    """What this CPU multiplies with."""
+    """The instruction set that this CPU multiplies with, and the 16-bit types that it has instructions for."""
     import torch
 
-    from fp8pipe.calibrate.products import is_emulated
+    from fp8pipe.calibrate.cpu_linear import is_emulated
 
     native = (dtype for dtype in (torch.bfloat16, torch.float16) if not is_emulated(dtype, torch.device("cpu")))
     return " ".join((torch.backends.cpu.get_cpu_capability(), *(str(dtype).removeprefix("torch.") for dtype in native)))
 
 
 def resolved(device: str) -> str:
-    """`auto` as what is there: cuda, else cpu."""
+    """`auto` becomes cuda if there is a GPU, else cpu."""
     import torch
 
     if device != "auto":

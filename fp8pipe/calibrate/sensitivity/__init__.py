@@ -1,7 +1,11 @@
-"""What calibration found about each Linear: the worst of them, and those that a recipe keeps in BF16.
+"""What FP8 costs each Linear: the most sensitive ones, and those that a recipe's keep_bf16 keeps.
 
-In: the figures of a Calibration. Out: groups of Linears in order of output SQNR, worst first. What vLLM fuses is one
-group (q, k and v; gate and up; all experts of a layer), because it must have one precision.
+    sampling   some rows of each weight, some tokens of each input
+    rounding   weights and inputs as FP8 has them
+    figures    SQNR, saturation and kurtosis of one Linear
+
+Calibration measures the figures while a layer is in memory; here they are ranked. What vLLM fuses is one group (q, k
+and v; gate and up; all experts of a layer), because it must have one precision.
 """
 
 from __future__ import annotations
@@ -14,12 +18,12 @@ from fp8pipe.config import KeepRule
 
 if TYPE_CHECKING:
     from fp8pipe.model.architecture import Architecture
-    from fp8pipe.quantize.plan import Plan
+    from fp8pipe.quantize.plan import OutputTensor, Plan
     from fp8pipe.records.calibration import Calibration, Sensitivity
 
 
 def worst_modules(calibration: Calibration, count: int = 10) -> list[tuple[str, Sensitivity]]:
-    """The `count` Linears with the least output SQNR, worst first."""
+    """The `count` Linears with the lowest output SQNR, worst first."""
     known = [(name, one) for name, one in calibration.sensitivity.items() if one.output_sqnr_db is not None]
     return sorted(known, key=lambda item: (item[1].output_sqnr_db, item[0]))[:count]
 
@@ -32,11 +36,9 @@ def kept_by(
     Groups are taken worst first until they hold the rule's share of the Linears, rounded up. A group is as bad as its
     worst projection.
     """
-    from fp8pipe.calibrate.targets import units_of
-
     if rule is None:
         return {}
-    units = units_of(plan, architecture)
+    units = _units(plan, architecture)
     modules = {unit: [output.module for output in outputs] for unit, outputs in units.items()}
     sqnr = {unit: _sqnr_of({name: found[name] for name in names if name in found}) for unit, names in modules.items()}
     ranked = sorted((db, unit) for unit, db in sqnr.items() if db is not None)
@@ -52,9 +54,23 @@ def kept_by(
     return kept
 
 
+def _units(plan: Plan, architecture: Architecture) -> dict[str, list[OutputTensor]]:
+    """Weights that must have one precision: what vLLM fuses, all experts of a layer, or one alone."""
+    from fp8pipe.quantize.plan.choose import experts_holder
+
+    units: dict[str, list[OutputTensor]] = {}
+    for output in plan.outputs:
+        if output.role == "weight":
+            role = architecture.tensors[output.source]
+            is_expert = role.kind in {"expert", "fused_experts"}
+            unit = experts_holder(output.source, role) if is_expert else output.group or output.module
+            units.setdefault(unit, []).append(output)
+    return units
+
+
 def _sqnr_of(members: Mapping[str, Sensitivity]) -> float | None:
-    """Output SQNR of the worst projection of a group; one projection of all experts counts as one."""
-    from fp8pipe.calibrate.noise import together
+    """Output SQNR of a group's worst projection; the same projection of all experts counts as one."""
+    from fp8pipe.calibrate.sensitivity.figures import together
 
     projections: dict[str, list[Sensitivity]] = {}
     for name, one in members.items():

@@ -1,7 +1,7 @@
 """What FP8 makes of a weight or an input: quantized by the recipe's scheme and dequantized again.
 
-In: tensors as a layer holds them, and a scheme. Out: the values that the FP8 checkpoint computes with, float32. Scales
-are those of `numerics`, so a weight rounded here is the weight that the engine writes.
+In: tensors as a layer has them, and a scheme. Out: the values that the FP8 checkpoint computes with, float32. The
+scales come from `numerics`, so a weight that is rounded here equals the weight that the engine writes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STRIPE_ROWS = 1024
 def shared_amax(weights: Sequence[Tensor], scheme: WeightScheme, *, samples: Sequence[Tensor] | None = None) -> Tensor:
     """The one range of weights [out, in] that share a per-tensor scale, float32 [].
 
-    The mse observer judges by all rows, or by `samples` (some rows of each) where an estimate is enough.
+    The mse observer judges by all rows, or by `samples` (some rows of each weight) where an estimate is enough.
     """
     amax = torch.stack([numerics.tensor_amax(weight).cpu() for weight in weights]).amax()
     if scheme.observer == "minmax":
@@ -33,7 +33,7 @@ def shared_amax(weights: Sequence[Tensor], scheme: WeightScheme, *, samples: Seq
 def rounded_weight(weight: Tensor, scheme: WeightScheme, amax: Tensor | None = None) -> tuple[Tensor, float]:
     """`weight` [out, in] through E4M3, float32, and the share of it that was clamped.
 
-    amax: the shared range, for strategy tensor. Other strategies take theirs from `weight`: whole rows, whole blocks.
+    amax: the shared range of strategy tensor. Other strategies find theirs in `weight`: whole rows, whole blocks.
     """
     block = scheme.block_shape if scheme.strategy == "block" else None
     scale = numerics.weight_scale(_amax_of(weight, scheme) if amax is None else amax).to(weight.device)
@@ -54,9 +54,9 @@ def round_in_place(weight: Tensor, scheme: WeightScheme, amax: Tensor | None) ->
 
 
 def rounded_input(values: Tensor, scheme: ActivationScheme | None, amax: float, *, group: int) -> Tensor:
-    """`values` [tokens, in] through E4M3, float32; as they are for a weight-only recipe.
+    """`values` [tokens, in] through E4M3, float32; not rounded for a weight-only recipe.
 
-    amax: the calibrated range of a static scheme. group: columns that share a scale under strategy group.
+    amax: the calibrated range of a static scheme. group: columns that share a scale with strategy group.
     """
     values = values.float()
     if scheme is None:
@@ -75,7 +75,7 @@ def _through_fp8(values: Tensor, amax: Tensor) -> Tensor:
 
 
 def _amax_of(weight: Tensor, scheme: WeightScheme) -> Tensor:
-    """Ranges of rows [out, 1] or of blocks, after the scheme's observer."""
+    """Ranges of rows [out, 1] or of blocks, by the scheme's observer."""
     if scheme.strategy == "channel":
         amax = numerics.channel_amax(weight)
         return amax if scheme.observer == "minmax" else _best(amax, numerics.shrink_errors(weight, amax))

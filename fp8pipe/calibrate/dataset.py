@@ -1,8 +1,8 @@
-"""Rows of a calibration dataset: a local .json, .jsonl, .parquet or .txt file, or the files of a Hub dataset's split.
+"""Rows of a calibration dataset: a local .json, .jsonl, .parquet or .txt file, or one split of a Hub dataset.
 
-In: a CalibrationSpec. Out: rows (mappings of column to value), and the revision that names their state. A Hub split is
-the set of files that the dataset card assigns to it, or else the files that bear its name (data/train-*.parquet,
-main/test.jsonl), at one commit. Parquet is read a row group at a time, so that a large split costs little memory.
+In: a CalibrationSpec. Out: rows (mappings from column to value), and the revision that identifies the data. A Hub split
+is the set of files that the dataset card assigns to it; if the card lists none, the files named after it
+(data/train-*.parquet, main/test.jsonl). Parquet is read one row group at a time, so a large split costs little memory.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import Any, Protocol
 
 from fp8pipe.config import CalibrationSpec
 from fp8pipe.errors import CalibrationDataError, ModelNotFound, RevisionNotFound
-from fp8pipe.hub.client import cache_folder, client, endpoint, translated
+from fp8pipe.hub.client import endpoint
+from fp8pipe.hub.datasets import DatasetInfo, dataset_file, dataset_info
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 
 
 class Rows(Protocol):
-    """Rows by number; a list of dicts is one."""
+    """Rows by number; a list of dicts will do."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
@@ -37,74 +38,62 @@ def is_local(spec: CalibrationSpec) -> bool:
 
 
 def pin(spec: CalibrationSpec) -> str:
-    """The state of the data: commit sha of a Hub dataset, `sha256:...` of a local file."""
+    """Revision of the data: the commit sha of a Hub dataset, `sha256:...` of a local file.
+
+    Raises CalibrationDataError when there is no such dataset, HubUnreachable.
+    """
     if is_local(spec):
         with _local_path(spec).open("rb") as file:
             return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
     if spec.revision is not None and re.fullmatch("[0-9a-f]{40}", spec.revision):
         return spec.revision
-    sha = _info(spec, spec.revision).sha
-    assert sha is not None, f"the Hub gave no sha for dataset {spec.dataset}"
-    return sha
+    return _info(spec, spec.revision).commit
 
 
 def load_rows(spec: CalibrationSpec, revision: str) -> Rows:
-    """All rows of the dataset at `revision`; CalibrationDataError when its files cannot be read."""
+    """All rows of the dataset at `revision`. Raises CalibrationDataError when its files cannot be read."""
     if is_local(spec):
         return _read(_local_path(spec))
-    from huggingface_hub import hf_hub_download
-
-    parts = []
-    for name in _files_of_split(spec, revision):
-        with translated(f"calibration dataset {spec.dataset}@{revision}: {name}"):
-            path = hf_hub_download(
-                spec.dataset,
-                name,
-                repo_type="dataset",
-                revision=revision,
-                endpoint=endpoint(),
-                cache_dir=cache_folder(),
-            )
-        parts.append(_read(Path(path), suffix=Path(name).suffix))
-    return _Joined(parts)
+    names = _files_of_split(spec, revision)
+    return _Joined([_read(dataset_file(spec.dataset, name, revision)) for name in names])
 
 
 # ---------------------------------------------------------------------------------------------- the Hub
 
 
-def _info(spec: CalibrationSpec, revision: str | None) -> Any:  # huggingface_hub.DatasetInfo, not imported for a type
-    where = f"calibration dataset {spec.dataset}"
+def _info(spec: CalibrationSpec, revision: str | None) -> DatasetInfo:
     try:
-        with translated(where):
-            return client().dataset_info(spec.dataset, revision=revision)
+        return dataset_info(spec.dataset, revision)
     except ModelNotFound as error:
         raise CalibrationDataError(
-            f"{where}: {endpoint()} shows no such dataset; correct calibration.dataset, or name a local "
-            f"{', '.join(SUFFIXES)} file"
+            f"calibration dataset {spec.dataset}: {endpoint()} shows no such dataset; correct calibration.dataset, or "
+            f"name a local {', '.join(SUFFIXES)} file"
         ) from error
     except RevisionNotFound as error:
-        raise CalibrationDataError(f"{where} has no revision {revision}; correct calibration.revision") from error
+        raise CalibrationDataError(
+            f"calibration dataset {spec.dataset} has no revision {revision}; correct calibration.revision"
+        ) from error
 
 
 def _files_of_split(spec: CalibrationSpec, revision: str) -> list[str]:
     info = _info(spec, revision)
-    names = sorted(file.rfilename for file in info.siblings or () if file.rfilename.endswith(SUFFIXES))
-    patterns = _patterns_of_card((info.card_data or {}).get("configs") or [], spec)
+    names = [name for name in info.files if name.endswith(SUFFIXES)]
+    patterns = _patterns_of_card(info.configs, spec)
     if patterns:
         found = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
     else:
-        found = [name for name in names if _bears_name(name, spec)]
+        found = [name for name in names if _is_named_after_split(name, spec)]
     if not found:
         raise CalibrationDataError(
-            f"calibration dataset {spec.dataset}@{revision}: no {', '.join(SUFFIXES)} file is of split {spec.split}"
-            f"{f' of {spec.subset}' if spec.subset else ''}, found {', '.join(names[:8]) or 'no data files'}; "
-            "correct calibration.split or calibration.subset"
+            f"calibration dataset {spec.dataset}@{revision}: no {', '.join(SUFFIXES)} file belongs to split "
+            f"{spec.split}{f' of {spec.subset}' if spec.subset else ''}, found "
+            f"{', '.join(names[:8]) or 'no data files'}; correct calibration.split or calibration.subset"
         )
     return found
 
 
-def _patterns_of_card(configs: list[dict[str, Any]], spec: CalibrationSpec) -> list[str]:
-    """File patterns that the dataset card gives the split; none when the card lists no files."""
+def _patterns_of_card(configs: Sequence[dict[str, Any]], spec: CalibrationSpec) -> list[str]:
+    """File patterns that the dataset card gives the split; empty when the card lists no files."""
     chosen = [c for c in configs if c.get("config_name") == spec.subset] if spec.subset else configs[:1]
     patterns: list[str] = []
     for entry in chosen[0].get("data_files") or [] if chosen else []:
@@ -114,8 +103,8 @@ def _patterns_of_card(configs: list[dict[str, Any]], spec: CalibrationSpec) -> l
     return patterns
 
 
-def _bears_name(name: str, spec: CalibrationSpec) -> bool:
-    """`data/train_sft-00000-of-00003.parquet` bears train_sft; `main/test.jsonl` bears test of subset main."""
+def _is_named_after_split(name: str, spec: CalibrationSpec) -> bool:
+    """data/train_sft-00000-of-00003.parquet belongs to train_sft; main/test.jsonl to test of subset main."""
     in_subset = spec.subset is None or spec.subset in Path(name).parent.parts
     return in_subset and re.search(rf"(^|[/_.-]){re.escape(spec.split)}([/.-]|$)", name) is not None
 
@@ -130,27 +119,27 @@ def _local_path(spec: CalibrationSpec) -> Path:
     return path
 
 
-def _read(path: Path, suffix: str | None = None) -> Rows:
-    """Rows of one file: a JSON list, an object per line, a parquet table, or a text per line."""
-    suffix = suffix or path.suffix
+def _read(path: Path) -> Rows:
+    """Rows of one file: a JSON list, one object per line, a parquet table, or one text per line."""
+    suffix = path.suffix
     if suffix == ".parquet":
         return _ParquetRows(path)
     try:
         text = path.read_text()
-        # not splitlines: texts may hold other ends of line
+        # Not splitlines: a text may contain other line separators, such as U+2028.
         lines = text.removesuffix("\n").split("\n") if text else []
         if suffix == ".txt":
             return [{"text": line} for line in lines]
         rows = [json.loads(line) for line in lines if line.strip()] if suffix == ".jsonl" else json.loads(text)
     except ValueError as error:  # not UTF-8, or not JSON
-        raise CalibrationDataError(f"{path}: not {suffix.lstrip('.')}: {error}") from error
+        raise CalibrationDataError(f"{path}: not valid {suffix.lstrip('.')}: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise CalibrationDataError(f"{path}: expected a list of objects with a `messages` or `text` key")
     return rows
 
 
 class _Joined:
-    """Several files, one after the other."""
+    """Rows of several files, one file after the other."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts = parts
@@ -165,7 +154,7 @@ class _Joined:
 
 
 class _ParquetRows:
-    """A parquet file of which one row group is in memory."""
+    """Rows of a parquet file; one row group is in memory at a time."""
 
     def __init__(self, path: Path) -> None:
         from pyarrow import ArrowInvalid, parquet

@@ -1,8 +1,8 @@
 """Observers: tensors in, one range (amax) per unit out. Running maxima, or histograms for percentile and MSE.
 
 A unit is what shares one scale: the whole tensor, or one KV head. Ranges are maxima over all samples, never an
-exponential average, so that the order of samples does not matter. Histograms count bf16 codes: for a bf16 model they
-hold every value exactly, need no range in advance, and give the same counts on every device.
+exponential average, so the order of samples does not matter. Histograms count bf16 codes: for a bf16 model they
+represent every value exactly, need no range in advance, and give the same counts on every device.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ ObserverKind = Literal["minmax", "percentile", "mse"]
 
 
 def observer_for(kind: ObserverKind, units: int, percentile: float = 100.0) -> Observer:
-    """The observer of this kind for `units` units."""
+    """A new observer. percentile: of the absolute values, for kind percentile."""
     if kind == "minmax":
         return Observer(units)
     return PercentileObserver(units, percentile) if kind == "percentile" else MseObserver(units)
 
 
 class Observer:
-    """Running max of absolute values in float32."""
+    """Running maximum of absolute values, float32."""
 
     def __init__(self, units: int) -> None:
         self.units = units
@@ -40,7 +40,7 @@ class Observer:
         self._amax = torch.zeros(units)
 
     def update(self, values: Tensor) -> None:
-        """Take in `values` [units, ...] (any shape when there is one unit)."""
+        """values: [units, ...], or any shape when there is one unit."""
         amax = _amax_of(values, self.units).to(torch.float32)
         self._amax = torch.maximum(self._amax.to(amax.device), amax)  # propagates NaN
         self.updates += 1
@@ -55,16 +55,16 @@ class Observer:
         return tuple(self._amax.tolist())
 
     def ranges(self) -> tuple[float, ...]:
-        """The range to map onto +-448, per unit."""
+        """The largest value that is mapped to 448, of each unit."""
         return self.amax()
 
     def saturation(self) -> float:
-        """Share of all values that lies beyond the ranges."""
+        """Share of all values that are beyond the ranges."""
         return 0.0
 
 
 class _HistogramObserver(Observer):
-    """Counts of absolute values per bf16 code, beside the exact maximum."""
+    """Counts absolute values per bf16 code, and keeps the exact maximum."""
 
     def __init__(self, units: int) -> None:
         super().__init__(units)
@@ -82,7 +82,7 @@ class _HistogramObserver(Observer):
 
     def saturation(self) -> float:
         counts, limits = self._counts.cpu(), torch.tensor(self.ranges())
-        beyond = _values()[None] > limits[:, None].bfloat16().float()  # of values that share the range's own code none
+        beyond = _values()[None] > limits[:, None].bfloat16().float()  # values with the range's own code are within
         return int((counts * beyond).sum()) / max(1, int(counts.sum()))
 
     def _range_of(self, counts: Tensor, amax: float) -> float:
@@ -115,7 +115,7 @@ class MseObserver(_HistogramObserver):
 
 
 def _amax_of(values: Tensor, units: int) -> Tensor:
-    """Largest absolute value per unit, in one pass without a temporary. NaN stays NaN."""
+    """Largest absolute value per unit, in one pass and without a temporary tensor. NaN stays NaN."""
     low, high = torch.aminmax(values) if units == 1 else torch.aminmax(values.reshape(units, -1), dim=1)
     return torch.maximum(high, -low).reshape(units)
 
