@@ -131,7 +131,8 @@ def parsed(quantization: Any) -> Any:
         fields = QuantizationConfig.model_validate(quantization).model_dump(exclude={"quantization_status"})
     except Exception:  # its validators raise whatever they stumble on
         return object()
-    for group in fields["config_groups"].values():
+    fields["config_groups"] = list(fields["config_groups"].values())  # the names of groups mean nothing
+    for group in fields["config_groups"]:
         for arguments in filter(None, (group["weights"], group["input_activations"])):
             arguments.pop("observer")
             arguments.pop("observer_kwargs")
