@@ -17,7 +17,8 @@ from fp8pipe.convert.draft import Draft, Tensor, expert_holder, renamed
 from fp8pipe.convert.record import Method
 from fp8pipe.errors import InputError
 from fp8pipe.quantize import formats
-from fp8pipe.validate.scheme import Scheme, Spec
+from fp8pipe.validate.meaning.formats import Spec
+from fp8pipe.validate.meaning.scheme import Scheme
 
 _FLOATS = ("F32", "BF16", "F16")
 """Scale dtypes that become float32 without loss."""

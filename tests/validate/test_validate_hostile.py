@@ -36,8 +36,9 @@ from fp8pipe.model.untrusted import MAX_JSON_TOKENS, parse_json
 from fp8pipe.oracle import vllm as oracle
 from fp8pipe.quantize import quantize
 from fp8pipe.records import Checkpoint, Snapshot, ValidationReport
-from fp8pipe.validate import place, validate
+from fp8pipe.validate import validate
 from fp8pipe.validate.patterns import Patterns
+from fp8pipe.validate.reading import place
 
 LONG = bool(os.environ.get("FP8PIPE_LONG"))
 FLIPS = 2000 if LONG else 200
@@ -522,12 +523,12 @@ def in_child(code: str, *arguments: str) -> int:
     return int(child.stdout.splitlines()[-1])
 
 
-READ_SHELF = """
+READ_HEADERS = """
 import sys
 from pathlib import Path
-from fp8pipe.validate.place import place_of
-from fp8pipe.validate.shelf import open_shelf
-assert open_shelf(place_of(Path(sys.argv[1]))).faults["F1"]
+from fp8pipe.validate.reading.checkpoint import open_checkpoint
+from fp8pipe.validate.reading.place import place_of
+assert open_checkpoint(place_of(Path(sys.argv[1]))).faults["F1"]
 """
 
 
@@ -547,16 +548,16 @@ def test_header_of_100_mb_costs_little_more_memory_than_itself(tmp_path: Path, m
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
     (tmp_path / "config.json").write_text("{}")
-    baseline = in_child("import sys\nimport fp8pipe.validate.shelf")
-    assert in_child(READ_SHELF, str(tmp_path)) - baseline < 600
+    baseline = in_child("import sys\nimport fp8pipe.validate.reading.checkpoint")
+    assert in_child(READ_HEADERS, str(tmp_path)) - baseline < 600
 
 
 READ_RECORDS = """
 import sys
 from pathlib import Path
-from fp8pipe.validate.evidence import read_evidence
-from fp8pipe.validate.place import place_of
-print(read_evidence(place_of(Path(sys.argv[1]))).unreadable)
+from fp8pipe.validate.reading.place import place_of
+from fp8pipe.validate.reading.records import read_records
+print(read_records(place_of(Path(sys.argv[1]))).unreadable)
 """
 
 
@@ -578,7 +579,7 @@ def test_record_of_mistakes_costs_little_memory(tmp_path: Path, text: str) -> No
     (tmp_path / "fp8pipe").mkdir()
     record.save(tmp_path / "fp8pipe" / "checkpoint.json")
     (tmp_path / "fp8pipe" / "plan.json").write_text(text)
-    baseline = in_child("import sys\nimport fp8pipe.validate.evidence")
+    baseline = in_child("import sys\nimport fp8pipe.validate.reading.records")
     assert in_child(READ_RECORDS, str(tmp_path)) - baseline < 300
 
 
