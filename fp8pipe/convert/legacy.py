@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from fp8pipe.convert.draft import Draft, Tensor, expert_holder, renamed
-from fp8pipe.validate.patterns import Patterns
+from fp8pipe.model.patterns import Patterns
 
 _IN_PROJECTION = re.compile(r"\.(?:[kv]_proj|qk(?:qk)?v_proj|attn)\.([qkv])_scale$")
 _OUTPUT = re.compile(r"\.([qkv])_proj\.output_scale$")

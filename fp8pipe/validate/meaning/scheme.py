@@ -8,9 +8,9 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
+from fp8pipe.model.patterns import Patterns
 from fp8pipe.validate.meaning.formats import Spec
 from fp8pipe.validate.meaning.names import expert_of
-from fp8pipe.validate.patterns import Patterns
 
 Method = Literal["compressed-tensors", "fp8", "modelopt"]
 METHODS: tuple[Method, ...] = ("compressed-tensors", "fp8", "modelopt")
