@@ -23,7 +23,7 @@ from fp8pipe.errors import InputError
 from fp8pipe.model.headers import ITEM_BYTES, TensorInfo
 from fp8pipe.model.names import FP8
 from fp8pipe.quantize import formats
-from fp8pipe.validate.scheme import read_scheme
+from fp8pipe.validate.meaning.config import read_scheme
 
 PAGE = Path(__file__).parent.parent / "docs" / "formats.md"
 

@@ -140,7 +140,7 @@ def _quantize(what: str, recipe: str, source: str, output: Path) -> tuple[float,
 
 def _validate(what: str, recipe: str, source: str, output: Path) -> tuple[float, float]:
     """Seconds without imports, and the peak after them; the report must be without an error."""
-    import fp8pipe.validate.measure
+    import fp8pipe.validate.measuring.measure
     from fp8pipe import stages
     from fp8pipe.oracle.transformers import inspect
     from fp8pipe.validate import all_checks, validate
@@ -148,7 +148,7 @@ def _validate(what: str, recipe: str, source: str, output: Path) -> tuple[float,
     all_checks()
     snapshot = stages.pin(source) if what == "fidelity" else None
     if snapshot is not None:
-        import fp8pipe.validate.kernels  # noqa: F401
+        import fp8pipe.validate.measuring.kernels  # noqa: F401
 
         inspect(snapshot)
     imports_mb = peak_mb()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fp8pipe.gate.evaluation_plan import EvalPlan
     from fp8pipe.quantize.plan import Plan
     from fp8pipe.records.calibration import Calibration
-    from fp8pipe.validate.findings import Depth
+    from fp8pipe.validate import Depth
 
 
 # ------------------------------------------------------------------------------------------ source, plan

@@ -17,7 +17,7 @@ from typing import Any
 
 from fp8pipe.convert.draft import Draft, DraftTensor, renamed
 from fp8pipe.model.names import experts_holder_from_name
-from fp8pipe.validate.patterns import Patterns
+from fp8pipe.model.patterns import Patterns
 
 _IN_PROJECTION = re.compile(r"\.(?:[kv]_proj|qk(?:qk)?v_proj|attn)\.([qkv])_scale$")
 _OUTPUT = re.compile(r"\.([qkv])_proj\.output_scale$")

@@ -21,7 +21,8 @@ from fp8pipe.model.headers import SINGLE_NAME, Headers, TensorInfo, lay_out
 from fp8pipe.quantize.plan import OutputTensor, Plan
 from fp8pipe.records import RECORD_DIR, Checkpoint, Snapshot
 from fp8pipe.validate import validate
-from fp8pipe.validate.scheme import Scheme, method_of, quantization_config, read_scheme
+from fp8pipe.validate.meaning.config import method_of, quantization_config, read_scheme
+from fp8pipe.validate.meaning.scheme import Scheme
 
 CONVERSION_VERSION = 1
 """Raised whenever the same input would give different bytes."""

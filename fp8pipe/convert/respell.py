@@ -17,7 +17,8 @@ from fp8pipe.convert.record import Method
 from fp8pipe.errors import InputError
 from fp8pipe.model.names import ABSORBED_LEAF, FLOATS, FP8, experts_holder_from_name
 from fp8pipe.quantize import formats
-from fp8pipe.validate.scheme import Scheme, Spec
+from fp8pipe.validate.meaning.formats import Spec
+from fp8pipe.validate.meaning.scheme import Scheme
 
 _NOT_LINEAR = re.compile(r"(^|\.)(lm_head|\w*embed\w*|wte|wpe)$")
 """Modules that quant_method fp8 cannot quantize."""

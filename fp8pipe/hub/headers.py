@@ -10,11 +10,10 @@ from fp8pipe.model.headers import (
     SINGLE_NAME,
     Headers,
     ShardHeader,
-    _all_tensors,
-    _check_file_name,
-    check_index,
-    header_length,
+    header_end,
+    join_headers,
     parse_header,
+    require_index,
 )
 from fp8pipe.records import Snapshot
 
@@ -28,19 +27,16 @@ def read_headers(snapshot: Snapshot) -> Headers:
     defect."""
     names = source.weight_files(snapshot)
     sizes = {file.name: file.size for file in snapshot.files}
-    for name in names:
-        _check_file_name(name, "list of weight files")
     with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="headers") as pool:  # on the Hub each is a round trip
         shards = tuple(pool.map(lambda name: _read_header(snapshot, name, sizes[name]), names))
-    headers = Headers(shards, _all_tensors(shards))
+    headers = join_headers(shards)
     if INDEX_NAME in sizes and list(names) != [SINGLE_NAME]:
-        check_index(source.read_file(snapshot, INDEX_NAME), headers)
+        require_index(source.read_file(snapshot, INDEX_NAME), headers)
     return headers
 
 
 def _read_header(snapshot: Snapshot, name: str, size: int) -> ShardHeader:
     head = source.read_range(snapshot, name, 0, min(size, _FIRST_READ))
-    end = 8 + header_length(name, size, head)
-    if end > len(head):
+    if (end := header_end(size, head)) > len(head):
         head += source.read_range(snapshot, name, len(head), end)
     return parse_header(name, size, head)

@@ -7,9 +7,8 @@ hands each file over as soon as it is there. Pickled weights are never fetched.
 
 from __future__ import annotations
 
-import json
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from fp8pipe.errors import (
     InputError,
@@ -19,10 +18,10 @@ from fp8pipe.errors import (
     UnsafeWeights,
 )
 from fp8pipe.hub.client import client, translated
+from fp8pipe.model.headers import INDEX_NAME, read_index
 from fp8pipe.model.identity import folder_identity
 from fp8pipe.records import Snapshot, SourceFile
 
-INDEX = "model.safetensors.index.json"
 COMPANIONS = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm"),
     *("readme.md", "license*", "licence*", "notice*", "use_policy*"),
@@ -150,40 +149,27 @@ def weight_files(snapshot: Snapshot) -> tuple[str, ...]:
     or when several files lie there without an index.
     """
     names = {file.name for file in snapshot.files}
-    if INDEX in names:
+    if INDEX_NAME in names:
         return _indexed_files(snapshot, names)
     single = sorted(n for n in names if "/" not in n and n.endswith(".safetensors") and not _matches(n, DUPLICATES))
     if "model.safetensors" in single:
         return ("model.safetensors",)
     if len(single) != 1:
         found = ", ".join(single[:4]) or "none at the top of the repository"
-        raise MalformedCheckpoint(f"{snapshot.model_id}: expected {INDEX} or one safetensors file, found {found}")
+        raise MalformedCheckpoint(f"{snapshot.model_id}: expected {INDEX_NAME} or one safetensors file, found {found}")
     return (single[0],)
 
 
 def _indexed_files(snapshot: Snapshot, names: set[str]) -> tuple[str, ...]:
-    where = f"{snapshot.model_id}: {INDEX}"
-    text = read_file(snapshot, INDEX)
-    try:
-        weight_map = json.loads(text)["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MalformedCheckpoint(f"{where}: expected a JSON object with weight_map, found {error!r}") from error
+    index = read_index(read_file(snapshot, INDEX_NAME))
+    for fault in index.faults:
+        raise fault.error()
+    shards = sorted(set((index.weight_map or {}).values()))
     for shard in shards:
-        if not isinstance(shard, str) or not _is_plain(shard):
-            raise MalformedCheckpoint(f"{where}: {shard!r} is no file of this folder; an index may not lead elsewhere")
-        if shard not in names:
-            raise MalformedCheckpoint(f"{where}: names {shard}, which is not there; the upload is incomplete")
-    if not shards:
-        raise MalformedCheckpoint(f"{where}: weight_map is empty")
+        if shard not in names or not shard.endswith(".safetensors"):
+            found = "which is not there; the upload is incomplete" if shard not in names else "which is no safetensors"
+            raise MalformedCheckpoint(f"{snapshot.model_id}: {INDEX_NAME} names {shard}, {found}")
     return tuple(shards)
-
-
-def _is_plain(name: str) -> bool:
-    """A relative path with `/` that stays where it starts and ends in .safetensors."""
-    path = PurePosixPath(name)
-    escapes = path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name
-    return not escapes and name == path.as_posix() and path.suffix == ".safetensors"
 
 
 def needed_files(snapshot: Snapshot, *, trust_remote_code: bool = False) -> tuple[SourceFile, ...]:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from fp8pipe.errors import MalformedCheckpoint
+from fp8pipe.model.untrusted import clip, parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -29,7 +30,12 @@ ITEM_BYTES: Mapping[str, int] = {
 """Bytes per element of every dtype that may stand in a header."""
 MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself."""
-_MAX_DIMS = 8
+MAX_TENSORS = 2_000_000
+"""More than any model has, over all files; each costs half a kilobyte of memory."""
+MAX_FAULTS = 10_000
+"""Of one file. More are not kept: a header may hold millions."""
+_MAX_DIMS = 16
+"""More dimensions than any tensor of a model has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,54 @@ class Headers:
         return sum(shard.size for shard in self.shards)
 
 
+# ---------------------------------------------------------------------------------------------- what is read
+
+
+Kind = Literal["header", "index", "row", "name"]
+"""Of a fault: in a header; no index at all; an index that disagrees with the headers; a name that leaves the folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderFault:
+    """One thing that is wrong with a header or an index."""
+
+    file: str
+    expected: str
+    found: str
+    tensor: str | None = None
+    kind: Kind = "header"
+
+    def error(self) -> MalformedCheckpoint:
+        """The same, for callers that cannot use a file with any fault."""
+        where = self.file if self.tensor is None else f"{self.file}: {clip(self.tensor)}"
+        return MalformedCheckpoint(
+            f"{where}: expected {self.expected}, found {self.found}; download or write the file again"
+        )
+
+
+@dataclass(slots=True)
+class HeaderReading:
+    """What could be read of one file's header, and everything that is wrong with it."""
+
+    file: str
+    size: int
+    data_begin: int = 0
+    tensors: list[TensorInfo] = field(default_factory=list)
+    """Those whose bytes are in the file, in the order of the header."""
+    lost: list[str] = field(default_factory=list)
+    """Names in the header that are not among `tensors`."""
+    metadata: Mapping[str, str] | None = None
+    """None if there is none that can be used."""
+    faults: list[HeaderFault] = field(default_factory=list)
+    is_readable: bool = False
+    """The header is a JSON object: what it does not name is not in the file."""
+
+    def fault(self, expected: str, found: str, tensor: str | None = None) -> None:
+        """Note one."""
+        if len(self.faults) < MAX_FAULTS:
+            self.faults.append(HeaderFault(self.file, expected, found, tensor))
+
+
 def read_folder_headers(folder: Path) -> Headers:
     """Headers of every safetensors file at the top of `folder`, without consulting an index."""
     shards = []
@@ -84,140 +138,201 @@ def read_folder_headers(folder: Path) -> Headers:
             head = file.read(8)
             head += file.read(min(int.from_bytes(head, "little"), MAX_HEADER))
         shards.append(parse_header(path.name, path.stat().st_size, head))
-    return Headers(tuple(shards), _all_tensors(shards))
+    return join_headers(shards)
 
 
-def header_length(name: str, size: int, head: bytes) -> int:
-    """Length of the JSON header, from the first 8 bytes, checked against the file's size."""
-    if len(head) < 8:
-        raise MalformedCheckpoint(f"{name}: {size} bytes are too few for a safetensors file; fetch it again")
-    length = int.from_bytes(head[:8], "little")
-    if length > MAX_HEADER or 8 + length > size:
-        limit = min(MAX_HEADER, size - 8)
-        raise MalformedCheckpoint(f"{name}: its header claims {length} bytes, at most {limit} are possible")
-    return length
+def join_headers(shards: Sequence[ShardHeader]) -> Headers:
+    """All of them together; raises MalformedCheckpoint if a tensor is in two files."""
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for info in shard.tensors:
+            if info.name in tensors:
+                raise stored_twice(info, tensors[info.name].shard).error()
+            tensors[info.name] = info
+    return Headers(tuple(shards), tensors)
+
+
+def stored_twice(info: TensorInfo, other: str) -> HeaderFault:
+    """The fault of a tensor that is also in file `other`."""
+    return HeaderFault(info.shard, "each tensor in one file", f"also in {other}", info.name)
+
+
+def header_end(size: int, head: bytes) -> int:
+    """Where the header of a file of `size` bytes ends, from its first 8 bytes; 0 if that is impossible."""
+    end = 8 + int.from_bytes(head[:8], "little")
+    return end if len(head) >= 8 and end <= min(size, 8 + MAX_HEADER) else 0
 
 
 def parse_header(name: str, size: int, head: bytes) -> ShardHeader:
-    """Read the header of file `name` of `size` bytes from `head`, its first bytes (at least through the header)."""
-    length = header_length(name, size, head)
-    if len(head) < 8 + length:
-        raise MalformedCheckpoint(f"{name}: the file ends inside its header of {length} bytes; fetch it again")
-    entries = _parse_json(name, head[8 : 8 + length])
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise MalformedCheckpoint(f"{name}: __metadata__ must map strings to strings")
-    begin = 8 + length
-    tensors = sorted((_tensor(name, begin, key, entry) for key, entry in entries.items()), key=_place)
-    _check_contiguous(name, begin, size, tensors)
-    return ShardHeader(name, size, begin, tuple(tensors), metadata)
+    """The header of file `name` of `size` bytes from `head`, its first bytes (at least through the header).
+
+    Raises MalformedCheckpoint with the first thing that is wrong with it."""
+    reading = read_header(name, size, head)
+    if reading.faults:
+        raise reading.faults[0].error()
+    tensors = tuple(sorted(reading.tensors, key=_place))
+    return ShardHeader(name, size, reading.data_begin, tensors, reading.metadata or {})
+
+
+def read_header(name: str, size: int, head: bytes, *, max_tensors: int = MAX_TENSORS) -> HeaderReading:
+    """What `parse_header` does, for callers that want every fault: nothing is raised."""
+    reading = HeaderReading(name, size)
+    end = header_end(size, head)
+    if not end or len(head) < end:
+        reading.fault(f"a header within the file's {size} bytes", f"a header length of {_length(head)}")
+        return reading
+    header, problem = parse_json(head[8:end])
+    if problem is None and isinstance(header, dict) and len(header) > max_tensors:
+        header, problem = None, f"more than {MAX_TENSORS} tensors"
+    if problem or not isinstance(header, dict):
+        reading.fault("a JSON object as header", problem or type(header).__name__)
+    if not isinstance(header, dict):
+        return reading
+    reading.is_readable, reading.data_begin = True, end
+    reading.metadata = _metadata(reading, header.pop("__metadata__", None))
+    found = [info for key, row in header.items() if (info := _tensor(reading, key, row))]
+    _prove_contiguous(reading, found, complete=len(found) == len(header))
+    reading.tensors = [info for info in found if info.end <= size]
+    reading.lost += [info.name for info in found if info.end > size]
+    return reading
+
+
+def _length(head: bytes) -> int:
+    return int.from_bytes(head[:8], "little")
+
+
+def _metadata(reading: HeaderReading, value: Any) -> Mapping[str, str] | None:
+    """`__metadata__`; null stands for none, as in the safetensors library."""
+    if value is not None and not (isinstance(value, dict) and all(isinstance(text, str) for text in value.values())):
+        reading.fault("__metadata__ of strings", clip(repr(value)))
+        return None
+    return value or {}
+
+
+def _tensor(reading: HeaderReading, name: str, row: Any) -> TensorInfo | None:
+    """One row of a header; None, and a fault, if it makes no sense."""
+
+    def wrong(expected: str, found: object) -> None:
+        reading.lost.append(name)
+        reading.fault(expected, clip(found), name)
+
+    if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
+        return wrong("dtype, shape and data_offsets", sorted(row) if isinstance(row, dict) else type(row).__name__)
+    dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        return wrong("a dtype of safetensors in whole bytes", repr(dtype))
+    if not _are_sizes(shape):
+        return wrong("a shape of whole numbers", repr(shape))
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return wrong("data_offsets [begin, end]", repr(offsets))
+    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+    if offsets[1] - offsets[0] != nbytes:
+        return wrong(f"{nbytes} bytes for {dtype} {shape}", f"{offsets[1] - offsets[0]} bytes")
+    begin, end = (reading.data_begin + offset for offset in offsets)
+    return TensorInfo(name, dtype, tuple(shape), reading.file, begin, end)
+
+
+def _are_sizes(value: Any) -> bool:
+    is_short = isinstance(value, list) and len(value) <= _MAX_DIMS
+    return is_short and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+
+
+def _prove_contiguous(reading: HeaderReading, tensors: Sequence[TensorInfo], *, complete: bool) -> None:
+    """Each tensor begins where the last one ends, and the last one ends with the file.
+
+    `complete`: every row of the header made sense; otherwise the others' bytes may lie in a gap."""
+    at = reading.data_begin
+    for info in sorted(tensors, key=_place):
+        overlap = info.begin < at
+        if overlap or (complete and info.begin > at):
+            where = "inside" if overlap else "after a gap behind"
+            found = f"byte {info.begin - reading.data_begin}, {where} another tensor"
+            reading.fault(f"data at byte {at - reading.data_begin}", found, info.name)
+        at = max(at, info.end)
+    if at > reading.size or (complete and at < reading.size):
+        reading.fault(f"a file of {at} bytes, as its header says", f"{reading.size} bytes")
 
 
 def _place(info: TensorInfo) -> tuple[int, int]:
     return info.begin, info.end
 
 
-def _parse_json(name: str, text: bytes) -> dict[str, Any]:
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        if len(entries) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise MalformedCheckpoint(f"{name}: {twice!r} stands twice in the header")
-        return entries
-
-    try:
-        entries = json.loads(text, object_pairs_hook=without_duplicates)
-    except MalformedCheckpoint:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise MalformedCheckpoint(f"{name}: its header is not JSON: {error}") from error
-    if not isinstance(entries, dict):
-        raise MalformedCheckpoint(f"{name}: its header is a {type(entries).__name__}, expected an object")
-    return entries
+# ---------------------------------------------------------------------------------------------- the index
 
 
-def _tensor(shard: str, data_begin: int, name: str, entry: Any) -> TensorInfo:
-    where = f"{shard}: {name}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise MalformedCheckpoint(f"{where}: expected dtype, shape and data_offsets, found {_short(entry)}")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in ITEM_BYTES:
-        raise MalformedCheckpoint(f"{where}: unknown dtype {_short(dtype)}")
-    if not _are_counts(shape) or len(shape) > _MAX_DIMS:
-        raise MalformedCheckpoint(f"{where}: shape {_short(shape)} is not a list of at most {_MAX_DIMS} sizes")
-    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise MalformedCheckpoint(f"{where}: data_offsets {_short(offsets)} are not [begin, end]")
-    expected = math.prod(shape) * ITEM_BYTES[dtype]
-    if offsets[1] - offsets[0] != expected:
-        found = offsets[1] - offsets[0]
-        raise MalformedCheckpoint(f"{where}: {dtype} {_short(shape)} takes {expected} bytes, its offsets span {found}")
-    return TensorInfo(name, dtype, tuple(shape), shard, data_begin + offsets[0], data_begin + offsets[1])
+@dataclass(slots=True)
+class IndexReading:
+    """What could be read of `model.safetensors.index.json`, and everything that is wrong with it."""
+
+    weight_map: dict[str, str] | None = None
+    """Tensor -> file, of the rows that make sense; None if there is no weight_map."""
+    total_size: object = None
+    """metadata.total_size as it stands there."""
+    lost: list[str] = field(default_factory=list)
+    """Tensors whose row makes no sense."""
+    faults: list[HeaderFault] = field(default_factory=list)
+
+    def fault(self, kind: Kind, expected: str, found: str, tensor: str | None = None) -> None:
+        """Note one."""
+        if len(self.faults) < MAX_FAULTS:
+            self.faults.append(HeaderFault(INDEX_NAME, expected, found, tensor, kind))
 
 
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
+def read_index(content: bytes) -> IndexReading:
+    """Every row of the index that names a weight file, and the faults of the others: nothing is raised."""
+    reading = IndexReading()
+    value, problem = parse_json(content)
+    if problem:
+        reading.fault("index", "a JSON object with weight_map", problem)
+    rows = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(rows, dict) or not rows:
+        if not problem:
+            reading.fault("index", "a weight_map of tensor names to files", type(rows).__name__)
+        return reading
+    metadata = value.get("metadata")
+    reading.total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
+    reading.weight_map = {name: file for name, file in rows.items() if _names_a_file(reading, name, file)}
+    return reading
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _names_a_file(reading: IndexReading, tensor: str, file: Any) -> bool:
+    if not isinstance(file, str) or not file:
+        reading.fault("row", "a file name", clip(repr(file)), tensor)
+    elif not is_plain_name(file):
+        reading.fault("name", "a file name without folders", clip(repr(file)), tensor)
+    else:
+        return True
+    reading.lost.append(tensor)
+    return False
 
 
-def _check_contiguous(name: str, begin: int, size: int, tensors: Sequence[TensorInfo]) -> None:
-    position = begin
-    for info in tensors:
-        if info.begin != position:
-            kind = "overlaps the tensor before it" if info.begin < position else "leaves a hole before it"
-            raise MalformedCheckpoint(
-                f"{name}: {info.name} begins at byte {info.begin}, expected {position}: it {kind}"
-            )
-        position = info.end
-    if position != size:
-        fault = "is cut off; fetch it again" if position > size else "has bytes that no tensor owns"
-        raise MalformedCheckpoint(f"{name}: tensors end at byte {position}, the file has {size}: it {fault}")
+def is_plain_name(name: str) -> bool:
+    """Whether a name from an index stays in the index's folder, on any system."""
+    return name not in {"", ".", ".."} and not any(mark in name for mark in ("/", "\\", ":", "\0"))
 
 
-def _all_tensors(shards: Iterable[ShardHeader]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        for info in shard.tensors:
-            if info.name in tensors:
-                other = tensors[info.name].shard
-                raise MalformedCheckpoint(f"{info.name} is in {other} and in {shard.name}: which one counts is unknown")
-            tensors[info.name] = info
-    return tensors
+def compare_index(
+    weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo], *, lost: Collection[str] = ()
+) -> Iterator[HeaderFault]:
+    """Where the index and the headers disagree about which file holds a tensor.
+
+    `lost`: tensors that are known to be missing, with their files."""
+    for name, file in weight_map.items():
+        info = tensors.get(name)
+        if info is None and name not in lost:
+            yield HeaderFault(file, "the tensor in the file that the index names", "not in it", name, "row")
+        elif info is not None and info.shard != file:
+            yield HeaderFault(INDEX_NAME, f"in {info.shard}, where the tensor is", f"in {file}", name, "row")
+    for name, info in tensors.items():
+        if name not in weight_map:
+            yield HeaderFault(info.shard, "listed in the index", "absent from it", name, "row")
 
 
-def check_index(content: bytes, headers: Headers) -> None:
-    """Compare `model.safetensors.index.json` with the headers: same tensors, same files, no path that leaves the
-    folder."""
-    index = _parse_json(INDEX_NAME, content)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise MalformedCheckpoint(f"{INDEX_NAME}: weight_map must map tensor names to file names")
-    for shard in set(weight_map.values()):
-        _check_file_name(shard, INDEX_NAME)
-    for name, shard in weight_map.items():
-        info = headers.tensors.get(name)
-        if info is None or info.shard != shard:
-            found = "no file holds it" if info is None else f"it is in {info.shard}"
-            raise MalformedCheckpoint(f"{INDEX_NAME}: {name} should be in {shard}, {found}")
-    unlisted = next((name for name in headers.tensors if name not in weight_map), None)
-    if unlisted is not None:
-        shard = headers.tensors[unlisted].shard
-        raise MalformedCheckpoint(f"{INDEX_NAME}: {unlisted} is in {shard} but not in the index")
-
-
-def _check_file_name(name: str, where: str) -> None:
-    path = PurePosixPath(name)
-    if (
-        path.is_absolute()
-        or ".." in path.parts
-        or "\\" in name
-        or "\0" in name
-        or not path.name.endswith(".safetensors")
-    ):
-        raise MalformedCheckpoint(f"{where}: {name!r} is no safetensors file inside the model's folder")
+def require_index(content: bytes, headers: Headers) -> None:
+    """Raise MalformedCheckpoint unless the index maps exactly the tensors of `headers`, each to its file."""
+    reading = read_index(content)
+    for fault in (*reading.faults, *compare_index(reading.weight_map or {}, headers.tensors)):
+        raise fault.error()
 
 
 # ---------------------------------------------------------------------------------------------- laying out

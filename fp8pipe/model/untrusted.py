@@ -51,9 +51,14 @@ def parse_json(data: bytes) -> tuple[Any, str | None]:
     return value, None
 
 
+def too_long(size: int) -> str:
+    """Why a file of `size` bytes is not read."""
+    return f"{size} bytes, more than any real file of this kind"
+
+
 def _too_much(data: bytes) -> str | None:
     if len(data) > MAX_JSON_BYTES:
-        return f"{len(data)} bytes, more than any real file of this kind"
+        return too_long(len(data))
     if len(data) > MAX_UNICODE_BYTES and not data.isascii():
         return f"{len(data)} bytes that are not all ASCII, more than any real file of this kind"
     tokens = sum(data.count(mark) for mark in (b"[", b"{", b","))

@@ -1,84 +1,139 @@
-"""What a validation looks at: checkpoint, source, config, what is known of the architecture, what was measured.
-
-In: the readings of the other rooms. Out: one `Subject` that every check receives.
-"""
+"""What a validation looks at: checkpoint, source, config, what is known of the architecture, what was measured."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8pipe.model.headers import TensorInfo
-from fp8pipe.validate.layout import WEIGHTS, expert_of, split_name
-from fp8pipe.validate.shelf import Shelf
+from fp8pipe.quantize.plan.record import Plan
+from fp8pipe.validate.faults import Need
+from fp8pipe.validate.meaning.config import quantization_config
+from fp8pipe.validate.meaning.formats import Spec
+from fp8pipe.validate.meaning.layout import Layout
+from fp8pipe.validate.meaning.names import (
+    FLOATS,
+    KV_SCALES,
+    SCALES,
+    WEIGHTS,
+    attention_of_kv_scale,
+    is_beside_decoder,
+    layer_of,
+    split_name,
+)
+from fp8pipe.validate.meaning.scheme import Scheme
+from fp8pipe.validate.measured import Measured
+from fp8pipe.validate.reading.checkpoint import CheckpointFiles
+from fp8pipe.validate.reading.records import EngineRecords
 
 if TYPE_CHECKING:
     from fp8pipe.oracle.vllm import Mismatch
-    from fp8pipe.validate.evidence import Evidence
-    from fp8pipe.validate.findings import Need
-    from fp8pipe.validate.layout import Layout
-    from fp8pipe.validate.measure import Measured
-    from fp8pipe.validate.scheme import Scheme, Spec
+
+SOURCE_SCALES = ("weight_scale_inv", "weight_scale")
+"""Leaf names of an FP8 source's scales."""
+_LEFT_BY_MODELOPT = re.compile("vision_tower|vision_model|vit_large_projector")
+"""Towers that vLLM never quantizes under this method, whatever is excluded."""
+
+T = TypeVar("T")
+
+
+def _given(value: T | None) -> T:
+    assert value is not None, "a check that did not say what it needs"
+    return value
 
 
 @dataclass
 class Subject:
-    """One checkpoint under validation."""
+    """One checkpoint under validation. A check may read `source`, `scheme`, ... only if it needs them."""
 
-    shelf: Shelf
-    config: dict[str, Any] | None
-    """config.json; None when it does not parse (C1 says so)."""
+    files: CheckpointFiles
+    config: dict[str, Any]
+    """config.json; empty if it does not parse."""
     config_problem: str | None
-    quantization: dict[str, Any] | None
-    """The quantization_config that vLLM reads; None when there is none."""
+    """What is wrong with config.json as a file."""
+    quantization: dict[str, Any]
+    """The quantization_config that vLLM reads; empty if there is none."""
     quantization_file: str
-    """Where it stands."""
-    scheme: Scheme | None
-    """What it means; None when it is not understood (C1 to C4 say why)."""
-    layout: Layout | None
-    """Which tensors play which part; None without a config."""
-    source: Shelf | None = None
+    """The file that it is in."""
+    scheme_or_none: Scheme | None
+    """What it means; None if it is not understood (C1 to C4 say why)."""
+    layout: Layout
+    """Which tensors play which part."""
+    source_or_none: CheckpointFiles | None = None
     source_config: dict[str, Any] | None = None
     source_commit: str | None = None
-    evidence: Evidence | None = None
-    """Records of the engine beside the checkpoint; None for checkpoints of other tools."""
+    records_or_none: EngineRecords | None = None
+    """None for checkpoints of other tools."""
     vllm: tuple[Mismatch, ...] | None = None
-    """Where vLLM's own loader and the checkpoint disagree; None when it was not asked."""
-    measured: Measured | None = None
-    """What the pass over the data saw; None until it ran."""
+    """Where vLLM's own loader and the checkpoint disagree; None if it was not asked."""
+    measured_or_none: Measured | None = None
+    """What the pass over the bytes found; None if there was none."""
+
+    @property
+    def scheme(self) -> Scheme:
+        return _given(self.scheme_or_none)
+
+    @property
+    def source(self) -> CheckpointFiles:
+        return _given(self.source_or_none)
+
+    @property
+    def measured(self) -> Measured:
+        return _given(self.measured_or_none)
+
+    @property
+    def records(self) -> EngineRecords:
+        return _given(self.records_or_none)
+
+    @property
+    def plan(self) -> Plan:
+        return _given(self.records.plan)
 
     def supplies(self, need: Need) -> bool:
         """Whether a check that needs `need` can run."""
+        records = self.records_or_none
         return {
-            "config": self.config is not None,
-            "scheme": self.scheme is not None and self.layout is not None,
-            "source": self.source is not None,
-            "records": self.evidence is not None and self.evidence.plan is not None,
-            "calibration": self.evidence is not None and self.evidence.calibration is not None,
+            "config": bool(self.config) or self.config_problem is None,
+            "scheme": self.scheme_or_none is not None,
+            "source": self.source_or_none is not None,
+            "records": records is not None and records.plan is not None,
+            "calibration": records is not None and records.calibration is not None,
+            "manifest": records is not None and records.manifest is not None,
             "vllm": self.vllm is not None,
-            "manifest": self.evidence is not None and self.evidence.manifest is not None,
         }[need]
+
+    # ------------------------------------------------------------------------------------------ quantized weights
 
     @cached_property
     def specs(self) -> dict[str, Spec]:
         """Modules that the config says are quantized, by name on disk, and how."""
-        if self.scheme is None or self.layout is None:
+        if self.scheme_or_none is None:
             return {}
-        found = {name: self.scheme.spec_of(name) for name in self.layout.quantizable}
-        return {name: spec for name, spec in found.items() if spec is not None}
+        found = {module: self.scheme.spec_of(module) for module in self.layout.quantizable}
+        stay = {module for module in self.layout.may_stay if found.get(module) and self._may_stay(module)}
+        return {module: spec for module, spec in found.items() if spec is not None and module not in stay}
 
     def weight(self, module: str) -> TensorInfo | None:
         """The weight of a module as it is stored: under the name that its scheme asks for, else under any."""
         spec = self.specs.get(module)
-        leaves = (spec.weight, *WEIGHTS) if spec else WEIGHTS
-        return next((found for leaf in leaves if (found := self.shelf.tensors.get(f"{module}.{leaf}"))), None)
+        return self._stored(module, (spec.weight, *WEIGHTS) if spec else WEIGHTS)
+
+    def _stored(self, module: str, leaves: tuple[str, ...]) -> TensorInfo | None:
+        return next((found for leaf in leaves if (found := self.files.tensors.get(f"{module}.{leaf}"))), None)
+
+    def is_plain(self, module: str) -> bool:
+        """Whether a module's weight is stored as floats without any scale, as in the source."""
+        weight = self._stored(module, WEIGHTS)
+        has_scale = any(f"{module}.{leaf}" in self.files.tensors for leaf in SCALES)
+        return weight is not None and weight.dtype in FLOATS and not has_scale
 
     def quantized_weights(self) -> Iterator[tuple[str, TensorInfo, Spec]]:
         """(module, weight, how it must be stored) of what is quantized by config and present."""
         for module, spec in sorted(self.specs.items()):
-            if (entry := self.shelf.tensors.get(f"{module}.{spec.weight}")) is not None:
+            if (entry := self.files.tensors.get(f"{module}.{spec.weight}")) is not None:
                 yield module, entry, spec
 
     def spec_of_weight(self, entry: TensorInfo) -> Spec | None:
@@ -87,14 +142,68 @@ class Subject:
         spec = self.specs.get(module)
         return spec if spec is not None and leaf == spec.weight else None
 
+    @cached_property
+    def kv_scales(self) -> dict[str, str]:
+        """KV scale tensors by name, with the module that vLLM maps them to."""
+        names = (name for name in self.files.tensors if split_name(name)[1] in KV_SCALES)
+        return {name: attention_of_kv_scale(split_name(name)[0]) for name in names if not self.is_of_source(name)}
+
+    def _may_stay(self, module: str) -> bool:
+        """Whether a module outside the decoder is left unquantized and vLLM does not mind, although no ignore entry has
+        its name on disk."""
+        if not self.is_plain(module):
+            return False
+        if module in self.layout.optional:
+            return layer_of(f"{module}.") is None  # what joins these layers, which vLLM keeps in some formats
+        if self.scheme.method == "modelopt" and _LEFT_BY_MODELOPT.search(module):
+            return True
+        return any(map(self.scheme.ignores, _spellings(module))) or _kin(module) in self._ignored_in_towers
+
+    @cached_property
+    def _ignored_in_towers(self) -> set[tuple[str, ...]]:
+        return {_kin(entry) for entry in self.scheme.ignore if is_beside_decoder(entry)}
+
+    # ------------------------------------------------------------------------------------------ the source
+
     def source_shape(self, module: str) -> tuple[int, ...] | None:
-        """Shape [out, in] of a module's weight in the source, None where it is not known."""
-        piece = self.layout.pieces.get(module) if self.layout else None
-        if piece is not None:
+        """Shape [out, in] of a module's weight in the source; None if it is not known."""
+        if (piece := self.layout.pieces.get(module)) is not None:
             return piece.rows, piece.columns
-        twin = self.source.tensors.get(f"{module}.weight") if self.source else None
+        twin = self.source_or_none.tensors.get(f"{module}.weight") if self.source_or_none else None
         return twin.shape if twin is not None else None
 
-    def is_counted_expert(self, module: str) -> bool:
-        """An expert of a model whose number of experts is known: K6 speaks of what it lacks."""
-        return expert_of(module) is not None and self.layout is not None and self.layout.num_experts is not None
+    @property
+    def is_source_quantized(self) -> bool:
+        """Whether the source has a quantization_config of its own, so that its scales are not the model's."""
+        return self.source_config is not None and quantization_config(self.source_config) is not None
+
+    def is_of_source(self, name: str) -> bool:
+        """Whether a tensor named like a scale is the unquantized model's own parameter."""
+        theirs = self.source_or_none
+        return theirs is not None and name in theirs.tensors and not self.is_source_quantized
+
+    def has_source_dtype(self, entry: TensorInfo) -> bool:
+        """Whether the source has the tensor in the same dtype."""
+        twin = self.source_or_none.tensors.get(entry.name) if self.source_or_none else None
+        return twin is not None and twin.dtype == entry.dtype
+
+    def source_scale(self, name: str) -> TensorInfo | None:
+        """The scales of an FP8 weight of the source, which give its values; None for all other tensors."""
+        theirs = self.source_or_none.tensors if self.source_or_none else {}
+        module, leaf = split_name(name)
+        if leaf != "weight" or name not in theirs or theirs[name].dtype != "F8_E4M3" or len(theirs[name].shape) != 2:
+            return None
+        return next((found for one in SOURCE_SCALES if (found := theirs.get(f"{module}.{one}"))), None)
+
+
+def _spellings(module: str) -> set[str]:
+    """Names of a tower's module on disk, in transformers and in vLLM."""
+    plain = module.removeprefix("model.")
+    names = {plain, f"model.{plain}"}
+    return names | {name.replace(".vision_model.", ".") for name in names}
+
+
+def _kin(module: str) -> tuple[str, ...]:
+    """First number in a name, and its last two parts."""
+    numbers = re.findall(r"\.(\d+)\.", module)
+    return (*numbers[:1], *module.split(".")[-2:])

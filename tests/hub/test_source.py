@@ -339,7 +339,7 @@ def test_index_may_not_lead_out_of_the_folder(tmp_path: Path, name: str) -> None
     folder = write_model(tmp_path / "model")
     (tmp_path / "other.safetensors").write_bytes(safetensors(w=b"x"))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
-    with pytest.raises(MalformedCheckpoint, match="may not lead elsewhere"):
+    with pytest.raises(MalformedCheckpoint, match="a file name without folders"):
         weight_files(resolve(str(folder)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,3 +24,12 @@ def all_gone(pids: list[int]) -> bool:
 
 
 FP8PIPE = Path(sys.executable).with_name("fp8pipe")
+
+
+def peak_memory_mb(code: str, *arguments: str) -> int:
+    """Peak memory of a process that runs `code`. Its rusage would also count the process that forked it."""
+    code += "\nprint(int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1000)"
+    child = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, timeout=300
+    )
+    return int(child.stdout.splitlines()[-1])

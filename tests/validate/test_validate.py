@@ -38,8 +38,8 @@ from fp8pipe.model.headers import TensorInfo
 from fp8pipe.oracle import compressed_tensors as parser
 from fp8pipe.records import ValidationReport
 from fp8pipe.validate import all_checks, validate
-from fp8pipe.validate.layout import Layout, layout_from_names
-from fp8pipe.validate.measure import TILE_BYTES
+from fp8pipe.validate.meaning.layout import Layout, layout_from_names
+from fp8pipe.validate.measuring.measure import TILE_BYTES
 
 OWN_WARNINGS: dict[Base, set[str]] = {"fp8": {"C9"}, "modelopt": {"C9"}, "modelopt-nvfp4": {"C9"}}
 """Warnings that are true of the correct checkpoint."""

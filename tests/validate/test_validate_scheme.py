@@ -13,7 +13,7 @@ from support.malformed import K_PROJ, O_PROJ, Q_PROJ, V_PROJ, edit_quantization,
 
 from fp8pipe.hub.source import resolve
 from fp8pipe.validate import validate
-from fp8pipe.validate.scheme import read_scheme
+from fp8pipe.validate.meaning.config import read_scheme
 
 Tensors = dict[str, torch.Tensor]
 

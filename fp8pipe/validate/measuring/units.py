@@ -8,14 +8,12 @@ top, so one AND and one max tell at once whether a unit is zero, saturated, infi
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 
-from fp8pipe.validate.scheme import Codes, Spec
-
-Array = np.ndarray[Any, Any]
+from fp8pipe.validate.meaning.formats import Codes, Spec
+from fp8pipe.validate.measured import Array
 
 FLOAT_BITS: dict[str, tuple[torch.dtype, int, int]] = {
     "F8_E4M3": (torch.uint8, 0x7F, 0x7F),
@@ -38,40 +36,23 @@ def unpack(data: Array, rows: int, codes: Codes) -> Array:
     return both
 
 
-HALF_UNIT = 256.0
-
-
-def half_values(codes: torch.Tensor, kind: Codes, out: torch.Tensor) -> torch.Tensor:
-    """Values of codes [..., columns] / HALF_UNIT, in `out`, float16 of the same shape. E4M3's NaN comes out as 480.
-
-    Moving the bits into a float16 is six times as fast as torch's own cast: both have their subnormals at the bottom,
-    and their exponents differ by 8.
-    """
-    if kind.per_byte == 2:
-        return out.copy_(_E2M1_VALUES[codes.int()]).div_(HALF_UNIT)
-    bits = out.view(torch.int16).copy_(codes.view(torch.int8))
-    bits.bitwise_left_shift_(7).bitwise_and_(-0x4001)  # bit 14 is an echo of the sign
-    return out
-
-
-def values(codes: torch.Tensor, kind: Codes) -> torch.Tensor:
-    """float32 values of codes. E4M3's NaN code comes out as 480: whoever cares looks at the code."""
-    return half_values(codes, kind, torch.empty(codes.shape, dtype=torch.float16)).float().mul_(HALF_UNIT)
-
-
 _E2M1_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 _E2M1_EDGES = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 
 
-def nearest(scaled: torch.Tensor, kind: Codes, *, may_clip: bool) -> torch.Tensor:
-    """Codes that rounding gives, uint8; ties of E2M1 go down, and whoever judges must allow for that.
+def values(codes: torch.Tensor, kind: Codes) -> torch.Tensor:
+    """float32 values of codes."""
+    if kind.per_byte == 2:
+        return _E2M1_VALUES[codes.int()]
+    return codes.view(torch.float8_e4m3fn).float()
 
-    `may_clip`: some values are beyond the largest code."""
+
+def nearest(scaled: torch.Tensor, kind: Codes) -> torch.Tensor:
+    """Codes that rounding gives, uint8. Ties of E2M1 go down: both neighbours are nearest there."""
     if kind.per_byte == 2:
         magnitude = torch.bucketize(scaled.abs(), _E2M1_EDGES).to(torch.uint8)
         return magnitude | (torch.signbit(scaled).to(torch.uint8) << 3)
-    bounded = scaled.clamp(-kind.maximum, kind.maximum) if may_clip else scaled
-    return bounded.to(torch.float8_e4m3fn).view(torch.uint8)
+    return scaled.clamp(-kind.maximum, kind.maximum).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def step(scaled: torch.Tensor, kind: Codes) -> torch.Tensor:
@@ -115,31 +96,6 @@ def unit_tops(tile: torch.Tensor, spec: Spec) -> torch.Tensor:
     if spare:
         tile = torch.nn.functional.pad(tile, (0, spare))
     return tile.view(len(tile), -1, wide).amax(2)
-
-
-def unit_counts(flags: torch.Tensor, spec: Spec) -> torch.Tensor:
-    """How many of the flags [rows, columns] are set in each unit, int64."""
-    if spec.strategy == "tensor":
-        return flags.sum().reshape(1)
-    if spec.block is None:
-        return flags.sum(1, keepdim=True)
-    high, wide = spec.block
-    bands = torch.stack([band.sum(0) for band in flags.split(high)])
-    bands = torch.nn.functional.pad(bands, (0, -bands.shape[1] % wide))
-    return bands.view(len(bands), -1, wide).sum(2)
-
-
-def spread(units: torch.Tensor, spec: Spec, rows: int, columns: int) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """One value per unit -> a tensor that broadcasts over the weights seen in the shape that comes with it.
-
-    That is [bands, rows of a block, columns] where bands are whole: a row of blocks is spread once, not row by row."""
-    if spec.block is None:
-        return units, (rows, columns)
-    high, wide = spec.block
-    along = units.repeat_interleave(wide, 1)[:, :columns]
-    if rows % high == 0:
-        return along[:, None, :], (rows // high, high, columns)
-    return along.repeat_interleave(high, 0)[:rows], (rows, columns)
 
 
 def unit_rows(spec: Spec, row: int, rows: int) -> slice:

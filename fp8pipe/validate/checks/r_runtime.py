@@ -1,19 +1,14 @@
-"""What vLLM's own model and loader make of the tensors (check R1).
-
-In: a Subject with vLLM's answer (`oracle.py`), asked when the caller wants it: importing vLLM takes 17 s. Out: faults.
-"""
+"""R1: what vLLM's own model and loader make of the tensors. Asked only on request: importing vLLM takes 17 s."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from fp8pipe.model.untrusted import clip
-from fp8pipe.validate.findings import Fault, check
-from fp8pipe.validate.layout import is_in_predictor
-
-if TYPE_CHECKING:
-    from fp8pipe.validate.subject import Subject
+from fp8pipe.validate.checks.check import check
+from fp8pipe.validate.faults import Fault
+from fp8pipe.validate.meaning.names import is_in_predictor
+from fp8pipe.validate.subject import Subject
 
 CONSEQUENCES = {
     "refused": "vLLM stops with this message",
@@ -33,11 +28,10 @@ CONSEQUENCES = {
     remedy="quantize again; if the source itself does so, vLLM does not serve this architecture as it is",
 )
 def vllm_reads_every_tensor(subject: Subject) -> Iterator[Fault]:
-    num_layers = subject.layout.num_layers if subject.layout is not None else None
     for mismatch in subject.vllm or ():
-        if mismatch.kind == "unread" and is_in_predictor(mismatch.tensor.rpartition(".")[0], num_layers):
+        if mismatch.kind == "unread" and is_in_predictor(mismatch.tensor.rpartition(".")[0], subject.layout.num_layers):
             continue  # vLLM builds these layers as a model of their own, when it is told to speculate
-        entry = subject.shelf.tensors.get(mismatch.tensor)
+        entry = subject.files.tensors.get(mismatch.tensor)
         yield Fault(
             mismatch.expected,
             clip(mismatch.found, 300),

@@ -1,37 +1,31 @@
-"""Types and shapes: does every tensor have the form that vLLM's parameter has (checks S1 to S7).
+"""S1 to S7: types and shapes. Does every tensor have the form that vLLM's parameter has?
 
-In: a Subject, headers only. vLLM casts any dtype into any other and cuts off what is too long in fused layers, so that
-most of this is invisible there.
+vLLM casts any dtype into any other and cuts off what is too long in fused layers, so most of this is invisible there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from fp8pipe.model.headers import TensorInfo
-from fp8pipe.validate.coverage import FLOATS, holds_codes, is_scale, is_source_quantized, source_scale
-from fp8pipe.validate.findings import Fault, check
-from fp8pipe.validate.kv import kv_scales
-from fp8pipe.validate.layout import split_name
-from fp8pipe.validate.scheme import text_config
-
-if TYPE_CHECKING:
-    from fp8pipe.validate.subject import Subject
-
-FLOAT_SCALES = ("F32", "BF16", "F16")
+from fp8pipe.validate.checks.check import check
+from fp8pipe.validate.faults import Fault
+from fp8pipe.validate.meaning.config import text_config
+from fp8pipe.validate.meaning.names import FLOAT_SCALES, holds_codes, is_scale, split_name
+from fp8pipe.validate.subject import Subject
 
 
 @check(
     "S1",
     "Quantized weights have the dtype of their format: F8_E4M3, or U8 with two FP4 codes to a byte.",
     needs=("scheme",),
+    yields_to=("K5",),
     consequence="vLLM casts the bytes' values into FP8 without a word",
     remedy="quantize again",
 )
 def codes_have_their_dtype(subject: Subject) -> Iterator[Fault]:
     for _, entry, spec in subject.quantized_weights():
-        if entry.dtype != spec.format.codes.dtype and entry.dtype not in FLOATS:  # floats are K5's
+        if entry.dtype != spec.format.codes.dtype:
             yield Fault(spec.format.codes.dtype, entry.dtype, entry.shard, entry.name)
 
 
@@ -49,16 +43,15 @@ def shapes_equal_source(subject: Subject) -> Iterator[Fault]:
             is_packed = entry.dtype == spec.format.codes.dtype
             yield from _other_shape(entry, spec.stored(shape) if is_packed else shape)
     for name, twin in _kept_in_source(subject):
-        entry = subject.shelf.tensors.get(name)
+        entry = subject.files.tensors.get(name)
         if entry is not None and subject.spec_of_weight(entry) is None:
             yield from _other_shape(entry, twin.shape)
 
 
 def _kept_in_source(subject: Subject) -> Iterator[tuple[str, TensorInfo]]:
-    """The source's tensors without the scales of one that is quantized itself: new ones take their place."""
-    has_scales = is_source_quantized(subject)
-    for name, twin in subject.source.tensors.items() if subject.source else ():
-        if not (has_scales and is_scale(name)):
+    """The source's tensors, but not the scales of a source that is quantized itself: new ones replace them."""
+    for name, twin in subject.source.tensors.items() if subject.source_or_none else ():
+        if not (subject.is_source_quantized and is_scale(name)):
             yield name, twin
 
 
@@ -76,43 +69,36 @@ def _other_shape(entry: TensorInfo, shape: tuple[int, ...]) -> Iterator[Fault]:
 )
 def scales_fit_their_strategy(subject: Subject) -> Iterator[Fault]:
     for module, weight, spec in subject.quantized_weights():
-        if len(weight.shape) != 2:
-            continue
-        for leaf in spec.companions:
-            if (scale := subject.shelf.tensors.get(f"{module}.{leaf}")) is None:
+        for leaf in spec.companions if len(weight.shape) == 2 else ():
+            if (scale := subject.files.tensors.get(f"{module}.{leaf}")) is None:
                 continue
             shapes = spec.scale_shapes(spec.unpacked(weight.shape)) if leaf == spec.scale else ((1,), ())
             is_float = leaf != spec.scale or spec.format.scale_dtypes == FLOAT_SCALES
-            yield from _scale_form(scale, shapes, FLOAT_SCALES if is_float else ())
-    yield from _kv_form(subject)
+            yield from _scale_form(scale, shapes, FLOAT_SCALES if is_float else (scale.dtype,))
+    for name, module in subject.kv_scales.items():
+        if module in subject.layout.attention and split_name(name)[1] in ("k_scale", "v_scale", "kv_scale"):
+            scale = subject.files.tensors[name]
+            yield from _scale_form(scale, _kv_shapes(subject, module, scale), FLOAT_SCALES)
 
 
 def _scale_form(scale: TensorInfo, shapes: tuple[tuple[int, ...], ...], dtypes: tuple[str, ...]) -> Iterator[Fault]:
-    """`dtypes`: those that are right; empty when S7 speaks of them."""
-    if dtypes and scale.dtype not in dtypes:
+    if scale.dtype not in dtypes:
         yield Fault(" or ".join(dtypes), scale.dtype, scale.shard, scale.name)
     if scale.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in shapes)
         yield Fault(f"shape {expected}", str(list(scale.shape)), scale.shard, scale.name)
 
 
-def _kv_form(subject: Subject) -> Iterator[Fault]:
-    assert subject.scheme is not None and subject.layout is not None
-    for name, module in kv_scales(subject).items():
-        if module not in subject.layout.attention or split_name(name)[1] not in ("k_scale", "v_scale", "kv_scale"):
-            continue
-        scale, shapes = subject.shelf.tensors[name], ((1,), ())
-        if subject.scheme.kv == "attn_head":
-            heads = _kv_heads(subject, module)
-            shapes = ((heads, 1, 1), (heads,)) if heads is not None else (scale.shape,)
-        yield from _scale_form(scale, shapes, FLOAT_SCALES)
+def _kv_shapes(subject: Subject, attention: str, scale: TensorInfo) -> tuple[tuple[int, ...], ...]:
+    if subject.scheme.kv != "attn_head":
+        return (1,), ()
+    heads = _kv_heads(subject, attention)
+    return ((heads, 1, 1), (heads,)) if heads is not None else (scale.shape,)
 
 
 def _kv_heads(subject: Subject, attention: str) -> int | None:
-    """Heads whose keys and values a layer caches; None where neither record nor config says."""
-    assert subject.layout is not None
-    config = subject.config or {}
-    text = text_config(config) or config
+    """Heads whose keys and values a layer caches; None if neither record nor config says."""
+    text = text_config(subject.config) or subject.config
     known = (subject.layout.kv_heads.get(attention), text.get("num_key_value_heads"), text.get("num_attention_heads"))
     return next((heads for heads in known if type(heads) is int and heads > 0), None)
 
@@ -125,59 +111,33 @@ def _kv_heads(subject: Subject, attention: str) -> int | None:
     remedy="copy the tensor from the source",
 )
 def kept_tensors_keep_their_dtype(subject: Subject) -> Iterator[Fault]:
-    assert subject.source is not None
-    free = subject.layout.optional | subject.layout.towers if subject.layout else frozenset[str]()
-    weights = {f"{module}.weight" for module in subject.specs if module not in free}
+    weights = {f"{module}.weight" for module in subject.specs if module not in subject.layout.may_stay}
     for name, theirs in _kept_in_source(subject):
-        ours = subject.shelf.tensors.get(name)
+        ours = subject.files.tensors.get(name)
         if ours is None or name in weights or ours.dtype == theirs.dtype or holds_codes(ours):
-            continue  # FP8 where there should be none is K4's or K5's
-        if ours.dtype in FLOAT_SCALES and source_scale(subject, name) is not None:
-            continue  # an FP8 weight of the source that stays: its values, without their scale
+            continue
+        if ours.dtype in FLOAT_SCALES and subject.source_scale(name) is not None:
+            continue  # an FP8 weight of the source, kept as its values without the scale
         yield Fault(theirs.dtype, ours.dtype, ours.shard, name)
-
-
-@check(
-    "D8",
-    "Every quantized weight has values in the source to be compared with.",
-    depth="fidelity",
-    severity="warning",
-    needs=("scheme", "source"),
-    consequence="none in vLLM; nobody can tell whether these weights are the source's",
-    remedy="name the unquantized source, or one whose FP8 weights have weight_scale_inv or weight_scale beside them",
-)
-def weights_can_be_compared(subject: Subject) -> Iterator[Fault]:
-    """Said once: in a source of a format that is not known here, it holds for every weight."""
-    assert subject.measured is not None
-    uncompared = subject.measured.uncompared
-    if uncompared:
-        first = min(uncompared)
-        found = (
-            f"{len(uncompared)} weights of {', '.join(sorted(set(uncompared.values())))}, whose values are not known"
-        )
-        expected = "source weights of F32, BF16 or F16, or FP8 ones with their scales"
-        yield Fault(expected, found, subject.shelf.tensors[first].shard, first)
 
 
 @check(
     "S5",
     "Block scales: every member of a fused group but the last begins at a block's edge.",
     needs=("scheme",),
+    yields_to=("K5",),
     consequence="quant_method fp8: one projection's scales overwrite another's, without a word; compressed-tensors: "
     "vLLM stops",
     remedy="ignore the group, or use per-channel scales",
 )
 def fused_blocks_are_aligned(subject: Subject) -> Iterator[Fault]:
-    assert subject.layout is not None
     for group in subject.layout.fused:
         spec = subject.specs.get(group[0])
         if spec is None or spec.block is None:
             continue
         for module in group[:-1]:
             entry = subject.weight(module)
-            if entry is None or entry.dtype in FLOATS:  # floats are K5's
-                continue
-            if len(entry.shape) == 2 and entry.shape[0] % spec.block[0]:
+            if entry is not None and len(entry.shape) == 2 and entry.shape[0] % spec.block[0]:
                 found = f"{entry.shape[0]} rows"
                 yield Fault(f"a multiple of {spec.block[0]} rows", found, entry.shard, entry.name)
 
@@ -186,13 +146,12 @@ def fused_blocks_are_aligned(subject: Subject) -> Iterator[Fault]:
     "S6",
     "Group scales: the columns are whole groups.",
     needs=("scheme",),
+    yields_to=("K5",),
     consequence="vLLM stops: the input size is no multiple of the group",
     remedy="ignore the module, or use per-channel FP8",
 )
 def columns_are_whole_groups(subject: Subject) -> Iterator[Fault]:
     for _, entry, spec in subject.quantized_weights():
-        if entry.dtype in FLOATS:  # K5's
-            continue
         if spec.strategy == "group" and spec.block is not None and len(entry.shape) == 2:
             columns = spec.unpacked(entry.shape)[1]
             if columns % spec.block[1]:
@@ -208,6 +167,6 @@ def columns_are_whole_groups(subject: Subject) -> Iterator[Fault]:
 )
 def group_scales_have_their_dtype(subject: Subject) -> Iterator[Fault]:
     for module, _, spec in subject.quantized_weights():
-        scale = subject.shelf.tensors.get(f"{module}.{spec.scale}")
+        scale = subject.files.tensors.get(f"{module}.{spec.scale}")
         if spec.strategy == "group" and scale is not None and scale.dtype not in spec.format.scale_dtypes:
             yield Fault(" or ".join(spec.format.scale_dtypes), scale.dtype, scale.shard, scale.name)

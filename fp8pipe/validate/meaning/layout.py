@@ -8,7 +8,6 @@ that must exist, its shape) is left open, and the checks that need it do not run
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,20 @@ from typing import TYPE_CHECKING, Any
 from fp8pipe.model.headers import TensorInfo
 from fp8pipe.model.names import FUSED
 from fp8pipe.quantize.plan.choose import experts_holder
+from fp8pipe.validate.meaning.config import text_config
+from fp8pipe.validate.meaning.names import (
+    WEIGHTS,
+    attention_of,
+    expert_of,
+    is_companion,
+    is_in_predictor,
+    is_in_tower,
+    is_router,
+    layer_of,
+    module_of_weight,
+    split_name,
+    stays_unquantized,
+)
 
 if TYPE_CHECKING:
     from fp8pipe.model.architecture import Architecture, ExpertLayout
@@ -27,36 +40,6 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 
 MAX_COUNT = 4096
 """More layers or experts than any model has: a number beyond it is not believed."""
-
-SCALES = (
-    *("weight_scale", "weight_scale_inv", "input_scale"),
-    *("weight_global_scale", "input_global_scale", "weight_scale_2"),
-    *("act_scale", "activation_scale"),
-)
-"""Leaf names of what stands beside a quantized weight, right or wrong."""
-UNWANTED = ("weight_zero_point", "input_zero_point", "weight_g_idx", "g_idx", "weight_shape")
-"""The same, of schemes that vLLM's FP8 layers have no place for."""
-KV_SCALES = ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale")
-WEIGHTS = ("weight", "weight_packed")
-"""Leaf names of the weight itself."""
-
-_STAYS = re.compile(
-    r"(^|\.)(embed\w*|wte|wpe|shared|lm_head|score|classifier|(?!norm_attn_norm\.)\w*norm\w*|\w*router\w*|gate|shared_expert_gate|conv\w*|"
-    r"in_proj_ba|in_proj_a|in_proj_b|x_proj|dt_proj|weights_proj|patch_embed\w*|rel\w*|eh_proj|shared_head)(\.|$)"
-)
-"""Parts of a module name that mean: not an FP8 Linear in vLLM."""
-_TOWER = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|speech\w*|sam_model|\w*projector)(\.|$)")
-"""Parts that mean: beside the text decoder, with layers of its own."""
-_PREDICTOR = re.compile(r"(^|\.)mtp(\.|$)")
-"""Layers that predict a second token, where they are not counted on from the decoder's."""
-_NUMBERED = re.compile(r"\.\d+\.")
-_ROUTER = re.compile(r"\.(gate|\w*router\w*|shared_expert_gate)$")
-_LAYER = re.compile(r"(^|\.)(?:layers|transformer\.(?:h|blocks))\.(\d+)\.")
-_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(\w+)$")
-_ATTENTION = re.compile(
-    r"^(.*\.(?:self_attn|attn|attention|self_attention|mixer))\."
-    r"(?:[kv]_proj|qkv_proj|query_key_value|W?qkv|wqkv|W_pack|c_attn)$"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +112,11 @@ class Layout:
         return frozenset(self.quantizable)
 
     @cached_property
+    def may_stay(self) -> frozenset[str]:
+        """Modules outside the decoder, which many tools leave unquantized."""
+        return self.optional | self.towers
+
+    @cached_property
     def group_of(self) -> dict[str, tuple[str, ...]]:
         """The fused group of each of its members."""
         return {member: group for group in self.fused for member in group}
@@ -136,13 +124,12 @@ class Layout:
 
 def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any]) -> Layout:
     """What names and shapes tell, from the source's headers or, without them, the checkpoint's own."""
-    names = frozenset(name for name in tensors if not _is_companion(name))
-    modules = {module for module in map(_module_of_weight, names) if module}
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
-    assert isinstance(text, dict)
+    names = frozenset(name for name in tensors if not is_companion(name))
+    modules = {module for module in map(module_of_weight, names) if module}
+    text = text_config(config) or config
     num_layers = _count(text, "num_hidden_layers", "n_layer")
-    matrices = {module for module in modules if _is_matrix(module, tensors) and not _STAYS.search(module)}
-    towers = frozenset(module for module in matrices if _is_in_tower(module))
+    matrices = {module for module in modules if _is_matrix(module, tensors) and not stays_unquantized(module)}
+    towers = frozenset(module for module in matrices if is_in_tower(module))
     optional = frozenset(module for module in matrices - towers if is_in_predictor(module, num_layers))
     decoder = {module for module in matrices - towers - optional if layer_of(f"{module}.") is not None}
     linears = tuple(sorted(decoder | optional | towers))
@@ -152,7 +139,7 @@ def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any])
         optional=optional,
         towers=towers,
         fused=tuple(_fused_groups(linears)),
-        routers=frozenset(module for module in modules if _ROUTER.search(module)),
+        routers=frozenset(module for module in modules if is_router(module)),
         attention=tuple(sorted({place for place in map(attention_of, decoder) if place})),
         tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings")),
         num_layers=num_layers,
@@ -173,7 +160,7 @@ def layout_from_architecture(
     by_names = layout_from_names(tensors, config)
     optional, towers, required = set[str](), set[str](), set[str]()
     for name, role in architecture.tensors.items():
-        module = _module_of_weight(name)
+        module = module_of_weight(name)
         if role.kind in {"linear", "expert"} and module:
             linears.append(module)
         elif role.kind in {"router", "gate"} and module:
@@ -189,11 +176,12 @@ def layout_from_architecture(
             optional.add(module)
         elif role.kind == "outside" and module and module in by_names.towers:
             towers.add(module)
-        if role.kind != "unused" and not _is_companion(name):
+        if role.kind != "unused" and not is_companion(name):
             required.add(name)
     linears.extend(pieces)
     linears.extend(optional | towers)
-    return Layout(
+    return replace(
+        by_names,
         names=frozenset(architecture.tensors),
         quantizable=tuple(sorted(linears)),
         optional=frozenset(optional),
@@ -202,13 +190,11 @@ def layout_from_architecture(
         routers=frozenset(routers),
         attention=tuple(layer.name for layer in architecture.attention if not layer.mla),
         tied=architecture.tied_embeddings,
-        heads=tuple(name for name, role in architecture.tensors.items() if role.kind == "lm_head") or HEADS,
         num_layers=architecture.num_layers,
-        num_predictors=by_names.num_predictors,
-        num_experts=by_names.num_experts,
         from_record=True,
         other_names=frozenset(role.module for role in architecture.tensors.values() if role.module),
         pieces=pieces,
+        heads=tuple(name for name, role in architecture.tensors.items() if role.kind == "lm_head") or HEADS,
         required=frozenset(required),
         kv_heads={layer.name: layer.num_kv_heads for layer in architecture.attention},
     )
@@ -229,37 +215,6 @@ def _pieces(tensor: TensorInfo, parent: str, layout: ExpertLayout) -> dict[str, 
     return found
 
 
-def expert_of(module: str) -> tuple[str, int, str] | None:
-    """(experts module, expert index, projection) of a per-expert module."""
-    match = _EXPERT.match(module)
-    return (match[1], int(match[2]), match[3]) if match and len(match[2]) < 8 else None
-
-
-def layer_of(name: str) -> int | None:
-    """Index of the layer in a name, of whichever stack."""
-    match = _LAYER.search(name)
-    return int(match[2]) if match and len(match[2]) < 8 else None
-
-
-def place_in_decoder(name: str) -> tuple[int, str] | None:
-    """(index of the decoder's layer, name within the layer); None for what lies elsewhere."""
-    match = _LAYER.search(name)
-    if match is None or len(match[2]) >= 8 or is_beside_decoder(name) or _PREDICTOR.search(name):
-        return None
-    return int(match[2]), name[match.end() :]
-
-
-def is_beside_decoder(name: str) -> bool:
-    """A name in a tower, or in the projector behind it."""
-    return _TOWER.search(name) is not None
-
-
-def attention_of(module: str) -> str | None:
-    """The attention module that a projection of keys or values belongs to."""
-    match = _ATTENTION.match(module)
-    return match[1] if match else None
-
-
 def unquantized_names(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors that the model had before it was quantized, by name and shape; places and dtypes mean nothing."""
     found = {}
@@ -268,43 +223,14 @@ def unquantized_names(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo
         if leaf == "weight_packed" and info.shape:
             shape = (*info.shape[:-1], 2 * info.shape[-1])
             found[f"{module}.weight"] = replace(info, name=f"{module}.weight", shape=shape)
-        elif not _is_companion(name):
+        elif not is_companion(name):
             found[name] = info
     return found
-
-
-def _is_companion(name: str) -> bool:
-    return split_name(name)[1] in {*SCALES, *KV_SCALES, *UNWANTED}
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Module and leaf of a tensor's name."""
-    module, _, leaf = name.rpartition(".")
-    return module, leaf
-
-
-def _module_of_weight(name: str) -> str | None:
-    module, leaf = split_name(name)
-    return module if module and leaf in WEIGHTS else None
 
 
 def _is_matrix(module: str, tensors: Mapping[str, TensorInfo]) -> bool:
     weight = next(found for leaf in WEIGHTS if (found := tensors.get(f"{module}.{leaf}")))
     return len(weight.shape) == 2
-
-
-def _is_in_tower(module: str) -> bool:
-    """A Linear of a tower's layers, or of the projector behind it; what is not numbered may be looked up instead."""
-    match = _TOWER.search(module)
-    is_projector = match is not None and match[2].endswith("projector")
-    return match is not None and "embed" not in module and (is_projector or _NUMBERED.search(f"{module}.") is not None)
-
-
-def is_in_predictor(module: str, num_layers: int | None) -> bool:
-    """Whether a module lies in the layers that predict a second token: behind the decoder's, or under `mtp`."""
-    layer = layer_of(f"{module}.")
-    is_behind = num_layers is not None and layer is not None and layer >= num_layers
-    return is_behind or _PREDICTOR.search(module) is not None
 
 
 def _fused_groups(modules: Iterable[str]) -> Iterable[tuple[str, ...]]:

@@ -1,23 +1,21 @@
-"""What lies in the folder: headers, index, stray files (checks F1 to F9).
-
-In: a Subject. Out: the faults that reading the headers met (`shelf.py`), and files that do not belong there.
-"""
+"""F1 to F9: the files of the folder, their headers and their index."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from fp8pipe.model.headers import INDEX_NAME
 from fp8pipe.model.untrusted import clip
-from fp8pipe.validate.findings import Fault, check
-from fp8pipe.validate.shelf import INDEX, MISTRAL
+from fp8pipe.validate.checks.check import check
+from fp8pipe.validate.faults import Fault
+from fp8pipe.validate.meaning.config import HF_QUANT_CONFIG
+from fp8pipe.validate.reading.checkpoint import MISTRAL
+from fp8pipe.validate.subject import Subject
 
-if TYPE_CHECKING:
-    from fp8pipe.validate.subject import Subject
 
-
-def _of(check_id: str, subject: Subject) -> list[Fault]:
-    return subject.shelf.faults.get(check_id, [])
+def _met(check_id: str, subject: Subject) -> list[Fault]:
+    """Faults that reading the files met."""
+    return subject.files.faults.get(check_id, [])
 
 
 @check(
@@ -27,7 +25,7 @@ def _of(check_id: str, subject: Subject) -> list[Fault]:
     remedy="write or download the file again",
 )
 def headers_are_exact(subject: Subject) -> list[Fault]:
-    return _of("F1", subject)
+    return _met("F1", subject)
 
 
 @check(
@@ -38,7 +36,7 @@ def headers_are_exact(subject: Subject) -> list[Fault]:
     remedy="download the missing files, or rebuild the index",
 )
 def index_names_existing_files(subject: Subject) -> list[Fault]:
-    return _of("F2", subject)
+    return _met("F2", subject)
 
 
 @check(
@@ -48,7 +46,7 @@ def index_names_existing_files(subject: Subject) -> list[Fault]:
     remedy="rebuild the index from the headers",
 )
 def index_lists_the_tensors(subject: Subject) -> list[Fault]:
-    return _of("F3", subject)
+    return _met("F3", subject)
 
 
 @check(
@@ -58,7 +56,7 @@ def index_lists_the_tensors(subject: Subject) -> list[Fault]:
     remedy="remove the stale copy",
 )
 def tensors_are_unique(subject: Subject) -> list[Fault]:
-    return _of("F4", subject)
+    return _met("F4", subject)
 
 
 @check(
@@ -69,12 +67,12 @@ def tensors_are_unique(subject: Subject) -> list[Fault]:
     remedy="rebuild the index",
 )
 def total_size_adds_up(subject: Subject) -> Iterator[Fault]:
-    shelf = subject.shelf
-    if shelf.index is None or shelf.lost or shelf.faults.get("F1"):
+    files = subject.files
+    if files.index is None or files.lost or files.faults.get("F1"):
         return
-    total = sum(entry.nbytes for entry in shelf.tensors.values())
-    if shelf.total_size != total:
-        yield Fault(f"total_size {total}", clip(repr(shelf.total_size)), file=INDEX)
+    total = sum(entry.nbytes for entry in files.tensors.values())
+    if files.total_size != total:
+        yield Fault(f"total_size {total}", clip(repr(files.total_size)), file=INDEX_NAME)
 
 
 @check(
@@ -84,7 +82,7 @@ def total_size_adds_up(subject: Subject) -> Iterator[Fault]:
     remedy="delete the stale file",
 )
 def no_stale_shards(subject: Subject) -> list[Fault]:
-    return _of("F6", subject)
+    return _met("F6", subject)
 
 
 @check(
@@ -94,14 +92,14 @@ def no_stale_shards(subject: Subject) -> list[Fault]:
     remedy="delete the file",
 )
 def no_files_of_other_loaders(subject: Subject) -> Iterator[Fault]:
-    for name in subject.shelf.sizes:
+    for name in subject.files.sizes:
         if MISTRAL.match(name):
             yield Fault("Hugging Face layout only", "a file of Mistral's own layout", file=name)
         elif name in {"adapter_model.safetensors", "adapter_config.json"}:
             yield Fault("a full model", "an adapter", file=name, consequence="vLLM reads the folder as an adapter")
         elif "/" not in name and name.endswith((".bin", ".pt", ".pth")) and name != "training_args.bin":
             yield _harmless(name, "pickled weights beside safetensors", "none while safetensors are preferred")
-        elif name == "hf_quant_config.json":
+        elif name == HF_QUANT_CONFIG:
             yield _harmless(name, "a second quantization config", "ignored while config.json has its own")
 
 
@@ -117,7 +115,7 @@ def _harmless(name: str, found: str, consequence: str) -> Fault:
     remedy="write the metadata",
 )
 def metadata_names_the_format(subject: Subject) -> list[Fault]:
-    return _of("F8", subject)
+    return _met("F8", subject)
 
 
 @check(
@@ -127,4 +125,4 @@ def metadata_names_the_format(subject: Subject) -> list[Fault]:
     remedy="download the file itself (git lfs pull, hf download)",
 )
 def files_are_real(subject: Subject) -> list[Fault]:
-    return _of("F9", subject)
+    return _met("F9", subject)

@@ -1,25 +1,18 @@
-"""config.json: does it parse, does vLLM support what it says, do its lists mean what they seem to (checks C1 to C9).
-
-In: a Subject. What the config means is read in `scheme.py`.
-"""
+"""C1 to C9: config.json. Does it parse, does vLLM support what it says, do its lists mean what they seem to?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fp8pipe.model.untrusted import clip
-from fp8pipe.validate.findings import Fault, check
-from fp8pipe.validate.layout import expert_of, layer_of, split_name
-from fp8pipe.validate.scheme import (
-    FORMAT_NAMES,
-    KNOWN_ELSEWHERE,
-    METHODS,
-    MIXED,
+from fp8pipe.validate.checks.check import check
+from fp8pipe.validate.faults import Fault
+from fp8pipe.validate.meaning.config import (
+    CONFIG,
+    HF_QUANT_CONFIG,
     MODELOPT_ALGORITHMS,
-    Spec,
     format_of,
-    fused_names,
     ignored_layers,
     is_attention_group,
     is_block,
@@ -31,124 +24,17 @@ from fp8pipe.validate.scheme import (
     text_config,
     unsupported,
 )
+from fp8pipe.validate.meaning.formats import FORMAT_NAMES, MIXED, Spec
+from fp8pipe.validate.meaning.names import expert_of, layer_of, split_name
+from fp8pipe.validate.meaning.scheme import METHODS, fused_names
+from fp8pipe.validate.subject import Subject
 
-if TYPE_CHECKING:
-    from fp8pipe.validate.subject import Subject
-
-CONFIG = "config.json"
 SPELLINGS = (*METHODS, "modelopt_fp4", "modelopt_mxfp8", "compressed_tensors")
-HF_QUANT_CONFIG = "hf_quant_config.json"
+KNOWN_ELSEWHERE = (
+    "awq", "gptq", "bitsandbytes", "mxfp4", "mxfp8", "fp_quant", "fbgemm_fp8", "quark", "torchao",
+)  # fmt: skip
+"""Methods that vLLM loads and this validator does not know: reported, never passed."""
 FORMATS = tuple(name for names in FORMAT_NAMES.values() for name in names)
-
-
-def _quant(subject: Subject) -> dict[str, Any]:
-    return subject.quantization or {}
-
-
-@check(
-    "C1",
-    "config.json parses and holds one quantization_config with a quant_method that is known.",
-    consequence="vLLM stops; without quant_method it takes the model for unquantized and stops at the first scale",
-    remedy="copy config.json from the source and add the quantization_config alone",
-)
-def config_is_one_quantization(subject: Subject) -> Iterator[Fault]:
-    if subject.config is None or subject.config_problem:
-        yield Fault("a JSON object", subject.config_problem or "not an object", file=CONFIG)
-    if subject.config is None:
-        return
-    config = subject.config
-    places = {
-        "quantization_config": config.get("quantization_config"),
-        "text_config.quantization_config": text_config(config).get("quantization_config"),
-        "compression_config": config.get("compression_config"),
-    }
-    given = [name for name, value in places.items() if value is not None]
-    if not given and subject.quantization is not None:
-        given, places = [HF_QUANT_CONFIG], {HF_QUANT_CONFIG: subject.quantization}
-    if len(given) != 1:
-        yield Fault("one quantization_config", " and ".join(given) or "none", file=CONFIG)
-    elif not isinstance(places[given[0]], dict):
-        yield Fault("quantization_config as a mapping", clip(repr(places[given[0]])), file=CONFIG)
-    elif method_of(_quant(subject)) not in METHODS:
-        yield _unknown_method(_quant(subject).get("quant_method"))
-    elif (name := _quant(subject).get("quant_method")) not in SPELLINGS:
-        told = "vLLM takes it for its lower case; transformers does not know it"
-        yield Fault(" or ".join(SPELLINGS), clip(repr(name)), file=CONFIG, consequence=told)
-
-
-def _unknown_method(name: Any) -> Fault:
-    if name in KNOWN_ELSEWHERE:
-        return Fault(
-            f"quant_method {' or '.join(METHODS)}",
-            clip(repr(name)),
-            file=CONFIG,
-            consequence="vLLM knows this method; this validator does not, so nothing about the weights is proven",
-            remedy="do not take this report for a proof",
-        )
-    return Fault(f"quant_method {' or '.join(METHODS)}", clip(repr(name)), file=CONFIG)
-
-
-@check(
-    "C2",
-    "quantization_config has what vLLM's own reader demands.",
-    needs=("config",),
-    consequence="vLLM stops while it reads the config, with a bare KeyError, TypeError or NotImplementedError",
-    remedy="correct the key",
-)
-def config_fits_vllm(subject: Subject) -> Iterator[Fault]:
-    quant = _quant(subject)
-    problems = {
-        "fp8": _fp8_problems,
-        "compressed-tensors": _compressed_problems,
-        "modelopt": _modelopt_problems,
-    }.get(method_of(quant))
-    file = subject.quantization_file
-    for expected, found in problems(quant) if problems is not None else ():
-        yield Fault(expected, clip(found), file=file)
-    for key in _unknown_keys(quant):
-        told = "none: no reader looks at it, so a misspelt key has no effect"
-        yield Fault("keys that readers know", clip(repr(key)), file=file, severity="warning", consequence=told)
-
-
-def _fp8_problems(quant: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    if quant.get("activation_scheme") not in ("static", "dynamic"):
-        yield "activation_scheme static or dynamic", repr(quant.get("activation_scheme"))
-    if ignored_layers(quant) is None:
-        yield "ignored_layers as a list of names", repr(quant.get("ignored_layers"))
-    block = quant.get("weight_block_size")
-    if block is not None and not is_block(block):
-        yield "weight_block_size [rows, columns]", repr(block)
-
-
-def _modelopt_problems(quant: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    if modelopt_excluded(quant) is None:
-        yield "ignore (exclude_modules) as a list of names", repr(modelopt_settings(quant).get("exclude_modules"))
-    if not modelopt_algorithm(quant):
-        yield "a quant_algo", "none"
-
-
-def _compressed_problems(quant: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    if not is_names(quant.get("ignore", [])):
-        yield "ignore as a list of names (absent is fine, null is not)", repr(quant["ignore"])
-    groups = quant.get("config_groups")
-    if isinstance(groups, dict) and not groups:
-        yield "at least one config group", "none"
-    for name, group in groups.items() if isinstance(groups, dict) else ():
-        if not isinstance(group, dict):
-            yield f"config group {clip(name)} as a mapping", repr(group)
-        elif quant.get("format") == MIXED and group.get("format") not in FORMATS:
-            yield f"a format of floats in config group {clip(name)}", repr(group.get("format"))
-    if isinstance(quant.get("format"), str | None) and quant.get("format") in (None, "dense"):
-        yield f"format {', '.join(FORMATS)}", repr(quant.get("format"))
-    if isinstance(transforms := quant.get("transform_config"), dict) and transforms:
-        yield (
-            "an empty transform_config: vLLM runs transforms without checking that their tensors are there",
-            transforms,
-        )
-    if isinstance(sparsity := quant.get("sparsity_config"), dict) and sparsity.get("targets"):
-        yield "no sparsity targets", repr(sparsity["targets"])
-
-
 KEYS = {
     "compressed-tensors": (
         "quant_method", "format", "quantization_status", "version", "global_compression_ratio", "config_groups",
@@ -159,12 +45,115 @@ KEYS = {
         "scale_fmt", "store_dtype", "kv_cache_scheme", "weight_per_tensor", "act_per_tensor", "dequantize",
     ),
 }  # fmt: skip
-"""Keys that some reader or writer knows."""
+"""Keys of quantization_config that some reader or writer knows."""
+_LINEAGE = {"quantization_config", "compression_config", "_name_or_path", "transformers_version"}
+"""Keys of config.json that may differ from the source's."""
+
+Problem = tuple[str, str, Any]
+"""Key of quantization_config, what is expected there, what is found."""
 
 
-def _unknown_keys(quant: dict[str, Any]) -> list[str]:
+@check(
+    "C1",
+    "config.json parses and holds one quantization_config with a quant_method that is known.",
+    consequence="vLLM stops; without quant_method it takes the model for unquantized and stops at the first scale",
+    remedy="copy config.json from the source and add the quantization_config alone",
+)
+def config_is_one_quantization(subject: Subject) -> Iterator[Fault]:
+    if subject.config_problem:
+        yield Fault("a JSON object", subject.config_problem, file=CONFIG)
+    if not subject.supplies("config"):
+        return
+    config = subject.config
+    places = {
+        "quantization_config": config.get("quantization_config"),
+        "text_config.quantization_config": text_config(config).get("quantization_config"),
+        "compression_config": config.get("compression_config"),
+    }
+    given = {name: value for name, value in places.items() if value is not None}
+    if not given and subject.quantization:
+        given = {HF_QUANT_CONFIG: subject.quantization}
+    name = subject.quantization.get("quant_method")
+    if len(given) != 1:
+        yield Fault("one quantization_config", " and ".join(given) or "none", file=CONFIG)
+    elif not isinstance(value := next(iter(given.values())), dict):
+        yield Fault("quantization_config as a mapping", clip(repr(value)), file=CONFIG)
+    elif method_of(subject.quantization) not in METHODS:
+        yield _unknown_method(name)
+    elif name not in SPELLINGS:
+        consequence = "vLLM takes it for its lower case; transformers does not know it"
+        yield Fault(" or ".join(SPELLINGS), clip(repr(name)), file=CONFIG, consequence=consequence)
+
+
+def _unknown_method(name: Any) -> Fault:
+    expected, found = f"quant_method {' or '.join(METHODS)}", clip(repr(name))
+    if name not in KNOWN_ELSEWHERE:
+        return Fault(expected, found, file=CONFIG)
+    return Fault(
+        expected,
+        found,
+        file=CONFIG,
+        consequence="vLLM knows this method; this validator does not, so nothing about the weights is proven",
+        remedy="do not take this report for a proof",
+    )
+
+
+@check(
+    "C2",
+    "quantization_config has what vLLM's own reader demands.",
+    needs=("config",),
+    consequence="vLLM stops while it reads the config, with a bare KeyError, TypeError or NotImplementedError",
+    remedy="correct the key",
+)
+def config_fits_vllm(subject: Subject) -> Iterator[Fault]:
+    quant, file = subject.quantization, subject.quantization_file
+    problems = {"fp8": _fp8_problems, "compressed-tensors": _compressed_problems, "modelopt": _modelopt_problems}
+    find = problems.get(method_of(quant))
+    for key, expected, found in find(quant) if find is not None else ():
+        yield Fault(expected, clip(found), file=file, key=key)
     known = KEYS.get(method_of(quant))
-    return [] if known is None else sorted(key for key in quant if key not in known)
+    for key in sorted(key for key in quant if known is not None and key not in known):
+        consequence = "none: no reader looks at it, so a misspelt key has no effect"
+        yield Fault("keys that readers know", clip(repr(key)), file, severity="warning", consequence=consequence)
+
+
+def _fp8_problems(quant: dict[str, Any]) -> Iterator[Problem]:
+    if quant.get("activation_scheme") not in ("static", "dynamic"):
+        yield "activation_scheme", "activation_scheme static or dynamic", repr(quant.get("activation_scheme"))
+    if ignored_layers(quant) is None:
+        yield "ignored_layers", "ignored_layers as a list of names", repr(quant.get("ignored_layers"))
+    block = quant.get("weight_block_size")
+    if block is not None and not is_block(block):
+        yield "weight_block_size", "weight_block_size [rows, columns]", repr(block)
+
+
+def _modelopt_problems(quant: dict[str, Any]) -> Iterator[Problem]:
+    if modelopt_excluded(quant) is None:
+        found = repr(modelopt_settings(quant).get("exclude_modules"))
+        yield "ignore", "ignore (exclude_modules) as a list of names", found
+    if not modelopt_algorithm(quant):
+        yield "quant_algo", "a quant_algo", "none"
+
+
+def _compressed_problems(quant: dict[str, Any]) -> Iterator[Problem]:
+    if not is_names(quant.get("ignore", [])):
+        yield "ignore", "ignore as a list of names (absent is fine, null is not)", repr(quant["ignore"])
+    groups = quant.get("config_groups")
+    if isinstance(groups, dict) and not groups:
+        yield "config_groups", "at least one config group", "none"
+    for name, group in groups.items() if isinstance(groups, dict) else ():
+        key = f"config_groups.{name}"
+        if not isinstance(group, dict):
+            yield key, f"config group {clip(name)} as a mapping", repr(group)
+        elif quant.get("format") == MIXED and group.get("format") not in FORMATS:
+            yield f"{key}.format", f"a format of floats in config group {clip(name)}", repr(group.get("format"))
+    if quant.get("format") in (None, "dense"):
+        yield "format", f"format {', '.join(FORMATS)}", repr(quant.get("format"))
+    if isinstance(transforms := quant.get("transform_config"), dict) and transforms:
+        expected = "an empty transform_config: vLLM runs transforms without checking that their tensors are there"
+        yield "transform_config", expected, transforms
+    if isinstance(sparsity := quant.get("sparsity_config"), dict) and sparsity.get("targets"):
+        yield "sparsity_config", "no sparsity targets", repr(sparsity["targets"])
 
 
 @check(
@@ -176,13 +165,14 @@ def _unknown_keys(quant: dict[str, Any]) -> list[str]:
     remedy="remove or correct the key",
 )
 def config_fits_compressed_tensors(subject: Subject) -> Iterator[Fault]:
-    quant = _quant(subject)
+    quant = subject.quantization
     if method_of(quant) != "compressed-tensors":
         return
     from fp8pipe.oracle.compressed_tensors import problems
 
+    # C2 judges these three
     known = {key: value for key, value in quant.items() if key not in {"sparsity_config", "transform_config"}}
-    known["ignore"] = known["ignore"] if is_names(known.get("ignore")) else []  # C2 speaks of it
+    known["ignore"] = known["ignore"] if is_names(known.get("ignore")) else []
     for expected, found in problems(known | {"quant_method": "compressed-tensors"}):
         yield Fault(expected, found, file=CONFIG)
 
@@ -191,49 +181,51 @@ def config_fits_compressed_tensors(subject: Subject) -> Iterator[Fault]:
     "C4",
     "The scheme is one that vLLM serves and this validator knows.",
     needs=("config",),
+    yields_to=("C2",),
     consequence="vLLM stops: no compressed-tensors compatible scheme was found",
     remedy="quantize to FP8 (tensor, channel, block), NVFP4, MXFP4 or MXFP8",
 )
 def scheme_is_supported(subject: Subject) -> Iterator[Fault]:
-    quant, file = _quant(subject), subject.quantization_file
+    quant = subject.quantization
     problems = {"fp8": _unserved_fp8, "compressed-tensors": _unserved_compressed, "modelopt": _unserved_modelopt}
-    serve = problems.get(method_of(quant))
-    if serve is not None:
-        yield from (Fault(expected, found, file=file) for expected, found in serve(quant))
+    find = problems.get(method_of(quant))
+    for key, expected, found in find(quant) if find is not None else ():
+        yield Fault(expected, found, file=subject.quantization_file, key=key)
 
 
-def _unserved_fp8(quant: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _unserved_fp8(quant: dict[str, Any]) -> Iterator[Problem]:
     if quant.get("weight_block_size") and quant.get("activation_scheme") == "static":
-        yield "dynamic activations with weight_block_size", "static"
+        yield "activation_scheme", "dynamic activations with weight_block_size", "static"
 
 
-def _unserved_modelopt(quant: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _unserved_modelopt(quant: dict[str, Any]) -> Iterator[Problem]:
     algorithm = modelopt_algorithm(quant)
     if algorithm and algorithm not in MODELOPT_ALGORITHMS:
-        yield f"quant_algo {', '.join(MODELOPT_ALGORITHMS)}", clip(algorithm)
-    if "NVFP4" in algorithm and modelopt_settings(quant).get("group_size") not in (None, 16):
-        yield "group_size 16", clip(modelopt_settings(quant).get("group_size"))
+        yield "quant_algo", f"quant_algo {', '.join(MODELOPT_ALGORITHMS)}", clip(algorithm)
+    group_size = modelopt_settings(quant).get("group_size")
+    if "NVFP4" in algorithm and group_size not in (None, 16):
+        yield "group_size", "group_size 16", clip(group_size)
 
 
-def _unserved_compressed(quant: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    if (name := quant.get("format")) not in (*FORMATS, MIXED, None, "dense"):
-        yield f"format {', '.join(FORMATS)} or {MIXED}", clip(repr(name))
+def _unserved_compressed(quant: dict[str, Any]) -> Iterator[Problem]:
+    if (name := quant.get("format")) not in (*FORMATS, MIXED):
+        yield "format", f"format {', '.join(FORMATS)} or {MIXED}", clip(repr(name))
     groups = quant.get("config_groups")
-    for group in groups.values() if isinstance(groups, dict) else ():
+    for key, group in groups.items() if isinstance(groups, dict) else ():
         if isinstance(group, dict) and not is_attention_group(group) and is_names(group.get("targets")):
-            yield from unsupported(group)
-            yield from _other_format(group, quant.get("format"))
+            yield from ((f"config_groups.{key}", *problem) for problem in unsupported(group))
+            yield from _other_format(f"config_groups.{key}.format", group, quant.get("format"))
     if isinstance(kv := quant.get("kv_cache_scheme"), dict):
-        yield from _unsupported_kv(kv)
+        yield from (("kv_cache_scheme", *problem) for problem in _unsupported_kv(kv))
 
 
-def _other_format(group: dict[str, Any], default: Any) -> Iterator[tuple[str, str]]:
+def _other_format(key: str, group: dict[str, Any], default: Any) -> Iterator[Problem]:
     """The name of a format that is not the one its own arguments describe."""
     weights = group.get("weights")
     known = format_of(weights) if isinstance(weights, dict) else None
     name = group.get("format") or default
     if known is not None and name in FORMATS and name not in FORMAT_NAMES[known.name]:
-        yield f"format {' or '.join(FORMAT_NAMES[known.name])} for {known.name} weights", clip(repr(name))
+        yield key, f"format {' or '.join(FORMAT_NAMES[known.name])} for {known.name} weights", clip(repr(name))
 
 
 def _unsupported_kv(kv: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -256,32 +248,30 @@ def _unsupported_kv(kv: dict[str, Any]) -> Iterator[tuple[str, str]]:
     remedy="write full module names for quant_method fp8, end-anchored patterns (re:.*mlp\\.gate$) otherwise",
 )
 def ignore_entries_work(subject: Subject) -> Iterator[Fault]:
-    assert subject.scheme is not None
-    file = subject.quantization_file
-    if subject.scheme.method == "modelopt":
+    scheme, file = subject.scheme, subject.quantization_file
+    if scheme.method == "modelopt":
         return  # wildcards of names that the exporter knew; those that match nothing are usual
-    for entry in subject.scheme.ignore:
-        is_pattern = entry.startswith("re:")
-        if is_pattern and subject.scheme.method == "fp8":
+    for entry in scheme.ignore:
+        if entry.startswith("re:") and scheme.method == "fp8":
             yield Fault("a full module name: quant_method fp8 knows no patterns", clip(entry), file=file)
-        elif reason := subject.scheme.patterns.refused.get(entry):
-            yield Fault(
-                "a regular expression", clip(f"{entry}: {reason}"), file=file, consequence="vLLM stops or hangs"
-            )
+        elif reason := scheme.patterns.refused.get(entry):
+            found = f"{clip(entry)}: {reason}"
+            yield Fault("a regular expression", found, file=file, consequence="vLLM stops or hangs")
     yield from _unmatched(subject)
-    if subject.scheme.method == "compressed-tensors":
+    if scheme.method == "compressed-tensors":
         yield from _caught_by_prefix(subject)
 
 
 def _unmatched(subject: Subject) -> Iterator[Fault]:
     """Entries that match no module; lm_head always counts as matched."""
-    assert subject.scheme is not None and subject.layout is not None
-    modules, patterns = subject.layout.modules, subject.scheme.patterns
-    matched = {entry for module in modules for entry in patterns.matching(module)} | patterns.refused.keys()
+    scheme, modules = subject.scheme, subject.layout.modules
+    matched = {
+        entry for module in modules for entry in scheme.patterns.matching(module)
+    } | scheme.patterns.refused.keys()
     known = {*modules, *(fused for module in modules for fused in fused_names(module))}  # vLLM looks for both
     kin = set() if subject.layout.from_record else {(layer_of(f"{m}."), split_name(m)[1]) for m in modules}
-    for entry in subject.scheme.ignore:
-        is_readable = not entry.startswith("re:") or subject.scheme.method != "fp8"
+    for entry in scheme.ignore:
+        is_readable = not entry.startswith("re:") or scheme.method != "fp8"
         if (layer_of(f"{entry}."), split_name(entry)[1]) in kin:
             continue  # transformers' name of a module of that layer, perhaps
         if is_readable and entry not in known and entry not in matched and not entry.endswith("lm_head"):
@@ -291,7 +281,6 @@ def _unmatched(subject: Subject) -> Iterator[Fault]:
 
 def _caught_by_prefix(subject: Subject) -> Iterator[Fault]:
     """`re:.*mlp.gate` also ignores mlp.gate_proj, since patterns are anchored at the start alone."""
-    assert subject.scheme is not None and subject.layout is not None
     whole: set[str] = set()
     inside: dict[str, str] = {}
     for module in subject.layout.modules:
@@ -314,7 +303,6 @@ def _caught_by_prefix(subject: Subject) -> Iterator[Fault]:
     remedy="ignore all of the group, or none",
 )
 def fused_groups_are_uniform(subject: Subject) -> Iterator[Fault]:
-    assert subject.scheme is not None and subject.layout is not None
     for group in subject.layout.fused:
         specs = {member: subject.specs.get(member) for member in group}
         if len(set(specs.values())) > 1:
@@ -325,8 +313,7 @@ def fused_groups_are_uniform(subject: Subject) -> Iterator[Fault]:
 
 
 def _mixed_experts(subject: Subject) -> Iterator[Fault]:
-    """vLLM reads the scheme of a layer's experts off expert 0 alone."""
-    assert subject.scheme is not None and subject.layout is not None
+    """Experts of a layer that differ from its expert 0, whose scheme vLLM takes for all."""
     first: dict[str, tuple[str, Spec | None]] = {}
     for module in subject.layout.quantizable:
         if (place := expert_of(module)) is None:
@@ -334,11 +321,12 @@ def _mixed_experts(subject: Subject) -> Iterator[Fault]:
         spec = subject.specs.get(module)
         other, known = first.setdefault(place[0], (module, spec))
         if spec != known:
-            found = f"{other} and {module} differ"
-            yield Fault(f"one scheme for all of {place[0]}", found, file=CONFIG, consequence=_EXPERTS_LIKE_FIRST)
-
-
-_EXPERTS_LIKE_FIRST = "vLLM loads all experts of the layer like expert 0, without a word"
+            yield Fault(
+                f"one scheme for all of {place[0]}",
+                f"{other} and {module} differ",
+                file=CONFIG,
+                consequence="vLLM loads all experts of the layer like expert 0, without a word",
+            )
 
 
 @check(
@@ -349,7 +337,6 @@ _EXPERTS_LIKE_FIRST = "vLLM loads all experts of the layer like expert 0, withou
     remedy="copy config.json from the source and add the quantization_config alone",
 )
 def config_equals_source(subject: Subject) -> Iterator[Fault]:
-    assert subject.config is not None
     if subject.source_config is None:
         return
     ours, theirs = _comparable(subject.config), _comparable(subject.source_config)
@@ -360,9 +347,6 @@ def config_equals_source(subject: Subject) -> Iterator[Fault]:
             yield Fault(f"no {clip(key)}", clip(repr(ours[key])), file=CONFIG, severity="warning")
         elif ours[key] != theirs[key] or type(ours[key]) is not type(theirs[key]):
             yield Fault(f"{clip(key)} = {clip(repr(theirs[key]))}", clip(repr(ours[key])), file=CONFIG)
-
-
-_LINEAGE = {"quantization_config", "compression_config", "_name_or_path", "transformers_version"}
 
 
 def _comparable(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -387,19 +371,13 @@ def _comparable(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     remedy="set dtype to bfloat16",
 )
 def dtype_is_half(subject: Subject) -> Iterator[Fault]:
-    assert subject.config is not None
-    config = subject.config
-    given = [
-        c[key] for c in (config, text_config(config)) for key in ("dtype", "torch_dtype") if c.get(key) is not None
-    ]
-    if not given or given[0] in ("bfloat16", "float16"):
-        return
-    if given[0] == "float32":
-        yield Fault(
-            "bfloat16 or float16", "float32", file=CONFIG, severity="warning", consequence="vLLM runs it in bfloat16"
-        )
-    else:
-        yield Fault("bfloat16 or float16", clip(repr(given[0])), file=CONFIG)
+    places = (subject.config, text_config(subject.config))
+    given = [place[key] for place in places for key in ("dtype", "torch_dtype") if place.get(key) is not None]
+    expected = "bfloat16 or float16"
+    if given and given[0] == "float32":
+        yield Fault(expected, "float32", file=CONFIG, severity="warning", consequence="vLLM runs it in bfloat16")
+    elif given and given[0] not in ("bfloat16", "float16"):
+        yield Fault(expected, clip(repr(given[0])), file=CONFIG)
 
 
 @check(
@@ -411,8 +389,8 @@ def dtype_is_half(subject: Subject) -> Iterator[Fault]:
     remedy="use checkpoint_format compressed-tensors, or the block form of quant_method fp8",
 )
 def transformers_can_load_it(subject: Subject) -> Iterator[Fault]:
-    assert subject.scheme is not None
-    if subject.scheme.method == "modelopt":
-        yield Fault("a layout that transformers reads", "quant_method modelopt", file=subject.quantization_file)
-    elif subject.scheme.method == "fp8" and subject.scheme.groups[0].spec.strategy == "tensor":
-        yield Fault("a layout that transformers reads", "quant_method fp8 with per-tensor scales", file=CONFIG)
+    expected, scheme = "a layout that transformers reads", subject.scheme
+    if scheme.method == "modelopt":
+        yield Fault(expected, "quant_method modelopt", file=subject.quantization_file)
+    elif scheme.method == "fp8" and scheme.groups[0].spec.strategy == "tensor":
+        yield Fault(expected, "quant_method fp8 with per-tensor scales", file=CONFIG)
