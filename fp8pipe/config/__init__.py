@@ -28,6 +28,7 @@ from fp8pipe.config.policy import (
     TaskPolicies,
     TaskPolicy,
     load_policy,
+    look_sizes,
 )
 from fp8pipe.config.recipe import (
     ActivationScheme,
@@ -82,6 +83,7 @@ __all__ = [
     "load_policy",
     "load_recipe",
     "load_suite",
+    "look_sizes",
     "shipped",
     "validated",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -25,6 +26,11 @@ def _is_unset(value: object) -> bool:
 
 LIKELIHOODS = ("word_perplexity", "byte_perplexity", "perplexity", "bits_per_byte")
 """lm-eval metrics whose samples are log-likelihoods."""
+
+
+def look_sizes(total: int, looks: Sequence[float]) -> tuple[int, ...]:
+    """Samples scored by the end of each look, when `total` are scored in all. A share is rounded up."""
+    return tuple(math.ceil(total * share) for share in looks)
 
 
 class TaskPolicy(Config):

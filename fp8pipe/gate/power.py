@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy import signal, stats
 
-from fp8pipe.config import GatePolicy, PerplexityPolicy, TaskPolicy
+from fp8pipe.config import GatePolicy, PerplexityPolicy, TaskPolicy, look_sizes
 from fp8pipe.errors import ConfigError
 from fp8pipe.gate.statistics import MIN_CLUSTERS, Array, score_statistic
 from fp8pipe.records import Record
@@ -241,11 +241,6 @@ class ClusterDesign(MeanDesign):
 
     def power(self, n: int, margin: float, drop: float = 0.0) -> float:
         return self._power(self.clusters, self.effect * self.discordance / n, margin - drop)
-
-
-def look_sizes(n: int, looks: Sequence[float]) -> tuple[int, ...]:
-    """Samples scored at each look of n in all."""
-    return tuple(math.ceil(n * share) for share in looks)
 
 
 def acceptance(sizes: Sequence[int], *, discordance: float, drop: float, margin: float, alpha: float) -> float:
