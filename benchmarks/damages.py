@@ -23,7 +23,7 @@ from typing import Any, Literal
 from benchmarks import page
 from fp8pipe import stages
 from fp8pipe.config import EvalSuite, TaskSpec, load_policy, load_recipe, load_suite
-from fp8pipe.evaluate import evaluate
+from fp8pipe.evaluate import evaluate, request_for
 from fp8pipe.records import EvalReport, GateDecision, Record, TaskDecision, Verdict
 from fp8pipe.rehearsal.demo import model, task
 
@@ -248,7 +248,8 @@ def measure(work: Path) -> Cases:
     snapshot = stages.pin(str(base))
 
     def measured(role: Literal["baseline", "candidate"], folder: str) -> EvalReport:
-        return evaluate(base, suite, work / folder, role=role, model_id=model.BASE_ID, fingerprint=snapshot.commit)
+        request = request_for(base, suite, role=role, model_id=model.BASE_ID, fingerprint=snapshot.commit)
+        return evaluate(request, work / folder)
 
     baseline = measured("baseline", "baseline")
     again = measured("candidate", "again")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks import page
 from fp8pipe.config import EvalSuite, TaskSpec
-from fp8pipe.evaluate import evaluate
+from fp8pipe.evaluate import evaluate, request_for
 
 TARGET = 1.05
 """The overhead that is allowed."""
@@ -100,7 +100,7 @@ def ours(model: Path, tasks: Path, output: Path) -> None:
         engine={"max_model_len": 256},
         sample_prompts=(),
     )
-    evaluate(model, suite, output, role="baseline", model_id="tiny", fingerprint="tiny")
+    evaluate(request_for(model, suite, role="baseline", model_id="tiny", fingerprint="tiny"), output)
 
 
 def theirs(model: Path, tasks: Path, output: Path) -> None:

@@ -256,19 +256,18 @@ def evaluate_baseline(
     progress: Progress = quiet,
 ) -> EvalReport:
     """The source model's own measurement up to this look, made once for all recipes."""
-    from fp8pipe.evaluate import baseline_key, evaluate
+    from fp8pipe.evaluate import baseline_key, evaluate, request_for
 
-    folder = workspace.baseline(baseline_key(snapshot.commit, suite, looks=looks))
-    return evaluate(
+    request = request_for(
         snapshot.path,
         suite,
-        folder,
         role="baseline",
         model_id=snapshot.model_id,
         fingerprint=snapshot.commit,
         looks=looks[:look],
-        progress=progress,
     )
+    folder = workspace.baseline(baseline_key(snapshot.commit, suite, looks=looks))
+    return evaluate(request, folder, progress=progress)
 
 
 def evaluate_candidate(
@@ -283,23 +282,22 @@ def evaluate_candidate(
 ) -> EvalReport:
     """The checkpoint's measurement up to this look, served as its recipe means it to be, and with what the engine of
     its `baseline` had to do without: FP8 may fit where BF16 did not, and then the two could not be compared."""
-    from fp8pipe.evaluate import evaluate
+    from fp8pipe.evaluate import evaluate, request_for
     from fp8pipe.quantize.plan import Plan
 
     checkpoint = Checkpoint.load(record_path(checkpoint_folder, "checkpoint"))
     recipe = Plan.load(record_path(checkpoint_folder, "plan")).settings
-    return evaluate(
+    request = request_for(
         checkpoint_folder,
         suite,
-        folder,
         role="candidate",
         model_id=checkpoint.model_id,
         fingerprint=checkpoint.fingerprint,
         kv_cache_dtype="fp8" if recipe.kv_cache is not None else "auto",
         looks=looks[:look],
         retries=baseline.retries if baseline is not None else (),
-        progress=progress,
     )
+    return evaluate(request, folder, progress=progress)
 
 
 def evaluate_model(
@@ -313,7 +311,7 @@ def evaluate_model(
     progress: Progress = quiet,
 ) -> EvalReport:
     """Measure a model by hand: our checkpoints, online FP8 and an FP8 KV cache are candidates, else a baseline."""
-    from fp8pipe.evaluate import evaluate
+    from fp8pipe.evaluate import evaluate, request_for
 
     checkpoint = Checkpoint.load_if_present(record_path(Path(model), "checkpoint")) if Path(model).is_dir() else None
     if checkpoint is not None:
@@ -322,18 +320,17 @@ def evaluate_model(
         snapshot = download(pin(model), progress=progress)
         path, model_id, fingerprint = snapshot.path, snapshot.model_id, snapshot.commit
     changed = checkpoint is not None or online is not None or kv_cache_dtype != "auto"
-    return evaluate(
+    request = request_for(
         path,
         suite,
-        folder,
         role="candidate" if changed else "baseline",
         model_id=model_id,
         fingerprint=fingerprint,
         kv_cache_dtype=kv_cache_dtype,
         online=online,
         limit=limit,
-        progress=progress,
     )
+    return evaluate(request, folder, progress=progress)
 
 
 # ------------------------------------------------------------------------------------------ gate, publish

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from support.demo import Demo, run_demo
 from support.tiny_models import make_model
+from support.warm_python import warm_interpreter
 
 from fp8pipe.rehearsal import localhub
 from fp8pipe.rehearsal.localhub import Fault, LocalHub
@@ -35,6 +36,8 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
             if (name.startswith(FOREIGN) and name not in OURS) or name.lower() in PROXIES:
                 patch.delenv(name)
         patch.setenv("FP8PIPE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        # Two threads of an engine wait for each other beside other work, which makes tiny models ten times slower.
+        patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 
@@ -87,6 +90,13 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Python interpreter that has imported vLLM already, for tests that need an engine but not its own process."""
+    with warm_interpreter(tmp_path_factory.mktemp("warm")) as python:
+        yield python
 
 
 @pytest.fixture(scope="session")

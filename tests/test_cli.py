@@ -173,7 +173,7 @@ def test_a_model_with_code_of_its_own_is_told_of_an_option_that_there_is(tmp_pat
     model = write_model(tmp_path / "own", llama_tensors(CONFIG), config)
     (model / "own.py").write_text(OWN_CODE)
     cache = {"FP8PIPE_CACHE": str(tmp_path / "cache"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    assert_refused(fp8pipe("plan", model, **cache), 2, "--trust-remote-code lets it")
+    assert_refused(fp8pipe("plan", model, **cache), 2, "--trust-remote-code")
     trusted = fp8pipe("plan", model, "--trust-remote-code", "--json", **cache)
     assert trusted.returncode == 0, trusted.stderr
     assert json.loads(trusted.stdout)["trust_remote_code"]

@@ -1,11 +1,12 @@
-"""vLLM plugin `fp8pipe_cpu`: FP8 on vLLM's CPU platform as its GPU kernels mean it, and MLA's positions put right.
+"""vLLM plugin `fp8pipe_cpu`: makes FP8 on vLLM's CPU platform compute what a GPU computes, and fixes MLA's positions.
 
-vLLM's CPU build declares FP8 and serves part of it: the operation behind `vllm._custom_ops.scaled_fp8_quant` is a
-placeholder, a fused activation kernel is missing, and there are kernels for block weights and FP8 experts on CPUs with
-AMX only, where most of them leave activations in 16 bits. `register` supplies what is missing in torch, under names
-that begin with `Reference`, so that a verdict on a CPU is one on W8A8, and the same on every CPU. Semantics come before
-speed. On any other platform `register` does nothing. vLLM calls it in every process, through the entry point in
-`vllm.general_plugins`; importing this module costs nothing but the standard library.
+vLLM's CPU build declares FP8 but serves only part of it. The operation behind `vllm._custom_ops.scaled_fp8_quant` is a
+placeholder, and a fused activation kernel is missing. Block weights and FP8 experts have kernels on CPUs with AMX only,
+and most of those leave activations in 16 bits. `register` supplies what is missing in torch, under names that begin
+with `Reference`, so that a CPU measures W8A8, and every CPU the same. Correctness comes before speed.
+
+On any other platform `register` does nothing. vLLM calls it in every process, through the entry point in
+`vllm.general_plugins`. Importing this module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ if TYPE_CHECKING:
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 NAME = "fp8pipe_cpu"
-"""The entry point's name; `VLLM_PLUGINS` may leave it out."""
+"""Name of the entry point, which the user's VLLM_PLUGINS may exclude."""
 
 
 def register() -> None:
-    """Entry point: supply what the CPU platform lacks; a no-op elsewhere, and when called again."""
+    """Entry point: supply what the CPU platform lacks. Does nothing elsewhere, or when called again."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu() or active():
@@ -33,7 +34,7 @@ def register() -> None:
 
 
 def active() -> bool:
-    """Whether this process serves FP8 through the kernels of this plugin."""
+    """Whether this process serves FP8 with the kernels of this plugin."""
     from vllm.model_executor.kernels import linear
     from vllm.platforms import PlatformEnum
 
@@ -42,7 +43,7 @@ def active() -> bool:
 
 
 def _supply_operations() -> None:
-    """`scaled_fp8_quant` in torch; SiluAndMul and quantization as two steps, where there is no fused kernel."""
+    """Supply `scaled_fp8_quant` in torch, and split SiluAndMul and quantization where there is no fused kernel."""
     import torch
     from vllm import _custom_ops
     from vllm.model_executor.layers.activation import SiluAndMul
@@ -51,7 +52,7 @@ def _supply_operations() -> None:
 
     from fp8pipe.evaluate.cpu.quantize import scaled_fp8_quant
 
-    # A placeholder's schema takes no argument. A build that has the real op keeps it.
+    # The schema of a placeholder has no arguments. A build with the real operation keeps it.
     if not torch.ops._C.static_scaled_fp8_quant.default._schema.arguments:
         _custom_ops.scaled_fp8_quant = scaled_fp8_quant
     if not hasattr(torch.ops._C, "silu_and_mul_quant"):
@@ -59,7 +60,7 @@ def _supply_operations() -> None:
 
 
 def _supply_linear_kernels() -> None:
-    """Block weights and weight-only FP8; what vLLM would serve as W8A16 instead of W8A8 is taken out of its choice."""
+    """Supply block weights and weight-only FP8, and remove the kernel that would serve W8A8 layers as W8A16."""
     from vllm.model_executor.kernels import linear
     from vllm.platforms import PlatformEnum
 
@@ -72,7 +73,7 @@ def _supply_linear_kernels() -> None:
 
 
 def _supply_experts() -> None:
-    """FP8 experts under vLLM's backend EMULATION, which keeps them as loaded and has no kernel for these schemes."""
+    """Supply FP8 experts through vLLM's backend EMULATION, which leaves weights as loaded and lacks these schemes."""
     from vllm.model_executor.layers.fused_moe.oracle import fp8
 
     from fp8pipe.evaluate.cpu.experts import ReferenceFp8Experts
@@ -87,10 +88,10 @@ def _supply_experts() -> None:
 
 
 def _correct_rotary_embedding() -> None:
-    """Queries as MLA gives them, [tokens, heads, features], go through vLLM's torch implementation.
+    """Send MLA's queries, which are [tokens, heads, features], through vLLM's torch implementation.
 
-    The CPU operation takes their heads for tokens and rotates by wrong positions, in every dtype and without an error.
-    Models whose rotary embedding has a class of its own, as with DeepSeek's own YaRN, were never affected.
+    The CPU operation mistakes their heads for tokens and rotates by wrong positions, in every dtype and without an
+    error. Models with a rotary embedding class of their own, such as DeepSeek's YaRN, are not affected.
     """
     from vllm.model_executor.layers.rotary_embedding import base
 

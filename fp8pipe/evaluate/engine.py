@@ -1,12 +1,12 @@
-"""The live engine: lm-eval's vLLM model with a meter on it, and what vLLM resolved and chose, read back from it.
+"""The running engine: lm-eval's vLLM model, metered, and the facts that are read back from it.
 
-Imported by the worker only, after `prepare_process`: importing vLLM takes most of an evaluation's start.
+Only the worker imports this, after `prepare_process`. Importing vLLM takes most of an evaluation's start-up time.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,6 +20,7 @@ from fp8pipe.errors import EngineFailed
 from fp8pipe.evaluate import cpu_platform
 from fp8pipe.files import digest_of
 from fp8pipe.machine.device import class_of_capability, detect
+from fp8pipe.machine.supervise import Send
 from fp8pipe.records import EngineFacts
 
 if TYPE_CHECKING:
@@ -28,29 +29,27 @@ if TYPE_CHECKING:
 
 _VLLM: Any = vllm_causallms.VLLM  # Any: lm-eval's registry types every model as its abstract base
 
-Tell = Callable[[dict[str, Any]], None]  # Any: JSON
-
 _PATHS = ("pretrained", "tokenizer", "download_dir")
 
 
 class MeteredVLLM(_VLLM):
-    """lm-eval's vLLM model; tells its progress, notes which generations were cut, and can mix its batches anew.
+    """lm-eval's vLLM model, which reports progress, notes which generations were cut short, and can reorder prompts.
 
-    What it computes is lm-eval's, but for texts of tasks that name a sliding window.
+    Results are lm-eval's, except for tasks that name a sliding window.
     """
 
-    def __init__(self, *, tell: Tell, **arguments: Any) -> None:  # Any: lm-eval's and vLLM's arguments
+    def __init__(self, *, send: Send, **arguments: Any) -> None:  # Any: lm-eval's and vLLM's arguments
         super().__init__(**arguments)
         self.cut: set[tuple[str, int]] = set()
-        """(leaf task, position among its scored documents) of generations that ended at their length limit."""
+        """(leaf task, position among its scored documents) of generations that reached their length limit."""
         self.windows: dict[str, Window] = {}
-        """Leaf tasks whose texts are scored in overlapping windows."""
+        """Windows of the leaf tasks whose texts are scored in overlapping ones."""
         self.doing = ""
-        """What the progress that is told belongs to."""
+        """What the engine is working on, for progress messages."""
         self.shuffle: random.Random | None = None
-        """Draws the order in which prompts enter the engine; None: lm-eval's own, by length."""
+        """Draws the order in which prompts enter the engine; None: lm-eval's order, by length."""
         self._generated: list[tuple[list[int], bool]] = []
-        generate, bar = self.model.generate, _bar_that_tells(lambda message: tell(message | {"note": self.doing}))
+        generate, bar = self.model.generate, _reporting_bar(lambda message: send(message | {"note": self.doing}))
         self.model.generate = lambda *args, **options: generate(*args, **(options | {"use_tqdm": bar}))
 
     def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
@@ -60,12 +59,12 @@ class MeteredVLLM(_VLLM):
         each: Any = sampling_params if not isinstance(sampling_params, list) else [sampling_params[i] for i in order]
         mixed = super()._model_generate([requests[i] for i in order], generate=generate, sampling_params=each)
         outputs = [output for _, output in sorted(zip(order, mixed, strict=True), key=lambda pair: pair[0])]
-        if generate:  # not the likelihood requests: their outputs hold a dictionary per prompt token
+        if generate:  # outputs of likelihood requests would hold a dictionary per prompt token in memory
             self._generated += [(o.prompt_token_ids, o.outputs[0].finish_reason == "length") for o in outputs]
         return outputs
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """As lm-eval does it; afterwards the outputs, which lm-eval sorts by length, are matched to their requests."""
+        """lm-eval's own method. Then the outputs, which lm-eval sorts by length, are matched to their requests."""
         self._generated = []
         texts = super().generate_until(requests, disable_tqdm)
         contexts = [request.args[0] for request in requests]
@@ -74,26 +73,26 @@ class MeteredVLLM(_VLLM):
         list(collator.get_batched(n=0))
         generated = collator.get_original(self._generated)
         for request, (_, tokens), (seen, was_cut) in zip(requests, prompts, generated, strict=True):
-            # lm-eval cuts over-long prompts at the left: the engine saw the end of what this request holds
-            assert seen == tokens[-len(seen) :], "outputs in another order than lm-eval's Collator gives"
+            # lm-eval truncates over-long prompts from the left, so the engine saw the end of this request's tokens
+            assert seen == tokens[-len(seen) :], "outputs are not in the order of lm-eval's Collator"
             if was_cut:
                 assert request.task_name is not None and request.doc_id is not None
                 self.cut.add((request.task_name, request.doc_id))
         return texts
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """As lm-eval does it, in disjoint windows; overlapping ones for tasks that name a window."""
+        """lm-eval's own method, in disjoint windows; in overlapping windows for tasks that name one."""
         slid = [i for i, request in enumerate(requests) if request.task_name in self.windows]
         plain = [i for i, request in enumerate(requests) if request.task_name not in self.windows]
         sums: dict[int, float] = {}
-        if plain:  # lm-eval fails on none
+        if plain:  # lm-eval fails on an empty list
             sums |= zip(plain, super().loglikelihood_rolling([requests[i] for i in plain], disable_tqdm), strict=True)
-        sums |= zip(slid, self._slid([requests[i] for i in slid]), strict=True)
+        sums |= zip(slid, self._sliding([requests[i] for i in slid]), strict=True)
         return [sums[i] for i in range(len(requests))]
 
-    def _slid(self, requests: list[Instance]) -> list[float]:
-        """Log-likelihood of each text: every token is scored once, with at least the window's context before it, as far
-        as the text has it; the first follows the beginning-of-sequence token."""
+    def _sliding(self, requests: list[Instance]) -> list[float]:
+        """Log-likelihood of each text in nats. Every token is scored once, after at least the window's context or all
+        the text before it; the first token follows the beginning-of-sequence token."""
         owners: list[int] = []
         windows: list[tuple[None, list[int], list[int]]] = []
         for place, request in enumerate(requests):
@@ -111,19 +110,19 @@ class MeteredVLLM(_VLLM):
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How a long text is scored: so many tokens at a time, the first of them context alone."""
+    """How a long text is scored: `tokens` at a time, of which the first `context` are only read."""
 
     tokens: int
     context: int
 
 
 def sliding_windows(leaves: Mapping[str, Task]) -> dict[str, Window]:
-    """Those leaf tasks whose metadata names a `window` and its `context`."""
+    """Windows of the leaf tasks whose metadata name a `window` and its `context`, in tokens."""
     named = {leaf: task.config.metadata or {} for leaf, task in leaves.items()}
     return {leaf: Window(data["window"], data["context"]) for leaf, data in named.items() if "window" in data}
 
 
-def _bar_that_tells(tell: Tell) -> type[tqdm[Any]]:
+def _reporting_bar(send: Send) -> type[tqdm[Any]]:
     """A progress bar for vLLM that also sends each step to the parent."""
 
     class Bar(tqdm):
@@ -135,7 +134,7 @@ def _bar_that_tells(tell: Tell) -> type[tqdm[Any]]:
         def update(self, n: float | None = 1) -> bool | None:
             shown = super().update(n)
             if self.desc.startswith("Processed"):
-                tell({"done": self.n, "total": self.total})
+                send({"done": self.n, "total": self.total})
             return shown
 
     return Bar
@@ -145,7 +144,10 @@ def _bar_that_tells(tell: Tell) -> type[tqdm[Any]]:
 
 
 def engine_facts(lm: MeteredVLLM, arguments: dict[str, Any]) -> EngineFacts:
-    """What serves this model now."""
+    """Kernels, cache, dtypes, sizes and device of the running engine; `arguments` are those it was started with.
+
+    Raises EngineFailed if the layers' KV caches differ in dtype.
+    """
     from vllm.platforms import current_platform
 
     config = lm.model.llm_engine.vllm_config
@@ -153,7 +155,7 @@ def engine_facts(lm: MeteredVLLM, arguments: dict[str, Any]) -> EngineFacts:
     backends = {name for worker in seen for name in worker["attention"]}
     caches = {name for worker in seen for name in worker["kv_cache"]} or {str(config.cache_config.cache_dtype)}
     if len(caches) != 1:
-        raise EngineFailed(f"layers have different KV cache dtypes ({', '.join(sorted(caches))}); expected one for all")
+        raise EngineFailed(f"layers have different KV cache dtypes: {', '.join(sorted(caches))}; expected one for all")
     capability = current_platform.get_device_capability()
     return EngineFacts(
         model_bytes=sum(lm.model.apply_model(weight_bytes)),
@@ -171,7 +173,7 @@ def engine_facts(lm: MeteredVLLM, arguments: dict[str, Any]) -> EngineFacts:
 
 
 def look_at(model: torch.nn.Module) -> dict[str, list[str]]:
-    """Runs in each worker: names of the kernels, attention backends and KV cache dtypes in use."""
+    """Names of the kernels, attention backends and KV cache dtypes in use. Runs in each of vLLM's workers."""
     kernels: set[str] = set()
     attention: set[str] = set()
     kv_cache: set[str] = set()
@@ -187,7 +189,8 @@ def look_at(model: torch.nn.Module) -> dict[str, list[str]]:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Runs in each worker: bytes of its parameters and buffers, shared ones once; on a CPU as they were loaded."""
+    """Bytes of the parameters and buffers, shared ones counted once; on a CPU, as they were loaded. Runs in each of
+    vLLM's workers."""
     if isinstance(loaded := getattr(model, "loaded_bytes", None), int):
         return loaded
     tensors = {t.untyped_storage().data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
@@ -195,13 +198,13 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def _kernel_name(method: object, scheme: object | None) -> str:
-    """The kernel object that a quantized layer holds; where there is none, its scheme or method is the kernel.
+    """Class of the kernel that a quantized layer holds; if it holds none, class of its scheme or method.
 
-    Kernels for experts serve several schemes under one name, so that theirs is added: `TritonExperts(fp8_w8a8)`.
+    Kernels for experts serve several schemes under one name, so the scheme is added: `TritonExperts(fp8_w8a8)`.
     """
     for holder in (scheme, method):
         for value in vars(holder).values() if holder is not None else ():
-            if hasattr(value, "fused_experts"):  # vLLM's frame around every expert kernel
+            if hasattr(value, "fused_experts"):  # vLLM's wrapper of every expert kernel
                 experts = value.fused_experts
                 return f"{type(experts).__name__}({experts.quant_config.config_name(torch.bfloat16)})"
             if "Kernel" in type(value).__name__:
@@ -210,14 +213,14 @@ def _kernel_name(method: object, scheme: object | None) -> str:
 
 
 def adds_bos(lm: MeteredVLLM) -> bool:
-    """Whether prompts really begin with the beginning-of-sequence token."""
+    """Whether an encoded prompt begins with the beginning-of-sequence token."""
     bos = lm.tokenizer.bos_token_id
     return bos is not None and lm.tok_encode("a")[:1] == [bos]
 
 
 def tokenizer_hash(lm: MeteredVLLM) -> str:
-    """sha256 over vocabulary, special tokens and, for a fast tokenizer, its pipeline (merges, normalizer, ...)."""
-    tokenizer: Any = lm.tokenizer  # Any: slow, fast and Mistral tokenizers share no base with these attributes
+    """sha256 hex of vocabulary, special tokens and, for a fast tokenizer, its pipeline (merges, normalizer, ...)."""
+    tokenizer: Any = lm.tokenizer  # Any: slow, fast and Mistral tokenizers share no base class with these attributes
     pipeline = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else None
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return digest_of({"vocabulary": tokenizer.get_vocab(), "special": special, "pipeline": pipeline})

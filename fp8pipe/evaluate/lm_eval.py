@@ -1,11 +1,11 @@
-"""lm-eval's own command line, in the set-up that fp8pipe evaluates in: to verify a reported accuracy by hand.
+"""lm-eval's own command line, in the environment that fp8pipe evaluates in: to reproduce a reported score.
 
     python -m fp8pipe.evaluate.lm_eval run --model vllm --model_args pretrained=DIR,max_model_len=2048 --tasks gsm8k
 
-ARGS go to lm-eval unchanged. Around it: the version answer that lm-eval needs under vLLM's CPU build, the plugin
-`fp8pipe_cpu` (which vLLM loads by itself), the environment variables of `environment.py` where they are not set, and on
-the CPU platform the engine arguments `environment.CPU_ENGINE_ARGUMENTS` where `--model_args` names none: enforce_eager,
-gpu_memory_utilization=0.3, distributed_executor_backend=uni. On a GPU vLLM's own defaults hold.
+Arguments go to lm-eval unchanged. The environment supplies vLLM's version, which lm-eval cannot find under the CPU
+build, and the variables of `environment.py` that are not set; vLLM loads the plugin `fp8pipe_cpu` by itself. On the CPU
+platform, `environment.CPU_ENGINE_ARGUMENTS` are the defaults of `--model_args`: enforce_eager,
+gpu_memory_utilization=0.3, distributed_executor_backend=uni. On a GPU, vLLM's own defaults apply.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from fp8pipe.evaluate.environment import prepare_process, use_cpu_engine
 
 _WITHOUT_ENGINE = {"ls", "validate", "-h", "--help"}
-"""First arguments that start no model, and need not wait for vLLM's import."""
+"""First arguments that start no model, so that vLLM need not be imported."""
 
 
 def main() -> None:

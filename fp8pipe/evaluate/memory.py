@@ -1,4 +1,4 @@
-"""Whether an engine ended for want of memory, and what to ask of it then: smaller batches, after that less context."""
+"""Whether an engine ran out of memory, and the smaller settings to retry with: smaller batches, then less context."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _SIGNS = re.compile(
 _CONTEXT = re.compile("available KV cache memory|memory for the cache blocks")
 
 KILLED = 137
-"""Exit status of a process that the kernel killed, as it does when the machine's memory is used up."""
+"""Exit status of a process that the kernel killed with signal 9, as it does when the machine runs out of memory."""
 
 
 def shortage(log_tail: str, returncode: int) -> str | None:
-    """The line that says memory ran out; None when the engine ended for another reason."""
+    """The log line that reports a shortage of memory; None if the engine ended for another reason."""
     lines = [line.strip() for line in _SIGNS.findall(log_tail)]
     if lines:
         return lines[-1]
@@ -30,10 +30,10 @@ def shortage(log_tail: str, returncode: int) -> str | None:
 
 
 def smaller(engine: dict[str, Any], cause: str, attempt: int, model: Path) -> dict[str, int | float]:
-    """Engine arguments for retry number `attempt` (from 1) after `engine`: those that change, with their new values.
+    """The engine arguments to change for retry number `attempt` (from 1) after `engine` ran out of memory.
 
-    First fewer sequences, fewer tokens in a step and some room beside the engine's own pool (prompt logprobs are
-    allocated there); then, or at once where the KV cache is what does not fit, half the context each time.
+    The first retry has fewer sequences, fewer tokens per step and a smaller pool, since prompt logprobs are allocated
+    outside the pool. The second also has half the context; if the KV cache is what does not fit, so has the first.
     """
     pool = float(engine.get("gpu_memory_utilization", 0.9))
     changed: dict[str, int | float] = {
@@ -47,7 +47,7 @@ def smaller(engine: dict[str, Any], cause: str, attempt: int, model: Path) -> di
 
 
 def _context(engine: dict[str, Any], model: Path) -> int:
-    """Tokens of context as asked for, else what the model's config allows."""
+    """Tokens of context that were requested; by default what the model's config allows."""
     config = json.loads((model / "config.json").read_text())
     own = (config.get("text_config") or config).get("max_position_embeddings", 4096)
     return int(engine.get("max_model_len") or own)

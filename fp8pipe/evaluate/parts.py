@@ -1,8 +1,8 @@
-"""Finished stretches of an evaluation on disk, so that what was interrupted goes on and what grows is appended to.
+"""Finished parts of an evaluation on disk, so that an interrupted one resumes and a longer one appends.
 
-One part: one suite entry, the documents [start, stop) of its permutation, scored. A part is found again by the identity
-of the measurement (model, suite, engine, versions; not how many documents). The report of an evaluation is joined from
-parts, whether one process made them or several.
+A part is one suite entry's documents [start, stop), in the order of its permutation, scored. It is found again by the
+identity of the measurement: model, suite, engine and versions, but not the number of documents. A report is joined from
+parts, no matter how many processes made them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fp8pipe.errors import EngineFailed
 from fp8pipe.records import MetricSamples, Record, ServingFigures, TaskResult, mean_of_samples
 
 ROWS = ("results", "groups", "versions", "n-shot", "higher_is_better", "group_subtasks")
-"""What lm-eval's table is drawn from."""
+"""Keys of lm-eval's results that its table is made from."""
 
 
 class Part(Record):
-    """Documents [start, stop) of one suite entry."""
+    """The result for documents [start, stop) of one suite entry."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
@@ -46,14 +46,14 @@ class Timing(Record):
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of one measurement."""
+    """The parts of one measurement, in a folder."""
 
     folder: Path
     identity: str
 
     def find(self, task: str, stops: Sequence[int], *, whole_looks: bool = False) -> list[Part]:
-        """Parts that follow each other from document 0 on and do not go beyond the last of `stops`; longest first
-        choice. whole_looks: only parts that begin and end where one looks, since their prompts depend on it."""
+        """Consecutive parts from document 0 on, none beyond the last of `stops`. Of several that could follow, the
+        longest is taken. With `whole_looks`, only parts that begin and end at a look: their prompts depend on it."""
         found = [part for path in self._paths(task) if (part := Part.load_if_present(path)) is not None]
         looks = set(pairwise((0, *stops)))
         usable = [
@@ -69,20 +69,20 @@ class Parts:
         return chain
 
     def save(self, task: str, part: Part) -> None:
-        """Put a finished part where `find` sees it."""
+        """Save a finished part."""
         part.save(self.folder / f"{_file_name(task)}-{part.start}-{part.stop}.json")
 
     def again(self) -> Parts:
-        """The parts of the second run of a baseline."""
+        """The parts of a baseline's second run."""
         return Parts(self.folder / "again", self.identity)
 
     def find_timing(self) -> ServingFigures | None:
-        """The serving figures of this measurement, if it got so far."""
+        """The serving figures of this measurement; None if they have not been taken."""
         found = Timing.load_if_present(self.folder / "serving" / "figures.json")
         return found.figures if found is not None and found.identity == self.identity else None
 
     def save_timing(self, figures: ServingFigures) -> None:
-        """Keep the serving figures."""
+        """Save the serving figures."""
         Timing(identity=self.identity, figures=figures).save(self.folder / "serving" / "figures.json")
 
     def _paths(self, task: str) -> list[Path]:
@@ -95,14 +95,14 @@ def _file_name(task: str) -> str:
 
 
 def joined(parts: list[Part]) -> TaskResult:
-    """All documents of consecutive parts as one result."""
+    """The result for all documents of consecutive parts."""
     first = parts[0].result
     if len(parts) == 1:
         return first
-    tuples = ("doc_ids", "doc_hashes", "prompt_hashes", "target_hashes", "clusters", "truncated")
-    long = {name: tuple(value for part in parts for value in getattr(part.result, name)) for name in tuples}
+    fields = ("doc_ids", "doc_hashes", "prompt_hashes", "target_hashes", "clusters", "truncated")
+    per_document = {name: tuple(value for part in parts for value in getattr(part.result, name)) for name in fields}
     cells = [(metric.metric, metric.filter) for metric in first.metrics]
-    return first.model_copy(update={**long, "metrics": tuple(_joined_metric(parts, *cell) for cell in cells)})
+    return first.model_copy(update={**per_document, "metrics": tuple(_joined_metric(parts, *cell) for cell in cells)})
 
 
 def _joined_metric(parts: list[Part], metric: str, filter_name: str) -> MetricSamples:
@@ -124,7 +124,7 @@ def _joined_metric(parts: list[Part], metric: str, filter_name: str) -> MetricSa
 
 
 def _standard_error(values: tuple[float, ...]) -> float | None:
-    """Standard error of the mean, from the sample variance, as lm-eval's."""
+    """Standard error of the mean from the sample variance, as lm-eval computes it; None for fewer than two values."""
     n = len(values)
     if n < 2:
         return None
@@ -133,7 +133,7 @@ def _standard_error(values: tuple[float, ...]) -> float | None:
 
 
 def table_rows(task: str, parts: list[Part]) -> dict[str, Any]:  # Any: as Part.rows
-    """What lm-eval's table shows of this entry: its own rows, or one row of all parts together."""
+    """Rows of lm-eval's table for this suite entry: lm-eval's own for a single part, else one row for all parts."""
     rows = parts[0].rows
     if len(parts) == 1:
         return rows

@@ -1,7 +1,7 @@
-"""The sample generation: what the model says to fixed prompts, before anything is measured.
+"""The sample generation: how the model continues fixed prompts, before anything is measured.
 
-A checkpoint whose scales are wrong often loads, serves, and says nothing or the same words without end. In: the engine
-and the suite's prompts. Out: one SampleText per prompt, in which such text is a finding.
+A checkpoint with wrong scales often loads and serves, but says nothing, or repeats the same words without end. In: the
+engine and the suite's prompts. Out: one SampleText per prompt, with a finding for such text.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 64
 LONGEST_PASSAGE = 16
-"""Tokens of the longest passage whose repetition is looked for."""
+"""Tokens of the longest passage that is checked for repetition."""
 TIMES = 4
-"""How often the same passage must follow itself."""
+"""How many times in a row a passage must occur to count as repeating."""
 
 
 def sample_texts(lm: MeteredVLLM, suite: EvalSuite) -> tuple[SampleText, ...]:
-    """Greedy continuations of the suite's prompts, through its chat template if it has one."""
+    """Greedy continuations of the suite's prompts, through the chat template if the suite applies it."""
     from vllm import SamplingParams, TokensPrompt
 
     if not suite.sample_prompts:
         return ()
-    texts = [_as_asked(lm, prompt, suite) for prompt in suite.sample_prompts]
+    texts = [_templated(lm, prompt, suite) for prompt in suite.sample_prompts]
     room = lm.max_length - min(MAX_TOKENS, lm.max_length // 2)
     prompts = [TokensPrompt(prompt_token_ids=tokens[-room:]) for tokens in lm.tok_encode(texts)]
     greedy = SamplingParams(temperature=0.0, max_tokens=lm.max_length - room)
@@ -41,14 +41,15 @@ def sample_texts(lm: MeteredVLLM, suite: EvalSuite) -> tuple[SampleText, ...]:
     )
 
 
-def _as_asked(lm: MeteredVLLM, prompt: str, suite: EvalSuite) -> str:
+def _templated(lm: MeteredVLLM, prompt: str, suite: EvalSuite) -> str:
     return lm.apply_chat_template([{"role": "user", "content": prompt}]) if suite.apply_chat_template else prompt
 
 
 def finding(text: str, tokens: Sequence[int]) -> Literal["empty", "repeating"] | None:
-    """What is odd about a text: nothing in it, or at its end one passage of up to LONGEST_PASSAGE tokens TIMES over.
+    """`empty` for white space only; `repeating` for a passage of up to LONGEST_PASSAGE tokens that ends the text TIMES
+    over.
 
-    A passage of few tokens must go on for LONGEST_PASSAGE tokens at least: a row of dots is no fault yet.
+    The repetition must span at least LONGEST_PASSAGE tokens, so that a short row of dots is not a finding.
     """
     if not text.strip():
         return "empty"

@@ -1,8 +1,8 @@
-"""Serving figures of the engine that has just been measured: vLLM's own benchmark over a fixed workload.
+"""Serving figures: a fixed workload, timed with vLLM's own benchmark on the engine that has just been measured.
 
-vLLM's `benchmark` sends requests through a function that speaks to a server. Here that function hands them to the
-engine in this process, so that no second engine starts and nothing but the engine is timed. Prompts are random tokens
-of one length from vLLM's own dataset, answers have a fixed length, and so many requests are under way at a time.
+vLLM's `benchmark` sends requests through a function that talks to a server. Here that function passes them to the
+engine in this process, so no second engine starts and only the engine is timed. Prompts are random tokens of one length
+from vLLM's own dataset, answers have one length, and a fixed number of requests are in the engine at once.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 BACKEND = "fp8pipe-engine"
 NOWHERE = "http://127.0.0.1:9"
-"""Where `benchmark` looks for a server's counters, and finds none."""
+"""The address at which `benchmark` looks for a server's counters; nothing answers there."""
 
 
 def serving_figures(lm: MeteredVLLM, workload: ServingWorkload, seed: int, *, comparable: bool) -> ServingFigures:
-    """Time `workload`; EngineFailed when a request fails."""
+    """Time `workload`. Raises EngineFailed if a request fails."""
     from vllm.benchmarks import serve
     from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS
 
     lm.model.reset_prefix_cache()
-    ASYNC_REQUEST_FUNCS[BACKEND] = _Requests(lm.model.llm_engine)
+    ASYNC_REQUEST_FUNCS[BACKEND] = EngineRequests(lm.model.llm_engine)
     result = asyncio.run(
         serve.benchmark(
             task_type=serve.TaskType.GENERATION,
@@ -66,7 +66,8 @@ def serving_figures(lm: MeteredVLLM, workload: ServingWorkload, seed: int, *, co
     )
     if result["completed"] != workload.num_prompts:
         errors = [error for error in result["errors"] if error]
-        raise EngineFailed(f"serving: {result['completed']} of {workload.num_prompts} requests completed: {errors[:1]}")
+        count = f"{result['completed']} of {workload.num_prompts}"
+        raise EngineFailed(f"serving: {count} requests completed; the first error: {errors[:1]}")
     throughputs = ("request_throughput", "output_throughput", "total_token_throughput")
     times = [f"{kind}_{name}_ms" for name in ("ttft", "itl") for kind in ("mean", "median", "p99")]
     figures = {name: float(result[name]) for name in (*throughputs, *times)}
@@ -74,16 +75,17 @@ def serving_figures(lm: MeteredVLLM, workload: ServingWorkload, seed: int, *, co
 
 
 def check_fits(workload: ServingWorkload, context: int) -> None:
-    """Before anything is measured: InputError when prompt and answer are longer than the context."""
+    """Raise InputError if prompt and answer together are longer than `context` tokens."""
     needed = workload.input_len + workload.output_len
     if needed > context:
         raise InputError(
-            f"serving: input_len + output_len is {needed} tokens, the engine's context is {context}; shorten them"
+            f"serving: input_len + output_len is {needed} tokens, the engine's context is {context}; lower them in the "
+            "suite"
         )
 
 
 def _requests(lm: MeteredVLLM, workload: ServingWorkload, seed: int) -> list[SampleRequest]:
-    """vLLM's random prompts as tokens, so that the engine sees the lengths that were asked for."""
+    """vLLM's random prompts, encoded, so that their lengths are exactly as requested."""
     from vllm.benchmarks.datasets import RandomDataset
 
     drawn = RandomDataset(random_seed=seed).sample(
@@ -96,7 +98,7 @@ def _requests(lm: MeteredVLLM, workload: ServingWorkload, seed: int) -> list[Sam
     return [replace(r, prompt=ids, prompt_len=len(ids)) for r, ids in zip(drawn, tokens, strict=True)]
 
 
-class _Requests:
+class EngineRequests:
     """A request function for vLLM's benchmark that runs the engine in this process."""
 
     def __init__(self, engine: Any) -> None:  # Any: vLLM's LLMEngine, built by lm-eval
@@ -108,7 +110,7 @@ class _Requests:
     async def __call__(
         self, request_func_input: RequestFuncInput, session: ClientSession, pbar: tqdm[Any] | None = None
     ) -> RequestFuncOutput:
-        """Time one request, token by token, as vLLM's own functions do over HTTP."""
+        """Time one request token by token, as vLLM's own functions do over HTTP."""
         from vllm import SamplingParams, TokensPrompt
         from vllm.benchmarks.lib.endpoint_request_func import RequestFuncOutput
         from vllm.sampling_params import RequestOutputKind
@@ -149,8 +151,10 @@ class _Requests:
         return self._waiting[name]
 
     async def _step(self) -> None:
-        """Run the engine while it has requests; between two steps those who wait for tokens come to their turn. An
-        error of the engine goes to all who wait: nobody awaits this task."""
+        """Step the engine while it has requests, letting the waiting requests run between steps.
+
+        Nothing awaits this task, so an error of the engine is passed to all waiting requests.
+        """
         try:
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():

@@ -1,7 +1,8 @@
 """A suite's tasks as lm-eval loads them, and which of their documents are scored.
 
-In: EvalSuite. Out: one Subject per suite entry: its leaf tasks with shots set, and its picks: documents in the order of
-a seeded permutation, stratified over leaves. A longer look is a longer prefix, so that results can grow by appending.
+An EvalSuite in, one LoadedTask per suite entry out: its leaf tasks with their few-shot examples set, and its picks, the
+documents to score, in the order of a seeded permutation that is stratified over the leaves. A later look takes a longer
+prefix of it, so results grow by appending.
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
-import math
 import random
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fp8pipe.config import EvalSuite, TaskSpec
+from fp8pipe.config import EvalSuite, TaskSpec, look_sizes
 from fp8pipe.errors import ConfigError, HubUnreachable, InputError
 
 if TYPE_CHECKING:
@@ -28,41 +28,42 @@ if TYPE_CHECKING:
 FETCH_TIMEOUT_S = 20.0
 
 Pick = tuple[str, int]
-"""One document: name of the leaf task, document id in it."""
+"""One document: name of its leaf task, and its id there."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One entry of the suite: an lm-eval task, group or tag."""
+class LoadedTask:
+    """One entry of the suite, an lm-eval task, group or tag, with its data."""
 
     name: str
     num_fewshot: int
     leaves: dict[str, Task]
-    """What lm-eval scores, by name; the task itself when it is no group."""
+    """The tasks that lm-eval scores, by name: those of the group, or the task itself."""
     group: Group | None
     picks: tuple[Pick, ...]
+    """Documents to score, in order."""
     stops: tuple[int, ...]
-    """Numbers of picks after which a gate looks, ascending; the last is all of them. A stretch is asked in one go."""
+    """Numbers of picks at which a look ends, ascending; the last is all of them. Each look is scored in one pass."""
 
     @property
     def documents(self) -> int:
-        """Documents that the task has, scored or not."""
+        """Number of documents that the task has, scored or not."""
         return sum(len(task.eval_docs) for task in self.leaves.values())
 
     @property
     def draws_examples(self) -> bool:
-        """Whether the examples of a prompt are drawn, one document after the other: then a prompt depends on which
-        documents are asked in the same go."""
+        """Whether few-shot examples are drawn from one random stream, document by document. A prompt then depends on
+        which documents are scored in the same pass."""
         from lm_eval.api.samplers import FirstNSampler
 
         samplers = [getattr(task, "sampler", None) for task in self.leaves.values()]
         return self.num_fewshot > 0 and not all(isinstance(sampler, FirstNSampler) for sampler in samplers)
 
     def sample_ids(self) -> dict[str, list[int]]:
-        """Document ids per leaf, ascending.
+        """Ids of the picked documents per leaf, ascending.
 
-        lm-eval walks documents in dataset order whatever the order given, and takes the labels from the list given: any
-        other order would label documents wrongly. A leaf without picks is left out: lm-eval would score all of it.
+        lm-eval always walks documents in dataset order but labels them in the order of this list, so any other order
+        would label them wrongly. A leaf without picks is left out, since lm-eval would score all of it.
         """
         ids: dict[str, list[int]] = {}
         for leaf, document in self.picks:
@@ -70,40 +71,43 @@ class Subject:
         return {leaf: sorted(ids[leaf]) for leaf in self.leaves if leaf in ids}
 
     def scored(self) -> list[Task | Group]:
-        """What to hand to lm-eval: the group while all its leaves are scored, else the leaves that are."""
+        """The tasks to pass to lm-eval: the group if all its leaves have picks, else the leaves that do."""
         ids = self.sample_ids()
         if self.group is not None and len(ids) == len(self.leaves):
             return [self.group]
         return [self.leaves[leaf] for leaf in ids]
 
 
-def load_subjects(suite: EvalSuite, *, limit: int | None, looks: tuple[float, ...] = (1.0,)) -> list[Subject]:
-    """Load every task with its data; InputError for what lm-eval does not know or cannot do, HubUnreachable."""
+def load_tasks(suite: EvalSuite, *, limit: int | None, looks: tuple[float, ...] = (1.0,)) -> list[LoadedTask]:
+    """Load every task of the suite with its data.
+
+    Raises InputError for a task that lm-eval does not know, or that cannot be scored as the suite asks; HubUnreachable.
+    """
     import datasets
 
-    datasets.disable_caching()  # a task that shuffles while loading is to do so by the seed, not as an earlier run did
+    datasets.disable_caching()  # a task that shuffles while loading must follow the seed, not an earlier run
     manager = _task_manager(suite)
-    subjects: list[Subject] = []
+    found: list[LoadedTask] = []
     for name, spec in suite.tasks.items():
         _seed_generators(suite.seed)
         loaded = _load(manager, name)
         leaves = dict(loaded["tasks"])
         for leaf, task in leaves.items():
             _set_shots(leaf, task, spec.num_fewshot)
-        if seen := [s.name for s in subjects if s.leaves.keys() & leaves.keys()]:
+        if seen := [other.name for other in found if other.leaves.keys() & leaves.keys()]:
             raise ConfigError(f"suite {suite.name}: {name} and {seen[0]} share tasks; name each task once")
         sizes = {leaf: len(task.eval_docs) for leaf, task in leaves.items()}
         _check_counts(name, spec, sizes)
-        total = _wanted(name, sum(sizes.values()), spec.samples, limit)
-        stops = tuple(dict.fromkeys(math.ceil(total * share) for share in looks))
+        total = _samples(name, sum(sizes.values()), spec.samples, limit)
+        stops = tuple(dict.fromkeys(look_sizes(total, looks)))  # looks at a few documents may end at the same one
         picks = permutation(sizes, suite.seed)[: stops[-1]]
         group = loaded.get("groups", {}).get(name)
-        subjects.append(Subject(name, spec.num_fewshot, leaves, group, picks, stops))
-    return subjects
+        found.append(LoadedTask(name, spec.num_fewshot, leaves, group, picks, stops))
+    return found
 
 
 def _task_manager(suite: EvalSuite) -> TaskManager:
-    """An index of tasks; lm-eval's own 14,000 task files (several seconds) only when the suite needs them."""
+    """An index of tasks. lm-eval's own 14,000 task files, which take seconds, are read only if the suite needs them."""
     from lm_eval.tasks import TaskManager
 
     if suite.task_dir is not None:
@@ -121,14 +125,14 @@ def _task_manager(suite: EvalSuite) -> TaskManager:
 
 @functools.cache
 def _all_tasks(task_dir: str | None) -> TaskManager:
-    """lm-eval's index of its own tasks and those of a folder."""
+    """Index of lm-eval's own tasks and those in `task_dir`."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=task_dir)
 
 
 def _is_complete(manager: TaskManager, name: str) -> bool:
-    """Whether the index holds this task, or this group with all its parts; parts written in place are not traced."""
+    """Whether the index has this task, or this group with all its parts. Parts written inline count as missing."""
     entry = manager.task_index.get(name)
     if entry is None or entry.cfg is None:
         return False
@@ -139,7 +143,7 @@ def _is_complete(manager: TaskManager, name: str) -> bool:
 
 
 def _seed_generators(seed: int) -> None:
-    """As lm-eval does before it loads tasks: some shuffle while loading."""
+    """Seed Python and numpy, as lm-eval does before it loads tasks, since some tasks shuffle while loading."""
     import numpy
 
     random.seed(seed)
@@ -155,17 +159,17 @@ def _load(manager: TaskManager, name: str) -> TaskDict:
         with sentence_splitter_or_refusal():
             return manager.load([name])
     except (DatasetNotFoundError, FileNotFoundError) as error:
-        raise InputError(f"task {name}: its data is not there: {error}") from error
+        raise InputError(f"task {name}: its data were not found: {error}") from error
     except (ConnectionError, requests.ConnectionError, httpx.TransportError) as error:
-        raise HubUnreachable(f"task {name}: its data could not be fetched: {error}") from error
+        raise HubUnreachable(f"task {name}: its data could not be downloaded: {error}") from error
 
 
 @contextlib.contextmanager
 def sentence_splitter_or_refusal() -> Iterator[None]:
-    """Within: a task that needs NLTK's sentence splitter has it, or is refused with what to do.
+    """Inside the context, a task whose NLTK sentence splitter is missing and cannot be downloaded raises InputError.
 
-    IFEval downloads it when its module is imported, goes on without it when that fails, and ends when the first answer
-    is scored, after everything has been generated.
+    IFEval downloads the splitter when its module is imported. If that fails, it continues, and crashes when it scores
+    the first answer, after everything has been generated.
     """
     import nltk
 
@@ -178,8 +182,8 @@ def sentence_splitter_or_refusal() -> Iterator[None]:
         finally:
             socket.setdefaulttimeout(before)
         raise InputError(
-            f"NLTK's {resource} is not on this machine and could not be fetched; run `python -m nltk.downloader "
-            f"{resource}` where there is a network, and set NLTK_DATA to the folder that holds tokenizers/{resource}"
+            f"NLTK's {resource} is not on this machine and could not be downloaded; run `python -m nltk.downloader "
+            f"{resource}` where there is a network, and set NLTK_DATA to the folder that contains tokenizers/{resource}"
         )
 
     download = nltk.download
@@ -191,36 +195,37 @@ def sentence_splitter_or_refusal() -> Iterator[None]:
 
 
 def _set_shots(name: str, task: Task, wanted: int) -> None:
-    """Set the examples per prompt. A task that pins zero is left so by lm-eval, whatever is asked."""
+    """Set the number of few-shot examples. lm-eval ignores the request for a task that pins zero."""
     if task.get_config("num_fewshot") == 0 and wanted != 0:
-        raise InputError(f"task {name} pins num_fewshot: 0; the suite asks for {wanted}: set it to 0 there")
+        raise InputError(f"task {name} pins num_fewshot: 0, the suite asks for {wanted}; set it to 0 in the suite")
     task.set_config(key="num_fewshot", value=wanted)
 
 
 def _check_counts(name: str, spec: TaskSpec, sizes: dict[str, int]) -> None:
-    """The data hold what the suite says: a plan rests on it, and a full run is told by it."""
+    """The data must be what the suite states: plans and the gate's count of samples rely on it."""
     if spec.documents is None:
         return
-    counted, found = (spec.documents, spec.subtasks or 1), (sum(sizes.values()), len(sizes))
-    if counted != found:
+    stated, found = (spec.documents, spec.subtasks or 1), (sum(sizes.values()), len(sizes))
+    if stated != found:
         raise InputError(
-            f"task {name}: the suite counts on {counted[0]} documents in {counted[1]} task(s), the data hold "
-            f"{found[0]} in {found[1]}; correct its `documents` and `subtasks`, and plan again"
+            f"task {name}: the suite states {stated[0]} documents in {stated[1]} task(s), the data have {found[0]} in "
+            f"{found[1]}; correct `documents` and `subtasks` in the suite, and plan again"
         )
 
 
-def _wanted(name: str, total: int, samples: int | None, limit: int | None) -> int:
-    """How many documents to score at the last look."""
-    if samples is not None and samples > total:
-        raise InputError(f"task {name}: the suite asks for {samples} samples, the task has {total} documents")
-    wanted = total if samples is None else samples
-    return wanted if limit is None else min(wanted, limit)
+def _samples(name: str, documents: int, samples: int | None, limit: int | None) -> int:
+    """How many of a task's documents to score in all."""
+    if samples is not None and samples > documents:
+        raise InputError(f"task {name}: the suite asks for {samples} samples, the task has {documents} documents")
+    asked = documents if samples is None else samples
+    return asked if limit is None else min(asked, limit)
 
 
 def permutation(sizes: dict[str, int], seed: int) -> tuple[Pick, ...]:
-    """Every document once: each leaf shuffled by itself, interleaved so that any prefix holds each in proportion.
+    """Every document once, each leaf shuffled and all interleaved, so that any prefix has each leaf in proportion.
 
-    The j-th document of a leaf with n stands at (j + 1/2) / n; ties go by the order of the leaves.
+    `sizes` are the documents per leaf. The j-th of a leaf's n documents is placed at (j + 1/2) / n; ties follow the
+    order of the leaves.
     """
     placed: list[tuple[float, int, Pick]] = []
     for order, (leaf, size) in enumerate(sizes.items()):

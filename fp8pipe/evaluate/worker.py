@@ -1,9 +1,8 @@
 """The child process of one evaluation: `python -m fp8pipe.evaluate.worker request.json`.
 
-Reads the request, loads the tasks, starts vLLM in this process, runs lm-eval task by task, writes report.json beside
-the request. A task that is finished is kept in parts/ at once: an evaluation that was interrupted goes on from there.
-Progress and errors of fp8pipe's own kind go to the parent as JSON lines; everything else is on stdout and stderr, which
-the parent keeps in worker.log.
+It reads the request, loads the tasks, starts vLLM in this process, runs lm-eval task by task and writes report.json
+beside the request. Each finished task is kept in parts/ at once, so that an interrupted evaluation resumes there.
+Progress and errors of fp8pipe's own kind go to the parent as messages; all output goes to the parent's worker.log.
 """
 
 from __future__ import annotations
@@ -18,63 +17,62 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fp8pipe
-from fp8pipe.errors import EngineFailed, Fp8PipeError
+from fp8pipe.errors import EngineFailed
+from fp8pipe.evaluate.child import reporting_errors
 from fp8pipe.evaluate.environment import library_versions, prepare_process, use_cpu_engine
 from fp8pipe.evaluate.parts import ROWS, Part, Parts, joined, table_rows
 from fp8pipe.evaluate.request import EvalRequest
-from fp8pipe.machine.supervise import take_channel
+from fp8pipe.machine.supervise import Send, take_channel
 from fp8pipe.records import EngineFacts, EvalReport, FlipRate, SampleText, ServingFigures
 
 if TYPE_CHECKING:
-    from fp8pipe.evaluate.engine import MeteredVLLM, Tell
-    from fp8pipe.evaluate.tasks import Subject
+    from fp8pipe.evaluate.engine import MeteredVLLM
+    from fp8pipe.evaluate.tasks import LoadedTask
 
 STDERR_RESAMPLES = 1000
-"""Bootstrap draws for metrics that are no means; they serve lm-eval's table only, the gate resamples by itself."""
+"""Bootstrap draws for the standard errors in lm-eval's table, for metrics that are not means. The gate does not use
+them."""
 
 
 def main() -> None:
-    """Entry point. Ends without tearing the engine down: the record is on disk, and the process is the clean-up."""
-    path, tell = Path(sys.argv[1]), take_channel()
-    try:
-        report = measure(EvalRequest.load(path), tell, path.parent)
-    except Fp8PipeError as error:
-        tell({"error": type(error).__name__, "message": str(error)})
-        raise
+    """Entry point. Exits without shutting the engine down: the report is on disk, and nothing else has to be saved."""
+    path, send = Path(sys.argv[1]), take_channel()
+    with reporting_errors(send):
+        report = measure(EvalRequest.load(path), send, path.parent)
     report.save(path.with_name("report.json"))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def measure(request: EvalRequest, tell: Tell, folder: Path) -> EvalReport:
-    """Everything between request and report; finished stretches of tasks lie in `folder`/parts meanwhile."""
+def measure(request: EvalRequest, send: Send, folder: Path) -> EvalReport:
+    """Start the engine and measure as requested; finished parts of tasks are kept in `folder`/parts."""
     started = time.monotonic()
-    tell({"note": "loading tasks"})
+    send({"note": "loading tasks"})
     prepare_process()
-    from fp8pipe.evaluate.tasks import load_subjects
+    from fp8pipe.evaluate.tasks import load_tasks
 
-    subjects = load_subjects(request.suite, limit=request.limit, looks=request.looks)
-    tell({"note": "starting vLLM"})
-    lm = _start_engine(request, tell)
+    tasks = load_tasks(request.suite, limit=request.limit, looks=request.looks)
+    send({"note": "starting vLLM"})
+    lm = _start_engine(request, send)
     ready = time.monotonic()
-    report = measure_with(lm, request, subjects, Parts(folder / "parts", request.subject()))
+    report = measure_with(lm, request, tasks, Parts(folder / "parts", request.parts_identity()))
     done = time.monotonic()
     return report.model_copy(
         update={"seconds": {"start": ready - started, "evaluate": done - ready, "total": done - started}}
     )
 
 
-def _start_engine(request: EvalRequest, tell: Tell) -> MeteredVLLM:
+def _start_engine(request: EvalRequest, send: Send) -> MeteredVLLM:
     use_cpu_engine()
     from fp8pipe.evaluate.engine import MeteredVLLM
 
     arguments = {"pretrained": request.model, "add_bos_token": request.suite.add_bos_token, "batch_size": "auto"}
-    return MeteredVLLM(tell=tell, **arguments, **(request.engine | request.reduced))
+    return MeteredVLLM(send=send, **arguments, **(request.engine | request.reduced))
 
 
-def measure_with(lm: MeteredVLLM, request: EvalRequest, subjects: list[Subject], parts: Parts) -> EvalReport:
-    """The report of a running engine: sample generation, tasks, the second run of a baseline, serving figures."""
+def measure_with(lm: MeteredVLLM, request: EvalRequest, tasks: list[LoadedTask], parts: Parts) -> EvalReport:
+    """Measure on a running engine: sample generation, tasks, the second run of a baseline, serving figures."""
     from fp8pipe.evaluate.engine import engine_facts
     from fp8pipe.evaluate.sample_texts import sample_texts
     from fp8pipe.evaluate.serving import check_fits
@@ -84,70 +82,70 @@ def measure_with(lm: MeteredVLLM, request: EvalRequest, subjects: list[Subject],
         check_fits(suite.serving, facts.max_model_len)
     lm.doing = "sample generation"
     samples = sample_texts(lm, suite)
-    chains = [_scored(request, subject, lm, parts) for subject in subjects]
-    flips = _flips(request, subjects, chains, lm, parts.again()) if request.role == "baseline" else ()
+    chains = [_scored(request, task, lm, parts) for task in tasks]
+    flips = _flips(request, tasks, chains, lm, parts.again()) if request.role == "baseline" else ()
     served = _served(request, lm, parts, comparable=facts.device_class != "cpu")
     return _report(request, lm, facts, chains, samples=samples, flips=flips, serving=served)
 
 
-def _scored(request: EvalRequest, subject: Subject, lm: MeteredVLLM, parts: Parts) -> list[Part]:
-    """All parts of one suite entry; what is not there yet is scored now, look by look."""
-    chain = parts.find(subject.name, subject.stops, whole_looks=subject.draws_examples)
-    lm.doing = f"{subject.name} ({list(request.suite.tasks).index(subject.name) + 1} of {len(request.suite.tasks)})"
-    for stop in subject.stops:
+def _scored(request: EvalRequest, task: LoadedTask, lm: MeteredVLLM, parts: Parts) -> list[Part]:
+    """All parts of one task. Those that are missing are scored now, look by look."""
+    chain = parts.find(task.name, task.stops, whole_looks=task.draws_examples)
+    lm.doing = f"{task.name} ({list(request.suite.tasks).index(task.name) + 1} of {len(request.suite.tasks)})"
+    for stop in task.stops:
         start = chain[-1].stop if chain else 0
         if start < stop:
-            chain.append(_score(request, subject, lm, parts, start, stop))
+            chain.append(_score(request, task, lm, parts, start, stop))
     return chain
 
 
-def _score(request: EvalRequest, subject: Subject, lm: MeteredVLLM, parts: Parts, start: int, stop: int) -> Part:
-    """One stretch of a suite entry, kept as soon as it is finished."""
+def _score(request: EvalRequest, task: LoadedTask, lm: MeteredVLLM, parts: Parts, start: int, stop: int) -> Part:
+    """Score one range of a task's documents, and save it."""
     from fp8pipe.evaluate.results import task_result
 
-    stretch = replace(subject, picks=subject.picks[start:stop])
-    results = _run(request, stretch, lm)
+    asked = replace(task, picks=task.picks[start:stop])
+    results = _run(request, asked, lm)
     part = Part(
         identity=parts.identity,
         start=start,
         stop=stop,
-        result=task_result(stretch, results, lm.cut),
+        result=task_result(asked, results, lm.cut),
         rows={name: _plain(results[name]) for name in ROWS if name in results},
     )
-    parts.save(subject.name, part)
+    parts.save(task.name, part)
     return part
 
 
-def _plain(value: Any) -> Any:  # Any: lm-eval's results, in which numpy's scalars may stand for numbers
+def _plain(value: Any) -> Any:  # Any: lm-eval's results, in which numbers may be numpy scalars
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     return value.item() if hasattr(value, "item") else value
 
 
 def _flips(
-    request: EvalRequest, subjects: list[Subject], chains: list[list[Part]], lm: MeteredVLLM, again: Parts
+    request: EvalRequest, tasks: list[LoadedTask], chains: list[list[Part]], lm: MeteredVLLM, again: Parts
 ) -> tuple[FlipRate, ...]:
-    """Score tasks marked `repeat` again, stretch by stretch, with the prompts in another order: other batches."""
+    """Score tasks marked `repeat` again, part by part, with the prompts in another order and so in other batches."""
     from fp8pipe.evaluate.flips import flip_rates
 
     found: list[FlipRate] = []
-    for subject, chain in zip(subjects, chains, strict=True):
-        if not request.suite.tasks[subject.name].repeat:
+    for task, chain in zip(tasks, chains, strict=True):
+        if not request.suite.tasks[task.name].repeat:
             continue
-        known = {(part.start, part.stop): part for part in again.find(subject.name, subject.stops)}
+        known = {(part.start, part.stop): part for part in again.find(task.name, task.stops)}
         second: list[Part] = []
-        lm.doing = f"{subject.name} again, in other batches"
+        lm.doing = f"{task.name} again, in other batches"
         lm.shuffle = random.Random(request.suite.seed)
         for start, stop in ((part.start, part.stop) for part in chain):
             lm.model.reset_prefix_cache()
-            second.append(known.get((start, stop)) or _score(request, subject, lm, again, start, stop))
+            second.append(known.get((start, stop)) or _score(request, task, lm, again, start, stop))
         lm.shuffle = None
         found += flip_rates(joined(chain), joined(second))
     return tuple(found)
 
 
 def _served(request: EvalRequest, lm: MeteredVLLM, parts: Parts, *, comparable: bool) -> ServingFigures | None:
-    """The suite's workload, timed once for all looks."""
+    """Time the suite's workload, once for all looks."""
     from fp8pipe.evaluate.serving import serving_figures
 
     suite = request.suite
@@ -161,23 +159,23 @@ def _served(request: EvalRequest, lm: MeteredVLLM, parts: Parts, *, comparable: 
     return known
 
 
-def _run(request: EvalRequest, subject: Subject, lm: MeteredVLLM) -> dict[str, Any]:  # Any: lm-eval's results
+def _run(request: EvalRequest, task: LoadedTask, lm: MeteredVLLM) -> dict[str, Any]:  # Any: lm-eval's results
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
     from fp8pipe.evaluate.engine import sliding_windows
 
-    # lm-eval asks pip, lscpu and git for seconds; the report has its own versions
+    # lm-eval spends seconds on asking pip, lscpu and git; the report has its own versions
     evaluator.add_env_info = lambda storage: None
     suite = request.suite
-    scored: list[Any] = list(subject.scored())  # Any: lm-eval declares no groups
+    scored: list[Any] = list(task.scored())  # Any: lm-eval declares no groups
     lm.cut.clear()
-    lm.windows = sliding_windows(subject.leaves)
+    lm.windows = sliding_windows(task.leaves)
     results = evaluator.simple_evaluate(
         model=lm,
         tasks=scored,
         task_manager=TaskManager(include_defaults=False),  # the tasks are loaded already
-        samples=subject.sample_ids(),
+        samples=task.sample_ids(),
         gen_kwargs=dict(suite.generation) or None,
         apply_chat_template=suite.apply_chat_template,
         fewshot_as_multiturn=suite.apply_chat_template,
@@ -189,7 +187,7 @@ def _run(request: EvalRequest, subject: Subject, lm: MeteredVLLM) -> dict[str, A
         fewshot_random_seed=suite.seed,
     )
     if results is None:
-        raise EngineFailed("lm-eval returned no results: this process is not its rank 0; unset LOCAL_RANK")
+        raise EngineFailed("lm-eval returned no results, because this process is not its rank 0; unset LOCAL_RANK")
     return dict(results)
 
 
@@ -231,7 +229,7 @@ def _report(
 
 
 def _table(names: list[str], chains: list[list[Part]]) -> str:
-    """lm-eval's own table of all tasks, and the one of groups where there are any."""
+    """lm-eval's own table of all tasks, and that of groups if there are any."""
     from lm_eval.utils import make_table
 
     together: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""What this machine can do, asked without importing torch: its device class and whether vLLM can serve FP8 on it."""
+"""The device of this machine, its class, and whether vLLM can serve FP8 on it; found without importing torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 
 from fp8pipe.errors import NoSuitableDevice
 
-# CUDA compute capability -> the name of the hardware class, as policies write it.
 _CLASSES = {
     (8, 0): "ampere",
     (8, 6): "ampere",
@@ -19,6 +18,7 @@ _CLASSES = {
     (10, 0): "blackwell",
     (12, 0): "blackwell",
 }
+"""CUDA compute capability -> name of the hardware class, as policies write it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +29,16 @@ class Device:
     """hopper | ada | blackwell | ampere | sm<NN> | cpu"""
     name: str
     problem: str | None
-    """Why vLLM cannot serve FP8 here, in one line; None when it can."""
+    """Why vLLM cannot serve FP8 here, in one line; None if it can."""
 
 
 def detect() -> Device:
-    """The first NVIDIA GPU, else the CPU."""
+    """The first NVIDIA GPU; the CPU if there is none."""
     return _gpu() or _cpu()
 
 
 def require() -> Device:
-    """The device, or NoSuitableDevice saying what is missing."""
+    """The device. Raises NoSuitableDevice if vLLM cannot serve FP8 on it."""
     device = detect()
     if device.problem:
         raise NoSuitableDevice(device.problem)
@@ -46,7 +46,7 @@ def require() -> Device:
 
 
 def class_of_capability(major: int, minor: int) -> str:
-    """Name of the hardware class of a CUDA compute capability."""
+    """Name of the hardware class of a CUDA compute capability: `ada`, `hopper`, ..., or `sm75` for an unnamed one."""
     return _CLASSES.get((major, minor), f"sm{major}{minor}")
 
 
@@ -75,11 +75,11 @@ def _cpu() -> Device:
 
 
 def cpu_of(info: str) -> Device:
-    """The CPU that /proc/cpuinfo describes."""
+    """The CPU that `info`, the content of /proc/cpuinfo, describes."""
     name = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "cpu")
     flags = next((line.split(":", 1)[1].split() for line in info.splitlines() if line.startswith("flags")), [])
     if "avx512f" not in flags:
         return Device(
-            "cpu", name, f"no supported GPU, and the CPU ({name}) lacks AVX-512, which vLLM's FP8 KV cache needs"
+            "cpu", name, f"no NVIDIA GPU, and the CPU ({name}) lacks AVX-512, which vLLM's FP8 KV cache needs"
         )
     return Device("cpu", name, None)

@@ -1,7 +1,8 @@
-"""The Prefect server for runs that are started here and now: the configured one, else our own child process.
+"""The Prefect server for runs on this machine: the configured one, else a child process of our own.
 
-Prefect can start such a server itself, but then its first-start noise (`database is locked`) lands on the terminal and
-its start-up limit is fixed. Nothing here imports prefect: the server is a command and an address.
+Prefect can start such a server itself, but then the errors of its first start (`database is locked`) reach the
+terminal, and its time limit for starting is fixed. Nothing here imports prefect: the server is a command and an
+address.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _SERVER_ENVIRONMENT = {
 
 
 def configured_api(environment: dict[str, str] | None = None) -> str | None:
-    """The API address that the user has configured, by environment or active Prefect profile; None for none."""
+    """The API address from the environment or the active Prefect profile; None if neither names one."""
     env = dict(os.environ) if environment is None else environment
     if env.get("PREFECT_API_URL"):
         return env["PREFECT_API_URL"]
@@ -47,16 +48,17 @@ def configured_api(environment: dict[str, str] | None = None) -> str | None:
 _DIE_WITH_PARENT = """\
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; kept over exec
-os.execv(sys.argv[1], sys.argv[1:])
+if os.getppid() == int(sys.argv[1]):  # else the parent died before the signal was asked for
+    os.execv(sys.argv[2], sys.argv[2:])
 """
-"""Run argv[1:] so that it ends when the thread that started it does: a killed run leaves no server behind."""
+"""Run argv[2:] so that it ends with the thread of argv[1], its parent: a killed run leaves no server behind."""
 
 
 class EmbeddedServer:
-    """A Prefect server on loopback, SQLite under PREFECT_HOME, living as long as this process."""
+    """A Prefect server on loopback, with SQLite under PREFECT_HOME, that lives as long as this process."""
 
     def __init__(self, log_path: Path, home: Path | None = None) -> None:
-        """Start it at once, from the main thread, so that its start-up overlaps other work; `ready()` waits for it."""
+        """Start the server without waiting for it, so that other work overlaps; `ready()` waits. Main thread only."""
         self.log_path = log_path
         self.port = _free_port()
         self.api_url = f"http://127.0.0.1:{self.port}/api"
@@ -66,18 +68,18 @@ class EmbeddedServer:
             environment["PREFECT_HOME"] = str(home.resolve())
         log_path.parent.mkdir(parents=True, exist_ok=True)
         server = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
-        command = [sys.executable, "-c", _DIE_WITH_PARENT, sys.executable, *server]
+        command = [sys.executable, "-c", _DIE_WITH_PARENT, str(os.getpid()), sys.executable, *server]
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
 
     def ready(self) -> None:
-        """Return when the API answers; ServerFailed with the log's tail when it does not."""
+        """Wait until the API answers. Raises ServerFailed, with the end of the log, if it never does."""
         deadline = time.monotonic() + _START_LIMIT_S
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
-                raise ServerFailed(f"the embedded Prefect server ended at once; {self._tail()}")
+                raise ServerFailed(f"the embedded Prefect server ended while it started; {self._tail()}")
             try:
                 with urllib.request.urlopen(f"{self.api_url}/health", timeout=2):
                     return
@@ -87,7 +89,7 @@ class EmbeddedServer:
         raise ServerFailed(f"the embedded Prefect server did not answer within {_START_LIMIT_S:.0f} s; {self._tail()}")
 
     def stop(self) -> None:
-        """End it; its state stays in its home."""
+        """End the server. Its state stays in PREFECT_HOME."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
@@ -103,9 +105,9 @@ class EmbeddedServer:
 
 @contextmanager
 def prefect_api(log_path: Path, home: Path | None = None) -> Iterator[EmbeddedServer | None]:
-    """Inside, PREFECT_API_URL names a server: the configured one (yields None) or our own. Import prefect after this.
+    """Set PREFECT_API_URL inside the context, to the configured server (yields None) or to one started here.
 
-    The server starts in the background: call `ready()` on what is yielded before the first flow.
+    A server of our own starts in the background: call its `ready()` before the first flow. Import prefect only inside.
     """
     if configured_api() is not None:
         yield None

@@ -1,8 +1,8 @@
-"""Where the elements of tensors go while somebody else's loader copies them about, followed op by op without data.
+"""Where the elements of tensors go while a loader copies them, followed operation by operation without data.
 
-In: places (parameters, by name) and stand-ins for tensors on disk. Out: every write into a place with the part of the
-place it filled and the parts of tensors it came from. Nothing is known of the loader: any copy, slice, transpose or
-concatenation is seen below it, at torch's dispatcher, so that this holds for every model that vLLM has.
+In: places (parameters, by name) and stand-ins for tensors on disk. Out: every write to a place, with the part of the
+place that it filled and the parts of tensors that it came from. This needs no knowledge of the loader: copies, slices,
+transposes and concatenations are observed below it, at torch's dispatcher, so that it works for every model in vLLM.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Region:
     """A part of a tensor."""
 
     box: Box | None
-    """None for a part that is no box (every second row, a diagonal): then only its size is known."""
+    """None for a part that is not a box (every second row, a diagonal), of which only the size is known."""
     count: int
-    """Elements in it."""
+    """Number of elements."""
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
+class Piece:
     """A part of a tensor on disk."""
 
     tensor: str
@@ -48,34 +48,34 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One write into a place; without origins it wrote a constant."""
+    """One write to a place. It has no origins if it wrote a constant."""
 
     place: str
     region: Region
-    origins: frozenset[Origin]
+    origins: frozenset[Piece]
 
 
 class Follower(TorchDispatchMode):
-    """Records `writes` into `places` while it is active."""
+    """Records in `writes` every write to `places` while it is active."""
 
     def __init__(self, places: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.writes: list[Write] = []
         self._places = {_storage(tensor): (name, tuple(tensor.shape)) for name, tensor in places.items()}
         self._disk: dict[int, tuple[str, tuple[int, ...]]] = {}
-        self._origins: dict[int, frozenset[Origin]] = {}
-        self._numbers: dict[float, frozenset[Origin]] = {}
+        self._origins: dict[int, frozenset[Piece]] = {}
+        self._numbers: dict[float, frozenset[Piece]] = {}
         self._alive: list[Any] = [tensor.untyped_storage() for tensor in places.values()]
 
     def stand_in(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor without data for tensor `name` on disk."""
+        """A tensor without data that stands for tensor `name` on disk."""
         tensor = torch.empty(shape, dtype=dtype, device="meta")
         self._disk[_storage(tensor)] = (name, shape)
         self._alive.append(tensor.untyped_storage())
         return tensor
 
     def settle(self, places: Mapping[str, Tensor]) -> None:
-        """Count places that were given new storage (`parameter.data = ...`) as written by what that was made from."""
+        """Record a write for each place that was given new storage (`parameter.data = ...`), with its origins."""
         for name, tensor in places.items():
             origins = self.origins_of(tensor)
             if _storage(tensor) not in self._places and origins:
@@ -88,23 +88,23 @@ class Follower(TorchDispatchMode):
         if func is _ITEM and args[0].device.type == "meta":
             return self._number(args[0])
         if func is _COPY and args[0].device.type != "meta" and args[1].device.type == "meta":
-            result = args[0]  # a place that was given memory although none was asked for: there is nothing to put in it
+            result = args[0]  # the place has memory although it should have none, and there are no data to copy
         else:
             result = func(*args, **kwargs)
         if not _only_views(func):
-            self._note(func, args, kwargs, result)
+            self._record(func, args, kwargs, result)
         return result
 
-    def origins_of(self, tensor: Tensor) -> frozenset[Origin]:
-        """What `tensor` was made from."""
+    def origins_of(self, tensor: Tensor) -> frozenset[Piece]:
+        """The parts of tensors on disk that `tensor` was computed from."""
         storage = _storage(tensor)
         if storage in self._disk:
             name, shape = self._disk[storage]
-            return frozenset((Origin(name, region_of(tensor, shape)),))
+            return frozenset((Piece(name, region_of(tensor, shape)),))
         return self._origins.get(storage, frozenset())
 
     def _number(self, tensor: Tensor) -> bool | int | float:
-        """A stand-in for the value of a tensor without data: comparisons are false, numbers can be told apart."""
+        """A stand-in for the value of a tensor without data: comparisons are false, and floats are distinguishable."""
         if tensor.dtype == torch.bool:
             return False
         if not tensor.is_floating_point():
@@ -113,7 +113,7 @@ class Follower(TorchDispatchMode):
         self._numbers[number] = self.origins_of(tensor)
         return number
 
-    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         written, read = _split(func, args, kwargs)
         origins = frozenset(itertools.chain.from_iterable(map(self._origins_of_value, read)))
         for tensor in written:
@@ -127,7 +127,7 @@ class Follower(TorchDispatchMode):
             if origins and isinstance(tensor, Tensor) and not self._knows(tensor):
                 self._derive(tensor, origins)
 
-    def _origins_of_value(self, value: Any) -> frozenset[Origin]:
+    def _origins_of_value(self, value: Any) -> frozenset[Piece]:
         if isinstance(value, Tensor):
             return self.origins_of(value)
         return self._numbers.get(value, frozenset()) if isinstance(value, float) else frozenset()
@@ -136,14 +136,14 @@ class Follower(TorchDispatchMode):
         storage = _storage(tensor)
         return storage in self._places or storage in self._disk or storage in self._origins
 
-    def _derive(self, tensor: Tensor, origins: frozenset[Origin]) -> None:
+    def _derive(self, tensor: Tensor, origins: frozenset[Piece]) -> None:
         self._origins[_storage(tensor)] = origins
-        self._alive.append(tensor.untyped_storage())  # so that no other storage gets its address
+        self._alive.append(tensor.untyped_storage())  # so that no other storage is given its address
 
 
 @functools.cache
 def _only_views(func: Any) -> bool:
-    """Whether all that `func` returns are views of what it was given, and it writes nothing: slicing, transposing."""
+    """Whether `func` writes nothing and returns only views of its arguments, like slicing and transposing."""
     writes = any(
         argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments
     )
@@ -151,7 +151,7 @@ def _only_views(func: Any) -> bool:
 
 
 def _split(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Any]]:
-    """Arguments that `func` writes to, and values that it reads."""
+    """The tensors that `func` writes to, and the values that it reads."""
     written: list[Tensor] = []
     read: list[Any] = []
     for argument, value in _named(func._schema.arguments, args, kwargs):
@@ -176,7 +176,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def region_of(view: Tensor, shape: tuple[int, ...]) -> Region:
-    """The part of a contiguous tensor of `shape` that `view`, on the same storage, shows."""
+    """The part of a contiguous tensor of `shape` that `view`, on the same storage, covers."""
     return Region(_box_of(view, shape), view.numel())
 
 
@@ -197,7 +197,7 @@ def _box_of(view: Tensor, shape: tuple[int, ...]) -> Box | None:
 
 
 def _runs(view: Tensor) -> list[tuple[int, int]]:
-    """The view's dimensions as (size, stride), inner first, those that follow on one another as one."""
+    """The view's dimensions as (size, stride), innermost first, with contiguous ones merged."""
     runs: list[tuple[int, int]] = []
     for stride, size in sorted((stride, size) for size, stride in zip(view.shape, view.stride(), strict=True)):
         if size == 1:
@@ -212,7 +212,7 @@ def _runs(view: Tensor) -> list[tuple[int, int]]:
 def _extend(
     sizes: list[int], starts: list[int], strides: list[int], shape: tuple[int, ...], size: int, stride: int
 ) -> bool:
-    """Enter a run of a view into the box; it may cover several whole dimensions of the tensor."""
+    """Add a run of a view to the box, which may take up several whole dimensions; False if it is not a box."""
     inner = [dim for dim in range(len(shape)) if strides[dim] == stride and shape[dim] > 1]
     for dim in range(inner[0], -1, -1) if inner else ():
         if starts[dim] + size <= shape[dim]:
@@ -226,7 +226,8 @@ def _extend(
 
 
 def covered(shape: tuple[int, ...], regions: Iterable[Region]) -> int:
-    """Elements of a tensor of `shape` inside at least one region, as far as the regions are known."""
+    """Number of elements of a tensor of `shape` in at least one region. Regions that are not boxes are assumed to lie
+    outside the others."""
     regions = list(regions)
     loose = sum(region.count for region in regions if region.box is None)
     counts, cells = _grid(shape, _boxes(regions))
@@ -234,13 +235,13 @@ def covered(shape: tuple[int, ...], regions: Iterable[Region]) -> int:
 
 
 def overlapping(shape: tuple[int, ...], regions: Iterable[Region]) -> int:
-    """Elements inside more than one of the different regions: filled by one, then by another."""
+    """Number of elements in more than one of the distinct boxes: filled once, then overwritten."""
     counts, cells = _grid(shape, _boxes(regions))
     return int(cells[counts > 1].sum())
 
 
 def first_gap(shape: tuple[int, ...], regions: Iterable[Region]) -> str:
-    """The first part that no region fills, as a slice: `[0:256, 0:1]`."""
+    """The first part of a tensor of `shape` that no box covers, as a slice: `[0:256, 0:1]`."""
     boxes = _boxes(regions)
     empty = np.argwhere(_grid(shape, boxes)[0] == 0)
     spans = (f"{along[at]}:{along[at + 1]}" for along, at in zip(_edges(shape, boxes), empty[0], strict=True))
@@ -252,13 +253,12 @@ def _boxes(regions: Iterable[Region]) -> set[Box]:
 
 
 def _edges(shape: tuple[int, ...], boxes: set[Box]) -> list[list[int]]:
-    """Where boxes begin and end along each dimension."""
+    """The positions at which boxes begin and end, along each dimension."""
     return [sorted({0, size, *(edge for box in boxes for edge in box[dim])}) for dim, size in enumerate(shape)]
 
 
 def _grid(shape: tuple[int, ...], boxes: set[Box]) -> tuple[np.ndarray, np.ndarray]:
-    """How many boxes hold each cell, and each cell's elements, for the cells that the boxes' edges cut the tensor
-    into."""
+    """The boxes' edges cut the tensor into cells: how many boxes cover each cell, and how many elements it has."""
     edges = _edges(shape, boxes)
     places = [{edge: index for index, edge in enumerate(along)} for along in edges]
     counts = np.zeros([len(along) - 1 for along in edges], dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Imports without what is not needed."""
+"""Importing a library without the optional packages that it would import too."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def without(*names: str) -> Iterator[None]:
-    """While this lasts, the packages `names` look as if they were not installed, unless they are loaded already."""
+    """Inside the context, packages that are not loaded yet look as if they were not installed."""
     hidden = [name for name in names if name not in sys.modules]
     for name in hidden:
-        sys.modules[name] = None  # pyright: ignore[reportArgumentType]  how the import system is told "there is none"
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType]  None makes an import fail
     try:
         yield
     finally:

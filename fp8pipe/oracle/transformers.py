@@ -1,11 +1,14 @@
-"""transformers' own model, asked in a child process: a snapshot goes in, its Architecture comes out."""
+"""The transformers oracle: a snapshot in, its Architecture out, as transformers itself builds the model.
+
+A supervised child process builds it on the meta device (`transformers_probe.py`), because importing transformers takes
+seconds and 550 MB. Its answers are cached.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,13 +21,14 @@ from fp8pipe.errors import InputError, UnsupportedArchitecture
 from fp8pipe.files import digest_of
 from fp8pipe.hub import source
 from fp8pipe.hub.headers import read_headers
+from fp8pipe.machine.supervise import supervise
 from fp8pipe.model.architecture import Architecture
 from fp8pipe.model.headers import Headers
 from fp8pipe.oracle.cache import cache_dir
 from fp8pipe.records import Snapshot
 
 PROBE_VERSION = 5
-"""Raised whenever the probe or its rules answer differently: cached records of another version are not used."""
+"""Raised whenever the probe or its rules answer differently, so that cached answers of other versions are not used."""
 _PROBE_TIMEOUT_S = 600
 
 
@@ -37,9 +41,9 @@ def inspect(
 ) -> Architecture:
     """The architecture of `snapshot`, from the cache or from a child process.
 
-    `headers` are read from the snapshot when they are not given. `meanwhile` is run in a thread while the child
-    works, and not at all when the answer is cached. Raises UnsupportedArchitecture with transformers'
-    reason when it cannot build the model."""
+    `headers` default to those of the snapshot. `meanwhile` runs in a thread while the child works; if the answer is
+    cached, it does not run. Raises UnsupportedArchitecture, with transformers' reason, if it cannot build the model.
+    """
     headers = headers or read_headers(snapshot)
     config = source.read_file(snapshot, "config.json")
     path = cache_dir() / f"{_key(config, headers, trust_remote_code)}.json"
@@ -65,7 +69,7 @@ def _key(config: bytes, headers: Headers, trust_remote_code: bool) -> str:
 
 def _probe(snapshot: Snapshot, config: bytes, headers: Headers, trust_remote_code: bool) -> Architecture:
     if not isinstance(_json(config), dict):
-        raise InputError(f"{snapshot.model_id}: config.json is not a JSON object; it names the architecture")
+        raise InputError(f"{snapshot.model_id}: config.json is not a JSON object, so it names no architecture")
     with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:
         folder = Path(name)
         (folder / "config.json").write_bytes(config)
@@ -78,28 +82,24 @@ def _probe(snapshot: Snapshot, config: bytes, headers: Headers, trust_remote_cod
             "tensors": {info.name: info.shape for info in headers.tensors.values()},
             "trust_remote_code": trust_remote_code,
         }
-        answer = _ask(request, folder / "answer.json")
+        answer = _ask(request, folder)
     if "unsupported" in answer:
         raise UnsupportedArchitecture(f"{snapshot.model_id}: {answer['unsupported']}")
     return Architecture.model_validate(answer)
 
 
-def _ask(request: dict[str, Any], answer: Path) -> dict[str, Any]:
-    """Run the probe: request on its stdin, answer in a file, since libraries print on stdout."""
+def _ask(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """Run the probe. Request and answer are files in `scratch`, since libraries print on stdout."""
+    asked, answer = scratch / "request.json", scratch / "answer.json"
+    asked.write_text(json.dumps(request))
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", "fp8pipe.oracle.transformers_probe", str(answer)],
-            input=json.dumps(request).encode(),
-            capture_output=True,
-            env=os.environ | quiet,
-            timeout=_PROBE_TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired:
-        raise UnsupportedArchitecture(f"building the model took more than {_PROBE_TIMEOUT_S} s") from None
-    if child.returncode or not answer.exists():
-        tail = child.stderr.decode(errors="replace").strip().splitlines()[-3:]
-        raise UnsupportedArchitecture(f"transformers could not build this model: {' | '.join(tail)}")
+    command = [sys.executable, "-m", "fp8pipe.oracle.transformers_probe", str(asked), str(answer)]
+    ending = supervise(command, log=scratch / "log", env=os.environ | quiet, timeout_s=_PROBE_TIMEOUT_S)
+    if ending.reason == "timeout":
+        raise UnsupportedArchitecture(f"transformers did not build this model within {_PROBE_TIMEOUT_S} s")
+    if not ending.succeeded or not answer.exists():
+        tail = ending.tail(3).replace("\n", " | ")
+        raise UnsupportedArchitecture(f"transformers could not build this model: {tail}")
     return json.loads(answer.read_bytes())
 
 

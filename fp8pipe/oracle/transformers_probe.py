@@ -1,10 +1,11 @@
-"""The child process that builds a model on the meta device and says what each tensor on disk is.
+"""The child process that builds a model on the meta device and determines the role of each tensor on disk.
 
-    python -m fp8pipe.oracle.transformers_probe ANSWER < REQUEST
+    python -m fp8pipe.oracle.transformers_probe REQUEST ANSWER
 
-REQUEST: {"folder": with config.json, "tensors": {name: shape}, "trust_remote_code": bool}. ANSWER: the fields of
-Architecture, or {"unsupported": reason}. Disk names are followed to modules as transformers' own loader follows them:
-all renamings, then at most one converter, then the base model's prefix."""
+REQUEST: {"folder": path with config.json, "tensors": {name: shape}, "trust_remote_code": bool}. ANSWER: the fields of
+Architecture, or {"unsupported": reason}. Names on disk are mapped to modules as transformers' own loader maps them: all
+renamings, then at most one converter, then the base model's prefix.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from typing import Any
 
 from fp8pipe.oracle.lean import without
 
-# transformers imports these where they are installed, which takes seconds; no model is built with them.
+# transformers imports these packages if they are installed, which takes seconds. No model needs them.
 with without("sklearn", "scipy") if __name__ == "__main__" else nullcontext():
     import torch
     import transformers
@@ -34,20 +35,20 @@ from fp8pipe.model.architecture import AttentionLayer, ExpertLayout, TensorRole
 
 
 class Unsupported(Exception):
-    """This model cannot be quantized; the message says why."""
+    """This model cannot be quantized, for the reason in the message."""
 
 
 def main() -> None:
-    request = json.load(sys.stdin)
+    request, answer_path = json.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2])
     try:
         answer = examine(Path(request["folder"]), request["tensors"], request["trust_remote_code"])
     except Unsupported as reason:
         answer = {"unsupported": str(reason)}
-    Path(sys.argv[1]).write_text(json.dumps(answer))
+    answer_path.write_text(json.dumps(answer))
 
 
 def examine(folder: Path, shapes: Mapping[str, list[int]], trust_remote_code: bool) -> dict[str, Any]:
-    """Fields of `Architecture` for the model of `folder` whose tensors on disk have `shapes`."""
+    """The fields of `Architecture` for the config.json in `folder` and tensors on disk with these shapes."""
     model, source_quantization = build(folder, trust_remote_code)
     survey = Survey(model)
     targets = follow(model, shapes)
@@ -75,7 +76,7 @@ def examine(folder: Path, shapes: Mapping[str, list[int]], trust_remote_code: bo
 
 
 def build(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, dict[str, Any] | None]:
-    """The model on the meta device, as its own class, and the source's quantization config (left out of the model)."""
+    """The model on the meta device, as its own class, and the quantization_config, which is left out of the model."""
     source_quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -83,7 +84,7 @@ def build(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, dict[
         with torch.device("meta"):
             return _model_class(config, trust_remote_code), source_quantization
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError) as error:
-        hint = "" if trust_remote_code else "; if it brings its own code, --trust-remote-code lets it"
+        hint = "" if trust_remote_code else "; if it has code of its own, --trust-remote-code allows it"
         raise Unsupported(f"transformers cannot build it: {error}{hint}") from error
 
 
@@ -105,14 +106,14 @@ def _model_class(config: Any, trust_remote_code: bool) -> PreTrainedModel:  # An
 
 
 class Target:
-    """Where transformers puts a tensor: parameter name, and the converter's further targets where it splits."""
+    """Where transformers loads a tensor: its parameter, and the converter that splits or changes it, if any."""
 
     def __init__(self, name: str, converter: WeightConverter | None) -> None:
         self.name = name
         self.converter = converter
 
     def all_names(self) -> list[str]:
-        """`name`, and the same with each other target pattern of the converter in place of the first."""
+        """All parameters that the tensor fills: `name`, and one per further target pattern of the converter."""
         if self.converter is None:
             return [self.name]
         first, *others = self.converter.target_patterns
@@ -124,14 +125,14 @@ class Target:
 
 
 def follow(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, Target]:
-    """Every name on disk that transformers would load -> its place in the model."""
+    """Every name on disk that transformers would load -> its target in the model."""
     transforms = get_model_conversion_mapping(model)
     renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
     converters = [item for item in transforms if isinstance(item, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
     targets = {}
-    for name in sorted(names, key=dot_natural_key):  # the loader's order: some renamings depend on it
+    for name in sorted(names, key=dot_natural_key):  # the loader's order, on which some renamings depend
         place, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if place not in state and name in state:
             place, pattern = rename_source_key(name, [], [], prefix, state)
@@ -144,7 +145,7 @@ def follow(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, Target
 
 
 class Survey:
-    """The built model, asked about one tensor at a time."""
+    """The built model, which answers for one tensor at a time."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -154,7 +155,7 @@ class Survey:
         self.fp32 = [*(model._keep_in_fp32_modules or []), *(model._keep_in_fp32_modules_strict or [])]
 
     def role(self, name: str, shape: list[int], target: Target | None) -> TensorRole:
-        """What tensor `name` of `shape` is."""
+        """The role of tensor `name`, which has `shape`."""
         if target is None:
             return TensorRole(
                 kind="unused", reason="transformers has no such tensor: multi-token prediction, or unused"
@@ -245,7 +246,7 @@ class Survey:
         return TensorRole(kind="fused_experts", parameter=attribute, layout=layout)
 
     def misfits(self, shapes: Mapping[str, list[int]], targets: Mapping[str, Target]) -> list[str]:
-        """Tensors of another shape than their parameter, and parameters of the layers that no tensor fills."""
+        """Tensors whose shape differs from their parameter's, and parameters of the layers that no tensor fills."""
         state = self.model.state_dict()
         direct = ((name, list(state[t.name].shape)) for name, t in targets.items() if t.converter is None)
         found = [
@@ -253,14 +254,14 @@ class Survey:
         ]
         filled = {name for target in targets.values() for name in target.all_names()}
         optional = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
-        for name, _ in self.model.named_parameters():  # a tied one comes once
+        for name, _ in self.model.named_parameters():  # a tied parameter is listed once
             wanted = name.startswith(f"{self.layers_name}.") and name not in filled
             if wanted and not any(pattern.search(name) for pattern in optional):
                 found.append(f"{name}: not on disk")
         return found
 
     def attention(self, roles: Mapping[str, TensorRole]) -> list[AttentionLayer]:
-        """Attention modules with a KV cache of their own, in layer order."""
+        """The attention modules that have a KV cache of their own, in layer order."""
         on_disk = {}
         for name, role in roles.items():
             if role.kind in {"linear", "mixer", "parameter"}:
@@ -284,19 +285,19 @@ class Survey:
         head_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
         key = getattr(module, "k_proj", None)
-        if isinstance(key, nn.Linear):  # layers of one model may differ (sliding and full attention)
+        if isinstance(key, nn.Linear):  # layers of one model may differ: sliding and full attention
             heads = key.out_features // head_dim
         return int(heads), int(head_dim)
 
 
 def _mixer(parent: nn.Module) -> tuple[str, ...]:
-    """Names of the children of a recurrent mixer: a module with a convolution; empty for any other module."""
+    """Names of the children of a recurrent mixer, which is a module with a convolution; empty for other modules."""
     children = dict(parent.named_children())
     return tuple(children) if any(isinstance(child, nn.Conv1d) for child in children.values()) else ()
 
 
 def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """The ModuleList of the text decoder's layers and its name."""
+    """Name and ModuleList of the text decoder's layers."""
     decoder = model.get_decoder() or model
     count = model.config.get_text_config(decoder=True).num_hidden_layers
     prefix = next(name for name, module in model.named_modules() if module is decoder)
@@ -320,8 +321,7 @@ def _num_experts(experts: nn.Module) -> int | None:
 
 
 def _has_cache(module: nn.Module) -> bool:
-    """Attention keeps keys and values: it is handed a cache and its layer's index, and does not borrow another's
-    cache."""
+    """Whether the module has a KV cache: it takes a cache, has a layer index, and shares no other layer's cache."""
     if getattr(module, "layer_idx", None) is None or getattr(module, "is_kv_shared_layer", False):
         return False
     names = inspect.signature(module.forward).parameters
@@ -329,7 +329,7 @@ def _has_cache(module: nn.Module) -> bool:
 
 
 def _with_groups(roles: dict[str, TensorRole]) -> dict[str, TensorRole]:
-    """Add fused groups and expert indices, which are read from names on disk."""
+    """Add fused groups and expert indices, which come from the names on disk."""
     weights = [name.removesuffix(".weight") for name, role in roles.items() if role.kind in {"linear", "expert"}]
     groups = rules.fused_groups(weights)
     changed = dict(roles)

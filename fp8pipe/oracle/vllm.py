@@ -1,9 +1,9 @@
-"""What vLLM itself would do with a checkpoint: its own parameters, and where its own loader puts every tensor on disk.
+"""The vLLM oracle: vLLM's own parameters for a checkpoint, and where its own loader puts every tensor on disk.
 
-In: folders with config.json and safetensors headers. Out: an `Answer` for each. A child process builds vLLM's model on
-the meta device and runs vLLM's `load_weights` on tensors without data (`oracle_probe.py`), so that nothing about names,
-fused projections or experts is known twice: what vLLM renames, fuses, drops or refuses is seen as it does it. Needs
-vLLM, no GPU and no weights; importing vLLM takes 17 s, each model after that well under a second.
+In: folders with config.json and safetensors headers. Out: an `Answer` for each. A supervised child process builds
+vLLM's model on the meta device and runs vLLM's `load_weights` on tensors without data (`vllm_probe.py`). What vLLM
+renames, fuses, drops or refuses is observed, so names, fused projections and experts need no second description here.
+It needs vLLM but no GPU and no weights. Importing vLLM takes 17 s; each model then takes well under a second.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fp8pipe.errors import EngineFailed
+from fp8pipe.machine.supervise import supervise
 
 if TYPE_CHECKING:
     from fp8pipe.model.headers import TensorInfo
@@ -28,9 +28,9 @@ _START_S, _EACH_S = 300, 900
 """Time limits of the child: to start, and for each model."""
 
 Kind = Literal["refused", "unread", "unfilled", "dtype", "truncated", "overlap"]
-"""refused: vLLM raises on the tensor. unread: vLLM drops it. unfilled: (part of) a parameter gets no data. dtype: FP8
-codes in a parameter that is not FP8, or the reverse. truncated: part of the tensor is never read. overlap: one tensor
-writes over part of another."""
+"""refused: vLLM raises an error on the tensor. unread: vLLM drops it. unfilled: a parameter, or part of it, gets no
+data. dtype: FP8 codes in a parameter that is not FP8, or the reverse. truncated: part of the tensor is never read.
+overlap: one tensor overwrites part of another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Parameter:
     """As in a safetensors header: BF16, F8_E4M3, ..."""
     shape: tuple[int, ...]
     method: str
-    """Class of the quantization method of its module; empty where the module has none."""
+    """Class of its module's quantization method; empty if it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +51,14 @@ class Mismatch:
 
     kind: Kind
     tensor: str
-    """On disk; empty where no tensor is to blame."""
+    """Name on disk; empty if no tensor is at fault."""
     parameter: str
-    """In vLLM; empty where the tensor reaches none."""
+    """Name in vLLM; empty if the tensor reaches no parameter."""
     expected: str
     found: str
 
     def sentence(self) -> str:
-        """One line for people."""
+        """The disagreement in one line, for people."""
         where = " -> ".join(name for name in (self.tensor, self.parameter) if name)
         return f"{where or 'the model'}: {self.kind}: expected {self.expected}, found {self.found}"
 
@@ -69,15 +69,14 @@ class Answer:
 
     parameters: tuple[Parameter, ...]
     landings: tuple[tuple[str, tuple[str, ...]], ...]
-    """Tensor on disk -> parameters and buffers that hold its data, in the order of the tensors."""
+    """(tensor on disk, the parameters and buffers that its data reach), in the order of the tensors."""
     mismatches: tuple[Mismatch, ...]
     refusal: str
-    """vLLM's message when it cannot build the model (an architecture or scheme it does not know); else empty. Then
-    nothing else is known."""
+    """vLLM's message if it cannot build the model, and then nothing else is known; empty if it can."""
 
 
 def is_available() -> bool:
-    """Whether vLLM is installed here."""
+    """Whether vLLM is installed."""
     from fp8pipe.evaluate.environment import vllm_version
 
     try:
@@ -87,29 +86,22 @@ def is_available() -> bool:
     return True
 
 
-def ask_vllm(folders: Sequence[Path], *, follow: bool = True) -> dict[Path, Answer]:
-    """vLLM's view of each folder, from one child process.
+def ask_vllm(folders: Sequence[Path]) -> dict[Path, Answer]:
+    """vLLM's view of each checkpoint folder, from one child process.
 
-    `follow`: also run the loader on the tensors of the folder's safetensors headers; without it only config.json is
-    read, and the answer holds parameters alone. Raises EngineFailed when vLLM is not installed or does not start,
-    MalformedCheckpoint for headers that are not sound.
+    Raises EngineFailed if vLLM is not installed or does not start, MalformedCheckpoint for unsound headers.
     """
     _require_vllm()
-    requests = [_request(folder, _tensors(folder) if follow else {}) for folder in folders]
+    requests = [_request(folder, _tensors(folder)) for folder in folders]
     return dict(zip(folders, _ask(requests), strict=True))
 
 
-def vllm_parameters(folders: Sequence[Path]) -> dict[Path, tuple[Parameter, ...]]:
-    """vLLM's parameters for each config.json, quantized as it says; () where vLLM cannot build the model."""
-    return {folder: answer.parameters for folder, answer in ask_vllm(folders, follow=False).items()}
-
-
 def parity(folder: Path, tensors: Mapping[str, TensorInfo] | None = None) -> tuple[Mismatch, ...]:
-    """Every disagreement between the checkpoint in `folder` and vLLM's model; empty means that each tensor lands whole
-    in a parameter of fitting dtype, and each parameter is filled.
+    """Every disagreement between the checkpoint in `folder` and vLLM's model.
 
-    `tensors`: the checkpoint's, as far as its headers can be read. Without it they are read here, and those that are
-    not sound raise MalformedCheckpoint. Raises EngineFailed when vLLM is not installed, does not start, or is killed.
+    If there is none, each tensor is read completely into a parameter of fitting dtype, and each parameter is filled.
+    `tensors` are those whose headers could be read; by default they are read from `folder`, and unsound headers raise
+    MalformedCheckpoint. Raises EngineFailed if vLLM is not installed, does not start, or is killed.
     """
     _require_vllm()
     try:
@@ -127,17 +119,17 @@ def _refused(words: str) -> Mismatch:
 
 
 class _Ended(EngineFailed):
-    """The child had started; an exception that nobody expects of vLLM ended it while it built a model."""
+    """The child started, but an exception that vLLM is not known to raise ended it while it built a model."""
 
     def __init__(self, message: str, words: str) -> None:
         super().__init__(message)
         self.words = words
-        """Of the exception."""
+        """The exception's own message."""
 
 
 def _require_vllm() -> None:
     if not is_available():
-        raise EngineFailed("vLLM is not installed, so its model cannot be asked; install the cpu or gpu extra")
+        raise EngineFailed("vLLM is not installed, so it cannot check the checkpoint; install the cpu or gpu extra")
 
 
 def _tensors(folder: Path) -> Mapping[str, TensorInfo]:
@@ -156,27 +148,22 @@ def _ask(requests: list[dict[str, Any]]) -> list[Answer]:
 
 
 def _run(requests: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
-    """One answer for each request; the child writes them as it goes, libraries print what they like."""
-    answers, log = scratch / "answers.jsonl", scratch / "log"
+    """One answer per request, as the child writes them to a file; libraries print to the log."""
+    asked, answers = scratch / "requests.jsonl", scratch / "answers.jsonl"
+    asked.write_text("".join(json.dumps(request) + "\n" for request in requests))
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    with log.open("wb") as output:
-        try:
-            child = subprocess.run(
-                [sys.executable, "-m", "fp8pipe.oracle.vllm_probe", str(answers)],
-                input="".join(json.dumps(request) + "\n" for request in requests).encode(),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=os.environ | quiet,
-                timeout=_START_S + _EACH_S * len(requests),
-            )
-        except subprocess.TimeoutExpired as error:
-            raise EngineFailed(f"vLLM's model took more than {error.timeout:.0f} s to build") from None
+    command = [sys.executable, "-m", "fp8pipe.oracle.vllm_probe", str(asked), str(answers)]
+    limit = _START_S + _EACH_S * len(requests)
+    ending = supervise(command, log=scratch / "log", env=os.environ | quiet, timeout_s=limit)
+    if ending.reason == "timeout":
+        raise EngineFailed(f"vLLM did not build the model within {limit} s")
     lines = answers.read_text().splitlines() if answers.exists() else []
-    if child.returncode or len(lines) != len(requests):
-        tail = log.read_text(errors="replace").strip().splitlines()[-5:]
+    if not ending.succeeded or len(lines) != len(requests):
+        tail = ending.tail(5).splitlines()
         at = requests[min(len(lines), len(requests) - 1)]["folder"]
         message = f"{at}: vLLM ended while it built the model: {' | '.join(tail)}"
-        if child.returncode > 0 and answers.exists() and tail:
+        raised = 0 < ending.returncode < 128  # otherwise a signal ended it
+        if raised and answers.exists() and tail:
             raise _Ended(message, tail[-1])
         raise EngineFailed(message)
     return [json.loads(line) for line in lines]

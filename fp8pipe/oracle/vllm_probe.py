@@ -1,10 +1,10 @@
 """The child process that builds vLLM's models on the meta device and follows their loaders.
 
-    python -m fp8pipe.oracle.vllm_probe ANSWERS < REQUESTS
+    python -m fp8pipe.oracle.vllm_probe REQUESTS ANSWERS
 
-REQUESTS: one JSON object a line, {"folder": with config.json, "tensors": {name: [dtype, shape]}}. ANSWERS: one line
-each, the fields of `oracle.Answer`. Kernels are never run: where this machine has none for a scheme, a stand-in is
-chosen.
+REQUESTS: one JSON object per line, {"folder": path with config.json, "tensors": {name: [dtype, shape]}}. ANSWERS: one
+line per request, the fields of `vllm.Answer`. Kernels are never run; where this machine has none for a scheme, a
+stand-in is chosen.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ if TYPE_CHECKING:
     from fp8pipe.oracle.landing import Write
 
 MAX_REFUSALS = 20
-"""Tensors that vLLM may refuse before the rest goes unasked: each costs another run of the loader."""
+"""After this many refused tensors the others are not tried: each refusal costs another run of the loader."""
 
 _FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
-"""Dtypes that vLLM may cast into one another without changing what the numbers mean."""
+"""Dtypes that vLLM may cast to one another without changing what the numbers mean."""
 
 FOREIGN = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, IndexError, KeyError, NotImplementedError, OSError),
     *(RuntimeError, StopIteration, TypeError, ValueError),
 )
-"""What vLLM raises on a checkpoint that it does not like: its own classes, or whatever it stumbles on."""
+"""Exceptions that vLLM raises on a checkpoint that it cannot load, on purpose or not."""
 
 _DTYPES = """
     BOOL:bool U8:uint8 I8:int8 U16:uint16 I16:int16 U32:uint32 I32:int32 U64:uint64 I64:int64
     F8_E4M3:float8_e4m3fn F8_E5M2:float8_e5m2 F8_E8M0:float8_e8m0fnu F8_E4M3FNUZ:float8_e4m3fnuz
     F8_E5M2FNUZ:float8_e5m2fnuz F16:float16 BF16:bfloat16 F32:float32 F64:float64 C64:complex64
 """
-"""Safetensors' names of dtypes, and torch's."""
+"""Names of dtypes in safetensors, with those in torch."""
 
 _KV_LEAVES = frozenset(("k_scale", "v_scale"))
 
 
 def main() -> None:
     prepare_process()
-    requests = [json.loads(line) for line in sys.stdin]
+    asked, path = Path(sys.argv[1]), Path(sys.argv[2])
+    requests = [json.loads(line) for line in asked.read_text().splitlines()]
     _offer_stand_in_kernels()
-    path = Path(sys.argv[1])
     _enter_world(path.with_name("store"))
     with path.open("w") as answers:
         for request in requests:
@@ -77,7 +77,7 @@ def _examine(folder: Path, tensors: dict[str, tuple[str, list[int]]]) -> dict[st
 
 
 def _offer_stand_in_kernels() -> None:
-    """Let every FP8 scheme find a kernel on any machine: the last in each of vLLM's lists, one that is never run."""
+    """Add a stand-in, which is never run, to the end of each of vLLM's lists, so that every FP8 scheme has a kernel."""
     from vllm.model_executor.kernels import linear
     from vllm.platforms import current_platform
 
@@ -86,7 +86,7 @@ def _offer_stand_in_kernels() -> None:
 
 
 class StandInKernel:
-    """Takes any layer, computes nothing."""
+    """A kernel that accepts any layer and computes nothing."""
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -104,7 +104,7 @@ class StandInKernel:
 
 @contextlib.contextmanager
 def _built(folder: Path) -> Iterator[nn.Module]:
-    """vLLM's model for config.json in `folder`, on the meta device, in a world of one process."""
+    """vLLM's model for the config.json in `folder`, on the meta device, for a single process."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import destroy_model_parallel, initialize_model_parallel
@@ -116,7 +116,7 @@ def _built(folder: Path) -> Iterator[nn.Module]:
     arguments = EngineArgs(model=str(folder), load_format="dummy", enforce_eager=True, skip_tokenizer_init=True)
     config = arguments.create_engine_config()
     with set_current_vllm_config(config):
-        initialize_model_parallel(1)  # anew for each model: experts have a group of their own
+        initialize_model_parallel(1)  # for each model, since experts have a group of their own
         try:
             with torch.device("meta"), set_default_torch_dtype(config.model_config.dtype):
                 model = initialize_model(config)
@@ -126,7 +126,7 @@ def _built(folder: Path) -> Iterator[nn.Module]:
 
 
 def _enter_world(store: Path) -> None:
-    """The distributed environment that every vLLM model asks for; `store` is a file that it makes."""
+    """Initialise the distributed environment that every vLLM model needs; `store` is a file that this creates."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment
 
@@ -152,7 +152,7 @@ def _method(module: nn.Module) -> str:
 
 
 def follow_loader(model: nn.Module, tensors: Mapping[str, tuple[str, list[int]]], answer: dict[str, Any]) -> None:
-    """Run `model.load_weights` over stand-ins for `tensors`; again without each tensor that it refuses."""
+    """Run `model.load_weights` on stand-ins for `tensors`, and again without each tensor that it refuses."""
     from fp8pipe.oracle.landing import Follower
 
     refused: list[list[Any]] = []
@@ -168,9 +168,8 @@ def follow_loader(model: nn.Module, tensors: Mapping[str, tuple[str, list[int]]]
             break
         except FOREIGN as error:
             refused.append(["refused", drawn[0], "", "a tensor that vLLM's loader takes", _words(error)])
-            if (
-                not drawn[0] or len(refused) >= MAX_REFUSALS
-            ):  # all tensors were drawn before it raised, or it takes none
+            no_tensor_to_blame = not drawn[0]  # it raised before the first tensor or after the last
+            if no_tensor_to_blame or len(refused) >= MAX_REFUSALS:
                 answer["mismatches"] = refused
                 return
     answer["landings"] = _landings(follower.writes, remaining)
@@ -195,7 +194,7 @@ def _landings(writes: list[Write], tensors: Mapping[str, Any]) -> list[list[Any]
 
 
 def _unsettled(model: nn.Module, writes: list[Write], tensors: Mapping[str, tuple[str, list[int]]]) -> list[list[Any]]:
-    """Everything wrong with tensors that vLLM took."""
+    """Everything wrong with the tensors that vLLM accepted."""
     return [
         *_parameters_not_whole(model, writes),
         *_tensors_not_whole(writes, tensors),
@@ -209,7 +208,7 @@ def _parameters_not_whole(model: nn.Module, writes: list[Write]) -> Iterator[lis
     regions: dict[str, list[Region]] = {}
     for write in writes:
         regions.setdefault(write.place, []).append(write.region)
-    may_be_empty = _without_need(model, set(regions))
+    may_be_empty = _optional(model, set(regions))
     for name, parameter in model.named_parameters():
         shape, found = tuple(parameter.shape), regions.get(name, [])
         filled = covered(shape, found)
@@ -220,8 +219,8 @@ def _parameters_not_whole(model: nn.Module, writes: list[Write]) -> Iterator[lis
             yield ["overlap", "", name, f"each element of {list(shape)} from one tensor", f"{twice} from several"]
 
 
-def _without_need(model: nn.Module, filled: set[str]) -> set[str]:
-    """Scales of the KV cache, which have defaults: k and v where the checkpoint brings none at all, others always."""
+def _optional(model: nn.Module, filled: set[str]) -> set[str]:
+    """Scales of attention that have defaults: k_scale and v_scale if the checkpoint has none at all, others always."""
     from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
     scales = {
@@ -257,7 +256,7 @@ def _wrong_dtypes(
     seen = set()
     for write in writes:
         names = {origin.tensor for origin in write.origins}
-        if len(names) != 1:  # computed from several: a dequantized weight, say
+        if len(names) != 1:  # computed from several tensors, such as a dequantized weight
             continue
         (name,) = names
         found, expected = tensors[name][0], wanted[write.place]
@@ -270,10 +269,10 @@ def _wrong_dtypes(
 
 
 def _words(error: BaseException) -> str:
-    """vLLM's message on one line; where it gives none, the place that raised."""
+    """The error's message on one line; if it has none, the line of code that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said or f'{frame.line} (in {frame.name})'}"[:500]
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message or f'{frame.line} (in {frame.name})'}"[:500]
 
 
 def _torch_dtype(name: str) -> torch.dtype:

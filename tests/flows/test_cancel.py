@@ -23,13 +23,14 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from support.evaluation import make_suite
 from prefect import flow, task
-from fp8pipe.evaluate import evaluate
+from fp8pipe.evaluate import evaluate, request_for
 
 @task
 def measure(folder: str):
     root = Path(folder)
     suite = make_suite(root / "tasks")
-    evaluate(root / "model", suite, root / "out", role="baseline", model_id="m", fingerprint="f")
+    request = request_for(root / "model", suite, role="baseline", model_id="m", fingerprint="f")
+    evaluate(request, root / "out")
 
 @flow
 def measuring(folder: str):

@@ -209,15 +209,16 @@ def test_a_later_look_appends_and_both_sides_are_asked_the_same(tmp_path: Path) 
     """Half of the documents, then all of them: the first half is not scored again, and its prompts stay the same."""
     from support.evaluation import make_suite, make_tasks, make_tiny_llama
 
-    from fp8pipe.evaluate import evaluate
+    from fp8pipe.evaluate import evaluate, request_for
 
     make_tasks(tmp_path / "tasks")
     measured = make_suite(tmp_path / "tasks")
     model = make_tiny_llama(tmp_path / "model")
     fields: dict[str, Any] = {"role": "baseline", "model_id": "tiny", "fingerprint": "0" * 40}
-    half = evaluate(model, measured, tmp_path / "out", looks=(0.5,), **fields)
-    whole = evaluate(model, measured, tmp_path / "out", looks=(0.5, 1.0), **fields)
-    again = evaluate(model, measured, tmp_path / "out", looks=(0.5,), **fields)
+    first = request_for(model, measured, looks=(0.5,), **fields)
+    half = evaluate(first, tmp_path / "out")
+    whole = evaluate(request_for(model, measured, looks=(0.5, 1.0), **fields), tmp_path / "out")
+    again = evaluate(first, tmp_path / "out")
     assert again == half
     for before, after in zip(half.tasks, whole.tasks, strict=True):
         n = len(before.doc_ids)

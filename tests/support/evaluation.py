@@ -1,13 +1,22 @@
-"""A random two-layer Llama, its naive FP8 twin with FP8 KV cache, lm-eval tasks on local rows, running workers."""
+"""What an evaluation needs, made tiny: models, tasks, suites, requests, and interpreters in the place of python."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
+import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
-from fp8pipe.config import EvalSuite, TaskSpec
+import pytest
+
+from fp8pipe.config import EvalSuite, ServingWorkload, TaskSpec
+from fp8pipe.evaluate import evaluate, request_for
+from fp8pipe.evaluate.request import EvalRequest
+from fp8pipe.progress import Progress, quiet
+from fp8pipe.records import EngineFacts, EvalReport
+from support.processes import family, processes
 
 
 def make_tiny_llama(folder: Path) -> Path:
@@ -41,7 +50,7 @@ def make_tiny_llama(folder: Path) -> Path:
 
 
 def make_fp8_kv_twin(source: Path, folder: Path) -> Path:
-    """compressed-tensors, per tensor, static activations, FP8 KV cache; scales by guess, which vLLM does not mind."""
+    """compressed-tensors, per tensor, static activations, FP8 KV cache. The scales are guesses, which vLLM accepts."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -95,7 +104,7 @@ metric_list:
 
 
 def make_tasks(folder: Path) -> Path:
-    """Tasks tiny_generate and tiny_choose on 24 rows; a group tiny_group of two choosers with 24 and 8 rows."""
+    """Tasks tiny_generate and tiny_choose with 24 documents; tiny_group of two choosing tasks with 24 and 8."""
     folder.mkdir(parents=True)
     for name, body, rows in (
         ("tiny_generate", GENERATE, 24),
@@ -120,23 +129,91 @@ def _row(i: int) -> dict[str, object]:
 
 
 def make_suite(task_dir: Path, **tasks: TaskSpec) -> EvalSuite:
-    """Seed 7; both plain tasks when none is named."""
+    """A suite with seed 7, of both plain tasks unless others are named."""
     wanted = tasks or {"tiny_generate": TaskSpec(num_fewshot=2, samples=10), "tiny_choose": TaskSpec(num_fewshot=2)}
     return EvalSuite(name="tiny", tasks=wanted, task_dir=str(task_dir), engine={"max_model_len": 256}, seed=7)
 
 
-def processes_of(folder: Path) -> dict[int, str]:
-    """Processes of the evaluation in `folder`: those whose command line names it, and what they have started.
+def make_full_suite(task_dir: Path) -> EvalSuite:
+    """Both plain tasks, the generations of a baseline twice, and a timed workload."""
+    suite = make_suite(
+        task_dir,
+        tiny_generate=TaskSpec(num_fewshot=2, samples=10, repeat=True),
+        tiny_choose=TaskSpec(num_fewshot=2),
+    )
+    workload = ServingWorkload(num_prompts=4, input_len=32, output_len=8, max_concurrency=2)
+    return suite.model_copy(update={"serving": workload})
 
-    pid -> command.
-    """
-    commands, parents = {}, {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(entry.name)
-            commands[pid] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-    found = {pid for pid, command in commands.items() if f"{folder}/request.json" in command}
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return {pid: commands[pid] for pid in found}
+
+def ask(model: Path, suite: EvalSuite | None = None, **options: Any) -> EvalRequest:
+    """A request with the fields that most tests do not care about filled in; without a suite, for a task `t`."""
+    suite = suite or EvalSuite(name="tiny", tasks={"t": TaskSpec()})
+    return request_for(model, suite, **({"role": "baseline", "model_id": "m", "fingerprint": "f"} | options))
+
+
+def evaluate_by(python: str, request: EvalRequest, folder: Path, progress: Progress = quiet) -> EvalReport:
+    """`evaluate` with a worker that this interpreter runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", python)
+        return evaluate(request, folder, progress=progress)
+
+
+INTERPRETER = """\
+#!{python} -IS
+import json, os, sys, time
+from pathlib import Path
+if sys.argv[1] != "-m":
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])  # the guard of `supervise`
+path = Path(sys.argv[-1])
+with (path.parent / "started").open("a") as started:
+    started.write("x")
+
+def report():
+    request, facts = json.loads(path.read_text()), json.loads({report!r})
+    facts |= {{name: request[name] for name in ("role", "fingerprint", "retries")}}
+    path.with_name("report.json").write_text(json.dumps(facts))
+
+{worker}
+"""
+
+
+def interpreter(folder: Path, worker: str = "report()") -> str:
+    """A program in the place of python whose worker notes in `started` that it ran, and runs this code instead."""
+    engine = EngineFacts(
+        linear_kernels=(),
+        attention_backend="",
+        kv_cache_dtype="auto",
+        quantization=None,
+        dtype="bfloat16",
+        max_model_len=1,
+        arguments={},
+        device_class="cpu",
+        device_name="cpu",
+        plugin=None,
+    )
+    report = EvalReport(
+        role="baseline",
+        model_id="m",
+        fingerprint="f",
+        suite="tiny",
+        suite_digest="d",
+        engine=engine,
+        tasks=(),
+        add_bos_token=True,
+        chat_template_hash=None,
+        tokenizer_hash="t",
+        seeds={},
+        versions={},
+        table="",
+        seconds={},
+    )
+    path = folder / "python"
+    code = textwrap.dedent(worker)
+    path.write_text(INTERPRETER.format(python=sys.executable, report=report.model_dump_json(), worker=code))
+    path.chmod(0o755)
+    return str(path)
+
+
+def processes_of(folder: Path) -> dict[int, str]:
+    """The processes whose command line names the request in `folder`, and all that they started: pid -> command."""
+    return family(pid for pid, (_, command) in processes().items() if f"{folder}/request.json" in command)

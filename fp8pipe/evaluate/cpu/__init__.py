@@ -1,4 +1,4 @@
-"""FP8 for vLLM's CPU platform: quantization (quantize), linear kernels (linear) and expert kernels (experts), in torch.
+"""FP8 for vLLM's CPU platform, in torch: quantization (quantize), linear kernels (linear) and expert kernels (experts).
 
-Imported by the plugin `fp8pipe.evaluate.cpu_platform` only, once it knows that it runs on the CPU platform.
+Only the plugin `fp8pipe.evaluate.cpu_platform` imports these modules, once it knows that the platform is a CPU.
 """

@@ -1,4 +1,4 @@
-"""FP8 experts (W8A8) on the CPU: the meaning of vLLM's Triton kernels, for every scheme that those serve."""
+"""FP8 experts (W8A8) on the CPU: computes what vLLM's Triton kernels compute, for every scheme that those serve."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _SCHEMES = (
     (keys.kFp8StaticTensorSym, keys.kFp8DynamicTokenSym),
     (keys.kFp8StaticChannelSym, keys.kFp8DynamicTokenSym),
 )
-"""(weight, activation) beside blocks."""
+"""(weight, activation) schemes, besides blocks."""
 
 _ACTIVATIONS: dict[MoEActivation, Callable[[Tensor], Tensor]] = {
     MoEActivation.SILU: functional.silu,
     MoEActivation.GELU: functional.gelu,
     MoEActivation.GELU_TANH: partial(functional.gelu, approximate="tanh"),
 }
-"""Computed here: vLLM's own operations cut bf16 off instead of rounding it on a CPU without AVX512-BF16, and E4M3 codes
-of the next product then differ (2 % of an answer's norm)."""
+"""Computed here, because on a CPU without AVX512-BF16 vLLM's own operations truncate to bf16 instead of rounding. The
+E4M3 codes of the next product then differ, by 2 % of the output's norm."""
 
 
 class ReferenceFp8Experts(mk.FusedMoEExpertsModular):
-    """Both products of every expert with E4M3 operands and float32 sums; the value between them in the model's dtype.
+    """Both products of every expert, with E4M3 operands and float32 sums; the value in between has the model's dtype.
 
-    Activations are quantized per tensor with the layer's scale, or as they come per tensor, per token or in groups.
+    Activations are quantized with the layer's static scale, or dynamically per tensor, per token or in groups.
     """
 
     @property
     def expects_unquantized_inputs(self) -> bool:
-        """vLLM's own input quantization for blocks is a Triton kernel."""
+        """True: inputs are quantized here, because vLLM's input quantization for blocks is a Triton kernel."""
         return True
 
     @staticmethod
@@ -84,7 +84,7 @@ class ReferenceFp8Experts(mk.FusedMoEExpertsModular):
         expert_tokens_meta: mk.ExpertTokensMetadata | None,
         activation: MoEActivation,
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """No scratch space of vLLM's; the output is reduced over the chosen experts."""
+        """Shapes of two workspaces, both empty, and of the output [M, K], already summed over the chosen experts."""
         return (0,), (0,), (M, K)
 
     def finalize_weight_and_reduce_impl(self) -> mk.TopKWeightAndReduce:
@@ -113,7 +113,7 @@ class ReferenceFp8Experts(mk.FusedMoEExpertsModular):
         tokens, topk = topk_ids.shape
         chosen, rows = topk_ids.flatten().unique(return_counts=True)
         runs = list(zip(chosen.tolist(), rows.tolist(), strict=True))
-        order = topk_ids.flatten().argsort(stable=True)  # rows of one expert stand together
+        order = topk_ids.flatten().argsort(stable=True)  # groups the rows of each expert
 
         entering = hidden_states[order // topk]
         gate_up = self._multiply(entering, self.a1_scale, w1, self.w1_scale, self.w1_bias, runs).to(entering.dtype)
@@ -134,17 +134,17 @@ class ReferenceFp8Experts(mk.FusedMoEExpertsModular):
         bias: Tensor | None,
         runs: list[tuple[int, int]],
     ) -> Tensor:
-        """float32 product of `rows` with the weights of their experts; `runs` names each expert and its rows."""
+        """float32 product of `rows` with the weights of their experts; `runs` lists each expert and its row count."""
         assert weight_scales is not None
         block = None if self.block_shape is None else (self.block_shape[0], self.block_shape[1])
         products = []
-        for values, (expert, _) in zip(self._rounded(rows, row_scale).split([n for _, n in runs]), runs, strict=True):
+        for values, (expert, _) in zip(self._quantized(rows, row_scale).split([n for _, n in runs]), runs, strict=True):
             product = values @ dequantize(weights[expert], weight_scales[expert], block).T
             products.append(product if bias is None else product + bias[expert])
         return torch.cat(products)
 
-    def _rounded(self, rows: Tensor, scale: Tensor | None) -> Tensor:
-        """What quantization to E4M3 leaves of `rows`, in float32."""
+    def _quantized(self, rows: Tensor, scale: Tensor | None) -> Tensor:
+        """`rows` quantized to E4M3 and dequantized to float32."""
         if self.block_shape is not None:
             group = self.block_shape[1]
             return dequantize(*quantize_groups(rows, group), (1, group))

@@ -1,4 +1,4 @@
-"""Linear kernels for FP8 schemes that vLLM's CPU platform cannot serve, or serves without quantizing activations."""
+"""Linear kernels for the FP8 schemes that vLLM's CPU platform lacks, or serves without quantizing activations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from fp8pipe.evaluate.cpu.quantize import dequantize, quantize_groups
 
 Verdict = tuple[bool, str | None]
-"""Whether a kernel can serve, else why not."""
+"""Whether a kernel can serve, and if not, why."""
 
 
 def _on_cpu() -> Verdict:
@@ -22,13 +22,13 @@ def _on_cpu() -> Verdict:
 
 
 class ReferenceFp8BlockScaledMMLinearKernel(Fp8BlockScaledMMLinearKernel):
-    """Weights in blocks (128x128), activations quantized as they come in groups (128) of a token: DeepSeek's scheme.
+    """DeepSeek's scheme: weights in 128x128 blocks, activations quantized dynamically in groups of 128 per token.
 
     Serves `quant_method: fp8` (`weight_scale_inv`) and compressed-tensors (`weight_scale`).
     """
 
-    # vLLM would quantize with its torch fallback, which bounds a group's scale from below 40,000 times higher than
-    # the GPU's kernels do: here instead, where the product is made.
+    # vLLM's torch fallback would bound a group's scale from below 40,000 times higher than the GPU kernels do, so
+    # activations are quantized where the product is computed.
     apply_input_quant = False
 
     @classmethod
@@ -36,7 +36,7 @@ class ReferenceFp8BlockScaledMMLinearKernel(Fp8BlockScaledMMLinearKernel):
         return _on_cpu()
 
     def apply_block_scaled_mm(self, A: Tensor, B: Tensor, As: Tensor, Bs: Tensor) -> Tensor:
-        """A [M, K] in 16 bits, codes B [N, K], scales Bs [ceil(N / 128), ceil(K / 128)]; float32 [M, N]."""
+        """float32 [M, N] from A [M, K] in 16 bits, codes B [N, K] and scales Bs [ceil(N / 128), ceil(K / 128)]."""
         group = self.config.activation_quant_key.scale.group_shape.col
         block = (self.weight_group_shape.row, self.weight_group_shape.col)
         codes, scale = quantize_groups(A, group)
@@ -44,7 +44,7 @@ class ReferenceFp8BlockScaledMMLinearKernel(Fp8BlockScaledMMLinearKernel):
 
 
 class ReferenceFp8W8A16LinearKernel(FP8ScaledMMLinearKernel):
-    """FP8 weights, activations left in 16 bits (`input_activations: null`); products and sums in float32."""
+    """FP8 weights with activations in 16 bits (`input_activations: null`); products and sums in float32."""
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> Verdict:
@@ -53,7 +53,7 @@ class ReferenceFp8W8A16LinearKernel(FP8ScaledMMLinearKernel):
     @classmethod
     def can_implement(cls, c: FP8ScaledMMLinearLayerConfig) -> Verdict:
         if c.weight_quant_key.scale.group_shape == GroupShape(128, 128):
-            return False, "vLLM's scheme has no block weights without quantized activations"
+            return False, "block weights need quantized activations"
         return True, None
 
     def apply_weights(
@@ -62,8 +62,8 @@ class ReferenceFp8W8A16LinearKernel(FP8ScaledMMLinearKernel):
         x: Tensor | QuantizedActivation,
         bias: Tensor | None = None,
     ) -> Tensor:
-        """x [..., K]; vLLM holds the codes as [K, N], with one scale for each output [N, 1]."""
-        assert isinstance(x, Tensor), "no layer before a weight-only one quantizes for it"
+        """x [..., K] to [..., N]; vLLM stores the codes as [K, N], with one scale per output, [N, 1]."""
+        assert isinstance(x, Tensor), "a weight-only layer gets unquantized activations"
         output = x.float() @ dequantize(layer.weight.t(), layer.weight_scale).T
         return (output if bias is None else output + bias).to(self.config.out_dtype)
 

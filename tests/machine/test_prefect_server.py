@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
+from support.processes import all_gone, wait_for_descendant
 
 from fp8pipe.machine.prefect_server import configured_api
 
@@ -28,26 +25,10 @@ def test_no_api_is_configured_in_a_fresh_home(tmp_path):
 def test_server_ends_when_its_starter_is_killed(tmp_path):
     program = (
         "import time\nfrom pathlib import Path\nfrom fp8pipe.machine.prefect_server import EmbeddedServer\n"
-        f"server = EmbeddedServer(Path({str(tmp_path / 'log')!r}), Path({str(tmp_path / 'home')!r}))\n"
-        "print(server._process.pid, flush=True)\ntime.sleep(600)\n"
+        f"EmbeddedServer(Path({str(tmp_path / 'log')!r}), Path({str(tmp_path / 'home')!r}))\ntime.sleep(600)\n"
     )
-    starter = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert starter.stdout is not None
-    server = int(starter.stdout.readline())
-    while "prefect" not in Path(f"/proc/{server}/cmdline").read_text():
-        time.sleep(0.05)
-    time.sleep(0.5)
-    os.kill(starter.pid, signal.SIGKILL)
+    starter = subprocess.Popen([sys.executable, "-c", program])
+    started = wait_for_descendant(starter.pid, "-m prefect server start")
+    starter.kill()
     starter.wait()
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and alive(server):
-        time.sleep(0.1)
-    assert not alive(server)
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert all_gone(started)
