@@ -30,8 +30,13 @@ class Answer(RunInput):
 
 
 @flow(name="approve-release", flow_run_name="approve {repo_id}", persist_result=True)
-def approve_release(folder: Path, repo_id: str, collection: str | None = None) -> State[Release | None]:
-    """Ask a person whether to publish the checkpoint in `folder`, which the gate left inconclusive; act accordingly."""
+def approve_release(
+    folder: Path, repo_id: str, collection: str | None = None, description: str = ""
+) -> State[Release | None]:
+    """Ask a person whether to publish the checkpoint in `folder`, which the gate left inconclusive; act accordingly.
+
+    `description` is the collection's, if this release is the first in it.
+    """
     form = Answer.with_initial_data(description=tasks.question(folder))
     answer = answer_to(form, key="approval", timeout_s=WEEK_S)
     by = f"{answer.who}: {answer.reason}"
@@ -39,6 +44,6 @@ def approve_release(folder: Path, repo_id: str, collection: str | None = None) -
         return Completed(name="Declined", message=f"declined by {by}", data=None)
 
     tasks.approve(folder, answer.who, answer.reason)
-    release = tasks.publish(folder, repo_id, collection)
+    release = tasks.publish(folder, repo_id, collection, description)
     released_by_decision(folder, release)
     return Completed(name="Released", message=f"inconclusive, released by decision of {by}", data=release)

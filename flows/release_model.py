@@ -67,7 +67,7 @@ def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, ear
     decision = _decide(job, snapshot, folder, workspace, earlier)
     release = None
     if stages.may_publish(folder.checkpoint):
-        release = tasks.publish(folder.checkpoint, spec.repo_id, spec.collection)
+        release = tasks.publish(folder.checkpoint, spec.repo_id, spec.collection, spec.collection_description)
     elif stages.is_question(decision, job.policy):
         tasks.ask(job, folder.checkpoint, decision)
     return decided(job, snapshot, checkpoint, decision, release).kept(folder.outcome)

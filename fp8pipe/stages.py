@@ -456,7 +456,14 @@ def approve(folder: Path, *, who: str, reason: str) -> Approval:
     return approve(folder, who=who, reason=reason)
 
 
-def publish(folder: Path, *, repo_id: str, collection: str | None, progress: Progress = quiet) -> Release:
+def publish(
+    folder: Path,
+    *,
+    repo_id: str,
+    collection: str | None,
+    collection_description: str = "",
+    progress: Progress = quiet,
+) -> Release:
     """Card, upload, verification, tag and collection item for an accepted checkpoint; idempotent."""
     from fp8pipe.gate.publishable import require_publishable
     from fp8pipe.release.card import card_for_folder, collection_note
@@ -464,4 +471,12 @@ def publish(folder: Path, *, repo_id: str, collection: str | None, progress: Pro
 
     decision = require_publishable(folder).decision
     card, note = card_for_folder(folder, repo_id=repo_id), collection_note(decision)
-    return publish(folder, repo_id=repo_id, card=card, collection=collection, note=note, progress=progress)
+    return publish(
+        folder,
+        repo_id=repo_id,
+        card=card,
+        note=note,
+        collection=collection,
+        collection_description=collection_description,
+        progress=progress,
+    )

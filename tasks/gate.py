@@ -99,6 +99,7 @@ def ask(job: ResolvedRelease, checkpoint_folder: Path, decision: GateDecision) -
         "folder": str(checkpoint_folder),
         "repo_id": job.spec.repo_id,
         "collection": job.spec.collection,
+        "description": job.spec.collection_description,
     }
     try:
         # One question per decision, however often the release runs again.

@@ -22,10 +22,12 @@ from tasks.progress import artifact_key, reporter
     retry_delay_seconds=HUB_RETRY_DELAYS,
     retry_condition_fn=is_transient,
 )
-def publish(folder: Path, repo_id: str, collection: str | None) -> Release:
-    """One commit, verified from the Hub's side, tagged and in its collection."""
+def publish(folder: Path, repo_id: str, collection: str | None, description: str = "") -> Release:
+    """One commit, verified from the Hub's side, tagged and in its collection, which `description` is for."""
     progress = reporter("publish", repo_id)
-    release = stages.publish(folder, repo_id=repo_id, collection=collection, progress=progress)
+    release = stages.publish(
+        folder, repo_id=repo_id, collection=collection, collection_description=description, progress=progress
+    )
     link = f"{release.repo_url}/tree/{release.tag}"
     create_link_artifact(link, link_text=f"{repo_id}@{release.tag}", key=artifact_key("release", repo_id))
     return release

@@ -27,6 +27,7 @@ class CollectionMeta(Config):
     namespace: str
     title: str = Field(max_length=59)
     description: str = Field(default="", max_length=150)
+    """Shown by the Hub under the title. Given to a collection that is created, not to one that exists."""
 
 
 class CollectionSpec(Config):
@@ -64,6 +65,7 @@ class CollectionSpec(Config):
             "policy": self.policy,
             "repo_id": repo_id,
             "collection": f"{self.collection.namespace}/{self.collection.title}",
+            "collection_description": self.collection.description,
             "work_dir": self.work_dir,
         }
         return validated(ReleaseSpec, fields | entry.overrides, f"model {entry.id}")

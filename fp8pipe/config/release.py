@@ -23,6 +23,9 @@ class ReleaseSpec(Config):
     policy: str = Field(default="quick", description="Name in configs/gates or path")
     repo_id: str = Field(description="Repository to publish to: namespace/name", pattern=r"^[\w.-]+/[\w.-]+$")
     collection: str | None = Field(default=None, description="Collection: namespace/title, or a slug")
+    collection_description: str = Field(
+        default="", max_length=150, description="Of the collection, if this release is the first in it"
+    )
     trust_remote_code: bool = Field(default=False, description="Let this model bring its own Python code")
     work_dir: str = Field(default="fp8pipe-work", description="Folder for releases and baselines")
     device: str = Field(default="auto", description="auto, cpu or cuda, for calibration")

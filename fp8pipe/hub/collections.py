@@ -14,13 +14,13 @@ MAX_NOTE = 500
 """Characters that the Hub accepts in the note of a collection item."""
 
 
-def add_to_collection(api: HfApi, repo_id: str, name: str, note: str) -> Collection:
+def add_to_collection(api: HfApi, repo_id: str, name: str, note: str, *, description: str = "") -> Collection:
     """Make sure that the collection exists and shows the model with this note.
 
     `name` is `namespace/title`, or a slug as in the collection's address. A title that no collection of the namespace
-    has creates one. Raises InputError if `name` is neither.
+    has creates one, with `description`. Raises InputError if `name` is neither.
     """
-    collection = _find_or_create(api, name)
+    collection = _find_or_create(api, name, description)
     item = next((item for item in collection.items if item.item_type == "model" and item.item_id == repo_id), None)
     if item is None:
         api.add_collection_item(collection.slug, repo_id, "model", note=note, exists_ok=True)
@@ -29,7 +29,7 @@ def add_to_collection(api: HfApi, repo_id: str, name: str, note: str) -> Collect
     return collection
 
 
-def _find_or_create(api: HfApi, name: str) -> Collection:
+def _find_or_create(api: HfApi, name: str, description: str) -> Collection:
     """The collection, with all its items."""
     namespace, slash, title = name.partition("/")
     if not (namespace and slash and title):
@@ -39,4 +39,4 @@ def _find_or_create(api: HfApi, name: str) -> Collection:
     for collection in api.list_collections(owner=namespace):
         if collection.title == title:
             return api.get_collection(collection.slug)  # a listing shows only the first four items
-    return api.create_collection(title, namespace=namespace, exists_ok=True)
+    return api.create_collection(title, namespace=namespace, description=description or None, exists_ok=True)

@@ -33,12 +33,19 @@ KEPT_PRIVATE = (
 
 
 def publish(
-    folder: Path, *, repo_id: str, card: str, note: str, collection: str | None = None, progress: Progress = quiet
+    folder: Path,
+    *,
+    repo_id: str,
+    card: str,
+    note: str,
+    collection: str | None = None,
+    collection_description: str = "",
+    progress: Progress = quiet,
 ) -> Release:
     """Put `folder` on the Hub as `repo_id`, and prove that it is there. Safe to repeat.
 
-    `card` becomes README.md. `collection` is `namespace/title` or a slug, and is created if there is none; `note` is
-    shown in it. The caller saves the returned record.
+    `card` becomes README.md. `collection` is `namespace/title` or a slug, and is created with
+    `collection_description` if there is none; `note` is shown in it. The caller saves the returned record.
 
     Raises Refused if the evidence does not allow it; InputError for a repository that holds something else, a tag that
     points elsewhere, or a note that is too long; AccessDenied; HubUnreachable; EnvironmentFault if the Hub holds other
@@ -62,7 +69,9 @@ def publish(
         upload.tag(tag, commit)
         upload.make_public()
         say("collection")
-        shown_in = add_to_collection(api, repo_id, collection, note) if collection is not None else None
+        shown_in = None
+        if collection is not None:
+            shown_in = add_to_collection(api, repo_id, collection, note, description=collection_description)
         say("done")
     return Release(
         model_id=checkpoint.model_id,

@@ -230,7 +230,8 @@ def eval_plan_sheet(plan: EvalPlan, policy: GatePolicy, suite: EvalSuite) -> She
         for task in plan.tasks
     )
     notes = (
-        *(f"{one.name}: {one.description}" for one in (policy, suite) if one.description),
+        *((f"{policy.name}: {policy.description}",) if policy.description else ()),
+        *((f"{suite.name}: {suite.description}",) if suite.description else ()),
         "power: probability that an undamaged candidate is accepted; on all metrics together "
         f"{100 * plan.acceptance:.1f} %, the policy asks for {100 * plan.power:g} %",
         f"alpha {plan.alpha:g} over {len(plan.looks)} look(s) and {plan.attempts} attempt(s): "

@@ -158,6 +158,22 @@ def test_a_collection_is_found_by_slug_or_title_and_not_made_twice(hub: LocalHub
     assert items(by_title) == [(repo_id, "by title")]
 
 
+def test_a_new_collection_gets_the_description_and_an_existing_one_keeps_its_own(
+    hub: LocalHub, repo_id: str, folder: Path
+) -> None:
+    for description in ("FP8 models of ours", "other words"):
+        release = publish(
+            folder,
+            repo_id=repo_id,
+            card=CARD,
+            note="",
+            collection=f"acme/new {repo_id[-50:]}",
+            collection_description=description,
+        )
+        assert release.collection_slug is not None
+        assert client().get_collection(release.collection_slug).description == "FP8 models of ours"
+
+
 @pytest.mark.parametrize(
     ("collection", "words"),
     [("no-namespace", "namespace/title"), (f"acme/gone-{'0' * 24}", "Collection not found")],
