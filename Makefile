@@ -32,7 +32,7 @@ fix: setup
 	$(BIN)/ruff format .
 
 test: check
-	$(BIN)/pytest -m "not long and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not long and not gpu"
 
 test-long: check
 	FP8PIPE_LONG=1 $(BIN)/pytest -m "not gpu"

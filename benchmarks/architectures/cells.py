@@ -308,8 +308,8 @@ class VllmChild:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            with self._process:  # closes the pipes
+                self._process.kill()
 
     def answers(self, folder: Path, kv_cache_dtype: str) -> tuple[np.ndarray, np.ndarray | None] | str:
         """(logits, chosen experts), or vLLM's error message."""

@@ -104,5 +104,5 @@ def test_joined_standard_error_is_lm_evals() -> None:
 def test_flip_rate_counts_samples_that_changed_and_refuses_other_samples() -> None:
     [rate] = flip_rates(result([1.0, 0.0, 1.0, 1.0]), result([1.0, 1.0, 0.0, 1.0]))
     assert (rate.n, rate.flipped, rate.rate) == (4, 2, 0.5)
-    with pytest.raises(EngineFailed, match="other samples"):
+    with pytest.raises(EngineFailed, match="scored different samples"):
         flip_rates(result([1.0]), result([1.0], first=1))

@@ -207,10 +207,10 @@ def detokenized(row: dict[str, Any]) -> str:
 
 
 def test_long_context_prompts_hold_8192_words_and_their_answer_once() -> None:
-    from fp8pipe.evaluate.tasks import load_subjects
+    from fp8pipe.evaluate.tasks import load_tasks
 
-    for subject in load_subjects(config.load_suite("long-context"), limit=None):
-        [task] = subject.leaves.values()
+    for loaded in load_tasks(config.load_suite("long-context"), limit=None):
+        [task] = loaded.leaves.values()
         rows = list(task.eval_docs)
         assert len(rows) == len({row["prompt"] for row in rows}) == 400
         assert min(row["words"] for row in rows) >= 8192
@@ -221,12 +221,12 @@ def test_long_context_prompts_hold_8192_words_and_their_answer_once() -> None:
 def test_long_context_documents_are_fixed_by_their_seed() -> None:
     from hashlib import sha256
 
-    from fp8pipe.evaluate.tasks import load_subjects
+    from fp8pipe.evaluate.tasks import load_tasks
 
     digests = {}
-    for subject in load_subjects(config.load_suite("long-context"), limit=None):
-        [task] = subject.leaves.values()
-        digests[subject.name] = sha256(task.eval_docs[7]["prompt"].encode()).hexdigest()[:12]
+    for loaded in load_tasks(config.load_suite("long-context"), limit=None):
+        [task] = loaded.leaves.values()
+        digests[loaded.name] = sha256(task.eval_docs[7]["prompt"].encode()).hexdigest()[:12]
     # Written out: a verdict compares documents hash by hash, on whatever machine each side was measured.
     assert digests == {"needle": "cca5bec8cb2f", "hops": "0e561fdeb0ae"}
 

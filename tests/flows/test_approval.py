@@ -124,11 +124,12 @@ def deployed(running_hub: LocalHub, tmp_path_factory: pytest.TempPathFactory) ->
         server.ready()
         run("work-pool", "create", "fp8pipe", "--type", "process")
         run("deploy", "--name", "approve-release")
+        log = stack.enter_context((folder / "worker.log").open("w"))
         worker = subprocess.Popen(
             [PREFECT, "worker", "start", "--pool", "fp8pipe"],
             env=environment,
             cwd=folder,
-            stdout=(folder / "worker.log").open("w"),
+            stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )

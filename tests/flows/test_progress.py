@@ -109,7 +109,7 @@ def test_a_prefect_that_does_not_answer_costs_the_artifact_and_not_the_work(
     for _ in range(3):
         report(ProgressEvent("quantize", 2, 2, "B"))
     assert len(told) == 4
-    assert [record.getMessage() for record in caplog.records] == ["quantize: progress is not shown: no server"]
+    assert [record.getMessage() for record in caplog.records] == ["quantize: no progress artifact: no server"]
 
 
 def shown(*events: ProgressEvent, error: type[Exception] | None = None) -> str:

@@ -18,9 +18,9 @@ from benchmarks.giants import DEEPSEEK_V3, deepseek_tensors, deepseek_v3
 from fp8pipe.errors import EngineFailed
 from fp8pipe.hub.source import resolve
 from fp8pipe.model.headers import Headers, TensorInfo
-from fp8pipe.oracle.landing import Follower, Origin, Region, covered, first_gap, overlapping, region_of
+from fp8pipe.oracle.landing import Follower, Piece, Region, covered, first_gap, overlapping, region_of
 from fp8pipe.oracle.transformers import inspect
-from fp8pipe.oracle.vllm import Answer, ask_vllm, parity, vllm_parameters
+from fp8pipe.oracle.vllm import Answer, ask_vllm, parity
 from fp8pipe.quantize import quantize
 from fp8pipe.validate import validate
 
@@ -49,8 +49,8 @@ def test_what_is_made_of_a_tensor_keeps_its_origin():
         place.copy_(torch.cat([experts[1][:3], experts[1][3:]]).t().contiguous().to(torch.float32))
     (write,) = follower.writes
     assert write.origins == {
-        Origin("experts", Region(((1, 2), (0, 3), (0, 4)), 12)),
-        Origin("experts", Region(((1, 2), (3, 6), (0, 4)), 12)),
+        Piece("experts", Region(((1, 2), (0, 3), (0, 4)), 12)),
+        Piece("experts", Region(((1, 2), (3, 6), (0, 4)), 12)),
     }
 
 
@@ -309,13 +309,3 @@ def test_a_checkpoint_that_disagrees_is_told_tensor_by_tensor(answers: dict[str,
 def test_an_architecture_that_vllm_does_not_know_is_refused_in_its_words(answers: dict[str, Answer]):
     assert "NoSuchForCausalLM" in answers["unknown"].refusal
     assert answers["unknown"].parameters == ()
-
-
-@pytest.mark.vllm
-def test_config_alone_gives_the_parameters(tmp_path: Path):
-    source = make_model(tmp_path / "source", "qwen2")
-    only_config = tmp_path / "config"
-    only_config.mkdir()
-    (only_config / "config.json").write_bytes((source / "config.json").read_bytes())
-    names = {parameter.name for parameter in vllm_parameters([only_config])[only_config]}
-    assert "model.layers.0.self_attn.qkv_proj.bias" in names

@@ -196,14 +196,15 @@ def test_deployed_flow_releases_through_a_worker(demo, tmp_path):
             server.ready()
             run("work-pool", "create", "fp8pipe", "--type", "process", cwd=ROOT)
             run("deploy", "--all", cwd=ROOT)
-            worker = subprocess.Popen(
-                [prefect, "worker", "start", "--pool", "fp8pipe"],
-                env=environment,
-                cwd=tmp_path,
-                stdout=(tmp_path / "worker.log").open("w"),
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            with (tmp_path / "worker.log").open("w") as log:
+                worker = subprocess.Popen(
+                    [prefect, "worker", "start", "--pool", "fp8pipe"],
+                    env=environment,
+                    cwd=tmp_path,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             try:
                 parameters = json.dumps({"spec": spec.model_dump(mode="json")})
                 name = "release-model/release-model"

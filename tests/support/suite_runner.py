@@ -53,15 +53,15 @@ def main() -> None:
     prepare_process()
     use_cpu_engine()
     from fp8pipe.evaluate.engine import MeteredVLLM
-    from fp8pipe.evaluate.tasks import load_subjects
+    from fp8pipe.evaluate.tasks import load_tasks
 
     arguments = {"pretrained": model, "add_bos_token": True, "batch_size": "auto", "max_model_len": CONTEXT}
-    lm = MeteredVLLM(tell=lambda message: None, **arguments)
+    lm = MeteredVLLM(send=lambda message: None, **arguments)
     for name in shipped("suites"):
         suite = cut(load_suite(name))
         print(f"suite {name}", flush=True)
-        request, subjects = request_for(suite, model), load_subjects(suite, limit=None)
-        report = measure_with(lm, request, subjects, Parts(folder / name, request.subject()))
+        request, tasks = request_for(suite, model), load_tasks(suite, limit=None)
+        report = measure_with(lm, request, tasks, Parts(folder / name, request.parts_identity()))
         report.save(folder / f"{name}.json")
 
 
