@@ -1,0 +1,9 @@
+"""What transformers and vLLM make of a checkpoint: each builds its own model on the meta device, in a child process.
+
+transformers        asks for the role of every tensor; `transformers_probe` answers
+vllm                asks where vLLM's loader puts every tensor; `vllm_probe` answers
+landing             follows tensors through a loader without data
+compressed_tensors  that library's own opinion of a quantization_config
+cache               where answers are kept
+lean                imports a library without its optional packages
+"""
