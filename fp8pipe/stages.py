@@ -20,6 +20,7 @@ from fp8pipe.records import (
     RECORD_DIR,
     Approval,
     Checkpoint,
+    Depth,
     EarlierAttempt,
     EvalReport,
     GateDecision,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from fp8pipe.gate.evaluation_plan import EvalPlan
     from fp8pipe.quantize.plan import Plan
     from fp8pipe.records.calibration import Calibration
-    from fp8pipe.validate import Depth
 
 
 # ------------------------------------------------------------------------------------------ source, plan
@@ -164,19 +164,29 @@ def sensitivity(folder: Path) -> tuple[Calibration, Path | None]:
 
 
 def validate(folder: Path, *, source: Snapshot | None, progress: Progress = quiet) -> ValidationReport:
-    """The report on `folder` as it is now; an earlier report on the same state is returned as it is."""
+    """The report on `folder` as it is now. An earlier report on the same state is returned if it read as much and found
+    no error; an error may have been the fault of a wrong source, so what was found unsound is read again."""
     from fp8pipe.model.identity import folder_identity
     from fp8pipe.validate import validate
 
     path = record_path(folder, "validation")
     depth = "fidelity" if source is not None else "values"
     known = ValidationReport.load_if_present(path)
-    if known is not None and known.folder_identity == folder_identity(folder) and depth in (known.depth, "values"):
+    if known is not None and known.sound and known.covers(depth) and known.folder_identity == folder_identity(folder):
         return known
     report = validate(folder, source=source, progress=progress)
-    if Checkpoint.load_if_present(record_path(folder, "checkpoint")) is not None:
-        report.save(path)
+    _keep(report, folder)
     return report
+
+
+def _keep(report: ValidationReport, folder: Path) -> None:
+    """Save the report among a checkpoint's records, unless they hold a deeper one on the same state of the folder."""
+    if Checkpoint.load_if_present(record_path(folder, "checkpoint")) is None:
+        return
+    path = record_path(folder, "validation")
+    known = ValidationReport.load_if_present(path)
+    if known is None or known.folder_identity != report.folder_identity or report.covers(known.depth):
+        report.save(path)
 
 
 def validate_model(
@@ -200,8 +210,7 @@ def validate_model(
         if theirs is not None and depth in (None, "fidelity"):
             theirs = download(theirs, progress=progress)
         report = validate(folder, source=theirs, depth=depth, oracles=oracles, progress=progress)
-        if Checkpoint.load_if_present(record_path(folder, "checkpoint")) is not None:
-            report.save(record_path(folder, "validation"))
+        _keep(report, folder)
         return report
     ours = pin(model)
     report = validate(ours, source=theirs, depth="headers", oracles=oracles, progress=progress)

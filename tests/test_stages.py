@@ -16,7 +16,7 @@ from fp8pipe.errors import EnvironmentFault
 from fp8pipe.hub.client import client
 from fp8pipe.progress import ProgressEvent
 from fp8pipe.quantize import JOURNAL_NAME
-from fp8pipe.records import RECORD_DIR
+from fp8pipe.records import RECORD_DIR, ValidationReport, record_path
 from fp8pipe.rehearsal.localhub import Fault, LocalHub
 
 
@@ -81,3 +81,47 @@ def test_a_plan_of_a_model_on_the_hub_reads_headers_and_nothing_else(
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     with urllib.request.urlopen(f"{hub.endpoint}/_faults") as answer:
         assert [fault["met"] for fault in json.load(answer)] == [1] * len(shards), "one request for each header"
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> tuple[Path, Path]:
+    """A source, and the checkpoint made from it."""
+    source, folder = make_model(tmp_path / "source"), tmp_path / "checkpoint"
+    stages.quantize_model(str(source), load_recipe("fp8-dynamic"), folder)
+    return source, folder
+
+
+def recorded(folder: Path) -> ValidationReport:
+    return ValidationReport.load(record_path(folder, "validation"))
+
+
+def test_a_shallow_validation_does_not_replace_a_deep_one(quantized: tuple[Path, Path]) -> None:
+    source, folder = quantized
+    stages.validate(folder, source=stages.pin(str(source)))
+    shallow = stages.validate_model(str(folder), depth="headers")
+    assert shallow.depth == "headers"
+    assert recorded(folder).depth == "fidelity"
+
+    config = folder / "generation_config.json"
+    config.write_text('{"temperature": 0.5}')
+    stages.validate_model(str(folder), depth="headers")
+    assert recorded(folder).depth == "headers", "the deep report was on another state of the folder"
+
+
+def test_a_report_is_reused_only_where_it_read_as_much(quantized: tuple[Path, Path]) -> None:
+    source, folder = quantized
+    pinned = stages.pin(str(source))
+    assert stages.validate(folder, source=None).depth == "values"
+    assert stages.validate(folder, source=pinned).depth == "fidelity"
+    assert stages.validate(folder, source=None).depth == "fidelity"
+
+
+def test_validating_against_a_wrong_source_does_not_condemn_the_checkpoint(
+    quantized: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, folder = quantized
+    wrong = make_model(tmp_path / "wrong", seed=7)
+    assert not stages.validate_model(str(folder), source=str(wrong)).sound
+    assert not recorded(folder).sound
+    assert stages.validate(folder, source=stages.pin(str(source))).sound
+    assert recorded(folder).sound

@@ -155,6 +155,8 @@ def _unsound_or_changed(found: Evidence) -> Iterator[str]:
     """What validation found, and every difference between the folder and what was validated and measured."""
     for finding in found.validation.errors:
         yield f"validation: {finding.sentence()}"
+    if not found.validation.covers("values"):
+        yield "only its headers were validated; run `fp8pipe validate` on the folder, which reads the values too"
     identity = folder_identity(found.folder)
     if found.validation.folder_identity != identity:
         yield "the folder changed since it was validated; validate, evaluate and gate it again"

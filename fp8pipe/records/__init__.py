@@ -41,12 +41,15 @@ from fp8pipe.records.release import (
 )
 from fp8pipe.records.source import Snapshot, SourceFile
 from fp8pipe.records.validation import (
+    DEPTHS,
+    Depth,
     Finding,
     Severity,
     ValidationReport,
 )
 
 __all__ = [
+    "DEPTHS",
     "RECORD_DIR",
     "RECORD_FILES",
     "VERDICT_EXIT_CODES",
@@ -54,6 +57,7 @@ __all__ = [
     "BatchEntry",
     "BatchResult",
     "Checkpoint",
+    "Depth",
     "EarlierAttempt",
     "EngineFacts",
     "EvalReport",

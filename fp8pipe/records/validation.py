@@ -7,6 +7,10 @@ from typing import Literal
 from fp8pipe.records.base import Record
 
 Severity = Literal["error", "warning"]
+Depth = Literal["headers", "values", "fidelity"]
+DEPTHS: tuple[Depth, ...] = ("headers", "values", "fidelity")
+"""How much a validation read: headers and small files, every byte, every byte beside its source. Each includes the one
+before it."""
 
 
 class Finding(Record):
@@ -33,7 +37,7 @@ class ValidationReport(Record):
     """All findings of one validation; without errors the checkpoint is sound. `DIR/fp8pipe/validation.json`."""
 
     folder_identity: str
-    depth: Literal["headers", "values", "fidelity"]
+    depth: Depth
     known_from: Literal["architecture", "names"] = "names"
     """How Linears were recognized: by the architecture record, or only by names and shapes."""
     checks: tuple[str, ...]
@@ -54,3 +58,7 @@ class ValidationReport(Record):
     def sound(self) -> bool:
         """Whether no finding is an error."""
         return not self.errors
+
+    def covers(self, depth: Depth) -> bool:
+        """Whether it read all that `depth` reads."""
+        return DEPTHS.index(self.depth) >= DEPTHS.index(depth)

@@ -23,8 +23,7 @@ from typing import TYPE_CHECKING
 
 from fp8pipe.errors import InputError, ModelNotFound
 from fp8pipe.progress import Progress, quiet
-from fp8pipe.records import Snapshot, ValidationReport
-from fp8pipe.validate.faults import DEPTHS, Depth
+from fp8pipe.records import DEPTHS, Depth, Snapshot, ValidationReport
 from fp8pipe.validate.prepare import UNREADABLE, read_subject
 from fp8pipe.validate.reading.place import Place, place_of
 from fp8pipe.validate.registry import all_checks, header_checks

@@ -1,4 +1,4 @@
-"""A fault as a check finds it, how deep checks read, and what they need."""
+"""A fault as a check finds it, and what checks need."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fp8pipe.records import Severity
-
-Depth = Literal["headers", "values", "fidelity"]
-DEPTHS: tuple[Depth, ...] = ("headers", "values", "fidelity")
-"""Each reads what the one before it reads, and more."""
 
 Need = Literal["config", "scheme", "source", "records", "calibration", "manifest", "vllm"]
 """What a check cannot run without: a config.json that parses, a quantization_config that is understood, the engine's

@@ -114,6 +114,11 @@ def test_a_measurement_that_the_gate_did_not_see_is_an_objection(folder: Path) -
     assert "not the measurement that the gate decided on" in only_objection(folder)
 
 
+def test_a_validation_of_the_headers_alone_does_not_allow_publishing(folder: Path) -> None:
+    validation(folder).model_copy(update={"depth": "headers"}).save(folder / "fp8pipe" / "validation.json")
+    assert "only its headers were validated" in only_objection(folder)
+
+
 def test_a_refusal_lists_every_objection(folder: Path) -> None:
     finding = Finding(check="K2", severity="error", expected="scale", found="none", remedy="rerun quantize")
     validation(folder).model_copy(update={"findings": (finding,)}).save(folder / "fp8pipe" / "validation.json")

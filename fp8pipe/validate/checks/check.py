@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from fp8pipe.records import Severity
-from fp8pipe.validate.faults import Depth, Fault, Need
+from fp8pipe.records import Depth, Severity
+from fp8pipe.validate.faults import Fault, Need
 from fp8pipe.validate.subject import Subject
 
 CheckFunction = Callable[[Subject], Iterable[Fault]]
