@@ -314,7 +314,7 @@ def evaluate_model(
     limit: int | None,
     progress: Progress = quiet,
 ) -> EvalReport:
-    """Measure a model by hand: a candidate if fp8pipe made it, or with online FP8 or an FP8 KV cache, else a baseline."""
+    """Measure a model by hand: a candidate if it is a checkpoint of fp8pipe or served in FP8, else a baseline."""
     from fp8pipe.evaluate import evaluate, request_for
 
     checkpoint = Checkpoint.load_if_present(record_path(Path(model), "checkpoint")) if Path(model).is_dir() else None
