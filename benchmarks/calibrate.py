@@ -36,7 +36,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import peer
-from benchmarks.page import machine, put, table
+from benchmarks.page import machine, prose, put, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 DATA = {"16x256": (16, 256), "64x512": (64, 512), "512x2048": (512, 2048)}
@@ -203,9 +203,9 @@ def report(rounds: Rounds, doubled: Mapping[str, Timing], device: str) -> str:
         f"Rounds: {', '.join(f'{len(found)} of {title}' for title, found in rounds.items())}; medians, with the "
         "smallest and largest in brackets; a ratio is taken within its round. CPU is the CPU time of all threads, "
         "which other work on the machine hardly changes. Peak memory may be 1.2 GB plus twice the hidden states of all "
-        "samples. Made by `python -m benchmarks.calibrate`.\n"
+        "samples. Made by `python -m benchmarks.calibrate`."
     )
-    return "\n".join((intro, _seconds(rounds), _ratios(rounds), _memory(rounds, doubled)))
+    return "\n".join((f"{prose(intro)}\n", _seconds(rounds), _ratios(rounds), _memory(rounds, doubled)))
 
 
 def _where(device: str) -> str:

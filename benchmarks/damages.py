@@ -307,28 +307,26 @@ def is_right(found: Case) -> bool:
     return found.verdict in right_verdicts(found) and rightly
 
 
-HEAD = """\
-# The gate on known damage
-
-Written by `python -m benchmarks.damages`; do not edit.
-
-"""
-
-
 def page_text(found: Cases) -> str:
     """The whole page, as Markdown."""
-    said = (
-        "The demo's checkpoint (recipe `demo-fp8-static-kv`) is spoilt in one place at a time. Each copy is measured "
-        f"in an engine of its own (vLLM {found.vllm}) and judged under the policy `demo`: {task.EVALUATION_SAMPLES:,} "
-        f"questions, margin {100 * found.cases[0].task.margin:g} points. The true drop is counted once, on other "
-        f"questions, and has a {1 - TRUTH_LEVEL:.0%} interval. The spoilt scale and codes are those of `{LINEAR}`.\n\n"
-        "Where the true drop decides, a drop clearly above the margin must not be accepted, and one clearly below it "
-        "must not be rejected."
+    intro = page.prose(
+        "Does the gate notice damage? The demo's checkpoint (recipe `demo-fp8-static-kv`) is spoilt in one place at a "
+        f"time. Each copy is measured in an engine of its own (vLLM {found.vllm}) and judged under the policy `demo`: "
+        f"{task.EVALUATION_SAMPLES:,} questions, margin {100 * found.cases[0].task.margin:g} points. The true drop is "
+        f"counted once, on other questions, and has a {1 - TRUTH_LEVEL:.0%} interval. The spoilt scale and codes are "
+        f"those of `{LINEAR}`. Written by `python -m benchmarks.damages`; do not edit."
+    )
+    expected = page.prose(
+        "Where the expected verdict depends on the true drop, a drop clearly above the margin must not be accepted, "
+        "and one clearly below it must not be rejected."
     )
     head = ("damage", "true drop, points", "questions", "drop on the suite", "verdict", "expected", "right")
     rows = [_row(one) for one in found.cases]
     right = sum(map(is_right, found.cases))
-    return f"{HEAD}{said}\n\n{page.table(head, rows)}\n{right} of {len(rows)} verdicts are right.\n"
+    return (
+        f"# The gate on known damage\n\n{intro}\n\n{expected}\n\n{page.table(head, rows)}\n"
+        f"{right} of {len(rows)} verdicts are right.\n"
+    )
 
 
 def _row(one: Case) -> tuple[str, ...]:

@@ -129,11 +129,11 @@ def table(pairs: list[tuple[Cost, Cost]], documents: int) -> str:
     """Markdown: medians, and the medians of the rounds' ratios."""
     rows = [row("on the clock", [(a.wall, b.wall) for a, b in pairs])]
     rows.append(row("of all cores", [(a.cpu, b.cpu) for a, b in pairs]))
-    said = (
+    intro = (
         f"{documents:,} short generations of a random two-layer Llama in vLLM on a CPU ({page.machine()}), whole "
-        f"processes, medians of {len(pairs)} alternating rounds. A ratio of at most {TARGET:.2f} is asked for."
+        f"processes, medians of {len(pairs)} alternating rounds. The target is a ratio of at most {TARGET:.2f}."
     )
-    return f"{said}\n\n{page.table(('seconds', 'lm-eval', 'fp8pipe evaluate', 'ratio'), rows)}"
+    return f"{page.prose(intro)}\n\n{page.table(('seconds', 'lm-eval', 'fp8pipe evaluate', 'ratio'), rows)}"
 
 
 def row(name: str, pairs: list[tuple[float, float]]) -> tuple[str, ...]:

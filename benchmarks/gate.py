@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from benchmarks.page import prose
 from fp8pipe.config import look_sizes
 from fp8pipe.gate.power import Design
 from fp8pipe.gate.statistics import paired_test, rejection_p, score_statistic
@@ -224,18 +225,19 @@ def report(
     boot_count: int,
 ) -> str:
     """The whole page."""
-    parts = [
-        "# The gate by simulation\n\nWritten by `python -m benchmarks.gate`; do not edit.\n\n"
-        f"Margin {100 * MARGIN:g} points, alpha {100 * ALPHA:g} %. Each cell is the result of {count:,} evaluations, "
-        f"and three standard errors of a rate of alpha are {100 * slack(count):.2f} points. An entry is "
-        "`accepted / rejected`, in percent of the evaluations; the rest were inconclusive. `plan` is the power that "
-        "`fp8pipe plan-eval` reports.\n\n"
-        "![How often each rule passes a true drop](gate-simulation.png)\n"
-    ]
+    intro = prose(
+        f"How often does the gate decide wrongly, at a margin of {100 * MARGIN:g} points and an alpha of "
+        f"{100 * ALPHA:g} %? Each cell is the result of {count:,} simulated evaluations: `accepted / rejected`, in "
+        "percent of them; the rest were inconclusive. Three standard errors of a rate of alpha are "
+        f"{100 * slack(count):.2f} points. `plan` is the power that `fp8pipe plan-eval` reports. Written by "
+        "`python -m benchmarks.gate`; do not edit."
+    )
+    picture = "![How often each rule passes a true drop](gate-simulation.png)"
+    parts = [f"# The gate by simulation\n\n{intro}\n\n{picture}\n"]
     for name, title in DESIGNS.items():
         parts += [f"## {title}\n", grid(cells[name]), *judgement(cells[name], count)]
-    parts += ["## Smaller than any shipped suite\n", SMALL_TEXT, small_grid()]
-    parts += ["## Other rules on the same data\n", OTHERS_TEXT, others_grid(compared)]
+    parts += ["## Smaller than any shipped suite\n", f"{SMALL_TEXT}\n", small_grid()]
+    parts += ["## Other rules on the same data\n", f"{OTHERS_TEXT}\n", others_grid(compared)]
     titles = {
         "graded": "Graded metric, paired bootstrap",
         "clustered": f"0/1 answers in {CLUSTERS} clusters, cluster bootstrap",
@@ -250,16 +252,16 @@ def report(
     return "\n".join(parts)
 
 
-OTHERS_TEXT = (
+OTHERS_TEXT = prose(
     "Percent of evaluations that each rule passes, on the same draws from a baseline of 75 % accuracy. A rule that "
     "compares two point estimates controls no error rate: what it passes depends on n and on luck. At 75 %, a recovery "
-    "of 0.945 (which rounds to 0.95) is a drop of 4.1 points, and 92 % of the baseline is a drop of 6.\n"
+    "of 0.945 (which rounds to 0.95) is a drop of 4.1 points, and 92 % of the baseline is a drop of 6."
 )
-SMALL_TEXT = (
+SMALL_TEXT = prose(
     "Computed from the probability of every table, not drawn, at a true drop of the margin. False rejections stay "
     "below alpha because the tail is counted. False acceptances exceed it in one corner: where every difference is a "
     "loss (differing = margin) and n is close to 133, the smallest n at which a model without any difference is "
-    "accepted. There a single event, no loss in n samples, decides, and its probability is 0.98^n.\n"
+    "accepted. There a single event, no loss in n samples, decides, and its probability is 0.98^n."
 )
 
 

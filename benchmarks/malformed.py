@@ -60,8 +60,8 @@ def cases() -> str:
             right[number] = right.get(number, True) and is_right
             first = next(iter(found.values()))
             said = _told(first, case.findings) if is_right else "**not as expected**"
-            told = malformed.VLLM[number] if case.number.isdecimal() else ""
-            rows.append([case.number, case.name.replace("_", " "), ", ".join(case.models), told, said])
+            answer = malformed.VLLM[number] if case.number.isdecimal() else ""
+            rows.append([case.number, case.name.replace("_", " "), ", ".join(case.models), answer, said])
     missing = sorted(malformed.VLLM.keys() - right.keys())
     summary = f"{sum(right.values())} of {len(malformed.VLLM)} cases are found on every architecture they exist for"
     assert not missing, f"no case for {missing}"

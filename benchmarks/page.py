@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 HEAD = """\
 # Benchmarks
 
-Written by `make bench`. The figures of a section come from one run on one machine: compare ratios, not seconds, with
-your own.
+How fast is fp8pipe? Each section compares it with a peer, or with a floor: the least that any tool must do. The figures
+of a section come from one run on one machine, so compare ratios with your own, not seconds. Written by `make bench`.
 """
 
 
@@ -25,6 +26,12 @@ def put(page: Path, title: str, text: str) -> None:
     else:
         content = f"{content.rstrip()}\n\n{section}"
     page.write_text(content)
+
+
+def prose(text: str) -> str:
+    """`text`, one paragraph, in lines of at most 120 characters; code spans stay whole."""
+    whole = re.sub(r"`[^`]+`", lambda span: span[0].replace(" ", "\0"), text)
+    return textwrap.fill(whole, 120, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -31,7 +31,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import peer
-from benchmarks.page import machine, put, table
+from benchmarks.page import machine, prose, put, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 
@@ -200,9 +200,9 @@ def report(rounds: Mapping[Scheme, Sequence[Round]], source_bytes: int, count: i
     """The figures as Markdown: seconds, then ratios beside what is required."""
     intro = (
         f"Source {source_bytes / 1e9:.2f} GB in bf16. {machine()}. {count} rounds; medians, smallest to largest in "
-        "brackets; a ratio is taken within its round. Made by `python -m benchmarks.quantize`.\n"
+        "brackets; a ratio is taken within its round. Made by `python -m benchmarks.quantize`."
     )
-    return "\n".join((intro, _seconds_table(rounds), _ratio_table(rounds)))
+    return "\n".join((f"{prose(intro)}\n", _seconds_table(rounds), _ratio_table(rounds)))
 
 
 def _seconds_table(rounds: Mapping[Scheme, Sequence[Round]]) -> str:

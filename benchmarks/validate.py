@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.contender import peak_mb
 from benchmarks.llama import make_llama
-from benchmarks.page import machine, put, table
+from benchmarks.page import machine, prose, put, table
 
 RECIPES = ("fp8-dynamic", "fp8-block", "autofp8-dynamic")
 
@@ -66,8 +66,8 @@ def _measure(source: Path, scratch: Path, rounds: int) -> str:
         rows.append(_row(recipe, runs, _bytes_of(output), source_bytes))
         print(*rows[-1], flush=True)
         shutil.rmtree(output)
-    told = f"{source_bytes / 1e9:.2f} GB of BF16 weights; {machine()}; medians of {rounds} rounds after a warm-up."
-    return f"`python -m benchmarks.validate`: {told}\n\n{table(COLUMNS, rows)}"
+    setting = f"{source_bytes / 1e9:.2f} GB of BF16 weights; {machine()}; medians of {rounds} rounds after a warm-up."
+    return f"{prose(f'{setting} Made by `python -m benchmarks.validate`.')}\n\n{table(COLUMNS, rows)}"
 
 
 COLUMNS = (

@@ -35,7 +35,7 @@ def approve_release(
 ) -> State[Release | None]:
     """Ask a person whether to publish the checkpoint in `folder`, which the gate left inconclusive; act accordingly.
 
-    `description` is the collection's, if this release is the first in it.
+    `description` is given to the collection if this release creates it.
     """
     form = Answer.with_initial_data(description=tasks.question(folder))
     answer = answer_to(form, key="approval", timeout_s=WEEK_S)

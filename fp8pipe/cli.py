@@ -276,7 +276,7 @@ def evaluate(
         Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"], typer.Option(help="KV cache dtype vLLM serves with")
     ] = "auto",
     online: Annotated[Literal["fp8"] | None, typer.Option(help="Let vLLM quantize the BF16 model at load")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first N samples of each task", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only the first N samples of each task", min=1)] = None,
 ) -> None:
     """Measure a model or checkpoint with lm-eval in vLLM, and write report.json."""
     from fp8pipe import stages
@@ -302,7 +302,7 @@ def plan_eval(
     attempts: Annotated[int, typer.Option(help="Recipes that a fallback ladder may try", min=1)] = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Show how many samples the policy's margins need, and whether the suite has them; exit 2 if it has not."""
+    """Show how many samples the policy's margins need, and whether the suite has them; exit 2 if it does not."""
     from fp8pipe import stages
     from fp8pipe.config import check_fit, load_policy, load_suite
     from fp8pipe.ui.sheets import eval_plan_sheet, terminal
@@ -327,7 +327,7 @@ def gate(
     checkpoint: Annotated[Path | None, typer.Option(help="Checkpoint folder; writes its fp8pipe/gate.json")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Decide whether the candidate is non-inferior to the baseline: exit 0, 1 or 3."""
+    """Decide whether the candidate is non-inferior: exit 0 (accepted), 1 (rejected) or 3 (inconclusive)."""
     from fp8pipe import stages
     from fp8pipe.config import load_policy
     from fp8pipe.ui.sheets import decision_sheet, terminal
@@ -357,7 +357,7 @@ def approve(
 @app.command()
 @guarded
 def publish(folder: Folder, repo_id: RepoId, collection: Collection = None) -> None:
-    """Publish an accepted checkpoint with its card and evidence, and verify it from the Hub's side."""
+    """Publish an accepted checkpoint with its card and evidence, then verify it on the Hub."""
     from fp8pipe import stages
     from fp8pipe.ui.sheets import release_sheet, terminal
 

@@ -23,22 +23,22 @@ def digest_of(value: Any) -> str:
 
 @contextmanager
 def disk_errors(path: Path, what: str = "") -> Iterator[None]:
-    """An OSError of writing `path` becomes DiskTooSmall or EnvironmentFault; `what` names the tensor, where it is
-    one."""
+    """Turn an OSError while writing `path` into DiskTooSmall or EnvironmentFault. what: the tensor, if it is one."""
     try:
         yield
     except OSError as error:
         where = f"{path}: {what}" if what else f"{path}"
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
             raise DiskTooSmall(
-                f"{where}: the disk is full; free some space and run again, what is finished is kept"
+                f"{where}: the disk is full; free some space and run again; what is finished is kept"
             ) from error
         raise EnvironmentFault(f"{where}: cannot write: {error.strerror or error}") from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Temporary name in the same folder, fsync, rename, fsync of the folder. DiskTooSmall or EnvironmentFault when the
-    disk does not let it."""
+    """Write under a temporary name in the same folder, fsync, rename, and fsync the folder.
+
+    Raises DiskTooSmall if the disk is full, EnvironmentFault if it cannot be written."""
     with disk_errors(path):
         _write_atomically(path, data)
 

@@ -1,4 +1,4 @@
-"""How a long stage tells what it is doing: one event type, one callable, no global state; and its words for people."""
+"""How a long stage reports its progress: one event type, one callable, no global state; and the words for people."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ class ProgressEvent:
     unit: str = ""
     """"B" for bytes, else a plural noun: tensors, layers, samples, files."""
     note: str = ""
-    """What is in hand, in a few words."""
+    """What the stage is working on, in a few words."""
 
 
 SETTLE_S = 1.0
-"""Before that a rate says nothing."""
+"""Seconds before a rate means anything."""
 
 Progress = Callable[[ProgressEvent], None]
 
 
 def quiet(event: ProgressEvent) -> None:
-    """The listener of those who do not listen."""
+    """Ignore the event."""
 
 
 def describe(event: ProgressEvent, *, before: float, seconds: float) -> str:
-    """How much, how fast, how long still: `1.2 GB of 2.0 GB  0.8 GB/s  1 s left  40/99 tensors`.
+    """How much, how fast, how much longer: `1.2 GB of 2.0 GB  0.8 GB/s  1 s left  40/99 tensors`.
 
-    `before` is what was done `seconds` ago, when this run began: what an earlier run had finished is not its speed."""
+    before: what was already done when this run began, `seconds` ago; it does not count towards the speed."""
     speed = _speed(event, event.done - before, seconds)
     return "  ".join(part for part in (_amount(event), *speed, event.note) if part)
 
@@ -51,9 +51,9 @@ def _speed(event: ProgressEvent, done: float, seconds: float) -> tuple[str, ...]
 
 @dataclass
 class Overlap:
-    """Two stages that run at once, told as the later one: its own events, with the earlier one's amount as their note.
+    """Two stages that run at once, shown as the later one: its events, with the earlier one's amount in their note.
 
-    Before the later one has something to tell, the earlier one's events stand for it, with nothing done yet."""
+    Until the later one reports, the earlier one's events are shown as the later one with nothing done yet."""
 
     listener: Progress
     stage: str
@@ -68,7 +68,7 @@ class Overlap:
         self.listener(replace(last, note="  ".join(part for part in (last.note, self._arrived) if part)))
 
     def later(self, event: ProgressEvent) -> None:
-        """An event of the stage that all of this is told as."""
+        """An event of the later stage."""
         self._last = event
         self.listener(replace(event, note="  ".join(part for part in (event.note, self._arrived) if part)))
 

@@ -49,7 +49,7 @@ def pin(model: str) -> Snapshot:
 
 
 def download(snapshot: Snapshot, *, trust_remote_code: bool = False, progress: Progress = quiet) -> Snapshot:
-    """The same snapshot with its files on this machine; its own Python code only when that is trusted."""
+    """The same snapshot with its files on this machine; with its own Python code only if that is trusted."""
     from fp8pipe.hub.download import download
 
     return download(snapshot, trust_remote_code=trust_remote_code, progress=progress)
@@ -83,7 +83,7 @@ def plan(
 def calibrate(
     snapshot: Snapshot, plan: Plan, recipe: Recipe, workspace: Workspace, *, device: str, progress: Progress = quiet
 ) -> Calibration:
-    """Ranges for this recipe, shared by every recipe that needs the same; asked for only when a recipe needs them."""
+    """The ranges that this recipe needs. Recipes that need the same ones share them."""
     from fp8pipe.calibrate import calibrate, calibration_key
 
     key = calibration_key(snapshot, recipe, device=device)
@@ -199,8 +199,8 @@ def validate_model(
 ) -> ValidationReport:
     """Validate by hand: a folder, or any repository of the Hub, from its headers alone unless `depth` asks for more.
 
-    What is deeper needs a download, which a repository whose files are already known to be broken is spared: then the
-    report's own depth stays headers.
+    A deeper validation downloads a repository. If its headers already show that its files cannot be read, nothing is
+    downloaded, and the report's own depth stays `headers`.
     """
     from fp8pipe.validate import UNREADABLE, validate
 
@@ -227,10 +227,11 @@ def validate_model(
 def convert(
     model: str, output: Path | None, *, to: Method | None, progress: Progress = quiet
 ) -> tuple[Conversion, Path]:
-    """Another spelling of an FP8 checkpoint, or (`to` None) its legacy names mended, and the folder it is in.
+    """Rewrite an FP8 checkpoint in the format `to`; if that is None, only rename its legacy tensors.
 
-    `output` defaults to the source's name and what was done, beside a source folder or here. A conversion without
-    changes wrote nothing."""
+    Returns the record and the folder: `output`, or a name made of the source's and the format, beside a source folder
+    or in the current one. A conversion without changes writes nothing.
+    """
     from fp8pipe.convert import convert, plan_conversion
     from fp8pipe.hub.headers import read_headers
 
@@ -246,7 +247,7 @@ def convert(
 
 
 def plan_evaluation(policy: GatePolicy, suite: EvalSuite, folder: Path, *, attempts: int = 1) -> EvalPlan:
-    """What the suite's samples can settle, before any of them is scored; `folder` keeps the count of documents."""
+    """What the suite's samples can settle, before any is scored. `folder` keeps the document counts."""
     from fp8pipe.evaluate.documents import count_documents
     from fp8pipe.gate.evaluation_plan import plan_evaluation
 
@@ -289,8 +290,11 @@ def evaluate_candidate(
     look: int = 1,
     progress: Progress = quiet,
 ) -> EvalReport:
-    """The checkpoint's measurement up to this look, served as its recipe means it to be, and with what the engine of
-    its `baseline` had to do without: FP8 may fit where BF16 did not, and then the two could not be compared."""
+    """The checkpoint's measurement up to this look, served as its recipe intends.
+
+    The engine starts with the smaller settings that its `baseline` needed to fit into memory. FP8 may fit where BF16
+    did not, but measurements with two context lengths cannot be compared.
+    """
     from fp8pipe.evaluate import evaluate, request_for
     from fp8pipe.quantize.plan import Plan
 
@@ -319,7 +323,7 @@ def evaluate_model(
     limit: int | None,
     progress: Progress = quiet,
 ) -> EvalReport:
-    """Measure a model by hand: our checkpoints, online FP8 and an FP8 KV cache are candidates, else a baseline."""
+    """Measure a model by hand: a candidate if it is a checkpoint of fp8pipe or served in FP8, else a baseline."""
     from fp8pipe.evaluate import evaluate, request_for
 
     checkpoint = Checkpoint.load_if_present(record_path(Path(model), "checkpoint")) if Path(model).is_dir() else None
@@ -425,7 +429,7 @@ def gate_reports(
 def _write_evidence(
     folder: Path, baseline: EvalReport, candidate: EvalReport, policy: GatePolicy, decision: GateDecision
 ) -> None:
-    """Everything that publishing asks for, gate.json last. Nothing, if the folder has this very decision already."""
+    """Write what publishing asks for, gate.json last; nothing if the folder already has this very decision."""
     from fp8pipe.records.calibration import Calibration
     from fp8pipe.release.plots import write_plots, write_sensitivity_plot
 
@@ -444,7 +448,7 @@ def _write_evidence(
 
 
 def may_publish(folder: Path) -> bool:
-    """Whether the folder may be published; Refused if the verdict allows it and something else forbids it."""
+    """Whether the folder may be published. Raises Refused if the verdict allows it but something else forbids it."""
     from fp8pipe.gate import publishable
 
     return publishable.may_publish(folder)

@@ -1,4 +1,4 @@
-"""What tasks share: retries for transient errors, and one engine per machine. Records, not a result cache, resume."""
+"""What tasks share: retries for transient errors, and one engine per machine. Records resume a run, not a cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HUB_RETRY_DELAYS = exponential_backoff(backoff_factor=5)
 
 
 def is_transient(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether to retry: the error itself knows whether it may pass by itself."""
+    """Whether to retry: each class of errors says whether the same call may succeed later."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, Fp8PipeError) and error.transient
 

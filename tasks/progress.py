@@ -25,10 +25,10 @@ def show_on(listener: Progress) -> None:
     _terminal = listener
 
 
-def reporter(stage: str, subject: str) -> Progress:
-    """A listener for one task, which announces `stage` at once. subject: what it works on. Call it in the task."""
-    listener = _Reporter(stage, subject)
-    _terminal(ProgressEvent(stage, 0, None, note=subject))
+def reporter(stage: str, note: str) -> Progress:
+    """A listener for one task, which announces `stage` at once. note: what it works on. Call it in the task."""
+    listener = _Reporter(stage, note)
+    _terminal(ProgressEvent(stage, 0, None, note=note))
     return listener
 
 
@@ -44,9 +44,9 @@ class _Reporter:
     Prefect does not answer, the artifact is lost but the work continues.
     """
 
-    def __init__(self, stage: str, subject: str) -> None:
+    def __init__(self, stage: str, note: str) -> None:
         self.stage = stage
-        self.subject = subject
+        self.note = note
         self.artifact: UUID | None = None
         self.updated = 0.0
         self.started = time.monotonic()
@@ -77,9 +77,9 @@ class _Reporter:
             return
         self.updated = time.monotonic()
         line = describe(event, before=self.before or 0, seconds=time.monotonic() - self.started)
-        text = f"{self.stage}: {self.subject}, {line}"
+        text = f"{self.stage}: {self.note}, {line}"
         if self.artifact is None:
-            self.artifact = _create(artifact_key("progress", self.stage, self.subject), percent, text)
+            self.artifact = _create(artifact_key("progress", self.stage, self.note), percent, text)
         else:
             update_progress_artifact(self.artifact, progress=percent, description=text)
 

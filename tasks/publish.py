@@ -23,7 +23,7 @@ from tasks.progress import artifact_key, reporter
     retry_condition_fn=is_transient,
 )
 def publish(folder: Path, repo_id: str, collection: str | None, description: str = "") -> Release:
-    """One commit, verified from the Hub's side, tagged and in its collection, which `description` is for."""
+    """One commit, verified on the Hub, tagged, and added to its collection; `description` is for a new collection."""
     progress = reporter("publish", repo_id)
     release = stages.publish(
         folder, repo_id=repo_id, collection=collection, collection_description=description, progress=progress

@@ -39,7 +39,7 @@ def pin(model: str) -> Snapshot:
     retry_condition_fn=is_transient,
 )
 def plan(snapshot: Snapshot, recipe: Recipe, trust_remote_code: bool, calibration: Calibration | None = None) -> Plan:
-    """Decide for every tensor from headers alone, and show the decision; made again once a calibration knows better."""
+    """Decide for every tensor from headers alone, and show it; called again when calibration decides what is kept."""
     reporter("plan", recipe.name)
     made = stages.plan(snapshot, recipe, calibration=calibration, trust_remote_code=trust_remote_code)
     key = artifact_key("plan", snapshot.model_id, recipe.name)

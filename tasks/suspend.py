@@ -32,9 +32,9 @@ from prefect.states import Suspended
 A = TypeVar("A", bound=RunInput)
 
 WORKER_NOTICES_S = 1.0
-"""A worker looks for ended processes ten times a second."""
+"""Seconds in which a worker notices that a process has ended; it looks ten times a second."""
 PATIENCE_S = 600.0
-"""How long a server may be away."""
+"""Seconds for which the server may be unreachable."""
 
 
 def answer_to(form: type[A], *, key: str, timeout_s: int) -> A:

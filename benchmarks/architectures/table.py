@@ -12,17 +12,17 @@ HEAD = """# Architectures
 
 <!-- Written by `python -m benchmarks.architectures`; edits are lost. -->
 
-Which architectures fp8pipe quantizes correctly, under every shipped recipe. Each row is a tiny random checkpoint of a
-real architecture, made with transformers, quantized, validated against its source, and served by vLLM on a CPU with
-fp8pipe's plugin. Static recipes were calibrated on random rows.
+Look up an architecture to see whether fp8pipe quantizes it correctly, under every shipped recipe. Each row is a tiny
+random checkpoint of a real architecture, made with transformers, quantized, validated against its source, and served by
+vLLM on a CPU with fp8pipe's plugin. Static recipes were calibrated on random rows.
 
 - **passed (e)**: the relative L2 error e of vLLM's centred prompt logits is at most {limit}, measured against the
   source in transformers in float32, and a copy in which the scales of one projection of the last layer are doubled
-  fails the same check. With sparse experts only tokens that go to the same experts as in the source are compared; their
-  share is given.
+  fails the same check. With sparse experts, only tokens that go to the same experts as in the source are compared; the
+  cell gives their number.
 - **unquantized**: the error of the source itself, in bfloat16 with vLLM's kernels.
-- A number in brackets refers to vLLM's own message below the table: the checkpoint is sound and fits vLLM's model, but
-  vLLM cannot serve it on this platform.
+- **[1]**, any number in brackets: vLLM cannot serve the checkpoint on this platform, although it is sound and fits
+  vLLM's model. vLLM's own message stands below the table.
 
 {versions}.
 """

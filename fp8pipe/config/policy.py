@@ -20,7 +20,7 @@ from fp8pipe.config.files import load
 
 
 def _is_unset(value: object) -> bool:
-    """Leaves a newer limit that is not used out of files and digests, so that older policies keep their identity."""
+    """Whether a newer limit is unused. It is then left out of digests, so that older policies keep their identity."""
     return value is None
 
 

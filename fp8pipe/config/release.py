@@ -24,7 +24,7 @@ class ReleaseSpec(Config):
     repo_id: str = Field(description="Repository to publish to: namespace/name", pattern=r"^[\w.-]+/[\w.-]+$")
     collection: str | None = Field(default=None, description="Collection: namespace/title, or a slug")
     collection_description: str = Field(
-        default="", max_length=150, description="Of the collection, if this release is the first in it"
+        default="", max_length=150, description="Description of the collection, if this release creates it"
     )
     trust_remote_code: bool = Field(default=False, description="Let this model bring its own Python code")
     work_dir: str = Field(default="fp8pipe-work", description="Folder for releases and baselines")

@@ -127,10 +127,10 @@ class EvalSuite(Config):
 
     @field_validator("engine")
     @classmethod
-    def _engine_leaves_the_subject_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _engine_leaves_the_model_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
         owned = {"model", "pretrained", "tokenizer", "quantization", "kv_cache_dtype", "revision"} & set(value)
         if owned:
-            raise ValueError(f"{', '.join(sorted(owned))}: fp8pipe sets these, a suite cannot")
+            raise ValueError(f"{', '.join(sorted(owned))}: fp8pipe sets these itself; remove them from the suite")
         return value
 
 

@@ -55,8 +55,8 @@ class TaskPlan(Record):
         start = f"{self.task} {self.metric},{self.filter}: {self.samples} samples"
         if self.resolvable_margin is None or self.samples_needed is None:
             return (
-                f"{start} of {self.subtasks} sub-tasks settle nothing, at least {MIN_CLUSTERS} are needed; make single "
-                "sub-tasks tasks of the suite, and gate on those"
+                f"{start} of {self.subtasks} sub-tasks settle nothing, at least {MIN_CLUSTERS} are needed; list "
+                "single sub-tasks as tasks of the suite, and gate on those"
             )
         return (
             f"{start} accept an undamaged model in {100 * self.power:.0f} % of cases at margin "
@@ -94,6 +94,7 @@ class EvalPlan(Record):
 
     @property
     def unresolved(self) -> tuple[TaskPlan, ...]:
+        """Metrics whose samples are too few; none if all metrics together reach the policy's power."""
         if self.acceptance >= self.power:
             return ()
         return tuple(task for task in self.tasks if task.power < self.power_each)

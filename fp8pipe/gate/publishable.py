@@ -88,9 +88,9 @@ def require_publishable(folder: Path) -> Evidence:
 
 
 def may_publish(folder: Path) -> bool:
-    """Answer the same question for a flow, which ends normally if the verdict forbids it, or a person has to decide.
+    """Answer the same question for a flow, which ends normally if the verdict forbids it or a person has to decide.
 
-    Raises Refused if the verdict allows it and something else forbids it, such as an unchecked rule.
+    Raises Refused if the verdict allows it but something else forbids it, such as an unchecked rule.
     """
     found, _ = _examined(folder)
     if found is not None and any(verdict_objections(found.decision, found.policy, found.approval)):
@@ -148,7 +148,7 @@ def _wrong_checkpoint(found: Evidence) -> Iterator[str]:
 
 def _unchecked(decision: GateDecision) -> Iterator[str]:
     if decision.unchecked:
-        yield f"the gate left rules unchecked: {', '.join(decision.unchecked)}; give it what they need to know"
+        yield f"the gate left rules unchecked: {', '.join(decision.unchecked)}; gate.json says what each lacks"
 
 
 def _unsound_or_changed(found: Evidence) -> Iterator[str]:

@@ -338,10 +338,10 @@ def holm_levels(p_values: Sequence[float], alpha: float) -> list[float]:
     return levels
 
 
-def mean_interval(values: Array, level: float = 0.95) -> tuple[float, float]:
-    """Two-sided interval of one side's mean, for display: Wilson's for 0/1 values, otherwise normal."""
+def mean_interval(values: Array) -> tuple[float, float]:
+    """Two-sided 95 % interval of one side's mean, for display: Wilson's for 0/1 values, otherwise normal."""
     if is_binary(values):
-        interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(level, method="wilson")
+        interval = stats.binomtest(int(values.sum()), len(values)).proportion_ci(0.95, method="wilson")
         return float(interval.low), float(interval.high)
-    half = float(stats.norm.isf((1 - level) / 2)) * float(values.std(ddof=1)) / np.sqrt(len(values))
+    half = float(stats.norm.isf(0.025)) * float(values.std(ddof=1)) / np.sqrt(len(values))
     return float(values.mean() - half), float(values.mean() + half)

@@ -30,9 +30,9 @@ _SERVER_ENVIRONMENT = {
 }
 
 
-def configured_api(environment: dict[str, str] | None = None) -> str | None:
+def configured_api() -> str | None:
     """The API address from the environment or the active Prefect profile; None if neither names one."""
-    env = dict(os.environ) if environment is None else environment
+    env = os.environ
     if env.get("PREFECT_API_URL"):
         return env["PREFECT_API_URL"]
     home = Path(env.get("PREFECT_HOME", "~/.prefect")).expanduser()

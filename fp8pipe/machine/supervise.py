@@ -37,8 +37,8 @@ GRACE_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _TICK_S = 0.25
 _PATIENCE = 4
-"""A command that logs but sends no message may do so this many times longer than one that does neither: when one
-process of an engine hangs, the others keep logging that they wait for it."""
+"""How many times longer a command may log without sending a message than do neither: when one process of an engine
+hangs, the others keep logging that they wait for it."""
 _LINGER_S = 2.0
 """Time for resource trackers to clean up once the other processes are gone; they need milliseconds."""
 
@@ -79,11 +79,11 @@ def supervise(
 ) -> Ending:
     """Run `command`, without standard input, until it ends or has to be ended.
 
-    It is ended after `timeout_s`; or after `stall_s` in which it neither logged nor sent a message; or after four times
-    `stall_s` in which it sent no message. `env` replaces the environment. `on_message` runs in the calling thread.
+    It is ended after `timeout_s`, or when it has neither logged nor sent a message for `stall_s`, or has sent none for
+    four times `stall_s`; all in seconds. `env` replaces the environment. `on_message` runs in the calling thread.
 
-    However this function is left, an exception (KeyboardInterrupt, a cancelled task) included, no process of the group
-    survives, stopped ones included, and none of their shared memory: TERM first, KILL after GRACE_S.
+    However this function ends, even by an exception (KeyboardInterrupt, a cancelled task), no process of the group
+    survives, not even a stopped one, and none of their shared memory: TERM first, KILL after GRACE_S.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

@@ -11,7 +11,7 @@ from fp8pipe.records.decision import GateDecision, Verdict
 
 
 class Release(Record):
-    """A checkpoint on the Hub, verified by reading it back. `release.json`."""
+    """A checkpoint on the Hub, verified by reading it back. Part of the Outcome."""
 
     model_id: str
     source_commit: str

@@ -1,4 +1,4 @@
-"""How a release ended, as a record: unsound, or decided by the gate; and what became of it on the Hub."""
+"""Makes the record of how a release ended: unsound, or decided by the gate, with what was published, if anything."""
 
 from __future__ import annotations
 

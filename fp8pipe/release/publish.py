@@ -1,10 +1,10 @@
-"""Publish a checkpoint folder: an accepted folder goes in, a release on the Hub that was verified there comes out.
+"""Publish a checkpoint folder: an accepted folder in, a release out, verified on the Hub.
 
     evidence -> hashes -> private repository -> large files -> one commit -> verify -> tag -> public -> collection
 
-Without the evidence in DIR/fp8pipe/ nothing is published. Every step looks before it acts, so that a run after a crash
-at any point resumes there, and the same bytes make no second commit. Only the folder's own files are uploaded; nothing
-here writes a time or a count that would differ the next time.
+Without the evidence in DIR/fp8pipe/ nothing is published. Every step checks the Hub before it acts: a run after a crash
+resumes where the last one stopped, and the same bytes make no second commit. Only the folder's own files are uploaded,
+and nothing here writes a time or a count that would differ the next time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def publish(
     """Put `folder` on the Hub as `repo_id`, and prove that it is there. Safe to repeat.
 
     `card` becomes README.md. `collection` is `namespace/title` or a slug, and is created with
-    `collection_description` if there is none; `note` is shown in it. The caller saves the returned record.
+    `collection_description` if there is none; `note` is shown in it. The record that is returned is not saved here.
 
     Raises Refused if the evidence does not allow it; InputError for a repository that holds something else, a tag that
     points elsewhere, or a note that is too long; AccessDenied; HubUnreachable; EnvironmentFault if the Hub holds other

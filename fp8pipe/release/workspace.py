@@ -2,9 +2,9 @@
 
 WORK/releases/<model>--<recipe>--<fingerprint>/checkpoint/    the publishable folder with its records
                                               /evaluation/    the candidate's report, request and log
-                                              /release.json   what was published, or why nothing was
+                                              /release.json   how the release ended
 WORK/baselines/<key>/                                         one BF16 measurement, shared by all recipes
-WORK/suites/<key>/                                            how many documents a suite's tasks have
+WORK/suites/<key>/                                            how many documents the tasks of a suite have
 WORK/calibrations/<key>/                                      ranges, shared by recipes that need the same ones
 WORK/logs/                                                    full logs of runs started here
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import shutil
 import urllib.error
 import urllib.request
@@ -19,7 +18,7 @@ from fp8pipe.records import Record
 
 _PACKAGES = ("torch", "transformers", "lm_eval", "prefect", "huggingface_hub", "safetensors", "datasets")
 _LOW_DISK = 20_000_000_000
-"""Warn below this many bytes: a 7B model takes them in BF16 and FP8 with its caches."""
+"""Warn below this many free bytes: what a 7B model takes in BF16 and FP8, with its caches."""
 
 
 class Diagnosis(Record):
@@ -100,7 +99,7 @@ def _disk() -> Diagnosis:
 
 
 def _prefect() -> Diagnosis:
-    api = configured_api(dict(os.environ))
+    api = configured_api()
     if api is None:
         return Diagnosis(name="prefect", outcome="ok", detail="no server configured: each run starts its own")
     try:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 NAME = 26
-"""Longest piece of a name in one line of a terminal."""
+"""Longest part of a name in one line of a terminal, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def plots_markdown(checkpoint_folder: Path) -> str:
 # ------------------------------------------------------------------------------------------ one sheet per record
 
 MAX_FINDINGS = 100
-"""Most rows for people; --json has them all."""
+"""Most findings in a table for people; --json has them all."""
 
 
 def findings_sheet(report: ValidationReport) -> Sheet:
@@ -154,7 +154,7 @@ def evaluation_sheet(baseline: EvalReport, candidate: EvalReport) -> Sheet:
 
 
 def measurement_notes(report: EvalReport) -> list[str]:
-    """Everything in a report but the scores: odd samples, the engine's own noise, speed, memory, retries."""
+    """Everything in a report except the scores: odd samples, the engine's own noise, speed, memory, retries."""
     who = report.role
     notes = [
         f"{who} {'answers nothing' if sample.finding == 'empty' else 'repeats itself'} after {sample.prompt!r}"
@@ -324,11 +324,11 @@ def conversion_sheet(conversion: Conversion, folder: Path) -> Sheet:
     return Sheet(f"Converted {conversion.model_id}", ("change", "tensors"), rows, notes, right=frozenset({1}))
 
 
-def sensitivity_sheet(calibration: Calibration, count: int = 10) -> Sheet:
-    """The Linears that FP8 damages most, and those that were kept out of FP8 for that reason."""
+def sensitivity_sheet(calibration: Calibration) -> Sheet:
+    """The ten Linears that FP8 damages most, and those that were kept out of FP8 for that reason."""
     from fp8pipe.calibrate.sensitivity import worst_modules
 
-    worst = worst_modules(calibration, count)
+    worst = worst_modules(calibration, 10)
     stem = _common_stem([name for name, _ in worst])
     rows = tuple(
         (

@@ -75,8 +75,7 @@ class _Stage:
 class StageDisplay:
     """A live list of stages: a context manager that takes ProgressEvents from any thread.
 
-    Where the output is no terminal it prints a line when a stage starts, one when it ends, and one every half minute in
-    between.
+    If the output is not a terminal, it prints a line when a stage starts, one every half minute, and one when it ends.
     """
 
     console: Console

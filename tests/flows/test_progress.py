@@ -1,11 +1,11 @@
-"""What people are told while a stage runs."""
+"""What people see while a stage runs."""
 
 from __future__ import annotations
 
 import io
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 
 import tasks.progress as task_progress
-from fp8pipe.progress import Overlap, ProgressEvent, describe, human_bytes, human_seconds
+from fp8pipe.progress import Overlap, ProgressEvent, describe, human_bytes, human_seconds, quiet
 from fp8pipe.ui.terminal import StageDisplay
 
 
-def test_a_line_says_how_much_how_fast_and_how_long_still() -> None:
+def test_a_line_says_how_much_how_fast_and_how_much_longer() -> None:
     event = ProgressEvent("quantize", 1.5e9, 2e9, "B", "40/99 tensors")
     assert describe(event, before=0.5e9, seconds=2) == "1.5 GB of 2.0 GB  500.0 MB/s  1 s left  40/99 tensors"
 
@@ -29,7 +29,7 @@ def test_what_an_earlier_run_had_finished_is_not_this_ones_speed() -> None:
     assert "/s" not in describe(event, before=1.5e9, seconds=2)
 
 
-def test_no_rate_is_told_before_it_means_something() -> None:
+def test_no_rate_is_shown_before_it_means_something() -> None:
     assert describe(ProgressEvent("x", 5, 10, "layers"), before=0, seconds=0.1) == "5 of 10 layers"
 
 
@@ -94,21 +94,28 @@ def test_events_of_other_threads_belong_to_the_task_that_made_the_listener(monke
     assert runs == ["the task"] * 3
 
 
+@pytest.fixture
+def terminal() -> Iterator[list[ProgressEvent]]:
+    """What the terminal that started the flow is shown."""
+    events: list[ProgressEvent] = []
+    task_progress.show_on(events.append)
+    yield events
+    task_progress.show_on(quiet)
+
+
 def test_a_prefect_that_does_not_answer_costs_the_artifact_and_not_the_work(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, terminal: list[ProgressEvent]
 ) -> None:
     def create(**_: Any) -> UUID:
         raise ConnectionError("no server")
 
-    told: list[ProgressEvent] = []
     monkeypatch.setattr(task_progress, "create_progress_artifact", create)
-    monkeypatch.setattr(task_progress, "_terminal", told.append)
     report = task_progress.reporter("quantize", "model")
     prefect_logger = logging.getLogger("prefect")
     monkeypatch.setattr(prefect_logger, "propagate", True)
     for _ in range(3):
         report(ProgressEvent("quantize", 2, 2, "B"))
-    assert len(told) == 4
+    assert len(terminal) == 4
     assert [record.getMessage() for record in caplog.records] == ["quantize: no progress artifact: no server"]
 
 

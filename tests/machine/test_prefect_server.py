@@ -11,14 +11,22 @@ from support.processes import all_gone, wait_for_descendant
 from fp8pipe.machine.prefect_server import configured_api
 
 
-def test_api_is_found_in_the_environment_before_the_profile(tmp_path):
+@pytest.fixture(autouse=True)
+def fresh_home(tmp_path, monkeypatch):
+    for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+
+
+def test_api_is_found_in_the_environment_before_the_profile(tmp_path, monkeypatch):
     (tmp_path / "profiles.toml").write_text('active = "a"\n[profiles.a]\nPREFECT_API_URL = "http://profile/api"\n')
-    assert configured_api({"PREFECT_HOME": str(tmp_path)}) == "http://profile/api"
-    assert configured_api({"PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": "http://env/api"}) == "http://env/api"
+    assert configured_api() == "http://profile/api"
+    monkeypatch.setenv("PREFECT_API_URL", "http://env/api")
+    assert configured_api() == "http://env/api"
 
 
-def test_no_api_is_configured_in_a_fresh_home(tmp_path):
-    assert configured_api({"PREFECT_HOME": str(tmp_path)}) is None
+def test_no_api_is_configured_in_a_fresh_home():
+    assert configured_api() is None
 
 
 @pytest.mark.prefect

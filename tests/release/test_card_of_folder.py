@@ -34,6 +34,13 @@ def test_the_card_of_a_folder_lists_the_records_that_it_holds(tmp_path: Path) ->
     assert listed <= set(RECORDS)
 
 
+def test_the_card_of_a_converted_checkpoint_lists_the_record_of_the_conversion(tmp_path: Path) -> None:
+    saved(tmp_path)
+    assert "conversion.json" not in card_for_folder(tmp_path, repo_id="a/b")
+    (tmp_path / "fp8pipe" / "conversion.json").write_text("{}")
+    assert "| `fp8pipe/conversion.json` |" in card_for_folder(tmp_path, repo_id="a/b")
+
+
 def test_a_folder_without_a_decision_is_an_error_that_names_the_record(tmp_path: Path) -> None:
     saved(tmp_path)
     (tmp_path / "fp8pipe" / "gate.json").unlink()
@@ -81,5 +88,5 @@ def test_an_inconclusive_result_needs_an_approval_of_this_very_decision() -> Non
     signed = approval.model_copy(update={"decision": open_facts.decision.digest()})
     card = plain(render_card(replace(open_facts, approval=signed)))
     assert "**Inconclusive, released by decision.**" in card
-    assert "released by ada on 2026-08-01T10:00:00Z: known noise" in card
+    assert "ada released it on 2026-08-01T10:00:00Z: known noise" in card
     assert collection_note(open_facts.decision).startswith("Inconclusive, released by decision.")

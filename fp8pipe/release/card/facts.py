@@ -29,6 +29,7 @@ RECORDS = {
     "plan.json": "every tensor: kept or quantized, how, why, where",
     "calibration.json": "activation and KV ranges, and the samples they come from",
     "checkpoint.json": "fingerprint, source commit, sizes",
+    "conversion.json": "the checkpoint that this one was converted from, and what was changed",
     "source.json": "the source's files with their hashes",
     "manifest.json": "sha256 of every published file",
     "approval.json": "who released an inconclusive result, when and why",

@@ -25,11 +25,11 @@ def known_limits(facts: CardFacts) -> Iterator[str]:
     else:
         yield f"Measured on {engine.device_class} only; kernels differ between device classes."
     if facts.recipe.activations is not None:
-        yield "Below compute capability 8.9, vLLM stores weights in FP8 but computes in 16 bits; this was not measured."
+        yield "On GPUs below compute capability 8.9, vLLM computes in 16 bits with FP8 weights; this was not measured."
     if facts.recipe.kv_cache is not None:
         yield "Without --kv-cache-dtype fp8, the KV cache keeps the model's dtype; this was not measured."
     names = ", ".join(dict.fromkeys(task.task for task in facts.decision.tasks))
     yield f"Accuracy is known for {names} within {engine.max_model_len:,} tokens of context; nothing else was measured."
     if facts.checkpoint.zero_units:
         count = len(facts.checkpoint.zero_units)
-        yield f"{count} scale unit(s) hold only zeros; the first is {facts.checkpoint.zero_units[0]}."
+        yield f"All weights behind {count} of the scales are zero; the first is {facts.checkpoint.zero_units[0]}."

@@ -27,7 +27,7 @@ def verdict_lines(facts: CardFacts) -> Iterator[str]:
     for tried in decision.earlier:
         yield f"Before this one, the gate rejected recipe {tried.recipe}: {tried.reason}"
     if decision.verdict == "inconclusive" and approval is not None:
-        yield f"The samples do not settle it; released by {approval.who} on {approval.when}: {approval.reason}"
+        yield f"The samples do not settle the verdict; {approval.who} released it on {approval.when}: {approval.reason}"
 
 
 def task_sentence(task: TaskDecision, among: Sequence[TaskDecision]) -> str:
