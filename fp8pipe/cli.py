@@ -273,7 +273,8 @@ def evaluate(
     output: Output,
     suite: SuiteName = "quick",
     kv_cache_dtype: Annotated[
-        Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"], typer.Option(help="KV cache dtype vLLM serves with")
+        Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"],
+        typer.Option(help="KV cache dtype to serve with; auto: the recipe's"),
     ] = "auto",
     online: Annotated[Literal["fp8"] | None, typer.Option(help="Let vLLM quantize the BF16 model at load")] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first N samples of each task", min=1)] = None,

@@ -24,6 +24,9 @@ class ProgressEvent:
 
 SETTLE_S = 1.0
 """Seconds before a rate means anything."""
+SETTLE_SHARE = 0.01
+"""Share of the whole that this run must have done before its rate says how long the rest takes: the first step of a
+stage also pays for its start."""
 
 Progress = Callable[[ProgressEvent], None]
 
@@ -45,7 +48,8 @@ def _speed(event: ProgressEvent, done: float, seconds: float) -> tuple[str, ...]
         return ()
     rate = done / seconds
     speed = f"{human_bytes(rate)}/s" if event.unit == "B" else f"{rate:.1f} {event.unit}/s"
-    left = (event.total - event.done) / rate if event.total else 0
+    foreseeable = event.total is not None and done >= SETTLE_SHARE * event.total
+    left = (event.total - event.done) / rate if event.total and foreseeable else 0
     return (speed, f"{human_seconds(left)} left") if left > 0 else (speed,)
 
 

@@ -296,17 +296,15 @@ def evaluate_candidate(
     did not, but measurements with two context lengths cannot be compared.
     """
     from fp8pipe.evaluate import evaluate, request_for
-    from fp8pipe.quantize.plan import Plan
 
     checkpoint = Checkpoint.load(record_path(checkpoint_folder, "checkpoint"))
-    recipe = Plan.load(record_path(checkpoint_folder, "plan")).settings
     request = request_for(
         checkpoint_folder,
         suite,
         role="candidate",
         model_id=checkpoint.model_id,
         fingerprint=checkpoint.fingerprint,
-        kv_cache_dtype="fp8" if recipe.kv_cache is not None else "auto",
+        kv_cache_dtype=_kv_cache_dtype(checkpoint_folder),
         looks=looks[:look],
         retries=baseline.retries if baseline is not None else (),
     )
@@ -329,6 +327,7 @@ def evaluate_model(
     checkpoint = Checkpoint.load_if_present(record_path(Path(model), "checkpoint")) if Path(model).is_dir() else None
     if checkpoint is not None:
         path, model_id, fingerprint = Path(model), checkpoint.model_id, checkpoint.fingerprint
+        kv_cache_dtype = _kv_cache_dtype(path) if kv_cache_dtype == "auto" else kv_cache_dtype
     else:
         snapshot = download(pin(model), progress=progress)
         path, model_id, fingerprint = snapshot.path, snapshot.model_id, snapshot.commit
@@ -344,6 +343,14 @@ def evaluate_model(
         limit=limit,
     )
     return evaluate(request, folder, progress=progress)
+
+
+def _kv_cache_dtype(checkpoint_folder: Path) -> str:
+    """The KV cache's dtype that a checkpoint is made for: fp8 if its recipe has a scheme for the cache."""
+    from fp8pipe.quantize.plan import Plan
+
+    recipe = Plan.load(record_path(checkpoint_folder, "plan")).settings
+    return "fp8" if recipe.kv_cache is not None else "auto"
 
 
 # ------------------------------------------------------------------------------------------ gate, publish

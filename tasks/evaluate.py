@@ -6,18 +6,17 @@ from pathlib import Path
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 
 from fp8pipe import stages
 from fp8pipe.config import EvalSuite, ResolvedRelease
 from fp8pipe.records import EvalReport, Snapshot
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets
-from tasks.policy import engine_slot
+from tasks.policy import STAGE, engine_slot
 from tasks.progress import artifact_key, reporter
 
 
-@task(name="evaluate baseline", task_run_name="evaluate {snapshot.model_id}", cache_policy=NO_CACHE)
+@task(name="evaluate baseline", task_run_name="evaluate {snapshot.model_id}", **STAGE)
 def evaluate_baseline(
     snapshot: Snapshot, suite: EvalSuite, workspace: Workspace, looks: tuple[float, ...], look: int
 ) -> EvalReport:
@@ -27,7 +26,7 @@ def evaluate_baseline(
         return stages.evaluate_baseline(snapshot, suite, workspace, looks=looks, look=look, progress=progress)
 
 
-@task(name="evaluate candidate", task_run_name="evaluate {job.recipe.name}", cache_policy=NO_CACHE)
+@task(name="evaluate candidate", task_run_name="evaluate {job.recipe.name}", **STAGE)
 def evaluate_candidate(
     checkpoint_folder: Path, job: ResolvedRelease, folder: Path, baseline: EvalReport, look: int
 ) -> EvalReport:

@@ -8,7 +8,6 @@ from typing import cast
 
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.events import emit_event
@@ -23,7 +22,7 @@ from fp8pipe.records import Approval, EvalReport, GateDecision, Outcome, record_
 from fp8pipe.release.outcome import earlier_attempts
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets
-from tasks.policy import HUB_RETRIES, HUB_RETRY_DELAYS, is_transient
+from tasks.policy import STAGE
 from tasks.progress import artifact_key, reporter
 
 APPROVAL_DEPLOYMENT = "approve-release/approve-release"
@@ -33,10 +32,7 @@ APPROVAL_DEPLOYMENT = "approve-release/approve-release"
 @task(
     name="plan evaluation",
     task_run_name="plan evaluation {job.suite.name} for {job.policy.name}",
-    cache_policy=NO_CACHE,
-    retries=HUB_RETRIES,
-    retry_delay_seconds=HUB_RETRY_DELAYS,
-    retry_condition_fn=is_transient,
+    **STAGE,
 )
 def plan_evaluation(job: ResolvedRelease, workspace: Workspace) -> EvalPlan:
     """Fail now, not after hours of GPU time, if the suite cannot settle what the policy asks."""
@@ -53,7 +49,7 @@ def plan_evaluation(job: ResolvedRelease, workspace: Workspace) -> EvalPlan:
 @task(
     name="gate",
     task_run_name="gate {job.recipe.name} by {job.policy.name}, look {look}",
-    cache_policy=NO_CACHE,
+    **STAGE,
 )
 def gate(
     baseline: EvalReport,
@@ -88,7 +84,7 @@ def gate(
     return decision
 
 
-@task(name="ask", task_run_name="ask a person about {job.spec.repo_id}", cache_policy=NO_CACHE)
+@task(name="ask", task_run_name="ask a person about {job.spec.repo_id}", **STAGE)
 def ask(job: ResolvedRelease, checkpoint_folder: Path, decision: GateDecision) -> None:
     """Start the flow that waits for a person's decision; without its deployment, log the commands that decide it."""
     commands = (
@@ -121,14 +117,14 @@ def ask(job: ResolvedRelease, checkpoint_folder: Path, decision: GateDecision) -
     create_link_artifact(link, link_text="Decide here", key=key, description=f"Or with: {commands}")
 
 
-@task(name="question", cache_policy=NO_CACHE)
+@task(name="question", **STAGE)
 def question(checkpoint_folder: Path) -> str:
     """The decision that a person is asked about, as Markdown."""
     decision = GateDecision.load(record_path(checkpoint_folder, "gate"))
     return sheets.markdown(sheets.decision_sheet(decision))
 
 
-@task(name="approve", task_run_name="approved by {who}", cache_policy=NO_CACHE)
+@task(name="approve", task_run_name="approved by {who}", **STAGE)
 def approve(checkpoint_folder: Path, who: str, reason: str) -> Approval:
     """Record who decided, when and why."""
     return stages.approve(checkpoint_folder, who=who, reason=reason)

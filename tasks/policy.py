@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 from prefect import Task
+from prefect.cache_policies import NO_CACHE, CachePolicy
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.client.schemas.objects import State, TaskRun
@@ -17,14 +18,27 @@ from prefect.tasks import exponential_backoff
 
 from fp8pipe.errors import Fp8PipeError
 
-HUB_RETRIES = 4
-HUB_RETRY_DELAYS = exponential_backoff(backoff_factor=5)
-
 
 def is_transient(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether to retry: each class of errors says whether the same call may succeed later."""
+    """Whether to retry: the error itself knows whether it may pass by itself."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, Fp8PipeError) and error.transient
+
+
+class _Options(TypedDict):
+    cache_policy: CachePolicy
+    retries: int
+    retry_delay_seconds: Callable[[int], list[float]]
+    retry_condition_fn: Callable[[Task[..., Any], TaskRun, State[Any]], bool]
+
+
+STAGE: _Options = {
+    "cache_policy": NO_CACHE,
+    "retries": 4,
+    "retry_delay_seconds": exponential_backoff(backoff_factor=5),
+    "retry_condition_fn": is_transient,
+}
+"""Options of every task: its stage's record resumes it, not a result cache, and what may pass by itself is retried."""
 
 
 @contextmanager

@@ -6,21 +6,17 @@ from pathlib import Path
 
 from prefect import task
 from prefect.artifacts import create_link_artifact
-from prefect.cache_policies import NO_CACHE
 
 from fp8pipe import stages
 from fp8pipe.records import Release
-from tasks.policy import HUB_RETRIES, HUB_RETRY_DELAYS, is_transient
+from tasks.policy import STAGE
 from tasks.progress import artifact_key, reporter
 
 
 @task(
     name="publish",
     task_run_name="publish {repo_id}",
-    cache_policy=NO_CACHE,
-    retries=HUB_RETRIES,
-    retry_delay_seconds=HUB_RETRY_DELAYS,
-    retry_condition_fn=is_transient,
+    **STAGE,
 )
 def publish(folder: Path, repo_id: str, collection: str | None, description: str = "") -> Release:
     """One commit, verified on the Hub, tagged, and added to its collection; `description` is for a new collection."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from fp8pipe import stages
 from fp8pipe.config import Recipe
@@ -13,17 +12,14 @@ from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Checkpoint, Snapshot
 from fp8pipe.records.calibration import Calibration
 from fp8pipe.release.workspace import Workspace
-from tasks.policy import HUB_RETRIES, HUB_RETRY_DELAYS, is_transient
+from tasks.policy import STAGE
 from tasks.progress import reporter
 
 
 @task(
     name="calibrate",
     task_run_name="calibrate {snapshot.model_id} {recipe.name}",
-    cache_policy=NO_CACHE,
-    retries=HUB_RETRIES,
-    retry_delay_seconds=HUB_RETRY_DELAYS,
-    retry_condition_fn=is_transient,
+    **STAGE,
 )
 def calibrate(snapshot: Snapshot, plan: Plan, recipe: Recipe, workspace: Workspace, device: str) -> Calibration:
     """Ranges of activations and KV cache from the recipe's dataset."""
@@ -34,10 +30,7 @@ def calibrate(snapshot: Snapshot, plan: Plan, recipe: Recipe, workspace: Workspa
 @task(
     name="quantize",
     task_run_name="quantize {snapshot.model_id} {plan.recipe}",
-    cache_policy=NO_CACHE,
-    retries=HUB_RETRIES,
-    retry_delay_seconds=HUB_RETRY_DELAYS,
-    retry_condition_fn=is_transient,
+    **STAGE,
 )
 def quantize(
     snapshot: Snapshot, plan: Plan, folder: Path, calibration: Calibration | None

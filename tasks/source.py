@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 
 from fp8pipe import stages
 from fp8pipe.config import Recipe
@@ -12,17 +11,14 @@ from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Snapshot
 from fp8pipe.records.calibration import Calibration
 from fp8pipe.ui import sheets
-from tasks.policy import HUB_RETRIES, HUB_RETRY_DELAYS, is_transient
+from tasks.policy import STAGE
 from tasks.progress import artifact_key, reporter
 
 
 @task(
     name="pin",
     task_run_name="pin {model}",
-    cache_policy=NO_CACHE,
-    retries=HUB_RETRIES,
-    retry_delay_seconds=HUB_RETRY_DELAYS,
-    retry_condition_fn=is_transient,
+    **STAGE,
 )
 def pin(model: str) -> Snapshot:
     """Resolve the model to one commit."""
@@ -33,10 +29,7 @@ def pin(model: str) -> Snapshot:
 @task(
     name="plan",
     task_run_name="plan {snapshot.model_id} {recipe.name}",
-    cache_policy=NO_CACHE,
-    retries=HUB_RETRIES,
-    retry_delay_seconds=HUB_RETRY_DELAYS,
-    retry_condition_fn=is_transient,
+    **STAGE,
 )
 def plan(snapshot: Snapshot, recipe: Recipe, trust_remote_code: bool, calibration: Calibration | None = None) -> Plan:
     """Decide for every tensor from headers alone, and show it; called again when calibration decides what is kept."""
@@ -51,10 +44,7 @@ def plan(snapshot: Snapshot, recipe: Recipe, trust_remote_code: bool, calibratio
 @task(
     name="download",
     task_run_name="download {snapshot.model_id}",
-    cache_policy=NO_CACHE,
-    retries=HUB_RETRIES,
-    retry_delay_seconds=HUB_RETRY_DELAYS,
-    retry_condition_fn=is_transient,
+    **STAGE,
 )
 def download(snapshot: Snapshot, trust_remote_code: bool) -> Snapshot:
     """Bring the snapshot's files to this machine; files that are already here are not fetched again."""

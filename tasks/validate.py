@@ -6,15 +6,15 @@ from pathlib import Path
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
-from prefect.cache_policies import NO_CACHE
 
 from fp8pipe import stages
 from fp8pipe.records import Snapshot, ValidationReport
 from fp8pipe.ui import sheets
+from tasks.policy import STAGE
 from tasks.progress import artifact_key, reporter
 
 
-@task(name="validate", task_run_name="validate {source.model_id}", cache_policy=NO_CACHE)
+@task(name="validate", task_run_name="validate {source.model_id}", **STAGE)
 def validate(folder: Path, source: Snapshot, recipe: str) -> ValidationReport:
     """Structure, values and fidelity to the source. Findings are data; the flow decides."""
     report = stages.validate(folder, source=source, progress=reporter("validate", source.model_id))

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 from support.evaluation import ask, evaluate_by, interpreter, make_suite, make_tasks
+from support.tiny_models import make_model
 
-from fp8pipe.config import EvalSuite, TaskSpec
+from fp8pipe.config import EvalSuite, TaskSpec, load_recipe
 from fp8pipe.errors import EngineFailed, ModelNotFound
 from fp8pipe.evaluate import baseline_key
 from fp8pipe.evaluate.request import EvalRequest
-from fp8pipe.records import Retry
+from fp8pipe.quantize.plan import Plan
+from fp8pipe.records import Retry, record_path
 
 
 def test_identities_are_those_of_earlier_versions() -> None:
@@ -133,6 +135,23 @@ def test_a_model_with_changed_weights_or_cache_is_a_candidate(
     request = EvalRequest.load(folder / "request.json")
     assert (request.role, request.limit) == (role, 3)
     assert (request.engine["kv_cache_dtype"], request.engine.get("quantization")) == (kv_cache_dtype, online)
+
+
+@pytest.mark.parametrize("recipe", ["fp8-dynamic", "fp8-static-kv"])
+def test_a_checkpoint_measured_by_hand_is_served_as_its_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    from fp8pipe import stages
+
+    chosen, checkpoint, folder = load_recipe(recipe), tmp_path / "checkpoint", tmp_path / "evaluation"
+    stages.quantize_model(str(make_model(tmp_path / "model")), load_recipe("fp8-dynamic"), checkpoint)
+    path = record_path(checkpoint, "plan")
+    Plan.load(path).model_copy(update={"settings": chosen}).save(path)
+    monkeypatch.setattr(sys, "executable", interpreter(tmp_path))
+    suite = EvalSuite(name="tiny", tasks={"t": TaskSpec()})
+    stages.evaluate_model(str(checkpoint), suite, folder, kv_cache_dtype="auto", online=None, limit=None)
+    request = EvalRequest.load(folder / "request.json")
+    assert request.engine["kv_cache_dtype"] == ("fp8" if chosen.kv_cache is not None else "auto")
 
 
 def test_asking_for_evaluate_imports_neither_torch_nor_vllm() -> None:

@@ -33,6 +33,14 @@ def test_no_rate_is_shown_before_it_means_something() -> None:
     assert describe(ProgressEvent("x", 5, 10, "layers"), before=0, seconds=0.1) == "5 of 10 layers"
 
 
+def test_the_first_of_many_steps_does_not_say_how_long_the_rest_takes() -> None:
+    assert (
+        describe(ProgressEvent("x", 1, 2000, "requests"), before=0, seconds=30) == "1 of 2000 requests  0.0 requests/s"
+    )
+    assert "left" in describe(ProgressEvent("x", 20, 2000, "requests"), before=0, seconds=30)
+    assert "left" in describe(ProgressEvent("x", 1, 2, "layers"), before=0, seconds=30)
+
+
 def test_a_finished_stage_has_nothing_left() -> None:
     assert describe(ProgressEvent("x", 10, 10, "layers"), before=0, seconds=5) == "10 of 10 layers  2.0 layers/s"
 
