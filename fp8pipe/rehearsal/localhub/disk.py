@@ -129,7 +129,7 @@ class Incoming:
         self._size += len(data)
 
     def keep(self, sha256: str, size: int) -> None:
-        """Make the bytes a blob. Raises WrongContent if their size or sha256 is another."""
+        """Make the bytes a blob. Raises WrongContent if their size or sha256 is not as announced."""
         if self._size != size:
             raise WrongContent(f"{sha256}: expected {size} bytes, {self._size} arrived; upload it again")
         if self._hash.hexdigest() != sha256:

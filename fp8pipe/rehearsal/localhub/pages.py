@@ -115,14 +115,14 @@ async def discussion(request: Request) -> Response:
 async def collection(request: Request) -> Response:
     """A collection with its items and notes."""
     hub, who = hub_of(request), caller(request)
-    collection = visible_collection(request)
+    found = visible_collection(request)
     lines: list[RepoLine | Collection] = []
-    for item in collection.items:
+    for item in found.items:
         if item.type == "collection":
             lines.append(hub.collections.find(item.id))
         elif (repo := item_repo(hub, item, who)) is not None:
             lines.append(repo_line(hub, repo, item.note))
-    return html(request, "collection.html", collection=collection, lines=lines)
+    return html(request, "collection.html", collection=found, lines=lines)
 
 
 async def style(request: Request) -> Response:
