@@ -87,7 +87,7 @@ async def add_item(request: Request) -> Response:
 
 
 def put_item(hub: Hub, collection: Collection, who: TokenOwner, item: dict[str, Any], note: str | None) -> Collection:
-    """Add an item. Refused with 404 if there is none such, or if it is a repository that the caller may not see."""
+    """Add an item. Refused with 404 if it does not exist, or is a repository that the caller may not see."""
     item_type, item_id = item.get("type"), text_field(item, "id")
     if item_type == "collection":
         item_id = hub.collections.find(item_id).slug

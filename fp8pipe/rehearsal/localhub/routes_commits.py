@@ -179,7 +179,7 @@ class CommitHeader(TypedDict):
     title: str
     message: str
     parent: str | None
-    """The commit that has to be the head still; None for any."""
+    """The commit that must still be the head; None for any."""
 
 
 def must_be_committer(request: Request) -> str:

@@ -64,7 +64,7 @@ async def create(request: Request) -> Response:
 
 
 async def delete(request: Request) -> Response:
-    """Remove a repository, from every collection too."""
+    """Remove a repository, also from every collection."""
     kind, repo_id, _ = named_repo(await json_object(request), caller(request))
     hub = hub_of(request)
     hub.store.delete(existing_repo(hub.store, kind, repo_id))
@@ -73,7 +73,7 @@ async def delete(request: Request) -> Response:
 
 
 async def move(request: Request) -> Response:
-    """Rename a repository, in every collection too."""
+    """Rename a repository, also in every collection."""
     body = await json_object(request)
     kind = repo_kind(body)
     old, new = text_field(body, "fromRepo"), text_field(body, "toRepo")

@@ -92,7 +92,7 @@ class Tag:
 
 @dataclass(frozen=True, slots=True)
 class Refs:
-    """Every name for a commit."""
+    """The refs of a repository: all names of its commits."""
 
     branches: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, Tag] = field(default_factory=dict)
@@ -211,7 +211,7 @@ class Store:
     # Refs and commits
 
     def refs(self, repo: Repo) -> Refs:
-        """Every name for a commit."""
+        """The refs of a repository: all names of its commits."""
         raw = read_json(self.folder(repo.kind, repo.id) / "refs.json")
         return Refs(raw["branches"], {name: Tag(**tag) for name, tag in raw["tags"].items()}, raw["pulls"])
 
@@ -312,7 +312,7 @@ class Store:
             return commit
 
     def head_of(self, repo: Repo, revision: str) -> str:
-        """The head of a branch or a pull request: of the refs that can move."""
+        """The head of a branch or a pull request, the two kinds of refs that can move."""
         refs = self.refs(repo)
         if pull := PULL.fullmatch(revision):
             head = refs.pulls.get(pull[1])
