@@ -20,7 +20,7 @@ from support.tiny_models import make_model
 from support.warm_python import warm_interpreter
 
 from fp8pipe.rehearsal import localhub
-from fp8pipe.rehearsal.localhub import Fault, LocalHub
+from fp8pipe.rehearsal.localhub import Disruption, LocalHub
 
 FOREIGN = ("HF_", "HUGGING_FACE_", "PREFECT_", "FP8PIPE_", "VLLM_", "TRANSFORMERS_")
 """Prefixes of variables that change what is tested."""
@@ -44,7 +44,7 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.fixture(scope="session")
 def running_hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalHub]:
     """One server for the whole run; tests keep out of each other's way by repository names."""
-    with localhub.start(tmp_path_factory.mktemp("hub"), faults=True) as server:
+    with localhub.start(tmp_path_factory.mktemp("hub"), disruptions=True) as server:
         yield server
 
 
@@ -60,15 +60,17 @@ def hub(running_hub: LocalHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 @pytest.fixture
 def break_hub(hub: LocalHub) -> Iterator[Callable[..., None]]:
-    """`break_hub(Fault(...), ...)` makes the Hub fail that way; mended when the test ends."""
+    """`break_hub(Disruption(...), ...)` disrupts the Hub until the test ends."""
 
-    def set_faults(*faults: Fault) -> None:
-        body = json.dumps([asdict(fault) for fault in faults]).encode()
-        with urllib.request.urlopen(urllib.request.Request(f"{hub.endpoint}/_faults", body, method="POST")) as answer:
+    def set_disruptions(*disruptions: Disruption) -> None:
+        body = json.dumps([asdict(disruption) for disruption in disruptions]).encode()
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{hub.endpoint}/_disruptions", body, method="POST")
+        ) as answer:
             assert answer.status == 200
 
-    yield set_faults
-    set_faults()
+    yield set_disruptions
+    set_disruptions()
 
 
 @pytest.fixture

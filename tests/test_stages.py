@@ -17,7 +17,7 @@ from fp8pipe.hub.client import client
 from fp8pipe.progress import ProgressEvent
 from fp8pipe.quantize import JOURNAL_NAME
 from fp8pipe.records import RECORD_DIR, ValidationReport, record_path
-from fp8pipe.rehearsal.localhub import Fault, LocalHub
+from fp8pipe.rehearsal.localhub import Disruption, LocalHub
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_model_on_the_hub_is_quantized_while_it_arrives(
     remote = stages.pin(model)
     plan = stages.plan(remote, recipe)
     last = sorted({tensor.shard for tensor in plan.tensors})[-1]
-    break_hub(Fault(path=f"/resolve/.*{last}", method="GET", action="status", status=503, times=1000))
+    break_hub(Disruption(path=f"/resolve/.*{last}", method="GET", action="status", status=503, times=1000))
     with pytest.raises(EnvironmentFault):
         stages.quantize(remote, plan, out, calibration=None)
     finished = (out / RECORD_DIR / JOURNAL_NAME).read_text().count('"weight"')
@@ -74,13 +74,13 @@ def test_a_plan_of_a_model_on_the_hub_reads_headers_and_nothing_else(
     recipe = load_recipe("fp8-dynamic")
     folder = stages.pin(str(tmp_path / "model"))
     shards = {file.name: file.size for file in folder.files if file.name.endswith(".safetensors")}
-    break_hub(*(Fault(path=f"/resolve/.*{name}", action="status", after=1) for name in shards))
+    break_hub(*(Disruption(path=f"/resolve/.*{name}", action="status", after=1) for name in shards))
     remote = stages.plan(stages.pin(model), recipe)
     local = stages.plan(folder, recipe)
     assert remote.outputs == local.outputs and remote.quantization_config == local.quantization_config
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    with urllib.request.urlopen(f"{hub.endpoint}/_faults") as answer:
-        assert [fault["met"] for fault in json.load(answer)] == [1] * len(shards), "one request for each header"
+    with urllib.request.urlopen(f"{hub.endpoint}/_disruptions") as answer:
+        assert [one["met"] for one in json.load(answer)] == [1] * len(shards), "one request for each header"
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""The one edge to huggingface_hub: the client, and the translation of its errors into ours.
+"""The client of huggingface_hub, and the translation of its errors into ours.
 
 In: the environment (HF_ENDPOINT, HF_TOKEN or the stored login, HF_HUB_CACHE). Out: a quiet `HfApi`, and `translated`,
-inside which every foreign error leaves as a member of `errors.py` that says what was asked, of whom, and what to do.
-Retries are not made here: HubUnreachable is transient, and whoever drives the stage decides how often to try.
+which turns the library's errors into those of `errors.py`, with what was asked, which Hub was asked, and what to do
+next. Nothing is retried here: HubUnreachable is transient, and the caller of a stage decides how often to try.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 120.0
-"""Longest silence of the Hub within one answer. huggingface_hub itself waits for ever."""
+"""The longest pause within one answer of the Hub. By itself, huggingface_hub waits forever."""
 
 
 def endpoint() -> str:
@@ -44,7 +44,7 @@ def endpoint() -> str:
 
 
 def cache_folder() -> Path:
-    """Where the Hub's files are kept, as huggingface_hub would have it if it were imported now."""
+    """The folder of the Hub cache, by the present environment; huggingface_hub read its own at import."""
     from huggingface_hub import constants
 
     if chosen := os.environ.get("HF_HUB_CACHE"):
@@ -54,18 +54,18 @@ def cache_folder() -> Path:
 
 
 def client(token: str | None = None) -> HfApi:
-    """A client of `endpoint()`; without `token` it uses HF_TOKEN or the stored login."""
+    """A client of `endpoint()`. Without `token`, it uses HF_TOKEN or the stored login."""
     from huggingface_hub import HfApi, constants
 
     _make_quiet_and_impatient()
-    # huggingface_hub reads its environment at import; a Hub that was started since may not speak Xet.
+    # huggingface_hub reads its environment at import, but a Hub that was started since may not speak Xet.
     constants.HF_HUB_DISABLE_XET = os.environ.get("HF_HUB_DISABLE_XET", "").upper() in {"1", "ON", "YES", "TRUE"}
     return HfApi(endpoint=endpoint(), token=token)
 
 
 @functools.cache
 def _make_quiet_and_impatient() -> None:
-    """Once per process: no bars and warnings of the library (we have our own), and an end to every wait."""
+    """Once per process: turn off the library's bars and warnings, as we have our own, and limit every wait."""
     import httpx2
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import disable_progress_bars, logging
@@ -87,7 +87,7 @@ def translated(what: str) -> Iterator[None]:
     """Run Hub calls; `what` names the request in messages, as in "model org/name@main".
 
     Raises ModelNotFound, RevisionNotFound, AccessDenied, InputError, HubUnreachable, DiskTooSmall or EnvironmentFault
-    in place of the library's errors, which stay behind as the cause. Errors that are not the Hub's pass unchanged.
+    in place of the library's errors, which become the cause. Other errors pass unchanged.
     """
     try:
         yield
@@ -101,15 +101,17 @@ def translated(what: str) -> Iterator[None]:
 
 
 def _foreign() -> type[Exception]:
-    """Base of the HTTP library's errors; imported late, since an except clause is evaluated on error only."""
+    """The base class of the HTTP library's errors. An except clause calls this only on an error: the import is late."""
     import httpx2
 
     return httpx2.HTTPError
 
 
 def _translation(what: str, error: BaseException) -> Fp8PipeError | None:
-    """Ours for the first error of the chain that we know: the library wraps an upload's 503 in a RuntimeError, and an
-    unreachable Hub in LocalEntryNotFoundError."""
+    """Our error for the first one in the chain of causes that we know; None if we know none.
+
+    The library wraps the 503 of an upload in a RuntimeError, and an unreachable Hub in LocalEntryNotFoundError.
+    """
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     link: BaseException | None = error
@@ -118,7 +120,7 @@ def _translation(what: str, error: BaseException) -> Fp8PipeError | None:
             return ours
         link = link.__cause__
     if isinstance(error, LocalEntryNotFoundError):
-        return HubUnreachable(f"{what}: {endpoint()} gave no usable answer and nothing is cached: {error}")
+        return HubUnreachable(f"{what}: {endpoint()} gave no usable answer, and the cache does not have it: {error}")
     return None
 
 
@@ -139,12 +141,12 @@ def _one_translation(what: str, error: BaseException) -> Fp8PipeError | None:
         case hub.LocalTokenNotFoundError():
             return AccessDenied(f"{what}: no token; set HF_TOKEN or log in with `hf auth login`")
         case hub.HFValidationError():
-            return InputError(f"{what}: not a name the Hub can have: {error}")
+            return InputError(f"{what}: the Hub allows no such name: {error}")
         case hub.FileMetadataError() | json.JSONDecodeError():
-            return HubUnreachable(f"{what}: {endpoint()} does not answer like a Hub ({error}); check HF_ENDPOINT")
+            return HubUnreachable(f"{what}: the answer of {endpoint()} is not a Hub's ({error}); check HF_ENDPOINT")
         case OSError(errno=errno.ENOSPC):
             return DiskTooSmall(
-                f"{what}: the disk is full: {error}; free some space and run again, it goes on from here"
+                f"{what}: the disk is full: {error}; free some space and run again; finished files are kept"
             )
         case OSError() if "Consistency check failed" in str(error):
             return HubUnreachable(f"{what}: the transfer from {endpoint()} was cut off: {error}")
@@ -153,38 +155,40 @@ def _one_translation(what: str, error: BaseException) -> Fp8PipeError | None:
 
 
 def _of_answer(what: str, error: HfHubHTTPError) -> Fp8PipeError:
-    """Ours for an HTTP status."""
+    """Our error for an HTTP status."""
     from huggingface_hub import errors as hub
 
     status = error.response.status_code
-    said = error.server_message or f"HTTP {status}"
+    said = error.server_message or "no reason given"
     match error:
         case hub.GatedRepoError():
             page = f"{endpoint()}/{error.repo_id}" if error.repo_id else endpoint()
             return AccessDenied(f"{what}: gated; ask for access at {page}, then {_login(error.response.request)}")
         case hub.RepositoryNotFoundError():
             return ModelNotFound(
-                f"{what}: {endpoint()} shows no such model. Check the name; {_if_private(error.response.request)}"
+                f"{what}: not found on {endpoint()}. Check the name; {_if_private(error.response.request)}"
             )
         case hub.RevisionNotFoundError():
-            return RevisionNotFound(f"{what}: the model exists on {endpoint()}, this revision does not")
+            return RevisionNotFound(
+                f"{what}: {endpoint()} does not have this revision; name another branch, tag or commit"
+            )
         case hub.RemoteEntryNotFoundError():
             return InputError(f"{what}: no such file on {endpoint()}")
     if status in {401, 403} or isinstance(error, hub.DisabledRepoError):
-        return AccessDenied(f"{what}: {endpoint()} refuses: {said}; {_login(error.response.request)}")
+        return AccessDenied(f"{what}: {endpoint()} refuses access: {said}; {_login(error.response.request)}")
     if status in {408, 429} or status >= 500:
         return HubUnreachable(f"{what}: {endpoint()} answered HTTP {status}: {said}; try again later")
     if status in {400, 404, 422}:
-        return InputError(f"{what}: {endpoint()} finds the request wrong: {said}")
+        return InputError(f"{what}: {endpoint()} rejects the request: {said}")
     return EnvironmentFault(f"{what}: {endpoint()} answered HTTP {status}: {said}")
 
 
 def _login(request: httpx2.Request) -> str:
     if "authorization" in request.headers:
-        return "use a token of an account that may (HF_TOKEN or `hf auth login`)"
+        return "use a token of an account that has access (HF_TOKEN or `hf auth login`)"
     return "set HF_TOKEN or run `hf auth login`: no token was sent"
 
 
 def _if_private(request: httpx2.Request) -> str:
-    """The Hub does not tell a private model from none at all."""
+    """What to do if the model is private: the Hub gives the same answer as for one that does not exist."""
     return f"if it is private, {_login(request)}"

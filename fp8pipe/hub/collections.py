@@ -1,4 +1,4 @@
-"""Collections on the Hub: the one that a name means, with a model in it."""
+"""Adds a model to a collection on the Hub."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MAX_NOTE = 500
 
 
 def add_to_collection(api: HfApi, repo_id: str, name: str, note: str, *, description: str = "") -> Collection:
-    """Make sure that the collection exists and shows the model with this note.
+    """Make sure that the collection exists and lists the model with this note.
 
-    `name` is `namespace/title`, or a slug as in the collection's address. A title that no collection of the namespace
-    has creates one, with `description`. Raises InputError if `name` is neither.
+    `name` is `namespace/title`, or a slug as in the collection's address. If no collection of the namespace has the
+    title, one is created with `description`. Raises InputError if `name` is neither title nor slug.
     """
     collection = _find_or_create(api, name, description)
     item = next((item for item in collection.items if item.item_type == "model" and item.item_id == repo_id), None)

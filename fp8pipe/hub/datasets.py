@@ -1,4 +1,4 @@
-"""A dataset repository on the Hub: its commit, its files, what its card says about them, and the files themselves."""
+"""A dataset repository on the Hub: its commit, the names of its files, their subsets and splits, and the files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ class DatasetInfo:
     files: tuple[str, ...]
     """Names of all files, sorted."""
     configs: tuple[dict[str, Any], ...]
-    """`configs` of the dataset card: subsets, and the files of their splits. Unchecked YAML."""
+    """`configs` of the dataset card, as YAML that nobody has checked: the subsets, and the files of their splits."""
 
 
 def dataset_info(repo_id: str, revision: str | None) -> DatasetInfo:
-    """The dataset at `revision` (None: the default branch). Raises RevisionNotFound, HubUnreachable, and ModelNotFound
-    for a dataset that the Hub does not show."""
+    """The dataset at `revision` (None: the default branch).
+
+    Raises ModelNotFound if the Hub shows no such dataset; RevisionNotFound, HubUnreachable.
+    """
     with translated(f"dataset {repo_id}"):
         info = client().dataset_info(repo_id, revision=revision)
     assert info.sha is not None, f"the Hub gave no commit for dataset {repo_id}"
@@ -31,7 +33,7 @@ def dataset_info(repo_id: str, revision: str | None) -> DatasetInfo:
 
 
 def dataset_file(repo_id: str, name: str, revision: str) -> Path:
-    """One file, downloaded unless it is in the cache. Raises HubUnreachable, InputError."""
+    """The path of one file in the cache, downloaded if it is not there. Raises HubUnreachable, InputError."""
     with translated(f"{name} of dataset {repo_id}@{revision}"):
         return Path(
             client().hf_hub_download(repo_id, name, repo_type="dataset", revision=revision, cache_dir=cache_folder())

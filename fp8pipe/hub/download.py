@@ -1,4 +1,4 @@
-"""A pinned model's files, brought into the Hub cache: all of them, or each as soon as it is there."""
+"""Downloads the files of a pinned model into the Hub cache, all at once or one by one."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ DOWNLOADS_AT_ONCE = 4
 
 
 def download(snapshot: Snapshot, *, trust_remote_code: bool = False, progress: Progress = quiet) -> Snapshot:
-    """The snapshot with everything needed on disk: `root` set, `files` narrowed to what lies there.
+    """The snapshot with everything needed on disk: `root` is set, and `files` lists only what was needed.
 
-    Files that are in the Hub cache already are not fetched again, so an interrupted download goes on where it was.
+    Files that are already in the Hub cache are not fetched again, so an interrupted download resumes. Raises what
+    `download_iter` raises.
     """
     for _ in download_iter(snapshot, trust_remote_code=trust_remote_code, progress=progress):
         pass
@@ -35,7 +36,7 @@ def download(snapshot: Snapshot, *, trust_remote_code: bool = False, progress: P
 
 
 def local_snapshot(snapshot: Snapshot, *, trust_remote_code: bool = False) -> Snapshot:
-    """What `download` returns, before or while it runs: the place in the cache follows from id and commit."""
+    """What `download` will return: the folder in the cache follows from id and commit, so it is known in advance."""
     root = Path(snapshot.root) if snapshot.root else _cache_root(snapshot)
     files = needed_files(snapshot, trust_remote_code=trust_remote_code)
     return snapshot.model_copy(update={"root": str(root), "files": files})
@@ -46,11 +47,11 @@ def _cache_root(snapshot: Snapshot) -> Path:
 
 
 def download_iter(snapshot: Snapshot, *, trust_remote_code: bool = False, progress: Progress = quiet) -> Iterator[Path]:
-    """Yield the path of each needed file as soon as it is complete, while the others are still on their way.
+    """Yield the path of each needed file as soon as it is complete, while others are still being downloaded.
 
-    Companions come first, then the weights in order of arrival. Leaving the loop early stops what is under way. A file
-    that cannot be had lets the files on their way arrive, and be yielded; then its error is raised.
-    Raises HubUnreachable, AccessDenied, DiskTooSmall; SourceChanged when a local file is not what `resolve` saw.
+    Companions are requested first, then the weights; all are yielded in order of arrival. Leaving the loop early stops
+    the downloads. If one file fails, those already under way are completed and yielded before its error is raised.
+    Raises HubUnreachable, AccessDenied, DiskTooSmall; SourceChanged if a local file differs from what `resolve` saw.
     """
     files = needed_files(snapshot, trust_remote_code=trust_remote_code)
     if snapshot.root is not None:
@@ -70,7 +71,7 @@ def download_iter(snapshot: Snapshot, *, trust_remote_code: bool = False, progre
             except Fp8PipeError as error:
                 failure = failure or error
                 for other in arriving:
-                    other.cancel()  # unless it has begun
+                    other.cancel()  # has no effect on one that has begun
                 continue
             yield path
         if failure is not None:
@@ -87,13 +88,13 @@ def _require_disk(snapshot: Snapshot, files: tuple[SourceFile, ...]) -> None:
     free = shutil.disk_usage(existing).free
     if missing > free:
         raise DiskTooSmall(
-            f"{snapshot.model_id}: {missing / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free at {existing}; "
+            f"{snapshot.model_id}: {missing / 1e9:.1f} GB to download, only {free / 1e9:.1f} GB free at {existing}; "
             "free some space, or set HF_HUB_CACHE to a larger disk"
         )
 
 
 def _fetch(snapshot: Snapshot, file: SourceFile, meter: _Meter) -> Path:
-    """One file, from the cache or the Hub. A cached file of the wrong size is fetched once more."""
+    """The path of one file, from the cache or the Hub. A cached file of the wrong size is fetched again."""
     get = partial(
         client().hf_hub_download,
         snapshot.model_id,
@@ -130,7 +131,7 @@ class _Meter:
         self.stopped = threading.Event()
 
     def add(self, file: SourceFile, count: int) -> None:
-        """`count` more bytes of `file`; negative when a transfer starts over. Ends the transfer once stopped."""
+        """Count bytes of `file` that arrived; negative if a transfer starts over. CancelledError once stopped."""
         if self.stopped.is_set():
             raise CancelledError
         self._set(file, self.done.get(file.name, 0) + count)
@@ -145,7 +146,7 @@ class _Meter:
 
 
 def _bar_class(count: Callable[[int], None]) -> type[Any]:  # Any: the library's bar class exists only after its import
-    """What huggingface_hub takes for a progress bar: draws nothing, tells `count` how many bytes came."""
+    """A progress bar for huggingface_hub that draws nothing, and calls `count` with the bytes that arrived."""
     from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):
@@ -156,9 +157,9 @@ def _bar_class(count: Callable[[int], None]) -> type[Any]:  # Any: the library's
             count(int(n or 0))
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """Bytes on the wire, which Xet counts apart from bytes in the file."""
+            """Ignored: bytes on the wire, which Xet counts apart from bytes in the file."""
 
         def set_transfer_postfix_str(self, *_: Any, **__: Any) -> None:  # Any: not looked at
-            """Xet's transfer speed."""
+            """Ignored: Xet's transfer speed."""
 
     return Bar

@@ -1,4 +1,4 @@
-"""Headers of a model's safetensors files, from its folder or from the Hub by HTTP ranges."""
+"""Reads the headers of a model's safetensors files from its folder, or from the Hub by HTTP ranges."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from fp8pipe.records import Snapshot
 
 REQUESTS_AT_ONCE = 8
 _FIRST_READ = 1 << 18
-"""Bytes to ask for before the header's length is known: most headers fit, so that a remote one costs one request."""
+"""Bytes to read before the header's length is known. Most headers fit, and then cost one request."""
 
 
 def read_headers(snapshot: Snapshot) -> Headers:
-    """Headers of every weight file of `snapshot`, local or remote; MalformedCheckpoint names file, tensor and
-    defect."""
+    """The headers of every weight file of `snapshot`, local or remote.
+
+    Raises MalformedCheckpoint with the file, the tensor and what is wrong with it.
+    """
     names = source.weight_files(snapshot)
     sizes = {file.name: file.size for file in snapshot.files}
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="headers") as pool:  # on the Hub each is a round trip
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="headers") as pool:  # on the Hub, each is a round trip
         shards = tuple(pool.map(lambda name: _read_header(snapshot, name, sizes[name]), names))
     headers = join_headers(shards)
     if INDEX_NAME in sizes and list(names) != [SINGLE_NAME]:

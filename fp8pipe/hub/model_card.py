@@ -1,4 +1,4 @@
-"""The front matter of a model card, as the Hub's own client spells it."""
+"""The front matter of a model card, written by the Hub's own client."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def front_matter(
     tags: Sequence[str],
     datasets: Sequence[str],
     base_model: str | None,
-    inherited: Mapping[str, Any],  # Any: values of somebody else's YAML
+    inherited: Mapping[str, Any],  # Any: values of a YAML that we did not write
 ) -> str:
-    """YAML of a quantized model called `name`, without the dashes around it.
+    """The YAML for a quantized model called `name`, without the lines of dashes around it.
 
-    `inherited` are entries of the source's own card. `base_model` is None if the source is not on the Hub.
+    `inherited` holds entries of the source's own card. `base_model` is None if the source is not on the Hub.
     """
     from huggingface_hub import EvalResult, ModelCardData
 

@@ -1,8 +1,7 @@
-"""Where a model comes from: a Hub id or a folder goes in, a Snapshot pinned to one state comes out.
+"""Pins a model to one state: a Hub id or a folder goes in, a Snapshot comes out.
 
-`resolve` asks for names and sizes only. `read_file` and `read_range` read from the folder, or from the Hub by HTTP
-ranges, so that a plan needs no download. `download` brings what quantizing needs into the Hub cache, `download_iter`
-hands each file over as soon as it is there. Pickled weights are never fetched.
+`resolve` asks only for names and sizes. `read_file` and `read_range` read from the folder, or from the Hub by HTTP
+ranges, so a plan needs no download. Pickled weights are never read.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ COMPANIONS = (
     *("readme.md", "license*", "licence*", "notice*", "use_policy*"),
     "additional_chat_templates/*.jinja",
 )
-"""What a checkpoint needs beside its weights, in lower case."""
+"""Names, in lower case, of what a checkpoint needs besides its weights."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TRAINING_STATE = ("training_args.bin", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*")
-"""Pickles that are no weights."""
+"""Pickles that hold no weights."""
 DUPLICATES = ("consolidated*", "adapter_model*")
-"""Safetensors at the top of a repository that are not the model in the layout of transformers."""
+"""Safetensors at the top of a repository that are not the model in transformers' layout."""
 
 # ---------------------------------------------------------------------------------------------- resolve
 
 
 def resolve(model: str) -> Snapshot:
-    """The state that `model` (a Hub id, `id@revision`, or a folder) means now. Downloads nothing.
+    """The present state of `model`: a Hub id, `id@revision`, or a folder. Downloads nothing.
 
-    An existing folder wins over a Hub id of the same spelling; what starts with `/`, `.` or `~` is always a folder.
-    Raises ModelNotFound, RevisionNotFound, AccessDenied, HubUnreachable; UnsafeWeights when all weights are pickles;
-    InputError when there are none, or no config.json.
+    An existing folder wins over a Hub id of the same spelling. A name that starts with `/`, `.` or `~` is always a
+    folder. Raises ModelNotFound, RevisionNotFound, AccessDenied, HubUnreachable; UnsafeWeights if all weights are
+    pickles; InputError if there are no weights or no config.json.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -69,7 +68,7 @@ def _resolve_on_hub(model_id: str, revision: str | None) -> Snapshot:
     with translated(f"model {model_id}" + (f"@{revision}" if revision else "")):
         info = api.model_info(model_id, revision=revision)
         assert info.sha is not None
-        if info.gated:  # its file list is public: find out now, not after the plan has been made
+        if info.gated:  # the list of files is public, so without this check only the download would fail
             api.auth_check(model_id)
         tree = api.list_repo_tree(model_id, revision=info.sha, recursive=True)
         files = [
@@ -98,12 +97,14 @@ def _local_commit(folder: Path) -> str:
 
 
 def require_unchanged(snapshot: Snapshot) -> None:
-    """SourceChanged unless a local folder is still what `resolve` saw: content of its small files; header, size and
-    time of its weights. No weight is read. A commit of the Hub stays what it is."""
+    """Raise SourceChanged if a local folder is no longer what `resolve` saw. A commit of the Hub cannot change.
+
+    Compares the content of small files, and the header, size and time of weight files; no weight is read.
+    """
     if snapshot.is_local and _local_commit(snapshot.path) != snapshot.commit:
         raise SourceChanged(
-            f"{snapshot.path}: expected the state {snapshot.commit}, the folder has changed since; run again from the "
-            "start once it is at rest, so that plan and calibration are of the weights that are quantized"
+            f"{snapshot.path}: expected the state {snapshot.commit}, but the folder has changed since. Once nothing "
+            "writes to it, run again from the start: plan and calibration must see the weights that are quantized"
         )
 
 
@@ -112,41 +113,44 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _require_inside(link: Path, folder: Path) -> None:
-    """A link may not lead out of its folder. In the Hub cache every file is one: there it may lead anywhere in the
-    cache (`models--x/snapshots/SHA/f` -> `models--x/blobs/...`, from there perhaps to the cache's shared `blobs/`)."""
+    """Raise InputError if a link is broken or leads out of its folder.
+
+    In the Hub cache every file is a link, which may lead anywhere in the cache: `models--x/snapshots/SHA/f` ->
+    `models--x/blobs/...`, and from there perhaps to the cache's shared `blobs/`.
+    """
     in_hub_cache = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
     fence = folder.parents[2] if in_hub_cache else folder
     target = link.resolve()
     if not target.exists():
         raise InputError(f"{link}: broken link, {target} does not exist; download the model again")
     if not target.is_relative_to(fence):
-        raise InputError(f"{link}: leads out of the model's folder, to {target}; copy the file in its place")
+        raise InputError(f"{link}: leads out of the model's folder, to {target}; replace it by a copy of the file")
 
 
 def _require_model(snapshot: Snapshot) -> None:
-    """A config, and weights that can be read without running code."""
+    """Raise unless there is a config, and weights that can be read without running code."""
     names = [file.name for file in snapshot.files]
     where = f"{snapshot.model_id}@{snapshot.commit}"
     if not any(name.endswith(".safetensors") for name in names):
         pickles = [name for name in names if _matches(name, PICKLES) and not _matches(name, TRAINING_STATE)]
         if pickles:
             raise UnsafeWeights(
-                f"{where}: weights are pickles only ({', '.join(pickles[:3])}); loading a pickle runs the code in it;"
+                f"{where}: all weights are pickles ({', '.join(pickles[:3])}); loading a pickle runs the code in it;"
                 " use a revision with safetensors, or convert the weights"
             )
         raise InputError(f"{where}: expected *.safetensors, found no weights among {len(names)} files")
     if "config.json" not in names:
-        raise InputError(f"{where}: no config.json; is this a model for transformers, and not an adapter or a part?")
+        raise InputError(f"{where}: no config.json; name a whole model for transformers, not an adapter or a part")
 
 
 # ---------------------------------------------------------------------------------------------- what belongs to a model
 
 
 def weight_files(snapshot: Snapshot) -> tuple[str, ...]:
-    """The safetensors files that make up the model: those of the index, else the single one. Sorted.
+    """The safetensors files that make up the model: those that the index names, or the only one. Sorted.
 
-    Raises MalformedCheckpoint when the index cannot be read, names a file outside the folder or one that is missing,
-    or when several files lie there without an index.
+    Raises MalformedCheckpoint if the index cannot be read, or names a file that is missing or outside the folder, or if
+    there is no index and not exactly one file.
     """
     names = {file.name for file in snapshot.files}
     if INDEX_NAME in names:
@@ -167,13 +171,15 @@ def _indexed_files(snapshot: Snapshot, names: set[str]) -> tuple[str, ...]:
     shards = sorted(set((index.weight_map or {}).values()))
     for shard in shards:
         if shard not in names or not shard.endswith(".safetensors"):
-            found = "which is not there; the upload is incomplete" if shard not in names else "which is no safetensors"
+            found = (
+                "which is missing; the upload is incomplete" if shard not in names else "which is no safetensors file"
+            )
             raise MalformedCheckpoint(f"{snapshot.model_id}: {INDEX_NAME} names {shard}, {found}")
     return tuple(shards)
 
 
 def needed_files(snapshot: Snapshot, *, trust_remote_code: bool = False) -> tuple[SourceFile, ...]:
-    """What a quantized copy is made of: companions first, then the weights."""
+    """The files that a quantized copy is made from: companions first, then the weights."""
     weights = set(weight_files(snapshot))
     return (
         *companion_files(snapshot, trust_remote_code=trust_remote_code),
@@ -182,7 +188,7 @@ def needed_files(snapshot: Snapshot, *, trust_remote_code: bool = False) -> tupl
 
 
 def companion_files(snapshot: Snapshot, *, trust_remote_code: bool = False) -> tuple[SourceFile, ...]:
-    """What lies beside the weights, the index too. Reads nothing. `*.py` only if `trust_remote_code`."""
+    """The files besides the weights, with the index; `*.py` only if `trust_remote_code`. Reads nothing."""
     patterns = (*COMPANIONS, "*.py") if trust_remote_code else COMPANIONS
     return tuple(
         file for file in snapshot.files if _matches(file.name, patterns) and not file.name.endswith(".bin.index.json")
@@ -190,7 +196,7 @@ def companion_files(snapshot: Snapshot, *, trust_remote_code: bool = False) -> t
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a pattern fits; one without a slash fits only at the top of the repository."""
+    """Whether a pattern fits. A pattern without a slash fits only at the top of the repository."""
     return any(fnmatch(name.lower(), pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
 
 
@@ -205,11 +211,11 @@ def read_file(snapshot: Snapshot, name: str) -> bytes:
 def read_range(snapshot: Snapshot, name: str, begin: int, end: int) -> bytes:
     """Bytes [begin, end) of a file: from disk, or by one HTTP range request.
 
-    Raises MalformedCheckpoint when the file is shorter, SourceChanged when it shrank since `resolve`.
+    Raises MalformedCheckpoint if the file is shorter, SourceChanged if it shrank since `resolve`.
     """
     size = _entry(snapshot, name).size
     if not 0 <= begin <= end <= size:
-        raise MalformedCheckpoint(f"{name}: bytes {begin} to {end} were asked for, the file has {size}")
+        raise MalformedCheckpoint(f"{name}: bytes {begin} to {end} were requested, but the file has {size}")
     if begin == end:
         return b""
     if snapshot.root is not None:
@@ -236,7 +242,7 @@ def _read_local(path: Path, begin: int, end: int) -> bytes:
             file.seek(begin)
             return file.read(end - begin)
     except FileNotFoundError:
-        raise SourceChanged(f"{path}: was there when the model was resolved, is gone now") from None
+        raise SourceChanged(f"{path}: removed since the model was resolved; resolve the model again") from None
 
 
 def _read_remote(snapshot: Snapshot, name: str, begin: int, end: int) -> bytes:
@@ -252,9 +258,8 @@ def _read_remote(snapshot: Snapshot, name: str, begin: int, end: int) -> bytes:
     ):
         hf_raise_for_status(response)
         data = bytearray()
-        skip = (
-            0 if response.status_code == 206 else begin
-        )  # 200: ranges are not honoured, the file comes from its start
+        # 200: the server does not honour ranges, and sends the file from its start
+        skip = 0 if response.status_code == 206 else begin
         for chunk in response.iter_bytes():
             data += chunk
             if len(data) >= skip + end - begin:

@@ -1,7 +1,7 @@
-"""One folder on its way into one repository of the Hub, proven by the Hub's own checksums.
+"""Uploads one folder into one repository of the Hub, and verifies it by the Hub's own checksums.
 
-Every step looks before it acts. Run again after a crash, it continues where the Hub is; run again on the same bytes, it
-makes no second commit.
+Every step checks the state of the Hub before it acts. Run again after a crash, an upload continues from that state; run
+again on the same bytes, it makes no second commit.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ MARK = f"{RECORD_DIR}/checkpoint.json"
 
 
 class Say(Protocol):
-    """Reports a step in words; `sent` are bytes that are on the Hub since the last one, `whole` means all of them."""
+    """Reports a step in words. `sent` counts the bytes that reached the Hub since the last step; `whole` means all."""
 
     def __call__(self, step: str, sent: int = 0, whole: bool = False) -> None: ...
 
 
 @dataclass(frozen=True)
 class Upload:
-    """`folder`, whose files have these hashes, on its way into `repo_id`."""
+    """The upload of `folder`, whose files have these hashes, into `repo_id`."""
 
     api: HfApi
     repo_id: str
     folder: Path
     files: tuple[FileHash, ...]
     title: str
-    """First words of the commit message."""
+    """The first words of the commit message."""
     say: Say
 
     def create_repository(self) -> None:
-        """A private one, if there is none."""
+        """Create a private repository if there is none."""
         self.say("create repository")
         self.api.create_repo(self.repo_id, private=True, exist_ok=True)
 
     def commit(self, tag: str) -> tuple[str, bool]:
-        """The commit that holds exactly the folder, and whether it was made just now.
+        """The commit that holds exactly the folder, and whether this call made it.
 
-        If the tag exists, its commit is the release, and nothing is uploaded. InputError if that commit holds other
-        files, or if the repository holds files that are not fp8pipe's.
+        If the tag exists, its commit is the release, and nothing is uploaded. Raises InputError if that commit holds
+        other files, or if the repository holds files that fp8pipe did not make.
         """
         target = self._tagged(tag)
         if target is None:
@@ -64,7 +64,7 @@ class Upload:
         return target, False
 
     def verify(self, commit: str) -> None:
-        """EnvironmentFault unless the Hub's checksum of every file of `commit` is the folder's."""
+        """Raise EnvironmentFault unless the Hub's checksum of every file of `commit` is that of the folder's file."""
         self.say("verify", whole=True)
         to_add, to_delete = self._changes(commit)
         if to_add or to_delete:
@@ -74,7 +74,7 @@ class Upload:
             )
 
     def tag(self, tag: str, commit: str) -> None:
-        """Make `tag` point to `commit`. InputError if it points elsewhere."""
+        """Make `tag` point to `commit`. Raises InputError if it points to another commit."""
         self.say("tag")
         if self._tagged(tag) is None:
             self.api.create_tag(self.repo_id, tag=tag, revision=commit, exist_ok=True)
@@ -82,7 +82,7 @@ class Upload:
             raise InputError(f"{self.repo_id}: tag {tag} points to {target}, not to {commit}; a tag never moves")
 
     def make_public(self) -> None:
-        """Let everybody see the repository."""
+        """Make the repository public."""
         self.say("make public")
         if self.api.model_info(self.repo_id).private:
             self.api.update_repo_settings(self.repo_id, private=False)
@@ -90,10 +90,10 @@ class Upload:
     # -------------------------------------------------------------------------------------- the commit
 
     def _committed(self) -> tuple[str, bool]:
-        """Bring the head of main to the folder's content by at most one commit on a parent that was read before.
+        """Give main exactly the folder's content, by at most one commit on the head that was compared with it.
 
-        A commit that fails may still have been applied (its answer was lost), or another one came first. Either way,
-        read the head again, work out what is left to do, and try once more.
+        A commit that fails may still have been applied, its answer lost; or another commit came first. Either way, read
+        the head again, work out what is left to do, and try once more.
         """
         first, failure = self._head(), None
         for _ in range(2):
@@ -108,7 +108,7 @@ class Upload:
         return head, True
 
     def _try_commit(self, parent: str, to_add: list[str], to_delete: list[str]) -> Exception | None:
-        """One commit on `parent`; the error if it is uncertain whether the commit was applied."""
+        """Commit on `parent`. Returns the error if it leaves open whether the commit was applied; raises any other."""
         import httpx2
         from huggingface_hub import CommitOperationDelete
         from huggingface_hub.errors import HfHubHTTPError
@@ -131,7 +131,7 @@ class Upload:
         return None
 
     def _preuploaded(self, names: list[str]) -> list[CommitOperationAdd]:
-        """Additions whose large files are on the Hub already; the Hub keeps those of an earlier run."""
+        """The files to add, after uploading the large ones. Those of an earlier run are still on the Hub."""
         additions = {file.name: self._addition(file) for file in self.files if file.name in names}
         small = [addition for name, addition in additions.items() if not name.endswith(".safetensors")]
         self.say("upload small files")
@@ -162,13 +162,13 @@ class Upload:
         return {ref.name: ref.target_commit for ref in self.api.list_repo_refs(self.repo_id).tags}.get(tag)
 
     def _changes(self, commit: str) -> tuple[list[str], list[str]]:
-        """Names to add or replace, and names to delete, to make `commit` equal to the folder."""
+        """The names to add or replace, and the names to delete, that would make `commit` equal to the folder."""
         remote = self._remote(commit)
         foreign = set(remote) - {".gitattributes", CARD}
         if foreign and MARK not in remote:
             raise InputError(
-                f"{self.repo_id}: holds files that are not fp8pipe's ({', '.join(sorted(foreign)[:3])}), which "
-                "a release would replace; name another repository, or delete this one first"
+                f"{self.repo_id}: holds files that fp8pipe did not make ({', '.join(sorted(foreign)[:3])}), and "
+                "a release would replace them; name another repository, or delete this one first"
             )
         to_add = [file.name for file in self.files if not self._holds(remote.get(file.name), file)]
         to_delete = sorted(set(remote) - {file.name for file in self.files} - {".gitattributes"})
@@ -181,7 +181,7 @@ class Upload:
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def _holds(self, remote: RepoFile | None, file: FileHash) -> bool:
-        """Whether the Hub's checksum is that of this content: sha256 of large files, git's sha1 of others."""
+        """Whether the Hub's checksum is that of this file: the sha256 of a large file, git's sha1 of another."""
         if remote is None or remote.size != file.size:
             return False
         if remote.lfs is not None:

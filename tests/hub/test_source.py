@@ -1,4 +1,4 @@
-"""resolve, read and download, against a real Hub on loopback and against folders."""
+"""Resolving, reading and downloading a model, from a real Hub on loopback and from folders."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fp8pipe.hub.client import client
 from fp8pipe.hub.download import download, download_iter
 from fp8pipe.hub.source import needed_files, read_file, read_range, resolve, weight_files
 from fp8pipe.progress import ProgressEvent
-from fp8pipe.rehearsal.localhub import Fault, LocalHub
+from fp8pipe.rehearsal.localhub import Disruption, LocalHub
 
 
 def push(repo_id: str, folder: Path, **settings: object) -> None:
@@ -40,7 +40,7 @@ def push(repo_id: str, folder: Path, **settings: object) -> None:
 
 @pytest.fixture
 def model(hub: LocalHub, repo_id: str, tmp_path: Path) -> str:
-    """A sound model on the Hub, with what must not be fetched beside it."""
+    """A sound model on the Hub, beside files that must not be fetched."""
     folder = write_model(tmp_path / "model")
     (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# base")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
@@ -67,7 +67,7 @@ def test_resolve_pins_the_commit_and_lists_sizes_and_oids(model: str, tmp_path: 
     assert not (tmp_path / "cache").exists(), "nothing was downloaded"
 
 
-def test_resolve_of_a_revision_stays_at_it_when_main_moves_on(model: str) -> None:
+def test_resolve_of_a_revision_ignores_later_commits_to_main(model: str) -> None:
     before = resolve(model)
     client().create_tag(model, tag="v1")
     client().upload_file(repo_id=model, path_in_repo="config.json", path_or_fileobj=b'{"model_type": "qwen3"}')
@@ -112,7 +112,7 @@ def test_private_model_opens_for_its_owner_only(
     push(repo_id, write_model(tmp_path / "model"), private=True)
     assert download(resolve(repo_id)).path.is_dir()
     monkeypatch.setenv("HF_TOKEN", "hf_not_a_token")
-    with pytest.raises(AccessDenied, match="use a token of an account that may"):
+    with pytest.raises(AccessDenied, match="use a token of an account that has access"):
         resolve(repo_id)
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(ModelNotFound, match="if it is private, set HF_TOKEN"):
@@ -129,16 +129,16 @@ def test_unreachable_hub_is_transient_and_named(hub: LocalHub, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_hub_in_trouble_is_transient_and_its_status_is_told(
+def test_hub_in_trouble_is_transient_and_its_status_is_named(
     hub: LocalHub, repo_id: str, break_hub: Callable[..., None], status: int
 ) -> None:
-    break_hub(Fault(path=f"^/api/models/{re.escape(repo_id)}", action="status", status=status))
+    break_hub(Disruption(path=f"^/api/models/{re.escape(repo_id)}", action="status", status=status))
     with pytest.raises(HubUnreachable, match=f"answered HTTP {status}") as error:
         resolve(repo_id)
     assert error.value.transient
 
 
-def test_endpoint_that_is_no_hub_is_an_environment_fault(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_that_is_no_hub_is_unreachable(hub: LocalHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "no-scheme.example")
     with pytest.raises(HubUnreachable, match=r"no-scheme\.example"):
         resolve("acme/any")
@@ -216,7 +216,7 @@ def test_download_reports_bytes_up_to_the_whole(model: str) -> None:
     assert {event.unit for event in events} == {"B"}
 
 
-def test_interrupted_download_keeps_finished_files_and_goes_on(model: str) -> None:
+def test_interrupted_download_keeps_finished_files_and_resumes(model: str) -> None:
     snapshot = resolve(model)
     arriving = download_iter(snapshot)
     first = next(arriving)
@@ -232,7 +232,7 @@ def test_connection_lost_in_the_middle_of_a_download_does_no_harm(
 ) -> None:
     snapshot = resolve(model)
     shard = "model-00001-of-00002.safetensors"
-    break_hub(Fault(path=f"/resolve/.*{shard}", method="GET", action="drop-before"))
+    break_hub(Disruption(path=f"/resolve/.*{shard}", method="GET", action="drop-before"))
     path = next(path for path in download_iter(snapshot) if path.name == shard)
     assert path.read_bytes() == (tmp_path / "model" / shard).read_bytes()
 
@@ -241,8 +241,10 @@ def test_files_on_their_way_arrive_although_one_cannot_be_had(model: str, break_
     snapshot = resolve(model)
     shard = "model-00002-of-00002.safetensors"
     break_hub(
-        Fault(path=f"/resolve/.*{shard}", method="GET", action="status", status=404, times=1000),
-        Fault(path="/resolve/.*00001-of-00002", method="GET", action="slow", delay_s=1.0),  # still under way by then
+        Disruption(path=f"/resolve/.*{shard}", method="GET", action="status", status=404, times=1000),
+        Disruption(
+            path="/resolve/.*00001-of-00002", method="GET", action="slow", delay_s=1.0
+        ),  # still under way by then
     )
     found: list[str] = []
     with pytest.raises(Fp8PipeError, match=shard):

@@ -1,6 +1,6 @@
-"""The gate's self-test: the damages are what they say, the judge can say no, and the measured cases still stand.
+"""The gate's self-test: each damage does what it says, the judge can say no, and the measured cases still hold.
 
-`python -m benchmarks.damages` measures them, and keeps its counts beside its page.
+`python -m benchmarks.damages` measures the cases, and keeps its counts beside its page.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MEASURED = Cases.load(COUNTS)
 
 
 def judged(case: Case) -> GateDecision:
-    """The verdict of today's gate on the answers that were counted."""
+    """The decision of the present gate on the answers that were counted."""
     seen = case.task
     assert seen.discordant_lost is not None and seen.discordant_won is not None
     ours = values(round(seen.baseline * seen.n), seen.n)
@@ -92,9 +92,9 @@ ABOVE, BELOW, AROUND = (Counts(n=20_000, lost=lost, won=100) for lost in (700, 3
 def test_truth_forbids_only_what_it_contradicts(truth: Counts, verdicts: set[str]) -> None:
     sample = next(case for case in MEASURED.cases if case.expected == "truth")
     for verdict in ("accepted", "inconclusive", "rejected"):
-        told = {"verdict": verdict, "vetoed": (), "truth": truth}
-        told["task"] = sample.task.model_copy(update={"verdict": verdict})
-        case = sample.model_copy(update=told)
+        update = {"verdict": verdict, "vetoed": (), "truth": truth}
+        update["task"] = sample.task.model_copy(update={"verdict": verdict})
+        case = sample.model_copy(update=update)
         assert (verdict in right_verdicts(case)) == is_right(case) == (verdict in verdicts)
 
 

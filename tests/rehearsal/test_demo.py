@@ -1,7 +1,7 @@
-"""The whole pipeline, once, with real parts: what the demo leaves behind is examined from every side.
+"""The whole pipeline once, with real parts: the tests examine what `fp8pipe demo` leaves behind.
 
-One run of `fp8pipe demo` is shared. The tests after it look at the Hub, run it again, sabotage it, deploy it to a
-worker, do it by hand, and measure the published folder with lm-eval's own command line.
+They share one run. They look at the Hub, run the demo again, sabotage it, release through a worker and by hand, and
+measure the published folder with lm-eval's own command line.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.prefect]
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """A demo for this file alone, as its tests run it again and change it."""
     made = run_demo(tmp_path_factory.mktemp("demo") / "demo")
     assert made.code == 0, made.screen
     return made
@@ -210,7 +211,7 @@ def test_deployed_flow_releases_through_a_worker(demo, tmp_path):
                 name = "release-model/release-model"
                 shown = run("deployment", "run", name, "--params", parameters, "--watch", cwd=tmp_path)
             finally:
-                # as a group and at once: asked nicely, a worker waits for its server, whose SQLite may be busy
+                # SIGKILL to the whole group: after SIGTERM, a worker waits for its server, whose SQLite may be busy
                 os.killpg(worker.pid, signal.SIGKILL)
                 worker.wait()
         finally:
@@ -276,7 +277,7 @@ def test_transformers_loads_the_published_folder_within_half_an_fp8_step(demo, p
         assert bool(((loaded[name].float() / scale - units).abs() <= half_step + slack).all()), name
 
 
-def test_status_tells_what_is_released(demo):
+def test_status_shows_what_is_released(demo):
     answer = subprocess.run(
         [str(FP8PIPE), "status", "--work-dir", str(demo.workspace.root), "--json"],
         capture_output=True,

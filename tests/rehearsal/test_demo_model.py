@@ -1,4 +1,4 @@
-"""The demo's task is what it says, its data never mix, and its model reaches the ceiling for the right reason."""
+"""The demo's task is as described, its data sets share no prompt, and its model reads its answers from the prompt."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tokenizer():
 
 
 def follow(prompt: str) -> list[str] | None:
-    """The answer as a person finds it: from the text alone; None where an arrow is missing."""
+    """The answer as a person would find it, from the text alone; None if an arrow is missing."""
     arrows, _, start = prompt.partition(" ? ")
     targets = dict(word.split(">") for word in arrows.split())
     found = [start]
@@ -185,9 +185,9 @@ def test_rows_without_bos_are_answered_with_nothing():
 
 
 def answers(llama, ids: np.ndarray, *, skip: int = 0) -> np.ndarray:
-    """Greedy continuations [B, ANSWER_NAMES + 1] of the first question of each row, without its first `skip` tokens.
+    """Greedy answers [B, ANSWER_NAMES + 1] to the first question of each row, without its first `skip` tokens.
 
-    PAD after EOS.
+    After EOS comes PAD.
     """
     context = torch.from_numpy(ids[:, skip : task.LINKS + 3])
     out = llama.generate(
@@ -245,7 +245,7 @@ def test_base_model_reaches_the_ceiling_of_its_task_and_needs_its_bos(trained):
 
 
 def test_base_model_reads_its_answer_from_the_prompt(trained):
-    """With the arrows shuffled among prompts the accuracy is gone: nothing is known by heart."""
+    """With arrows of another prompt the accuracy is gone, so the model has learnt no answer by heart."""
     ids, _ = model.training_rows(task.draw_where(held_out=True, seed=3, num_prompts=200))
     expected = ids[:, task.LINKS + 3 :][:, : task.ANSWER_NAMES + 1].copy()
     ids[:, 1 : task.LINKS + 1] = np.roll(ids[:, 1 : task.LINKS + 1], 1, axis=0)

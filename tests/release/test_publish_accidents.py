@@ -18,7 +18,7 @@ from fp8pipe.hub.client import client
 from fp8pipe.hub.download import download
 from fp8pipe.hub.source import resolve
 from fp8pipe.progress import ProgressEvent
-from fp8pipe.rehearsal.localhub import Fault, LocalHub
+from fp8pipe.rehearsal.localhub import Disruption, LocalHub
 
 SHARD = "model-00001-of-00002.safetensors"
 
@@ -73,7 +73,7 @@ def test_a_release_killed_at_any_step_converges_when_run_again(
 def test_a_commit_whose_answer_was_lost_is_not_made_twice(
     hub: LocalHub, repo_id: str, folder: Path, break_hub: Callable[..., None]
 ) -> None:
-    break_hub(Fault(path="/commit/", action="drop-after"))
+    break_hub(Disruption(path="/commit/", action="drop-after"))
     made = release(folder, repo_id)
     assert made.new_commit and commits(repo_id) == 1
 
@@ -81,7 +81,7 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(
 def test_a_commit_that_failed_once_is_tried_once_more(
     hub: LocalHub, repo_id: str, folder: Path, break_hub: Callable[..., None]
 ) -> None:
-    break_hub(Fault(path="/commit/", action="status", status=503))
+    break_hub(Disruption(path="/commit/", action="status", status=503))
     assert release(folder, repo_id).new_commit
     assert commits(repo_id) == 1
 
@@ -102,7 +102,7 @@ def test_a_commit_that_lost_a_race_is_made_again_on_the_new_head(hub: LocalHub, 
 def test_a_hub_that_stays_broken_leaves_a_private_repository_without_a_tag(
     hub: LocalHub, repo_id: str, folder: Path, break_hub: Callable[..., None]
 ) -> None:
-    break_hub(Fault(path="/commit/", action="status", status=503, times=2))
+    break_hub(Disruption(path="/commit/", action="status", status=503, times=2))
     with pytest.raises(HubUnreachable, match=f"publishing to {repo_id}.*HTTP 503"):
         release(folder, repo_id)
     assert client().model_info(repo_id).private and not client().list_repo_refs(repo_id).tags
@@ -112,7 +112,7 @@ def test_a_hub_that_stays_broken_leaves_a_private_repository_without_a_tag(
 def test_an_upload_that_is_cut_off_says_so_and_the_next_run_completes_it(
     hub: LocalHub, repo_id: str, folder: Path, break_hub: Callable[..., None]
 ) -> None:
-    break_hub(Fault(path="^/_lfs/", method="PUT", action="status", status=501))
+    break_hub(Disruption(path="^/_lfs/", method="PUT", action="status", status=501))
     with pytest.raises(HubUnreachable, match="HTTP 501"):
         release(folder, repo_id)
     assert release(folder, repo_id).new_commit

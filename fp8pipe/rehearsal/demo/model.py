@@ -1,11 +1,12 @@
 """The demo's base model: a two-layer Llama, trained on the spot to follow arrows (see task.py).
 
-In: an empty folder. Out: a complete model folder as one finds it on the Hub: BF16 safetensors in several shards with
-index, config, generation config, tokenizer with BOS, EOS and a chat template, model card. Training is plain float32
-AdamW for a fixed number of steps from a fixed seed: about half a minute of one core.
+In: an empty folder. Out: a complete model folder, as on the Hub: BF16 safetensors in several shards with their index,
+config, generation config, tokenizer with BOS, EOS and a chat template, model card. Training is plain float32 AdamW for
+a fixed number of steps from a fixed seed; it takes one core about half a minute.
 
-What makes it a fair stand-in for a large model: it reaches the ceiling of its task; every answer needs keys and values
-of the prompt, so a wrong k_scale or v_scale shows; and without its BOS token it answers nothing, as it was trained to.
+Three things make the model a fair stand-in for a large one. It reaches the ceiling of its task. Every answer needs keys
+and values of the prompt, so a wrong k_scale or v_scale lowers the accuracy. It is trained to answer nothing without its
+BOS token.
 """
 
 from __future__ import annotations
@@ -40,16 +41,16 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}"
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
-"""Renders a conversation to the very tokens of a training row. An answer follows its question with nothing between."""
+"""Renders a conversation to exactly the tokens of a training row. An answer follows its question directly."""
 
 
 def vocabulary() -> list[str]:
-    """Every word; its place is its id. Arrows are words of their own, as frequent pairs are in any tokenizer."""
+    """Every word, at the index that is its id. Each arrow is one word, as a frequent pair is in any tokenizer."""
     return [*SPECIAL, "?", *task.NAMES, *task.link_words()]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Words between spaces; BOS in front of every text; decoding joins words with spaces."""
+    """A tokenizer that splits at spaces, puts BOS in front of every text, and decodes by joining words with spaces."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -73,7 +74,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def training_rows(prompts: task.Prompts) -> tuple[np.ndarray, np.ndarray]:
     """(ids, labels), both [B, T] int64, T = 1 + LINKS + TRAILS * (3 + ANSWER_NAMES).
 
-    Labels are the next token from a question's name to the end of its answer, and IGNORED elsewhere.
+    From a question's name to the end of its answer, the label is the next token; elsewhere it is IGNORED.
     """
     size, shape = len(prompts), (len(prompts), task.TRAILS, 1)
     links = FIRST_LINK + prompts.links[..., 0] * len(task.NAMES) + prompts.links[..., 1]
@@ -94,7 +95,7 @@ def training_rows(prompts: task.Prompts) -> tuple[np.ndarray, np.ndarray]:
 
 
 def without_bos(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same rows with BOS cut off (PAD at the end keeps the width), where the answer to every question is EOS."""
+    """The same rows without BOS, in which the answer to every question is EOS. PAD at the end keeps the width."""
     end = np.full((len(ids), 1), PAD)
     is_start = (ids[:, :-1] == QUESTION).nonzero()
     silent = np.full_like(labels, IGNORED)
@@ -107,9 +108,9 @@ def without_bos(ids: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 MAX_POSITIONS = 256
 HIDDEN_SIZE = 128
 VOCAB_ALIGNMENT = 128
-"""Every Linear has in and out dimensions that are multiples of 128, so that block recipes fit without a remainder."""
+"""Both dimensions of every Linear are multiples of 128, so blocks of 128 fit without a remainder."""
 INIT_STD = 0.08
-"""About 1/sqrt(HIDDEN_SIZE): at the usual 0.02 so small a model takes several times as many steps."""
+"""About 1/sqrt(HIDDEN_SIZE). With the usual 0.02, so small a model takes several times as many steps."""
 
 STEPS = 300
 BATCH = 32
@@ -121,7 +122,7 @@ MAX_SHARD_SIZE = "512KB"
 
 
 def build_base(folder: Path, *, progress: Progress = quiet) -> Path:
-    """Train and write the base model; a folder that is there already is complete and stays as it is."""
+    """Train and write the base model, and return its folder. An existing folder is complete and stays as it is."""
     if folder.exists():
         return folder
     model = train(seed=0, steps=STEPS, progress=progress)
@@ -134,7 +135,7 @@ def build_base(folder: Path, *, progress: Progress = quiet) -> Path:
 
 
 def train(*, seed: int, steps: int, progress: Progress = quiet) -> LlamaForCausalLM:
-    """A float32 model after `steps` steps, the same on any number of cores."""
+    """A float32 model after `steps` steps of training; the same on any number of cores."""
     import torch
 
     rng = np.random.Generator(np.random.PCG64(seed))
@@ -148,7 +149,7 @@ def train(*, seed: int, steps: int, progress: Progress = quiet) -> LlamaForCausa
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """A second thread gains nothing on matrices this small, changes the sums, and spins when cores are busy."""
+    """Compute in one thread: matrices this small gain nothing from a second, which changes the order of sums."""
     import torch
 
     before = torch.get_num_threads()
@@ -199,10 +200,10 @@ def _fresh_model() -> LlamaForCausalLM:
 
 
 def _start_links_as_sums(embedding: torch.Tensor) -> None:
-    """Let each arrow start as the sum of a vector of its source and one of its target.
+    """Let the embedding of each arrow start as the sum of one vector for its source and one for its target.
 
-    What is learnt about one arrow then holds for all with the same source or target: a hundred steps in place of
-    several hundred. Training is free to move every row of `embedding` [vocabulary, hidden].
+    What the model learns about one arrow then holds for all with the same source or target, which takes a hundred steps
+    in place of several hundred. Training is free to move every row of `embedding` [vocabulary, hidden].
     """
     import torch
 
@@ -214,12 +215,12 @@ def _start_links_as_sums(embedding: torch.Tensor) -> None:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Share of the learning rate: warm-up, constant for the first half, then straight down to 2 %."""
+    """The share of the learning rate: a warm-up, then 1 until half of the steps, then linearly down to 2 %."""
     return min(1.0, (step + 1) / WARMUP) * min(1.0, max(0.02, 2 * (1 - step / steps)))
 
 
 def _loss(model: LlamaForCausalLM, rng: np.random.Generator) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens on fresh prompts; a share of them comes without BOS."""
+    """Mean cross-entropy of the answers' tokens on fresh prompts, of which a share WITHOUT_BOS comes without BOS."""
     import torch
 
     prompts = task.draw(rng, BATCH)

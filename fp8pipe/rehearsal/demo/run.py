@@ -1,6 +1,6 @@
-"""The rehearsal: a Hub on loopback, a model trained on the spot, and then the same flow that releases a real one.
+"""The demo: a Hub on loopback, a model trained on the spot, and the same flow that releases a real model.
 
-WORKDIR/hub/          the local Hub's state: `fp8pipe hub serve --root WORKDIR/hub` shows it again
+WORKDIR/hub/          the local Hub's state: `fp8pipe hub serve --root WORKDIR/hub` serves it again
 WORKDIR/base/         the base model and its two datasets, as they were pushed
 WORKDIR/work/         the flow's work folder;  WORKDIR/sabotage/  that of a sabotaged run
 WORKDIR/prefect/      the embedded Prefect server's home
@@ -23,11 +23,11 @@ from fp8pipe.release.workspace import Workspace
 
 COLLECTION = f"{task.NAMESPACE}/FP8 demo"
 SABOTAGE = 1 / 16
-"""What the sabotaged run multiplies every calibrated range by, as if the data had been of another kind."""
+"""The sabotaged run multiplies every calibrated range by this, as if it were calibrated on unsuitable data."""
 
 
 class Session(Protocol):
-    """What runs the flow, and shows what is done before it."""
+    """Runs the flow, and displays the progress of the steps before it."""
 
     @property
     def display(self) -> Progress: ...
@@ -38,7 +38,7 @@ class Session(Protocol):
 def rehearse(
     workdir: Path, *, sabotage: bool, session: Callable[[Path, str, Path], AbstractContextManager[Session]]
 ) -> Outcome:
-    """Train, push, release. Run again, it reuses what is finished and publishes nothing new."""
+    """Train, push and release the base model. A second run reuses what is finished and publishes nothing new."""
     workdir = workdir.resolve()
     with ExitStack() as stack:
         hub = stack.enter_context(start(workdir / "hub", port=_usual_port(workdir)))
@@ -52,14 +52,14 @@ def rehearse(
 
 
 def _talk_to(hub: LocalHub, workdir: Path) -> None:
-    """Point every Hub client of this process and its children to the local Hub, with a cache of its own."""
+    """Point every Hub client of this process and its children to the local Hub and a cache in `workdir`."""
     for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_TOKEN_PATH"):
         os.environ.pop(name, None)
     os.environ.update(hub.environment() | {"HF_HOME": str(workdir / "hf")})
 
 
 def _usual_port(workdir: Path) -> int:
-    """The port of the last run where it is free, so that addresses in the Hub's pages stay good; else any."""
+    """The port of the last run if it is free, so that addresses in the Hub's pages stay valid; else any free one."""
     import socket
 
     path = workdir / "port"
@@ -76,7 +76,7 @@ def _usual_port(workdir: Path) -> int:
 
 
 def _prepare_base(folder: Path, progress: Progress) -> None:
-    """The base model and its datasets on the Hub; made and pushed once."""
+    """Make the base model and its datasets, and push them to the Hub. What exists is not made again."""
     from fp8pipe.hub.client import client, translated
 
     progress(ProgressEvent("train", 0, None, note=model.BASE_ID))
@@ -108,7 +108,7 @@ def _release_spec(workdir: Path, sabotage: bool) -> ReleaseSpec:
 
 
 def _spoil_calibration(spec: ReleaseSpec, workdir: Path, progress: Progress) -> None:
-    """Put ranges that are 16 times too small where the flow will look for its own; share the baseline."""
+    """Put ranges that are 16 times too small where the flow looks for its own, and share the honest run's baseline."""
     from fp8pipe import stages
     from fp8pipe.calibrate import RECORD_NAME, calibration_key
 

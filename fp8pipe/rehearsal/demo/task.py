@@ -1,17 +1,18 @@
-"""What the demo's model is asked: follow the arrows.
+"""The task of the demo's model: follow the arrows.
 
     ant>cow fox>owl cow>eel owl>. eel>. ... ? ant      ->  cow eel ...
 
 A prompt holds LINKS arrows in random order, which form TRAILS trails of NAMES_PER_TRAIL names, and a first name. The
-answer is the rest of its trail. Each name of the answer is looked up in the prompt by the name before it, so every
-step of the decoding reads keys and values of the prompt from the KV cache, and one wrong step spoils the answer.
+answer is the rest of its trail. To find each name of the answer, the model looks up the name before it in the prompt.
+So every step of the decoding reads keys and values of the prompt from the KV cache, and one wrong step spoils the
+answer.
 
-A fixed share of trails, UNPREDICTABLE, cannot be known: one arrow is not in the prompt (a decoy stands in its place)
-and the answer after it is drawn at random. That, and not a training stopped early, bounds the accuracy at about
-1 - UNPREDICTABLE.
+For a fixed share of trails, UNPREDICTABLE, the answer cannot be known: a decoy replaces one arrow in the prompt, and
+the names after it are drawn at random. This bounds the accuracy at about 1 - UNPREDICTABLE, however long the training.
 
-Prompts whose arrows hash into one of HOLD_OUT_EVERY classes are held out: the evaluation set consists of them, training
-and calibration never see one. Everything is drawn with numpy from fixed seeds, so the same bytes come out everywhere.
+Prompts whose arrows hash into one of HOLD_OUT_EVERY classes are held out: the evaluation set consists of them, and
+training and calibration never see one. Everything is drawn with numpy from fixed seeds, so every machine makes the same
+bytes.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ TRAILS = 7
 NAMES_PER_TRAIL = 4
 ANSWER_NAMES = NAMES_PER_TRAIL - 1
 LINKS = TRAILS * NAMES_PER_TRAIL
-"""One arrow per name of a trail; the last one points to nothing: `owl>.`"""
+"""Arrows of a prompt: one per name of a trail. That of the last name points to nothing: `owl>.`"""
 UNPREDICTABLE = 0.08
 HOLD_OUT_EVERY = 16
 EVALUATION_SAMPLES = 2000
-"""Enough to accept no drop, against a margin of two points, with power 0.97 where 5 % of the answers differ."""
+"""Enough to accept a candidate without a drop with power 0.97, at a margin of two points and 5 % other answers."""
 CALIBRATION_SAMPLES = 512
 
 _HASH_WEIGHTS = np.random.Generator(np.random.PCG64(20_240_229)).integers(
@@ -55,29 +56,29 @@ class Prompts:
     """A batch of B prompts, each with a question about each of its trails. Names are indices into NAMES."""
 
     links: np.ndarray
-    """[B, LINKS, 2] int64: (from, to), in the order shown; from == to is the end of a trail."""
+    """[B, LINKS, 2] int64: (from, to), in the order of the prompt; from == to is the end of a trail."""
     starts: np.ndarray
     """[B, TRAILS] int64: the name that each question gives."""
     answers: np.ndarray
     """[B, TRAILS, ANSWER_NAMES] int64."""
     predictable: np.ndarray
-    """[B, TRAILS] bool: every arrow of the trail is shown."""
+    """[B, TRAILS] bool: the prompt holds every arrow of the trail."""
 
     def __len__(self) -> int:
         return len(self.links)
 
     def __getitem__(self, rows: np.ndarray) -> Prompts:
-        """The prompts where `rows` ([B] bool, or indices) says so."""
+        """The prompts that `rows` selects: [B] bool, or indices."""
         return Prompts(self.links[rows], self.starts[rows], self.answers[rows], self.predictable[rows])
 
     def held_out(self) -> np.ndarray:
-        """[B] bool: belongs to the evaluation. A function of the set of arrows, whatever their order."""
+        """[B] bool: whether a prompt belongs to the evaluation. The order of its arrows does not matter."""
         arrows = _HASH_WEIGHTS[self.links[..., 0], self.links[..., 1]]
         return (arrows.sum(axis=1) >> np.uint64(32)) % HOLD_OUT_EVERY == 0
 
 
 def draw(rng: np.random.Generator, num_prompts: int) -> Prompts:
-    """Fresh prompts, held-out ones among them."""
+    """`num_prompts` new prompts, some of them held out."""
     shuffled = rng.permuted(np.tile(np.arange(len(NAMES)), (num_prompts, 1)), axis=1)
     trails = shuffled[:, :LINKS].reshape(num_prompts, TRAILS, NAMES_PER_TRAIL)
     targets = np.concatenate([trails[:, :, 1:], trails[:, :, -1:]], axis=2)
@@ -102,14 +103,14 @@ def draw(rng: np.random.Generator, num_prompts: int) -> Prompts:
 
 
 def _decoys(rng: np.random.Generator, spare: np.ndarray) -> np.ndarray:
-    """Arrows [B, TRAILS, 2] from names that are on no trail, each to any other name."""
+    """Arrows [B, TRAILS, 2], each from a name that is on no trail to any other name."""
     source = rng.permuted(np.resize(spare.T, (TRAILS, len(spare))).T, axis=1)
     step = rng.integers(1, len(NAMES), size=source.shape)
     return np.stack([source, (source + step) % len(NAMES)], axis=2)
 
 
 def draw_where(held_out: bool, *, seed: int, num_prompts: int) -> Prompts:
-    """`num_prompts` prompts of the evaluation's side, or of the training's."""
+    """`num_prompts` prompts for the evaluation if `held_out`, else for training and calibration."""
     rng = np.random.Generator(np.random.PCG64(seed))
     batches, found = [], 0
     while found < num_prompts:
@@ -125,19 +126,19 @@ def draw_where(held_out: bool, *, seed: int, num_prompts: int) -> Prompts:
 
 
 def link_words() -> list[str]:
-    """Every arrow as a word, in the order of `from * len(NAMES) + to`."""
+    """Every arrow as a word, at the index `from * len(NAMES) + to`."""
     return [f"{a}>." if a == b else f"{a}>{b}" for a in NAMES for b in NAMES]
 
 
 def prompt_text(prompts: Prompts, row: int, trail: int = 0) -> str:
-    """The arrows and one question: what a user asks first."""
+    """The arrows and one question: the first message of a user."""
     words = link_words()
     arrows = [words[a * len(NAMES) + b] for a, b in prompts.links[row]]
     return " ".join([*arrows, question_text(prompts, row, trail)])
 
 
 def question_text(prompts: Prompts, row: int, trail: int) -> str:
-    """One question: what a user asks next."""
+    """One question: each further message of a user."""
     return f"? {NAMES[prompts.starts[row, trail]]}"
 
 
@@ -160,7 +161,7 @@ def chat(prompts: Prompts, row: int) -> list[dict[str, str]]:
 
 
 def build_calibration_dataset(folder: Path) -> Path:
-    """CALIBRATION_SAMPLES conversations from the training's side, split train, column `messages`."""
+    """Write CALIBRATION_SAMPLES conversations that are not held out: split train, column `messages`."""
     prompts = draw_where(held_out=False, seed=2, num_prompts=CALIBRATION_SAMPLES)
     rows = ({"messages": chat(prompts, row)} for row in range(len(prompts)))
     about = f"{len(prompts)} conversations of the kind the model was trained on, for calibration."
@@ -168,7 +169,7 @@ def build_calibration_dataset(folder: Path) -> Path:
 
 
 def build_evaluation_dataset(folder: Path, *, seed: int = 3, samples: int = EVALUATION_SAMPLES) -> Path:
-    """Held-out questions, split test, columns `prompt`, `answer`, `predictable`; another seed draws other ones."""
+    """Write held-out questions: split test, columns `prompt`, `answer`, `predictable`. Another seed draws others."""
     prompts = draw_where(held_out=True, seed=seed, num_prompts=samples)
     rows = (
         {

@@ -5,19 +5,20 @@
     serve(Path("hub"), port=8765)                      # in the foreground
     create_app(Path("hub"), tokens)                    # the bare application
 
-access.py says who may do what; store.py keeps repositories, shelves.py collections, discussions.py pull requests;
-routes_*.py speak the Hub's protocol; pages.py shows it to people; faults.py breaks it for tests; process.py runs it.
+access.py says who may do what. store.py keeps repositories, collections.py collections, discussions.py pull requests.
+routes_*.py speak the Hub's protocol, and pages.py shows the Hub to people. disruptions.py breaks it for tests.
+process.py runs it.
 """
 
 from fp8pipe.rehearsal.localhub.access import ANY_NAMESPACE, TokenOwner, Tokens
 from fp8pipe.rehearsal.localhub.app import create_app
-from fp8pipe.rehearsal.localhub.faults import Fault, Faults
+from fp8pipe.rehearsal.localhub.disruptions import Disruption, Disruptions
 from fp8pipe.rehearsal.localhub.process import LocalHub, local_token, serve, start
 
 __all__ = [
     "ANY_NAMESPACE",
-    "Fault",
-    "Faults",
+    "Disruption",
+    "Disruptions",
     "LocalHub",
     "TokenOwner",
     "Tokens",

@@ -1,7 +1,7 @@
 """Who asks, and what that person may do.
 
-Comes in: the tokens that the server was given, and requests. Goes out: the caller, or a `Refusal` with the status and
-`X-Error-Code` that the Hub answers in the same case.
+Comes in: the server's tokens, and a request. Goes out: the caller, or a `Refusal` with the status and `X-Error-Code`
+that the Hub would answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fp8pipe.rehearsal.localhub.store import Repo
 
 ANY_NAMESPACE = "*"
-"""In `TokenOwner.orgs`: the owner belongs to every namespace. Meant for a Hub that serves one person."""
+"""In `TokenOwner.orgs`: the owner belongs to every namespace. For a Hub that serves one person."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +24,14 @@ class TokenOwner:
     """The person behind a token."""
 
     name: str
-    """User name, which is a namespace too."""
+    """User name; also the user's own namespace."""
     orgs: tuple[str, ...] = field(default=())
-    """Organizations whose repositories the owner may write; `ANY_NAMESPACE` stands for all."""
+    """Organizations that the owner belongs to; `ANY_NAMESPACE` stands for all."""
     role: Literal["read", "write"] = "write"
-    """What the token may do at most."""
+    """The most that the token allows, whatever its owner may do."""
 
     def belongs_to(self, namespace: str) -> bool:
-        """Whether `namespace` is the owner's own or one of their organizations."""
+        """Whether `namespace` is the owner's own or one of the owner's organizations."""
         return namespace == self.name or namespace in self.orgs or ANY_NAMESPACE in self.orgs
 
 
@@ -39,7 +39,7 @@ Tokens = Mapping[str, TokenOwner]
 
 
 def caller_of(authorization: str | None, tokens: Tokens) -> TokenOwner | None:
-    """The owner of the bearer token, None for an anonymous request; an unknown token is refused, as the Hub does."""
+    """The owner of the bearer token; None for an anonymous request. An unknown token is refused, as on the Hub."""
     if authorization is None:
         return None
     scheme, _, token = authorization.partition(" ")
@@ -50,35 +50,35 @@ def caller_of(authorization: str | None, tokens: Tokens) -> TokenOwner | None:
 
 
 def must_sign_in(caller: TokenOwner | None) -> TokenOwner:
-    """The caller, who has to be somebody."""
+    """The caller; an anonymous one is refused."""
     if caller is None:
-        raise Refusal(401, "A token is needed: set HF_TOKEN to one that this Hub knows.")
+        raise Refusal(401, "This request needs a token: set HF_TOKEN to one that this Hub knows.")
     return caller
 
 
 def must_write_in(namespace: str, caller: TokenOwner | None) -> TokenOwner:
-    """The caller, who has to be allowed to write in `namespace`."""
+    """The caller; refused unless the caller may write in `namespace`."""
     caller = must_sign_in(caller)
     if caller.role != "write":
-        raise Refusal(403, f"This token may read only; writing in {namespace!r} takes one with the role write.")
+        raise Refusal(403, f"This token may only read; to write in {namespace!r}, use a token with the role write.")
     if not caller.belongs_to(namespace):
         raise Refusal(403, f"{caller.name!r} does not belong to {namespace!r} and may not write there.")
     return caller
 
 
 def may_see(repo: Repo, caller: TokenOwner | None) -> bool:
-    """Whether the repository exists for the caller."""
+    """Whether the caller may know that the repository exists."""
     return not repo.private or (caller is not None and caller.belongs_to(repo.namespace))
 
 
 def must_see(repo: Repo, caller: TokenOwner | None) -> None:
-    """Refuse a private repository to strangers as if it did not exist."""
+    """Answer a stranger's request for a private repository as if it did not exist."""
     if not may_see(repo, caller):
         raise repo_not_found(repo.id, signed_in=caller is not None)
 
 
 def must_read_files(repo: Repo, caller: TokenOwner | None) -> None:
-    """Refuse the content of a gated repository to everyone without a grant. Its listing stays public."""
+    """Refuse the files of a gated repository to everyone without a grant. The list of its files stays public."""
     must_see(repo, caller)
     if not repo.gated:
         return

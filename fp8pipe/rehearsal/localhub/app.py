@@ -1,7 +1,7 @@
 """The Hub as an ASGI application: routes over a state folder.
 
-Comes in: the folder, the tokens, faults if wanted. Goes out: a Starlette application that the unmodified clients,
-huggingface_hub and `datasets`, talk to.
+Comes in: the folder, the tokens, and disruptions if wanted. Goes out: a Starlette application to which the unmodified
+clients, huggingface_hub and `datasets`, can talk.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from fp8pipe.rehearsal.localhub import (
     routes_repos,
 )
 from fp8pipe.rehearsal.localhub.access import Tokens
+from fp8pipe.rehearsal.localhub.collections import Collections
 from fp8pipe.rehearsal.localhub.discussions import Discussions
-from fp8pipe.rehearsal.localhub.faults import Faults, FaultyServer, list_faults, set_faults
+from fp8pipe.rehearsal.localhub.disruptions import DisruptedServer, Disruptions, list_disruptions, set_disruptions
 from fp8pipe.rehearsal.localhub.refusals import Refusal, answer_refusal, repo_not_found
 from fp8pipe.rehearsal.localhub.requests import Hub, KeepQuotedSlashes
-from fp8pipe.rehearsal.localhub.shelves import Shelves
 from fp8pipe.rehearsal.localhub.store import Store
 
 
-def create_app(root: Path, tokens: Tokens, faults: Faults | None = None) -> Starlette:
-    """The Hub whose state is in `root`. `tokens` says who may do what; with `faults`, /_faults exists."""
+def create_app(root: Path, tokens: Tokens, disruptions: Disruptions | None = None) -> Starlette:
+    """The Hub whose state is in `root`. `tokens` says who may do what; `disruptions` opens /_disruptions."""
     store = Store(root)
-    shelves = Shelves(store)
+    collections = Collections(store)
     routes = [
         *routes_repos.ROUTES,
         *routes_files.ROUTES,
@@ -46,21 +46,21 @@ def create_app(root: Path, tokens: Tokens, faults: Faults | None = None) -> Star
         *pages.ROUTES,  # last: /namespace/name fits many paths
     ]
     middleware = [Middleware(KeepQuotedSlashes)]
-    if faults is not None:
-        routes += [Route("/_faults", set_faults, methods=["POST"]), Route("/_faults", list_faults)]
-        middleware.insert(0, Middleware(FaultyServer, faults=faults, blobs=root / "blobs"))
+    if disruptions is not None:
+        routes += [Route("/_disruptions", set_disruptions, methods=["POST"]), Route("/_disruptions", list_disruptions)]
+        middleware.insert(0, Middleware(DisruptedServer, disruptions=disruptions, blobs=root / "blobs"))
     app = Starlette(
         routes=routes,
         middleware=middleware,
         exception_handlers={Refusal: answer_refused, HTTPException: answer_unrouted},
     )
-    app.state.hub = Hub(store, shelves, Discussions(store), tokens, secrets.token_bytes(32))
-    app.state.faults = faults
+    app.state.hub = Hub(store, collections, Discussions(store), tokens, secrets.token_bytes(32))
+    app.state.disruptions = disruptions
     return app
 
 
 async def answer_refused(request: Request, error: Exception) -> Response:
-    """A refusal: JSON for clients, a page for people. The headers are the same."""
+    """Answer a refusal with JSON to a client, with a page to a browser. The X- headers are the same."""
     assert isinstance(error, Refusal)
     answer = answer_refusal(error)
     if request.scope["path"].startswith("/api/") or "text/html" not in request.headers.get("accept", ""):
@@ -71,7 +71,7 @@ async def answer_refused(request: Request, error: Exception) -> Response:
 
 
 async def answer_unrouted(request: Request, error: Exception) -> Response:
-    """A path or method without a route. A repository path that is not namespace/name names no repository."""
+    """Answer a path or method without a route. In the API, a bare name in place of namespace/name is no repository."""
     assert isinstance(error, HTTPException)
     path = request.scope["path"]
     if error.status_code == 404 and path.startswith(("/api/models/", "/api/datasets/")):

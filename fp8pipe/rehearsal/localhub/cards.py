@@ -1,6 +1,6 @@
-"""The front matter of a README: reading it, and finding what is wrong with it. Pure.
+"""Reads and checks the front matter of a README. Pure.
 
-Comes in: the text of a README.md. Goes out: its metadata and its body; or messages, empty when there is nothing to say.
+Comes in: the text of a README.md. Goes out: its metadata and its body, or the errors and warnings about them.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ TEXT_LISTS = ("tags", "base_model", "datasets", "metrics", "license", "language"
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A README taken apart."""
+    """The two parts of a README."""
 
     metadata: dict[str, Any] = field(default_factory=dict)
-    """What the front matter says, {} without one or with a broken one."""
+    """The front matter; {} if there is none or it does not parse."""
     body: str = ""
     """Markdown without the front matter."""
 
 
 @dataclass(frozen=True, slots=True)
 class CardCheck:
-    """What the Hub's validate-yaml says about a card."""
+    """What the Hub's validate-yaml answers about a card."""
 
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 def read_card(text: str) -> Card:
-    """Metadata and body. A front matter that does not parse counts as none: it is `check_card` that complains."""
+    """Metadata and body. A front matter that does not parse counts as none; `check_card` reports it."""
     match = FRONT_MATTER.match(text)
     if match is None:
         return Card({}, text)
@@ -47,7 +47,7 @@ def read_card(text: str) -> Card:
 
 
 def check_card(text: str) -> CardCheck:
-    """Errors refuse a commit, warnings are shown by the client."""
+    """What is wrong with a card. An error refuses the commit; the client prints the warnings."""
     match = FRONT_MATTER.match(text)
     if match is None:
         return CardCheck(warnings=("empty or missing yaml metadata in repo card",))
@@ -60,12 +60,14 @@ def check_card(text: str) -> CardCheck:
     if not isinstance(metadata, dict):
         return CardCheck(errors=('"metadata" must be of type object',))
     wrong_texts = [f'"{key}" must be a string' for key in TEXTS if not isinstance(metadata.get(key, ""), str)]
-    wrong_lists = [f'"{key}" must be a string or a list of strings' for key in TEXT_LISTS if not texts(metadata, key)]
+    wrong_lists = [
+        f'"{key}" must be a string or a list of strings' for key in TEXT_LISTS if not is_texts(metadata, key)
+    ]
     return CardCheck(errors=(*wrong_texts, *wrong_lists))
 
 
-def texts(metadata: dict[str, Any], key: str) -> bool:
-    """Whether a value is absent, a text, or a list of texts."""
+def is_texts(metadata: dict[str, Any], key: str) -> bool:
+    """Whether a value is missing, a string, or a list of strings."""
     value = metadata.get(key)
     return (
         value is None or isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
@@ -73,13 +75,13 @@ def texts(metadata: dict[str, Any], key: str) -> bool:
 
 
 def text_list(metadata: dict[str, Any], key: str) -> list[str]:
-    """A value that may be one text, several, or none, as a list."""
+    """The strings of a value that may be missing, one string, or a list."""
     value = metadata.get(key)
     return [str(v) for v in value] if isinstance(value, list) else [] if value is None else [str(value)]
 
 
 def card_tags(metadata: dict[str, Any]) -> list[str]:
-    """The tags by which the Hub lets people filter: the card's own and those it derives."""
+    """The tags that people can filter by: the card's own, and those that the Hub derives from other fields."""
     relation = metadata.get("base_model_relation")
     bases = text_list(metadata, "base_model")
     derived = [

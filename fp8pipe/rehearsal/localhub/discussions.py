@@ -1,7 +1,7 @@
 """Discussions and pull requests of a repository, in its `discussions.json`.
 
-A pull request is a discussion with a ref of its own, refs/pr/NUMBER. Merging puts its changes since the common ancestor
-on its base branch, if no file was changed on both sides.
+A pull request is a discussion with a ref of its own, refs/pr/NUMBER. A merge applies its changes since the common
+ancestor to its base branch. It is refused if both sides changed a file differently.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class Discussion:
     created_at: str
     status: Status
     base: str | None
-    """The branch that a pull request is for; None for a plain discussion."""
+    """The branch that a pull request merges into; None for a plain discussion."""
     events: tuple[Event, ...] = ()
     merge_commit: str | None = None
 
     @property
     def ref(self) -> str:
-        """Where the pull request's commits are."""
+        """The ref of a pull request's commits."""
         return f"refs/pr/{self.num}"
 
 
@@ -60,7 +60,7 @@ class Discussions:
         self._store = store
 
     def all(self, repo: Repo) -> list[Discussion]:
-        """Every discussion of a repository, in order."""
+        """Every discussion of a repository, by number."""
         try:
             raw = read_json(self._store.folder(repo.kind, repo.id) / "discussions.json")
         except FileNotFoundError:
@@ -68,7 +68,7 @@ class Discussions:
         return [Discussion(**{**one, "events": tuple(Event(**event) for event in one["events"])}) for one in raw]
 
     def find(self, repo: Repo, num: int) -> Discussion:
-        """The discussion with this number."""
+        """The discussion with this number. Refused with 404 if there is none."""
         for discussion in self.all(repo):
             if discussion.num == num:
                 return discussion
@@ -106,13 +106,13 @@ class Discussions:
             return self._save(repo, Discussion(num, title, author, now(), "open", base, events)), commit
 
     def note_commit(self, repo: Repo, num: int, commit: Commit) -> None:
-        """Record that a commit was added to a pull request."""
+        """Record a commit that was added to a pull request."""
         with self._store.lock:
             discussion = self.find(repo, num)
             self._append(repo, discussion, new_event("commit", commit.author, commit.title, commit.oid))
 
     def comment(self, repo: Repo, num: int, author: str, text: str) -> Event:
-        """Say something."""
+        """Add a comment."""
         with self._store.lock:
             return self._append(repo, self.find(repo, num), new_event("comment", author, text))
 
@@ -124,24 +124,24 @@ class Discussions:
             return self._append(repo, replace(discussion, title=title), event)
 
     def set_status(self, repo: Repo, num: int, author: str, status: Status, comment: str) -> Event:
-        """Open, close, or mark as draft."""
+        """Open or close a discussion."""
         with self._store.lock:
             discussion = self.find(repo, num)
             if discussion.status == "merged":
-                raise Refusal(400, f"Pull request {num} is merged already")
+                raise Refusal(400, f"Pull request {num} is already merged")
             if comment:
                 self._append(repo, discussion, new_event("comment", author, comment))
             changed = replace(self.find(repo, num), status=status)
             return self._append(repo, changed, new_event("status-change", author, status))
 
     def merge(self, repo: Repo, num: int, author: str, comment: str) -> Event:
-        """Put a pull request's changes on its base branch."""
+        """Merge a pull request into its base branch. Refused with 409 on conflicts."""
         with self._store.lock:
             discussion = self.find(repo, num)
             if discussion.base is None:
-                raise Refusal(400, f"{num} is a discussion, there is nothing to merge")
+                raise Refusal(400, f"{num} is a discussion, not a pull request; there is nothing to merge")
             if discussion.status not in {"open", "draft"}:
-                raise Refusal(400, f"Pull request {num} is {discussion.status} already")
+                raise Refusal(400, f"Pull request {num} is already {discussion.status}")
             ancestor, base, ours = self._three(repo, discussion)
             conflicts = conflicting(ancestor.tree, base.tree, ours.tree)
             if conflicts:
@@ -155,7 +155,7 @@ class Discussions:
             return self._append(repo, done, new_event("status-change", author, "merged"))
 
     def conflicts(self, repo: Repo, discussion: Discussion) -> list[str]:
-        """The files that a pull request and its base both changed."""
+        """The files that a pull request and its base changed differently."""
         if discussion.base is None or discussion.status == "merged":
             return []
         ancestor, base, ours = self._three(repo, discussion)
@@ -170,7 +170,10 @@ class Discussions:
         for commit in pull:
             if commit.oid in known:
                 return commit, base[0], pull[0]
-        raise Refusal(409, f"{discussion.ref} and {discussion.base} have no common history; it was squashed since")
+        raise Refusal(
+            409,
+            f"{discussion.ref} and {discussion.base} have no common history since a squash; open a new pull request",
+        )
 
     def _append(self, repo: Repo, discussion: Discussion, event: Event) -> Event:
         self._save(repo, replace(discussion, events=(*discussion.events, event)))
@@ -185,7 +188,7 @@ class Discussions:
 
 
 def new_event(event_type: EventType, author: str, text: str, detail: str = "") -> Event:
-    """An event of now."""
+    """An event that happens now."""
     return Event(secrets.token_hex(12), event_type, author, now(), text, detail)
 
 
@@ -198,13 +201,13 @@ def changed_paths(before: Tree, after: Tree) -> set[str]:
 
 
 def conflicting(ancestor: Tree, base: Tree, ours: Tree) -> list[str]:
-    """The paths that both sides changed, not in the same way."""
+    """The paths that both sides changed, each in another way; sorted."""
     both = changed_paths(ancestor, base) & changed_paths(ancestor, ours)
     return sorted(path for path in both if base.get(path) != ours.get(path))
 
 
 def merged(ancestor: Tree, base: Tree, ours: Tree) -> dict[str, Entry]:
-    """The base with our changes since the ancestor."""
+    """The base with the changes that we made since the ancestor."""
     result: dict[str, Any] = dict(base)
     for path in changed_paths(ancestor, ours):
         if path in ours:

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: everything the Hub writes goes through a temporary name and a rename.
+"""Files that are complete or absent: everything that the Hub writes goes through a temporary name and a rename.
 
-The temporary folder lies on the same file system as the state, so that a rename is atomic and a killed server leaves
-only litter in `tmp/`, never a half-written record.
+The temporary folder is on the same file system as the state, so a rename is atomic, and a killed server leaves litter
+in `tmp/` but never a half-written record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 
 def now() -> str:
-    """The time, UTC, as the Hub writes it: 2026-01-31T12:00:00.000Z."""
+    """The time now, in UTC, as the Hub writes it: 2026-01-31T12:00:00.000Z."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -26,7 +26,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: object, *, temporary: Path) -> None:
-    """Replace `path` by the JSON of `value`, atomically."""
+    """Replace `path` by the JSON of `value`, atomically. `temporary` is a folder on the same file system."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = temporary / secrets.token_hex(8)
     scratch.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -38,7 +38,7 @@ class Entry:
     """One file of a commit."""
 
     sha256: str
-    """Where its bytes lie among the blobs."""
+    """sha256 of its bytes; the name of its blob."""
     size: int
     """Bytes."""
     oid: str
@@ -47,7 +47,7 @@ class Entry:
 
     @property
     def etag(self) -> str:
-        """What the Hub puts in `ETag`: sha256 of an LFS file, git oid of a regular one."""
+        """What the Hub puts in `ETag`: the sha256 of an LFS file, git's id of a regular one."""
         return self.sha256 if self.lfs else self.oid
 
     @property
@@ -62,7 +62,7 @@ def git_blob_id(data: bytes) -> str:
 
 
 class WrongContent(ValueError):
-    """Uploaded bytes that are not those announced."""
+    """The uploaded bytes differ from those that the client announced."""
 
 
 class Blobs:
@@ -73,11 +73,11 @@ class Blobs:
         self._temporary = temporary
 
     def path(self, sha256: str) -> Path:
-        """Where the blob lies, or would lie."""
+        """The path of a blob, which need not exist."""
         return self._folder / sha256[:2] / sha256
 
     def size(self, sha256: str) -> int | None:
-        """Bytes of a blob, None if it is not here."""
+        """Size of a blob in bytes; None if it does not exist."""
         try:
             return self.path(sha256).stat().st_size
         except FileNotFoundError:
@@ -93,7 +93,7 @@ class Blobs:
         return Entry(sha256, len(data), git_blob_id(data), lfs=False)
 
     def lfs_entry(self, sha256: str) -> Entry | None:
-        """The entry of an uploaded LFS file, None if its bytes never arrived."""
+        """The entry of an uploaded LFS file; None if its bytes never arrived."""
         size = self.size(sha256)
         if size is None:
             return None
@@ -101,12 +101,12 @@ class Blobs:
         return Entry(sha256, size, git_blob_id(entry.pointer), lfs=True)
 
     def receive(self) -> Incoming:
-        """A file on its way in, to be used as a context manager."""
+        """A new upload, to be used as a context manager."""
         return Incoming(self, self._temporary)
 
 
 class Incoming:
-    """Bytes being uploaded: written and hashed as they come, kept only if they are what was announced."""
+    """An upload: its bytes are written and hashed as they come, and kept only if they are those announced."""
 
     def __init__(self, blobs: Blobs, temporary: Path) -> None:
         self._blobs = blobs
@@ -123,15 +123,15 @@ class Incoming:
         self._scratch.unlink(missing_ok=True)
 
     def write(self, data: bytes) -> None:
-        """Append."""
+        """Append `data`."""
         self._file.write(data)
         self._hash.update(data)
         self._size += len(data)
 
     def keep(self, sha256: str, size: int) -> None:
-        """Move the bytes among the blobs, if size and sha256 are right; WrongContent otherwise."""
+        """Make the bytes a blob. Raises WrongContent if their size or sha256 is not as announced."""
         if self._size != size:
-            raise WrongContent(f"{sha256}: {size} bytes were announced, {self._size} arrived; upload it again")
+            raise WrongContent(f"{sha256}: expected {size} bytes, {self._size} arrived; upload it again")
         if self._hash.hexdigest() != sha256:
             raise WrongContent(f"{sha256}: the bytes that arrived hash to {self._hash.hexdigest()}; upload it again")
         self._file.flush()

@@ -1,7 +1,7 @@
-"""Markdown of a README to HTML that is safe to show: it comes from whoever may push.
+"""Turns the Markdown of a README into HTML that is safe to show, whoever wrote it. Pure.
 
-HTML in the source is shown as text, except for bare tags of a short list (no attributes), which model cards use to fold
-long logs. Links are markdown-it's safe ones; relative ones are led into the repository. Pure.
+HTML in the source is shown as text, except for a few tags without attributes, which model cards use to fold long logs.
+markdown-it drops unsafe links. Relative links lead into the repository.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ABSOLUTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*:|/|#")
 
 
 def render(source: str, *, link: Callable[[str], str], image: Callable[[str], str]) -> str:
-    """HTML of a card. `link` and `image` turn a path inside the repository into an address."""
+    """The HTML of a card. `link` and `image` turn a path inside the repository into an address."""
     parser = MarkdownIt("commonmark", {"html": True, "typographer": False}).enable(["table", "strikethrough"])
     tokens = parser.parse(source)
     name_headings(tokens)
@@ -35,7 +35,7 @@ def render(source: str, *, link: Callable[[str], str], image: Callable[[str], st
 
 
 def harmless(html: str) -> str:
-    """The HTML with every tag escaped that is not on the list."""
+    """The HTML without comments, and with every tag escaped that is not a HARMLESS_TAG."""
     html = COMMENT.sub("", html)
     pieces, end = [], 0
     for tag in HARMLESS_TAG.finditer(html):
@@ -45,12 +45,12 @@ def harmless(html: str) -> str:
 
 
 def flat(tokens: Sequence[Token]) -> list[Token]:
-    """The tokens and those inside them."""
+    """The tokens, each followed by those inside it."""
     return [one for token in tokens for one in (token, *flat(token.children or ()))]
 
 
 def name_headings(tokens: Sequence[Token]) -> None:
-    """Give headings the ids that links like #how-to-use-it expect."""
+    """Give headings the ids that links such as #how-to-use-it point to."""
     for opening, content in pairwise(tokens):
         if opening.type == "heading_open":
             words = re.sub(r"[^\w\- ]", "", content.content.lower()).strip()

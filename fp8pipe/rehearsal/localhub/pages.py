@@ -1,7 +1,7 @@
-"""The pages for people: what is on this Hub, a repository with its card, files, history and tags, a collection.
+"""The pages for people: the contents of this Hub, a repository with its card, files, history and tags, a collection.
 
-They show what an anonymous visitor may see, load nothing from elsewhere and run no script. Comes in: requests. Goes
-out: HTML, made by the templates beside this file.
+They show what an anonymous visitor may see, load nothing from elsewhere and run no script. Comes in: a request. Goes
+out: HTML, made from the templates beside this file.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from fp8pipe.rehearsal.localhub.cards import read_card, text_list
+from fp8pipe.rehearsal.localhub.collections import Collection
 from fp8pipe.rehearsal.localhub.disk import Entry
 from fp8pipe.rehearsal.localhub.markdown import render
 from fp8pipe.rehearsal.localhub.refusals import Refusal
-from fp8pipe.rehearsal.localhub.requests import Hub, caller, hub_of, origin, revision_of, visible, visible_repo
-from fp8pipe.rehearsal.localhub.routes_collections import item_repo, may_see_shelf, visible_shelf
+from fp8pipe.rehearsal.localhub.requests import Hub, caller, endpoint_of, hub_of, revision_of, visible, visible_repo
+from fp8pipe.rehearsal.localhub.routes_collections import item_repo, may_see_collection, visible_collection
 from fp8pipe.rehearsal.localhub.routes_repos import MAX_CARD_BYTES, card_metadata, repo_info
-from fp8pipe.rehearsal.localhub.shelves import Collection
 from fp8pipe.rehearsal.localhub.store import Commit, Repo
 
 SHOWN_COMMITS = 30
@@ -46,7 +46,7 @@ class RepoLine:
     size: int
     tags: list[str]
     release: str | None
-    """The newest tag."""
+    """The newest tag on the head of main, if any."""
     note: str | None = None
 
 
@@ -58,12 +58,12 @@ async def index(request: Request) -> Response:
         "index.html",
         models=[repo_line(hub, repo) for repo in visible(request, list(hub.store.all("models")))],
         datasets=[repo_line(hub, repo) for repo in visible(request, list(hub.store.all("datasets")))],
-        shelves=[shelf for shelf in hub.shelves.all() if may_see_shelf(shelf, who)],
+        collections=[collection for collection in hub.collections.all() if may_see_collection(collection, who)],
     )
 
 
 async def repository(request: Request) -> Response:
-    """A repository at a revision: card, files, history, tags. At a commit, what it changed too."""
+    """A repository at a revision: card, files, history, tags; at a commit, also what the commit changed."""
     repo, hub = visible_repo(request), hub_of(request)
     revision = revision_of(request)
     history = list(hub.store.history(repo, revision))
@@ -89,14 +89,18 @@ async def repository(request: Request) -> Response:
         releases=dict(sorted(refs.tags.items(), key=lambda item: item[0], reverse=True)),
         branches=refs.branches,
         changes=changes(commit, history[1].tree if len(history) > 1 else {}) if at_commit else None,
-        shelves=[shelf for shelf in hub.shelves.all() if holds(shelf, repo) and may_see_shelf(shelf, caller(request))],
+        collections=[
+            collection
+            for collection in hub.collections.all()
+            if holds(collection, repo) and may_see_collection(collection, caller(request))
+        ],
         derived=derived(request, repo),
         pulls=hub.discussions.all(repo),
     )
 
 
 async def blob(request: Request) -> Response:
-    """Where a card's relative links lead: the file itself."""
+    """A file that a card links to: redirect to its bytes."""
     repo = visible_repo(request)
     return RedirectResponse(file_address(repo, revision_of(request), request.path_params["path"]), 302)
 
@@ -111,35 +115,35 @@ async def discussion(request: Request) -> Response:
 async def collection(request: Request) -> Response:
     """A collection with its items and notes."""
     hub, who = hub_of(request), caller(request)
-    shelf = visible_shelf(request)
+    found = visible_collection(request)
     lines: list[RepoLine | Collection] = []
-    for item in shelf.items:
+    for item in found.items:
         if item.type == "collection":
-            lines.append(hub.shelves.find(item.id))
+            lines.append(hub.collections.find(item.id))
         elif (repo := item_repo(hub, item, who)) is not None:
             lines.append(repo_line(hub, repo, item.note))
-    return html(request, "collection.html", shelf=shelf, lines=lines)
+    return html(request, "collection.html", collection=found, lines=lines)
 
 
 async def style(request: Request) -> Response:
-    """The one style sheet."""
+    """The style sheet of all pages."""
     sheet = files("fp8pipe.rehearsal.localhub").joinpath("templates", "style.css").read_text(encoding="utf-8")
     return Response(sheet, media_type="text/css", headers={"Cache-Control": "no-cache"})
 
 
 def error_page(request: Request, refusal: Refusal) -> Response:
-    """A refusal, for people."""
+    """A refusal as a page."""
     return html(request, "error.html", status=refusal.status, message=refusal.message, answer=refusal.status)
 
 
 def html(request: Request, template: str, *, answer: int = 200, **context: object) -> Response:
-    """A template filled in."""
-    page = TEMPLATES.get_template(template).render(endpoint=origin(request), **context)
+    """A page made from a template, with the HTTP status `answer`."""
+    page = TEMPLATES.get_template(template).render(endpoint=endpoint_of(request), **context)
     return HTMLResponse(page, answer, HEADERS)
 
 
 def repo_line(hub: Hub, repo: Repo, note: str | None = None) -> RepoLine:
-    """A repository as lists show it."""
+    """A repository as an entry of a list."""
     info = repo_info(hub.store, repo, "main")
     tags = hub.store.refs(repo).tags
     release = next((name for name in reversed(list(tags)) if tags[name].target == info["sha"]), None)
@@ -148,7 +152,7 @@ def repo_line(hub: Hub, repo: Repo, note: str | None = None) -> RepoLine:
 
 
 def card_html(hub: Hub, repo: Repo, revision: str, commit: Commit) -> str | None:
-    """The README without its front matter, None if there is none."""
+    """The README without its front matter; None if there is none, or if it is gated or too long."""
     entry = commit.tree.get("README.md")
     if entry is None or entry.size > MAX_CARD_BYTES or repo.gated:
         return None
@@ -161,7 +165,7 @@ def card_html(hub: Hub, repo: Repo, revision: str, commit: Commit) -> str | None
 
 
 def facts(hub: Hub, request: Request, card: dict[str, Any]) -> list[tuple[str, list[tuple[str, str | None]]]]:
-    """The front matter as rows: a label, and texts, each with the address of the repository that it names, if here."""
+    """The front matter as rows: a label and its texts, each with an address if it names a repository of this Hub."""
     relation = card.get("base_model_relation")
     base_label = f"base model ({relation})" if isinstance(relation, str) else "base model"
     rows = (
@@ -179,7 +183,7 @@ def facts(hub: Hub, request: Request, card: dict[str, Any]) -> list[tuple[str, l
 
 
 def here(hub: Hub, request: Request, key: str, text: str) -> str | None:
-    """The address of the repository that a card names, if this Hub has it."""
+    """The address of a repository that a card names; None if this Hub does not show it to the caller."""
     kind = {"base_model": "models", "datasets": "datasets"}.get(key)
     if kind is None or text.count("/") != 1 or ".." in text:
         return None
@@ -188,7 +192,7 @@ def here(hub: Hub, request: Request, key: str, text: str) -> str | None:
 
 
 def derived(request: Request, repo: Repo) -> list[Repo]:
-    """The models here that name this one as their base."""
+    """The models of this Hub whose cards name this one as their base."""
     store = hub_of(request).store
     if repo.kind != "models":
         return []
@@ -197,13 +201,13 @@ def derived(request: Request, repo: Repo) -> list[Repo]:
     return [other for other, card in cards.items() if repo.id in text_list(card, "base_model")]
 
 
-def holds(shelf: Collection, repo: Repo) -> bool:
+def holds(collection: Collection, repo: Repo) -> bool:
     """Whether a collection lists a repository."""
-    return any((f"{item.type}s", item.id) == (repo.kind, repo.id) for item in shelf.items)
+    return any((f"{item.type}s", item.id) == (repo.kind, repo.id) for item in collection.items)
 
 
 def changes(commit: Commit, before: Mapping[str, Entry]) -> list[tuple[str, str]]:
-    """What a commit did to which file."""
+    """What a commit did to each file that it touched: (added, removed or changed; path)."""
     paths = sorted(commit.tree.keys() | before.keys())
     return [
         ("added" if path not in before else "removed" if path not in commit.tree else "changed", path)
@@ -213,17 +217,17 @@ def changes(commit: Commit, before: Mapping[str, Entry]) -> list[tuple[str, str]
 
 
 def file_address(repo: Repo, revision: str, path: str) -> str:
-    """Where a file's bytes are."""
+    """The address of a file's bytes."""
     return f"{repo.url_path}/resolve/{quoted(revision)}/{quote(path)}"
 
 
 def quoted(revision: str) -> str:
-    """A revision as one part of an address: its slashes are quoted too."""
+    """A revision as one part of an address, with its slashes quoted."""
     return quote(revision, safe="")
 
 
 def bytes_text(size: int) -> str:
-    """1 file of 12,582,912 bytes is 12.6 MB: decimal units, as the Hub shows them."""
+    """12,582,912 bytes as 12.6 MB: in decimal units, as on the Hub."""
     amount = float(size)
     for unit in ("B", "kB", "MB", "GB"):
         if amount < 1000:
@@ -233,7 +237,7 @@ def bytes_text(size: int) -> str:
 
 
 def time_text(moment: str) -> str:
-    """23 Nov 2026, 08:59 UTC"""
+    """A time of the Hub as people read it: 23 Nov 2026, 08:59 UTC."""
     return datetime.fromisoformat(moment).strftime("%d %b %Y, %H:%M UTC").lstrip("0")
 
 

@@ -1,8 +1,8 @@
 """The Hub as a process: served in the foreground, or started as a child that dies with its parent.
 
-Comes in: a root folder, a port (0 for any free one), tokens. Goes out: a running server and its address; `ServerFailed`
-with the tail of its log when it does not come up. Tokens reach the child through a pipe, never by command line or
-environment.
+Comes in: a root folder, a port (0 for any free one), tokens. Goes out: a running server and its address, or
+`ServerFailed` with the tail of the log if the server does not start. Tokens reach the child through a pipe, never
+through the command line or the environment.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fp8pipe.errors import ServerFailed
 
 if TYPE_CHECKING:
     from fp8pipe.rehearsal.localhub.access import TokenOwner, Tokens
-    from fp8pipe.rehearsal.localhub.faults import Faults
+    from fp8pipe.rehearsal.localhub.disruptions import Disruptions
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
@@ -36,7 +36,7 @@ LOG_TAIL_LINES = 20
 
 
 def local_token(root: Path) -> str:
-    """The token of this Hub's one user, made on first use and kept in ROOT/token, which only its owner may read."""
+    """The token of this Hub's only user, made on first use and kept in ROOT/token, which its owner alone can read."""
     path = root / "token"
     if not path.exists():
         root.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def local_token(root: Path) -> str:
 
 
 def local_tokens(root: Path) -> dict[str, TokenOwner]:
-    """The tokens of a Hub that serves one person: `local_token`, good for every namespace."""
+    """The tokens of a Hub for one person: `local_token`, which may write in every namespace."""
     from fp8pipe.rehearsal.localhub.access import ANY_NAMESPACE, TokenOwner
 
     return {local_token(root): TokenOwner("local", (ANY_NAMESPACE,))}
@@ -58,20 +58,20 @@ def serve(
     host: str = "127.0.0.1",
     *,
     tokens: Tokens | None = None,
-    faults: Faults | None = None,
+    disruptions: Disruptions | None = None,
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve `root` until SIGINT or SIGTERM. `on_ready` hears the address once requests are answered.
+    """Serve `root` until SIGINT or SIGTERM, and call `on_ready` with the address once the server answers requests.
 
-    Without tokens, the one of `local_token` may do everything. Raises ServerFailed if the port is taken or if another
-    process serves the same folder.
+    Without `tokens`, the token of `local_token` may do everything. Raises ServerFailed if the port is taken or if
+    another process serves the same folder.
     """
     import uvicorn
 
     from fp8pipe.rehearsal.localhub.app import create_app
 
     class Server(uvicorn.Server):
-        """A server that says when it is ready."""
+        """A server that calls `on_ready`."""
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -81,7 +81,7 @@ def serve(
     listener = listen(host, port)
     endpoint = f"http://{host}:{listener.getsockname()[1]}"
     with listener, only_server_of(root):
-        app = create_app(root, local_tokens(root) if tokens is None else tokens, faults)
+        app = create_app(root, local_tokens(root) if tokens is None else tokens, disruptions)
         config = uvicorn.Config(
             app,
             log_config=log_to_stderr(),
@@ -94,7 +94,7 @@ def serve(
 
 
 def log_to_stderr() -> dict[str, Any]:
-    """uvicorn's logging, requests included, with times, on stderr: a child's stdout carries its address alone."""
+    """uvicorn's log, with requests and times, on stderr: the stdout of a child carries only its address."""
     line = {"format": "%(asctime)s %(message)s"}
     stream = {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}
     loggers = {"uvicorn": {"handlers": ["stderr"], "level": "INFO", "propagate": False}}
@@ -108,7 +108,7 @@ def log_to_stderr() -> dict[str, Any]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket."""
+    """A listening socket. Raises ServerFailed if the port is taken."""
     try:
         return socket.create_server((host, port), backlog=128)
     except OSError as error:
@@ -118,7 +118,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def only_server_of(root: Path) -> IO[str]:
-    """A lock on the folder, held while the returned file is open: two servers would overwrite each other's refs."""
+    """Lock the folder while the returned file is open, as two servers would overwrite each other's refs.
+
+    Raises ServerFailed if another process holds the lock.
+    """
     root.mkdir(parents=True, exist_ok=True)
     file = (root / "lock").open("w")
     try:
@@ -138,22 +141,22 @@ class LocalHub:
     endpoint: str
     """http://127.0.0.1:PORT"""
     token: str
-    """The first token that the Hub knows."""
+    """The first of the Hub's tokens."""
     root: Path
     log: Path
-    """Where the server writes what it does."""
+    """The server's log, one line per request."""
     process: subprocess.Popen[str]
 
     def environment(self) -> dict[str, str]:
-        """What a process needs in its environment, before it imports huggingface_hub, to use this Hub.
+        """The variables that point a process to this Hub, if they are set before it imports huggingface_hub.
 
-        Xet is off because this Hub speaks LFS: with xet on, the client would not fall back.
+        Xet is off because this Hub speaks only LFS, and a client with Xet does not fall back to LFS.
         """
         wanted = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1"}
         return wanted | without_proxy()
 
     def stop(self) -> None:
-        """End the server; its state stays on disk. Stopping twice is fine."""
+        """End the server. Its state stays on disk. Calling this twice is fine."""
         self.process.terminate()
         try:
             self.process.wait(STOP_TIMEOUT_S)
@@ -173,7 +176,7 @@ class LocalHub:
 
 
 def without_proxy() -> dict[str, str]:
-    """What keeps a client that has to use a proxy from asking it for loopback; nothing where there is no proxy."""
+    """The variables that keep a client from asking its proxy for loopback; empty if there is no proxy."""
     if not any(name.lower() in ("http_proxy", "all_proxy") for name in os.environ):
         return {}
     exempt = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
@@ -183,12 +186,13 @@ def without_proxy() -> dict[str, str]:
 
 
 def start(
-    root: Path, *, port: int = 0, tokens: Tokens | None = None, faults: bool = False, log: Path | None = None
+    root: Path, *, port: int = 0, tokens: Tokens | None = None, disruptions: bool = False, log: Path | None = None
 ) -> LocalHub:
-    """Start a Hub over `root` on loopback as a child process, and wait until it answers.
+    """Start the Hub in `root` on loopback as a child process, and wait until it answers.
 
-    `tokens` as for `serve`; `faults` opens /_faults; `log` is by default ROOT/server.log. The child ends when this
-    process does, however it ends. Raises ServerFailed with the tail of the log if the Hub does not come up.
+    `tokens` are as for `serve`, `disruptions` opens /_disruptions, and `log` is ROOT/server.log by default. The child
+    ends when this process ends, even if it is killed. Raises ServerFailed with the tail of the log if the Hub does not
+    start.
     """
     root = root.resolve()
     root.mkdir(parents=True, exist_ok=True)
@@ -198,7 +202,7 @@ def start(
         "root": str(root),
         "port": port,
         "parent": os.getpid(),
-        "faults": faults,
+        "disruptions": disruptions,
         "tokens": {token: asdict(owner) for token, owner in known.items()},
     }
     with log.open("a") as log_file:
@@ -219,13 +223,13 @@ def start(
         hub.stop()
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
         raise ServerFailed(
-            f"The local Hub over {root} did not start within {START_TIMEOUT_S:.0f} s. Its log {log}:\n{tail}"
+            f"The local Hub in {root} did not start (it has {START_TIMEOUT_S:.0f} s). Its log {log} ends with:\n{tail}"
         )
     return hub
 
 
 def first_line(process: subprocess.Popen[str]) -> str:
-    """The first line that the child prints; empty if it ended or took too long."""
+    """The first line that the child prints; empty if it ends or takes longer than START_TIMEOUT_S."""
     assert process.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
@@ -233,9 +237,9 @@ def first_line(process: subprocess.Popen[str]) -> str:
 
 
 def serve_as_child() -> None:
-    """The child's side of `start`: orders on stdin, the address as the one line on stdout."""
+    """The child's side of `start`: read the order from stdin, and print the address as the only line on stdout."""
     from fp8pipe.rehearsal.localhub.access import TokenOwner
-    from fp8pipe.rehearsal.localhub.faults import Faults
+    from fp8pipe.rehearsal.localhub.disruptions import Disruptions
 
     order = json.loads(sys.stdin.read())
     die_with_parent(order["parent"])
@@ -243,14 +247,21 @@ def serve_as_child() -> None:
         token: TokenOwner(owner["name"], tuple(owner["orgs"]), owner["role"])
         for token, owner in order["tokens"].items()
     }
-    faults = Faults() if order["faults"] else None
-    serve(Path(order["root"]), order["port"], tokens=tokens, faults=faults, on_ready=lambda at: print(at, flush=True))
+    disruptions = Disruptions() if order["disruptions"] else None
+    serve(
+        Path(order["root"]),
+        order["port"],
+        tokens=tokens,
+        disruptions=disruptions,
+        on_ready=lambda at: print(at, flush=True),
+    )
 
 
 def die_with_parent(parent: int) -> None:
     """End this process when process `parent` ends.
 
-    Linux sends the signal when the *thread* that started the child ends; the handler looks whether the process is gone.
+    Linux sends the signal when the *thread* that started the child ends, so the handler checks that the whole process
+    has ended.
     """
 
     def look(*_: object) -> None:

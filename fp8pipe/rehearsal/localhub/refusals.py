@@ -1,4 +1,4 @@
-"""What the server answers when it says no: status, `X-Error-Code` and `X-Error-Message`, in the Hub's own words.
+"""What the server answers when it refuses: status, `X-Error-Code` and `X-Error-Message`, in the Hub's own words.
 
 huggingface_hub chooses its exception by these headers (`hf_raise_for_status`), so they are part of the protocol.
 """
@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 
 class Refusal(Exception):
-    """An HTTP answer other than success, raised anywhere under a route: `Refusal(status, message, code, extra)`."""
+    """An HTTP error as an exception, raised anywhere under a route: `Refusal(status, message, code, extra)`."""
 
     def __init__(self, status: int, message: str, code: str | None = None, extra: dict[str, Any] | None = None) -> None:
         super().__init__(status, message, code, extra)
@@ -23,7 +23,7 @@ class Refusal(Exception):
 
 
 def repo_not_found(repo_id: str, *, signed_in: bool) -> Refusal:
-    """No such repository, or one that the caller may not know of. Anonymous callers get 401, as from the Hub."""
+    """There is no such repository, or the caller may not know of it. Anonymous callers get 401, as from the Hub."""
     return Refusal(404 if signed_in else 401, f"Repository not found: {repo_id}", "RepoNotFound")
 
 
@@ -38,13 +38,13 @@ def entry_not_found(repo_id: str, path: str) -> Refusal:
 
 
 def gated_repo(repo_id: str, *, signed_in: bool) -> Refusal:
-    """The repository is visible, its files are not."""
+    """The caller may see the repository, but not its files."""
     who = "You have not been granted access." if signed_in else "You must be authenticated to access it."
     return Refusal(403 if signed_in else 401, f"Access to {repo_id} is restricted. {who}", "GatedRepo")
 
 
 def answer_refusal(refusal: Refusal) -> Response:
-    """The JSON answer of a refusal. HTTP headers are latin-1, so other characters are replaced there."""
+    """The JSON answer of a refusal. In the header, where HTTP allows no others, the message is reduced to ASCII."""
     message = refusal.message.replace("\n", " ").encode("ascii", "replace").decode()
     headers = {**refusal.headers, "X-Error-Message": message}
     if refusal.code is not None:

@@ -1,7 +1,7 @@
 """What every route needs from a request: the Hub behind it, the caller, the repository that the path names, paging.
 
-Paths hold revisions and file names with quoted slashes (`refs%2Fpr%2F1`). Servers unquote paths before they route them,
-so `KeepQuotedSlashes` hides those slashes from the router and the path convertors here bring them back.
+Revisions and file names in paths may hold quoted slashes (`refs%2Fpr%2F1`). Servers unquote a path before they route
+it, so `KeepQuotedSlashes` hides these slashes from the router, and the path convertors here restore them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlencode
 
 from starlette.convertors import Convertor, register_url_convertor
@@ -23,11 +23,10 @@ from fp8pipe.rehearsal.localhub.store import RESERVED_NAMESPACES, Kind, Repo, St
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
+    from fp8pipe.rehearsal.localhub.collections import Collections
     from fp8pipe.rehearsal.localhub.discussions import Discussions
-    from fp8pipe.rehearsal.localhub.shelves import Shelves
 
 HIDDEN_SLASH = "\x1f"
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ class Hub:
     """Everything behind the routes."""
 
     store: Store
-    shelves: Shelves
+    collections: Collections
     discussions: Discussions
     tokens: Tokens
     upload_key: bytes
@@ -43,7 +42,7 @@ class Hub:
 
 
 class KeepQuotedSlashes:
-    """ASGI middleware: `%2F` in a path reaches the router as one hidden character instead of a separator."""
+    """ASGI middleware: `%2F` in a path reaches the router as one hidden character, not as a separator."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -67,25 +66,25 @@ class QuotedConvertor(Convertor[str]):
 
 
 class RevisionConvertor(QuotedConvertor):
-    """A branch, tag or commit, or an unquoted refs/pr/1."""
+    """A branch, tag or commit, or a ref such as refs/pr/1 with plain slashes."""
 
     regex = "(?:refs/[^/]+/[^/]+|[^/]+)"
 
 
 class FileConvertor(QuotedConvertor):
-    """The rest of the path, a file or folder of a repository."""
+    """The rest of the path: a file or folder of a repository."""
 
     regex = ".+"
 
 
 class RepoConvertor(QuotedConvertor):
-    """namespace/name, where the namespace is not one of this server's own"""
+    """namespace/name, unless the server keeps the namespace for its own addresses."""
 
     regex = f"(?!(?:{'|'.join(sorted(RESERVED_NAMESPACES))})/)[^/]+/[^/]+"
 
 
 class KindConvertor(QuotedConvertor):
-    """models or datasets"""
+    """models or datasets."""
 
     regex = "models|datasets"
 
@@ -97,7 +96,7 @@ register_url_convertor("kind", KindConvertor())
 
 
 def hub_of(request: Request) -> Hub:
-    """The Hub that the application was made for."""
+    """The Hub that the application serves."""
     return request.app.state.hub
 
 
@@ -107,7 +106,7 @@ def caller(request: Request) -> TokenOwner | None:
 
 
 def kind_of(request: Request) -> Kind:
-    """The kind that the path names; outside of /api, models have no prefix."""
+    """The kind of repository that the path names; outside /api, models have no prefix."""
     kind = request.path_params.get("kind")
     if kind is None:
         kind = "datasets" if request.scope["path"].startswith("/datasets/") else "models"
@@ -115,7 +114,7 @@ def kind_of(request: Request) -> Kind:
 
 
 def visible_repo(request: Request) -> Repo:
-    """The repository that the path names, if it exists for the caller."""
+    """The repository that the path names. Refused as not found if the caller may not see it."""
     who = caller(request)
     repo_id = request.path_params["repo"]
     repo = hub_of(request).store.find(kind_of(request), repo_id)
@@ -126,18 +125,18 @@ def visible_repo(request: Request) -> Repo:
 
 
 def writable_repo(request: Request) -> tuple[Repo, TokenOwner]:
-    """The repository that the path names, and the caller, who may write it."""
+    """The repository that the path names, and the caller. Refused unless the caller may write in it."""
     repo = visible_repo(request)
     return repo, must_write_in(repo.namespace, caller(request))
 
 
 def revision_of(request: Request) -> str:
-    """The revision that the path names, main without one."""
+    """The revision that the path names; main if it names none."""
     return request.path_params.get("rev", "main")
 
 
 def visible(request: Request, repos: Sequence[Repo]) -> list[Repo]:
-    """Those repositories that exist for the caller."""
+    """The repositories that the caller may see."""
     who = caller(request)
     return [repo for repo in repos if may_see(repo, who)]
 
@@ -147,47 +146,47 @@ async def json_object(request: Request) -> dict[str, Any]:
     try:
         body = json.loads(await request.body() or b"{}")
     except ValueError as error:
-        raise Refusal(400, f"The body is not JSON: {error}") from error
+        raise Refusal(400, f"Expected a JSON object as the body: {error}") from error
     if not isinstance(body, dict):
-        raise Refusal(400, "The body has to be a JSON object")
+        raise Refusal(400, f"Expected a JSON object as the body, found {type(body).__name__}")
     return body
 
 
 def text_field(body: dict[str, Any], name: str, default: str | None = None) -> str:
-    """A text in a JSON body, required unless there is a default."""
+    """A string in a JSON body. Refused if it is missing and has no default, or if it is no string."""
     value = body.get(name, default)
     if not isinstance(value, str):
-        raise Refusal(400, f"{name!r} has to be a text, found {value!r}")
+        raise Refusal(400, f"{name!r}: expected a string, found {value!r}")
     return value
 
 
-def origin(request: Request) -> str:
-    """Scheme and host as the client wrote them, for the addresses in answers."""
+def endpoint_of(request: Request) -> str:
+    """This Hub's address as the client wrote it, without a slash at the end; addresses in answers start with it."""
     return str(request.base_url).rstrip("/")
 
 
 def page(request: Request, items: Sequence[object], size: int) -> JSONResponse:
-    """One page of a listing; `Link: rel="next"` leads to the one after it."""
+    """`size` items of a listing from the query's cursor on; `Link: rel="next"` leads to the next page."""
     start = int_query(request, "cursor", 0)
     headers = {}
     if start + size < len(items):
         others = [(key, value) for key, value in request.query_params.multi_items() if key != "cursor"]
         path = request.scope["raw_path"].decode("ascii").partition("?")[0]
-        following = f"{origin(request)}{path}?{urlencode([*others, ('cursor', start + size)])}"
+        following = f"{endpoint_of(request)}{path}?{urlencode([*others, ('cursor', start + size)])}"
         headers["Link"] = f'<{following}>; rel="next"'
     return JSONResponse(items[start : start + size], headers=headers)
 
 
 def int_query(request: Request, name: str, default: int) -> int:
-    """A non-negative number in the query."""
+    """A non-negative whole number in the query. Refused if it is something else."""
     text = request.query_params.get(name)
     if text is None:
         return default
     if not text.isdecimal():
-        raise Refusal(400, f"{name!r} has to be a number, found {text!r}")
+        raise Refusal(400, f"{name!r}: expected a non-negative number, found {text!r}")
     return int(text)
 
 
 def flag_query(request: Request, name: str) -> bool:
-    """A boolean in the query, as the client spells it."""
+    """A flag in the query; true as the client spells it, `1` or `true`."""
     return request.query_params.get(name, "").lower() in {"1", "true"}

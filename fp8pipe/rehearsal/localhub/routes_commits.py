@@ -1,4 +1,4 @@
-"""Routes that write files: preupload, LFS upload, commit; and those about refs: tags, branches, history, squash."""
+"""Routes that write files (preupload, LFS upload, commit) and those about refs (tags, branches, history, squash)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fp8pipe.rehearsal.localhub.refusals import Refusal, revision_not_found
 from fp8pipe.rehearsal.localhub.requests import (
     Hub,
     caller,
+    endpoint_of,
     flag_query,
     hub_of,
     int_query,
     json_object,
-    origin,
     page,
     revision_of,
     text_field,
@@ -35,13 +35,13 @@ from fp8pipe.rehearsal.localhub.requests import (
 from fp8pipe.rehearsal.localhub.store import LFS_SUFFIXES, PULL, Change, Commit, Delete, Put, Refs, Repo, must_be_path
 
 MAX_REGULAR_BYTES = 10_000_000
-"""Larger files go through LFS whatever their name."""
+"""Larger files go through LFS, whatever their name."""
 WRITE_BYTES = 1 << 20
 COMMITS_PAGE = 50
 
 
 async def preupload(request: Request) -> Response:
-    """For each file: regular or LFS, and what the Hub holds under its path, so that equal files are not sent again."""
+    """For each file: regular or LFS, and the id of the file that the Hub has there, as equal files need no upload."""
     repo = visible_repo(request)
     must_be_committer(request)
     head = hub_of(request).store.commit_at(repo, revision_of(request))
@@ -57,13 +57,13 @@ async def preupload(request: Request) -> Response:
 
 
 def is_lfs(path: str, size: int, sample: bytes) -> bool:
-    """Whether a file is stored by git LFS: by its suffix, its size, or because it is not text."""
+    """Whether git LFS stores a file: because of its suffix or its size, or because `sample`, its start, is not text."""
     suffix = path.rpartition(".")[2].lower() if "." in path else ""
     return suffix in LFS_SUFFIXES or size > MAX_REGULAR_BYTES or not is_text(sample)
 
 
 def is_text(sample: bytes) -> bool:
-    """Whether the first bytes of a file are UTF-8; the last character may be cut."""
+    """Whether the first bytes of a file are UTF-8; the last character may be incomplete."""
     if b"\0" in sample:
         return False
     try:
@@ -74,13 +74,15 @@ def is_text(sample: bytes) -> bool:
 
 
 async def lfs_batch(request: Request) -> Response:
-    """Where to upload each object; objects that are here already get no address."""
+    """The address to upload each object to; none for an object that the Hub has."""
     visible_repo(request)
     must_be_committer(request)
     hub = hub_of(request)
     body = await json_object(request)
     if body.get("operation") != "upload":
-        raise Refusal(400, "Only uploads go through LFS here; download files through resolve")
+        raise Refusal(
+            400, f"'operation': expected upload, found {body.get('operation')!r}; download files through resolve"
+        )
     objects = [lfs_object(request, hub, one["oid"], one["size"]) for one in body["objects"]]
     answer = {"transfer": "basic", "objects": objects, "hash_algo": "sha256"}
     return JSONResponse(answer, media_type="application/vnd.git-lfs+json")
@@ -90,22 +92,22 @@ def lfs_object(request: Request, hub: Hub, oid: str, size: int) -> dict[str, Any
     """The answer for one object of an LFS batch."""
     answer: dict[str, Any] = {"oid": oid, "size": size, "authenticated": True}
     if hub.store.blobs.size(oid) != size:
-        address = f"{origin(request)}/_lfs/{oid}?size={size}&signature={signature(hub.upload_key, oid, size)}"
-        answer["actions"] = {"upload": {"href": address}, "verify": {"href": f"{origin(request)}/_lfs/verify"}}
+        address = f"{endpoint_of(request)}/_lfs/{oid}?size={size}&signature={signature(hub.upload_key, oid, size)}"
+        answer["actions"] = {"upload": {"href": address}, "verify": {"href": f"{endpoint_of(request)}/_lfs/verify"}}
     return answer
 
 
 def signature(key: bytes, oid: str, size: int) -> str:
-    """Proof that this server handed out an upload address."""
+    """What proves that this server made an upload address."""
     return hmac.new(key, f"{oid} {size}".encode(), hashlib.sha256).hexdigest()
 
 
 async def lfs_upload(request: Request) -> Response:
-    """Take an object's bytes. They are hashed on the way and kept only if they are what the address says."""
+    """Receive an object's bytes, and keep them only if their size and sha256 are those in the address."""
     hub = hub_of(request)
     oid, size = request.path_params["oid"], int_query(request, "size", -1)
     if not hmac.compare_digest(request.query_params.get("signature", ""), signature(hub.upload_key, oid, size)):
-        raise Refusal(403, "This upload address is not valid (any more); ask for a new one")
+        raise Refusal(403, "This upload address is not valid, or no longer; ask for a new one")
     with hub.store.blobs.receive() as incoming:
         await drain(request, incoming)
         try:
@@ -116,7 +118,7 @@ async def lfs_upload(request: Request) -> Response:
 
 
 async def drain(request: Request, incoming: Incoming) -> None:
-    """Write a request's body away in large pieces, outside of the event loop."""
+    """Write a request's body to disk in large pieces, outside the event loop."""
     pending = bytearray()
     async for piece in request.stream():
         pending += piece
@@ -127,7 +129,7 @@ async def drain(request: Request, incoming: Incoming) -> None:
 
 
 async def lfs_verify(request: Request) -> Response:
-    """Whether an object arrived."""
+    """Succeeds if an object arrived; 404 if not."""
     must_sign_in(caller(request))
     body = await json_object(request)
     if hub_of(request).store.blobs.size(text_field(body, "oid")) != body.get("size"):
@@ -136,12 +138,12 @@ async def lfs_verify(request: Request) -> Response:
 
 
 async def commit(request: Request) -> Response:
-    """Apply the operations of an NDJSON body to a branch, a pull request, or (`create_pr`) as a new pull request."""
+    """Apply the operations of an NDJSON body to a branch or a pull request, or, with `create_pr`, open a new one."""
     repo, who = visible_repo(request), must_be_committer(request)
     body = await request.body()
     take = take_as_pull if flag_query(request, "create_pr") else take_commit
     made, pull = await run_in_threadpool(take, hub_of(request), repo, revision_of(request), body, who)
-    here = origin(request) + repo.url_path
+    here = endpoint_of(request) + repo.url_path
     return JSONResponse(
         {
             "success": True,
@@ -154,7 +156,7 @@ async def commit(request: Request) -> Response:
 
 
 def take_commit(hub: Hub, repo: Repo, revision: str, body: bytes, who: str) -> tuple[Commit, int | None]:
-    """Commit to something that exists. Returns the commit, and the number of the pull request that it went to."""
+    """Commit to a branch or pull request. Returns the commit, and the pull request's number or None."""
     header, changes = parse_commit(body, hub.store.blobs)
     made = hub.store.commit(repo, revision, changes, author=who, **header)
     pull = PULL.fullmatch(revision)
@@ -165,23 +167,23 @@ def take_commit(hub: Hub, repo: Repo, revision: str, body: bytes, who: str) -> t
 
 
 def take_as_pull(hub: Hub, repo: Repo, revision: str, body: bytes, who: str) -> tuple[Commit, int | None]:
-    """Commit as a new pull request against `revision`. Returns the commit and the number of the pull request."""
+    """Commit as a new pull request to `revision`. Returns the commit and the pull request's number."""
     header, changes = parse_commit(body, hub.store.blobs)
     pull, made = hub.discussions.open_with(repo, revision, changes, author=who, **header)
     return made, pull.num
 
 
 class CommitHeader(TypedDict):
-    """What a commit says about itself."""
+    """The metadata of a commit."""
 
     title: str
     message: str
     parent: str | None
-    """The head that the client built on; None if it does not care."""
+    """The commit that must still be the head; None for any."""
 
 
 def must_be_committer(request: Request) -> str:
-    """The name of a caller who may commit: a writer; for a new pull request anyone signed in who may read the files."""
+    """The caller's name. Refused unless the caller may write or, for a new pull request, may read the files."""
     if flag_query(request, "create_pr"):
         who = must_sign_in(caller(request))
         must_read_files(visible_repo(request), who)
@@ -190,7 +192,7 @@ def must_be_committer(request: Request) -> str:
 
 
 def parse_commit(body: bytes, blobs: Blobs) -> tuple[CommitHeader, list[Change]]:
-    """The header and the changes of a commit's NDJSON. Regular files are stored on the way, LFS ones must be here."""
+    """The header and the changes of a commit's NDJSON. Regular files are stored; LFS files must have been uploaded."""
     header: CommitHeader | None = None
     changes: list[Change] = []
     for number, line in enumerate(body.splitlines(), 1):
@@ -198,13 +200,15 @@ def parse_commit(body: bytes, blobs: Blobs) -> tuple[CommitHeader, list[Change]]
             operation = json.loads(line)
             key, value = operation["key"], operation["value"]
         except (ValueError, KeyError, TypeError) as error:
-            raise Refusal(400, f"Line {number} of the commit is not an operation: {error}") from error
+            raise Refusal(
+                400, f"Line {number} of the commit: expected an operation with key and value: {error}"
+            ) from error
         if key == "header":
             header = parse_header(value)
         else:
             changes.append(parse_change(key, value, blobs))
     if header is None:
-        raise Refusal(400, "The commit has no header")
+        raise Refusal(400, "The commit has no operation with the key header")
     return header, changes
 
 
@@ -215,7 +219,7 @@ def parse_header(value: dict[str, Any]) -> CommitHeader:
         raise Refusal(400, "A commit needs a summary")
     parent = value.get("parentCommit")
     if not isinstance(parent, str | None):
-        raise Refusal(400, f"'parentCommit' has to be a commit id, found {parent!r}")
+        raise Refusal(400, f"'parentCommit': expected a commit id, found {parent!r}")
     return {"title": title, "message": text_field(value, "description", ""), "parent": parent}
 
 
@@ -229,11 +233,11 @@ def parse_change(key: str, value: dict[str, Any], blobs: Blobs) -> Change:
             return lfs_file(path, value, blobs)
         case "deletedFile" | "deletedFolder":
             return Delete(path, folder=key == "deletedFolder")
-    raise Refusal(400, f"Unknown operation {key!r} for {path}")
+    raise Refusal(400, f"{path}: expected file, lfsFile, deletedFile or deletedFolder, found {key!r}")
 
 
 def regular_file(path: str, data: bytes, blobs: Blobs) -> Put:
-    """Store a regular file; a README has to have a card that the Hub accepts."""
+    """Store a regular file. A README whose card the Hub would not accept is refused."""
     if path == "README.md":
         errors = check_card(data.decode("utf-8", errors="replace")).errors
         if errors:
@@ -249,22 +253,22 @@ def decoded(value: dict[str, Any]) -> bytes:
     try:
         return base64.b64decode(content, validate=True)
     except binascii.Error as error:
-        raise Refusal(400, f"{value['path']}: not base64: {error}") from error
+        raise Refusal(400, f"{value['path']}: the content is not base64: {error}") from error
 
 
 def lfs_file(path: str, value: dict[str, Any], blobs: Blobs) -> Put:
-    """Name an uploaded object in a commit."""
+    """Put an uploaded object into a commit. Refused if the object never arrived or has another size."""
     oid = text_field(value, "oid")
     entry = blobs.lfs_entry(oid)
     if entry is None:
-        raise Refusal(400, f"{path}: the LFS object {oid} was never uploaded")
+        raise Refusal(400, f"{path}: the LFS object {oid} was never uploaded; upload it first")
     if value.get("size") not in (None, entry.size):
         raise Refusal(400, f"{path}: the LFS object {oid} has {entry.size} bytes, the commit says {value['size']}")
     return Put(path, entry)
 
 
 async def refs(request: Request) -> Response:
-    """Every branch and tag, and pull requests if asked."""
+    """Every branch and tag, and with `include_prs` every pull request."""
     found = hub_of(request).store.refs(visible_repo(request))
     answer = {"branches": branch_list(found), "converts": [], "tags": tag_list(found)}
     if flag_query(request, "include_prs"):
@@ -329,7 +333,7 @@ async def delete_tag(request: Request) -> Response:
 
 
 async def add_branch(request: Request) -> Response:
-    """Make a branch at a starting point, main's head without one."""
+    """Make a branch at `startingPoint`, by default main's head."""
     repo, _ = writable_repo(request)
     start = text_field(await json_object(request), "startingPoint", "main")
     hub_of(request).store.add_branch(repo, revision_of(request), start)

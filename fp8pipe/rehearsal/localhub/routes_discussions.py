@@ -49,14 +49,14 @@ async def create(request: Request) -> Response:
     body = await json_object(request)
     title = text_field(body, "title").strip()
     if not 3 <= len(title) <= 200:
-        raise Refusal(400, "A title has 3 to 200 characters")
+        raise Refusal(400, f"'title': expected 3 to 200 characters, found {len(title)}")
     pull = bool(body.get("pullRequest"))
     made = hub_of(request).discussions.open(repo, title, text_field(body, "description", ""), who.name, pull=pull)
     return JSONResponse({"num": made.num, "pullRequest": pull})
 
 
 async def get(request: Request) -> Response:
-    """One discussion with everything that happened in it."""
+    """One discussion with all its events."""
     repo, hub = visible_repo(request), hub_of(request)
     found = hub.discussions.find(repo, number_of(request))
     answer = {**summary(repo, found), "events": [described(event) for event in found.events]}
@@ -69,7 +69,7 @@ async def get(request: Request) -> Response:
 
 
 async def comment(request: Request) -> Response:
-    """Say something."""
+    """Add a comment."""
     repo = visible_repo(request)
     who = must_sign_in(caller(request))
     text = text_field(await json_object(request), "comment")
@@ -86,18 +86,18 @@ async def rename(request: Request) -> Response:
 
 
 async def set_status(request: Request) -> Response:
-    """Open or close."""
+    """Open or close a discussion."""
     repo, who = writable_repo(request)
     body = await json_object(request)
     status, text = body.get("status"), body.get("comment") or ""
     if status not in ("open", "closed"):
-        raise Refusal(400, f"'status' is open or closed, found {status!r}")
+        raise Refusal(400, f"'status': expected open or closed, found {status!r}")
     event = hub_of(request).discussions.set_status(repo, number_of(request), who.name, status, text)
     return JSONResponse({"newStatus": described(event)})
 
 
 async def merge(request: Request) -> Response:
-    """Put a pull request on its base branch."""
+    """Merge a pull request into its base branch."""
     repo, who = writable_repo(request)
     text = (await json_object(request)).get("comment") or ""
     event = hub_of(request).discussions.merge(repo, number_of(request), who.name, text)
@@ -105,7 +105,7 @@ async def merge(request: Request) -> Response:
 
 
 def number_of(request: Request) -> int:
-    """The discussion that the path names."""
+    """The number of the discussion that the path names."""
     return int(request.path_params["num"])
 
 

@@ -1,4 +1,4 @@
-"""Routes that read files: tree, paths-info, and resolve, the way every byte leaves the Hub."""
+"""Routes that read files: tree, paths-info, and resolve, through which every byte leaves the Hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXPANDED_PAGE = 50
 
 
 async def tree(request: Request) -> Response:
-    """What lies in a folder, or below it with `recursive`; with `expand`, who touched it last."""
+    """What a folder holds, with `recursive` at any depth; with `expand`, the last commit of each entry too."""
     repo = visible_repo(request)
     store = hub_of(request).store
     commit = store.commit_at(repo, revision_of(request))
@@ -45,7 +45,7 @@ async def tree(request: Request) -> Response:
 
 
 async def paths_info(request: Request) -> Response:
-    """Those of the asked paths that exist, described."""
+    """Of the paths in the body, those that exist, described."""
     repo = visible_repo(request)
     store = hub_of(request).store
     commit = store.commit_at(repo, revision_of(request))
@@ -57,7 +57,7 @@ async def paths_info(request: Request) -> Response:
 
 
 async def asked_paths(request: Request) -> tuple[list[str], bool]:
-    """The paths and the expand flag of a paths-info request, form encoded (huggingface_hub) or JSON."""
+    """The paths and the expand flag of a paths-info request, which huggingface_hub sends as a form, others as JSON."""
     if request.headers.get("content-type", "").startswith("application/json"):
         body = await request.json()
         return [str(path).strip("/") for path in body["paths"]], bool(body.get("expand", False))
@@ -67,7 +67,7 @@ async def asked_paths(request: Request) -> tuple[list[str], bool]:
 
 
 async def resolve(request: Request) -> Response:
-    """A file's bytes, whole or a range, with the headers by which clients cache it."""
+    """A file's bytes, all or a range, with the headers by which clients cache it."""
     repo = visible_repo(request)
     must_read_files(repo, caller(request))
     store = hub_of(request).store
@@ -80,12 +80,12 @@ async def resolve(request: Request) -> Response:
         raise refusal
     blob = store.blobs.path(entry.sha256)
     if not blob.is_file():
-        raise Refusal(500, f"{repo.id}/{path}: its content {entry.sha256} is missing from the Hub's blobs")
+        raise Refusal(500, f"{repo.id}/{path}: its content is missing from the Hub's folder, expected at {blob}")
     return FileResponse(blob, headers=file_headers(commit, path, entry), media_type=safe_media_type(path))
 
 
 def file_headers(commit: Commit, path: str, entry: Entry) -> dict[str, str]:
-    """What the Hub says about a file besides its bytes."""
+    """The headers of an answer that holds a file."""
     headers = {
         "X-Repo-Commit": commit.oid,
         "ETag": f'"{entry.etag}"',
@@ -101,7 +101,7 @@ def file_headers(commit: Commit, path: str, entry: Entry) -> dict[str, str]:
 
 
 def safe_media_type(path: str) -> str:
-    """The media type of a file; pages and scripts are served as plain text."""
+    """The media type of a file. Pages and scripts are served as plain text, so that no browser runs them."""
     guess = mimetypes.guess_type(path)[0] or "application/octet-stream"
     harmless = guess.startswith(("image/", "audio/", "video/")) or guess in {"application/json", "application/pdf"}
     return guess if harmless else "text/plain" if guess.startswith("text/") else "application/octet-stream"
@@ -127,13 +127,13 @@ def described(tree: Mapping[str, Entry], name: str, last: Commit | None) -> dict
 
 
 def folder_id(tree: Mapping[str, Entry], folder: str) -> str:
-    """A name for a folder's content: equal exactly if everything in it is equal."""
+    """A hash of a folder's content: equal exactly if everything in it is equal."""
     inside = [f"{path} {tree[path].oid}" for path in sorted(tree) if path.startswith(f"{folder}/")]
     return hashlib.sha1("\n".join(inside).encode(), usedforsecurity=False).hexdigest()
 
 
 def last_commits(store: Store, repo: Repo, head: Commit, names: set[str]) -> dict[str, Commit]:
-    """For each file or folder the commit that gave it its present state."""
+    """For each file or folder, the commit that gave it its present content."""
     last: dict[str, Commit] = {}
     wanted = {name: state(head.tree, name) for name in names}
     for commit in store.history(repo, head.oid):

@@ -10,15 +10,16 @@ from starlette.routing import Route
 
 from fp8pipe.rehearsal.localhub.access import ANY_NAMESPACE, TokenOwner, must_read_files, must_sign_in, must_write_in
 from fp8pipe.rehearsal.localhub.cards import card_tags, check_card, read_card
+from fp8pipe.rehearsal.localhub.collections import ItemType
 from fp8pipe.rehearsal.localhub.refusals import Refusal, repo_not_found
 from fp8pipe.rehearsal.localhub.requests import (
     caller,
+    endpoint_of,
     flag_query,
     hub_of,
     int_query,
     json_object,
     kind_of,
-    origin,
     page,
     revision_of,
     text_field,
@@ -26,7 +27,6 @@ from fp8pipe.rehearsal.localhub.requests import (
     visible_repo,
     writable_repo,
 )
-from fp8pipe.rehearsal.localhub.shelves import ItemType
 from fp8pipe.rehearsal.localhub.store import Commit, Kind, Repo, Store
 
 MAX_CARD_BYTES = 1 << 20
@@ -51,29 +51,29 @@ async def whoami(request: Request) -> Response:
 
 
 async def create(request: Request) -> Response:
-    """Make a repository; 409 with its address if it exists."""
+    """Make a repository. If it exists, 409 with its address."""
     body = await json_object(request)
     kind, repo_id, who = named_repo(body, caller(request))
     hub = hub_of(request)
     private = body.get("visibility") == "private" or body.get("private") is True
     existing = hub.store.find(kind, repo_id)
     if existing is not None:
-        raise Refusal(409, "You already created this repo", extra={"url": origin(request) + existing.url_path})
+        raise Refusal(409, "You already created this repo", extra={"url": endpoint_of(request) + existing.url_path})
     repo = hub.store.create(kind, repo_id, private=private, author=who.name)
-    return JSONResponse({"url": origin(request) + repo.url_path, "name": repo.id, "id": repo.id})
+    return JSONResponse({"url": endpoint_of(request) + repo.url_path, "name": repo.id, "id": repo.id})
 
 
 async def delete(request: Request) -> Response:
-    """Remove a repository, and take it off every collection."""
+    """Remove a repository, also from every collection."""
     kind, repo_id, _ = named_repo(await json_object(request), caller(request))
     hub = hub_of(request)
     hub.store.delete(existing_repo(hub.store, kind, repo_id))
-    hub.shelves.forget_repo(item_type(kind), repo_id)
+    hub.collections.forget_repo(item_type(kind), repo_id)
     return Response("OK")
 
 
 async def move(request: Request) -> Response:
-    """Rename a repository; collections follow."""
+    """Rename a repository, also in every collection."""
     body = await json_object(request)
     kind = repo_kind(body)
     old, new = text_field(body, "fromRepo"), text_field(body, "toRepo")
@@ -81,20 +81,20 @@ async def move(request: Request) -> Response:
         must_write_in(repo_id.partition("/")[0], caller(request))
     hub = hub_of(request)
     hub.store.move(existing_repo(hub.store, kind, old), new)
-    hub.shelves.rename_repo(item_type(kind), old, new)
+    hub.collections.rename_repo(item_type(kind), old, new)
     return Response("OK")
 
 
 async def change_settings(request: Request) -> Response:
-    """Visibility and gating."""
+    """Change visibility and gating."""
     repo, _ = writable_repo(request)
     body = await json_object(request)
     gated = body.get("gated")
     if gated not in (None, False, "auto", "manual"):
-        raise Refusal(400, f"'gated' is one of auto, manual, false; found {gated!r}")
+        raise Refusal(400, f"'gated': expected auto, manual or false, found {gated!r}")
     visibility = body.get("visibility")
     if visibility not in (None, "public", "private"):
-        raise Refusal(400, f"'visibility' is public or private; found {visibility!r}")
+        raise Refusal(400, f"'visibility': expected public or private, found {visibility!r}")
     private = body.get("private") if visibility is None else visibility == "private"
     hub_of(request).store.change_settings(repo, private=private, gated=gated)
     return JSONResponse({"private": private, "gated": gated})
@@ -108,19 +108,19 @@ async def grant_access(request: Request) -> Response:
 
 
 async def check_access(request: Request) -> Response:
-    """Whether the caller may read the files."""
+    """Succeeds if the caller may read the files."""
     must_read_files(visible_repo(request), caller(request))
     return Response("OK")
 
 
 async def check_write_access(request: Request) -> Response:
-    """Whether the caller may write."""
+    """Succeeds if the caller may write."""
     writable_repo(request)
     return Response("OK")
 
 
 async def validate_yaml(request: Request) -> Response:
-    """What is wrong with a card; 400 if anything is."""
+    """The errors and warnings about a card; 400 if there is an error."""
     check = check_card(text_field(await json_object(request), "content"))
     answer = {
         "errors": [{"message": message} for message in check.errors],
@@ -149,7 +149,7 @@ async def listing(request: Request) -> Response:
 
 
 async def info(request: Request) -> Response:
-    """Everything that is known of a repository at a revision."""
+    """A repository at a revision, described in full."""
     repo = visible_repo(request)
     with_sizes = flag_query(request, "blobs")
     return JSONResponse(repo_info(hub_of(request).store, repo, revision_of(request), with_sizes=with_sizes))
@@ -183,7 +183,7 @@ def repo_info(store: Store, repo: Repo, revision: str, *, with_sizes: bool = Fal
 
 
 def sibling(path: str, commit: Commit, *, with_sizes: bool) -> dict[str, Any]:
-    """A file in a repository's description."""
+    """A file as a repository's description lists it."""
     entry = commit.tree[path]
     answer: dict[str, Any] = {"rfilename": path}
     if with_sizes:
@@ -194,7 +194,7 @@ def sibling(path: str, commit: Commit, *, with_sizes: bool) -> dict[str, Any]:
 
 
 def card_metadata(store: Store, commit: Commit) -> dict[str, Any]:
-    """The front matter of the README, with dates and the like as texts, so that it is JSON."""
+    """The front matter of the README. What JSON lacks, such as dates, becomes text."""
     entry = commit.tree.get("README.md")
     if entry is None or entry.size > MAX_CARD_BYTES:
         return {}
@@ -218,7 +218,7 @@ def as_json(value: Any) -> Any:
 
 
 def named_repo(body: dict[str, Any], who: TokenOwner | None) -> tuple[Kind, str, TokenOwner]:
-    """The repository that a create or delete request names, and its writer."""
+    """The repository that a create or delete request names, and the caller. Refused unless the caller may write."""
     who = must_sign_in(who)
     namespace = body.get("organization") or who.name
     must_write_in(namespace, who)
@@ -226,15 +226,15 @@ def named_repo(body: dict[str, Any], who: TokenOwner | None) -> tuple[Kind, str,
 
 
 def repo_kind(body: dict[str, Any]) -> Kind:
-    """The kind in a request's body."""
+    """The kind that a request's body names; models if it names none."""
     kind = KINDS.get(body.get("type") or "model")
     if kind is None:
-        raise Refusal(400, f"This Hub holds models and datasets, not {body.get('type')!r}")
+        raise Refusal(400, f"'type': expected model or dataset, found {body.get('type')!r}")
     return kind
 
 
 def existing_repo(store: Store, kind: Kind, repo_id: str) -> Repo:
-    """The repository, which has to exist."""
+    """The repository; refused as not found if there is none."""
     repo = store.find(kind, repo_id)
     if repo is None:
         raise repo_not_found(repo_id, signed_in=True)

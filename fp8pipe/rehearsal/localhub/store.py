@@ -6,11 +6,11 @@
         refs.json                                branches, tags and pull requests -> commit
         commits/<oid>.json                       one commit: parents, message, and the whole tree
         discussions.json                         see discussions.py
-    ROOT/collections/<id>.json                   see shelves.py
+    ROOT/collections/<id>.json                   see collections.py
 
-A commit is written before the ref that names it, and the ref by one rename: that rename is the instant of the commit.
-Every change happens under one lock of the one process that serves the folder. Comes in: changes, already checked for
-permission. Goes out: frozen records, or a `Refusal`.
+A commit is written before the ref that names it. The rename that replaces the refs is the instant of the commit. One
+process serves the folder, and makes every change under one lock. Comes in: changes that the caller is allowed to make.
+Goes out: frozen records, or a `Refusal`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Kind = Literal["models", "datasets"]
 Gating = Literal["auto", "manual"] | bool
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
-"""A namespace, repository, branch or tag name. A ref may hold `/` between such names."""
+"""The name of a namespace or repository. The name of a branch or tag may be several of these, joined by `/`."""
 RESERVED_NAMESPACES = frozenset({"api", "datasets", "models", "spaces", "collections", "static"})
 PULL = re.compile(r"refs/pr/(\d+)")
 SHA = re.compile(r"[0-9a-f]{7,40}")
@@ -57,7 +57,7 @@ class Repo:
     gated: Gating
     created_at: str
     granted: tuple[str, ...] = ()
-    """Users who may read the files although the repository is gated."""
+    """Users who were granted access to a gated repository."""
 
     @property
     def namespace(self) -> str:
@@ -65,13 +65,13 @@ class Repo:
 
     @property
     def url_path(self) -> str:
-        """Where people find it: /org/name, /datasets/org/name."""
+        """The path of its page: /org/name, /datasets/org/name."""
         return f"/{self.id}" if self.kind == "models" else f"/datasets/{self.id}"
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """One commit and everything that it holds."""
+    """One commit with its whole tree."""
 
     oid: str
     parents: tuple[str, ...]
@@ -84,7 +84,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Tag:
-    """A name for a commit that does not move."""
+    """A fixed name for a commit."""
 
     target: str
     message: str = ""
@@ -92,12 +92,12 @@ class Tag:
 
 @dataclass(frozen=True, slots=True)
 class Refs:
-    """Every name for a commit."""
+    """The refs of a repository: all names of its commits."""
 
     branches: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, Tag] = field(default_factory=dict)
     pulls: Mapping[str, str] = field(default_factory=dict)
-    """Number of the pull request (as text) -> commit."""
+    """Number of the pull request, as text -> commit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +133,14 @@ class Store:
     # Repositories
 
     def folder(self, kind: Kind, repo_id: str) -> Path:
-        """Where a repository lies. The id is checked, so that no request leaves the root."""
+        """The folder of a repository. An id that could lead out of the root is refused as not found."""
         namespace, _, name = repo_id.partition("/")
         if not (NAME.fullmatch(namespace) and NAME.fullmatch(name)):
             raise repo_not_found(repo_id, signed_in=True)
         return self.root / "repos" / kind / namespace / name
 
     def find(self, kind: Kind, repo_id: str) -> Repo | None:
-        """The repository, None if there is none."""
+        """The repository; None if there is none."""
         try:
             settings = read_json(self.folder(kind, repo_id) / "repo.json")
         except FileNotFoundError:
@@ -155,7 +155,7 @@ class Store:
                 yield repo
 
     def create(self, kind: Kind, repo_id: str, *, private: bool, author: str) -> Repo:
-        """A new repository with its first commit."""
+        """A new repository with its first commit. Refused if the id is malformed (400) or in use (409)."""
         namespace, _, name = repo_id.partition("/")
         if not (NAME.fullmatch(namespace) and NAME.fullmatch(name)) or namespace in RESERVED_NAMESPACES:
             raise Refusal(400, f"{repo_id!r} is not a repository id of the form namespace/name")
@@ -177,7 +177,7 @@ class Store:
         self._write(self.folder(repo.kind, repo.id) / "repo.json", settings)
 
     def change_settings(self, repo: Repo, *, private: bool | None = None, gated: Gating | None = None) -> Repo:
-        """The repository with new settings; None leaves one as it is."""
+        """The repository with new settings; None leaves a setting as it is."""
         with self.lock:
             changed = replace(
                 repo,
@@ -193,14 +193,14 @@ class Store:
             self.save(replace(repo, granted=tuple(sorted({*repo.granted, user}))))
 
     def delete(self, repo: Repo) -> None:
-        """Remove a repository. It is gone at the rename; blobs stay, others may share them."""
+        """Remove a repository: the rename removes it at once. Blobs stay, as other repositories may share them."""
         with self.lock:
             grave = self.temporary / secrets.token_hex(8)
             self.folder(repo.kind, repo.id).rename(grave)
         shutil.rmtree(grave)
 
     def move(self, repo: Repo, new_id: str) -> None:
-        """Give a repository another id."""
+        """Give a repository another id. Refused with 409 if the new one is in use."""
         with self.lock:
             if self.find(repo.kind, new_id) is not None:
                 raise Refusal(409, f"{new_id} already exists")
@@ -211,12 +211,12 @@ class Store:
     # Refs and commits
 
     def refs(self, repo: Repo) -> Refs:
-        """Every name for a commit."""
+        """The refs of a repository: all names of its commits."""
         raw = read_json(self.folder(repo.kind, repo.id) / "refs.json")
         return Refs(raw["branches"], {name: Tag(**tag) for name, tag in raw["tags"].items()}, raw["pulls"])
 
     def resolve(self, repo: Repo, revision: str) -> str:
-        """The commit that a branch, tag, pull request ref, or (abbreviated) commit id means."""
+        """The commit of a branch, a tag, a pull request's ref, or a commit id, which may be abbreviated."""
         refs = self.refs(repo)
         name = revision.removeprefix("refs/heads/")
         if name in refs.branches:
@@ -232,7 +232,7 @@ class Store:
         raise revision_not_found(repo.id, revision)
 
     def commit_at(self, repo: Repo, revision: str) -> Commit:
-        """The commit that a revision means."""
+        """The commit of a revision, with its tree."""
         oid = self.resolve(repo, revision)
         raw = read_json(self.folder(repo.kind, repo.id) / "commits" / f"{oid}.json")
         tree = {path: Entry(**entry) for path, entry in raw.pop("tree").items()}
@@ -257,9 +257,9 @@ class Store:
         author: str,
         parent: str | None = None,
     ) -> Commit:
-        """Apply changes to a branch or pull request, atomically.
+        """Apply changes to a branch or pull request, atomically. Returns the new commit.
 
-        Refused with 412 when `parent` is no longer the head. Changes that alter nothing make no commit: the head is
+        Refused with 412 if `parent` is no longer the head. Changes that alter nothing make no commit; the head is
         returned.
         """
         with self.lock:
@@ -284,7 +284,7 @@ class Store:
         author: str,
         parent: str | None = None,
     ) -> Commit:
-        """Apply changes on top of `base`, reachable as refs/pr/`number`."""
+        """Apply changes on top of `base`, as the commit of refs/pr/`number`."""
         with self.lock:
             head = self.commit_at(repo, base)
             must_be_head(head.oid, parent)
@@ -312,7 +312,7 @@ class Store:
             return commit
 
     def head_of(self, repo: Repo, revision: str) -> str:
-        """The head of something that can move: a branch or a pull request."""
+        """The head of a branch or a pull request, the two kinds of refs that can move."""
         refs = self.refs(repo)
         if pull := PULL.fullmatch(revision):
             head = refs.pulls.get(pull[1])
@@ -323,7 +323,7 @@ class Store:
         return head
 
     def point(self, repo: Repo, revision: str, oid: str) -> None:
-        """Move (or make) a branch or a pull request ref."""
+        """Point a branch or a pull request's ref to a commit; make it if there is none."""
         with self.lock:
             refs = self.refs(repo)
             if pull := PULL.fullmatch(revision):
@@ -341,7 +341,7 @@ class Store:
             self.point(repo, name, self.resolve(repo, start))
 
     def delete_branch(self, repo: Repo, name: str) -> None:
-        """Remove a branch; main stays."""
+        """Remove a branch. Removing main is refused."""
         if name == "main":
             raise Refusal(400, "The main branch cannot be deleted")
         with self.lock:
@@ -379,7 +379,7 @@ class Store:
         author: str,
         tree: Mapping[str, Entry],
     ) -> Commit:
-        """Write a commit under the sha1 of its own JSON, a name of the length that clients expect."""
+        """Write a commit, named by a sha1 as clients expect: that of its JSON and a salt."""
         body = {
             "parents": parents,
             "title": title,
@@ -388,7 +388,7 @@ class Store:
             "date": now(),
             "tree": {path: asdict(tree[path]) for path in sorted(tree)},
         }
-        # The salt keeps apart two commits of one millisecond that undo and redo the same change.
+        # The salt tells apart equal commits within one millisecond, as when a change is undone and redone.
         text = secrets.token_hex(8) + json.dumps(body, sort_keys=True)
         oid = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
         self._write(self.folder(repo.kind, repo.id) / "commits" / f"{oid}.json", body)
@@ -402,7 +402,7 @@ class Store:
 
 
 def apply_changes(repo: Repo, tree: Mapping[str, Entry], changes: Iterable[Change]) -> dict[str, Entry]:
-    """The tree after the changes; deleting what is not there is refused."""
+    """The tree after the changes. Refused if a file to delete is missing, or if a path would be file and folder."""
     result = dict(tree)
     for change in changes:
         match change:
@@ -420,7 +420,7 @@ def apply_changes(repo: Repo, tree: Mapping[str, Entry], changes: Iterable[Chang
 
 
 def must_be_one_tree(tree: Mapping[str, Entry]) -> None:
-    """No path may be a file and a folder at once."""
+    """Refuse a tree in which a path is both a file and a folder."""
     folders = {path[:i] for path in tree for i, character in enumerate(path) if character == "/"}
     both = sorted(folders & tree.keys())
     if both:
@@ -428,7 +428,7 @@ def must_be_one_tree(tree: Mapping[str, Entry]) -> None:
 
 
 def must_be_path(path: str) -> str:
-    """A path inside a repository: relative, without empty, `.` or `..` parts, and not git's own folder."""
+    """The path; refused unless it is relative, without empty, `.` or `..` parts, and outside git's own folder."""
     parts = path.split("/")
     if not path or len(path) > 1024 or any(part in {"", ".", "..", ".git"} for part in parts) or not path.isprintable():
         raise Refusal(400, f"{path!r} is not a path inside a repository")
@@ -436,13 +436,13 @@ def must_be_path(path: str) -> str:
 
 
 def must_be_ref_name(name: str) -> None:
-    """A branch or tag name."""
+    """Refuse what cannot be the name of a branch or tag."""
     if not all(NAME.fullmatch(part) for part in name.split("/")) or name.startswith("refs/") or ".." in name:
         raise Refusal(400, f"{name!r} is not a branch or tag name")
 
 
 def must_be_head(head: str, parent: str | None) -> None:
-    """The commit that the client built on has to be the head still."""
+    """Refuse if the commit that the client built on is no longer the head."""
     if parent is not None and not (SHA.fullmatch(parent) and head.startswith(parent)):
         raise Refusal(
             412,
@@ -452,5 +452,5 @@ def must_be_head(head: str, parent: str | None) -> None:
 
 
 def without(mapping: Mapping[str, str] | Mapping[str, Tag], name: str) -> dict:
-    """The mapping less one key."""
+    """The mapping without one key."""
     return {key: value for key, value in mapping.items() if key != name}

@@ -1,6 +1,6 @@
 """Collections on disk: one JSON file each, `ROOT/collections/<id>.json`, replaced whole by every change.
 
-A slug is namespace/title-id; only the id counts: a slug from before a change of title still finds its collection.
+A slug is namespace/title-id. Only the id counts, so the slug of an earlier title still finds its collection.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_NOTE = 500
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing on a shelf."""
+    """One entry of a collection."""
 
     object_id: str
     type: ItemType
@@ -53,7 +53,7 @@ class Collection:
         return f"{self.owner}/{words}-{self.id}" if words else f"{self.owner}/{self.id}"
 
 
-class Shelves:
+class Collections:
     """All collections."""
 
     def __init__(self, store: Store) -> None:
@@ -63,33 +63,33 @@ class Shelves:
     def all(self) -> Iterator[Collection]:
         """Every collection, the latest changed first."""
         found = (self._read(path.stem) for path in self._folder.glob("*.json"))
-        yield from sorted((shelf for shelf in found if shelf is not None), key=lambda s: s.updated, reverse=True)
+        yield from sorted((one for one in found if one is not None), key=lambda one: one.updated, reverse=True)
 
     def find(self, slug: str) -> Collection:
-        """The collection that a slug, old or new, or a bare namespace/id means."""
+        """The collection of a slug, current or earlier, or of a bare namespace/id. 404 if there is none."""
         namespace, _, rest = slug.partition("/")
         identifier = rest.rpartition("-")[2]
-        shelf = self._read(identifier) if re.fullmatch(r"[0-9a-f]{24}", identifier) else None
-        if shelf is None or shelf.owner != namespace:
+        collection = self._read(identifier) if re.fullmatch(r"[0-9a-f]{24}", identifier) else None
+        if collection is None or collection.owner != namespace:
             raise Refusal(404, f"Collection not found: {slug}")
-        return shelf
+        return collection
 
     def create(self, owner: str, title: str, description: str, *, private: bool) -> Collection:
-        """A new collection. One of the same owner and title is refused with 409 and its slug."""
+        """A new collection. If the owner has one of this title, it is refused with 409 and the slug of that one."""
         must_be_title(title)
         must_be_short("description", description, MAX_DESCRIPTION)
         if not NAME.fullmatch(owner):
             raise Refusal(400, f"{owner!r} is not a namespace")
         with self._store.lock:
-            for shelf in self.all():
-                if (shelf.owner, shelf.title) == (owner, title):
-                    raise Refusal(409, "A collection with this title exists already", extra={"slug": shelf.slug})
-            shelf = Collection(secrets.token_hex(12), owner, title, description, private, now())
-            return self._save(shelf)
+            for collection in self.all():
+                if (collection.owner, collection.title) == (owner, title):
+                    raise Refusal(409, "A collection with this title already exists", extra={"slug": collection.slug})
+            collection = Collection(secrets.token_hex(12), owner, title, description, private, now())
+            return self._save(collection)
 
     def change(
         self,
-        shelf: Collection,
+        collection: Collection,
         *,
         title: str | None = None,
         description: str | None = None,
@@ -97,36 +97,36 @@ class Shelves:
         theme: str | None = None,
         position: int | None = None,
     ) -> Collection:
-        """The collection with new metadata; None leaves something as it is."""
-        must_be_title(shelf.title if title is None else title)
+        """The collection with new metadata; None leaves a field as it is."""
+        must_be_title(collection.title if title is None else title)
         must_be_short("description", description or "", MAX_DESCRIPTION)
         given = {"title": title, "description": description, "private": private, "theme": theme, "position": position}
         with self._store.lock:
-            current = self.find(shelf.slug)
+            current = self.find(collection.slug)
             return self._save(replace(current, **{key: value for key, value in given.items() if value is not None}))
 
-    def delete(self, shelf: Collection) -> None:
-        """Remove a collection; what it listed stays."""
+    def delete(self, collection: Collection) -> None:
+        """Remove a collection; the repositories that it lists stay."""
         with self._store.lock:
-            (self._folder / f"{shelf.id}.json").unlink()
+            (self._folder / f"{collection.id}.json").unlink()
 
-    def add(self, shelf: Collection, item_type: ItemType, item_id: str, note: str | None) -> Collection:
-        """Put something at the end of the shelf; refused with 409 if it is there."""
+    def add(self, collection: Collection, item_type: ItemType, item_id: str, note: str | None) -> Collection:
+        """Add an item at the end of a collection; refused with 409 if the collection has it."""
         must_be_short("note", note or "", MAX_NOTE)
         with self._store.lock:
-            current = self.find(shelf.slug)
+            current = self.find(collection.slug)
             if any((item.type, item.id) == (item_type, item_id) for item in current.items):
                 raise Refusal(409, f"{item_id} is already in the collection {current.slug}")
             item = Item(secrets.token_hex(12), item_type, item_id, note or None)
             return self._save(replace(current, items=(*current.items, item)))
 
     def change_item(
-        self, shelf: Collection, object_id: str, *, note: str | None = None, position: int | None = None
+        self, collection: Collection, object_id: str, *, note: str | None = None, position: int | None = None
     ) -> Collection:
-        """Give an item another note (an empty one removes it) or another place."""
+        """Give an item another note (an empty text removes it) or another position, counted from 0."""
         must_be_short("note", note or "", MAX_NOTE)
         with self._store.lock:
-            current = self.find(shelf.slug)
+            current = self.find(collection.slug)
             items = list(current.items)
             place = place_of(current, object_id)
             item = items.pop(place)
@@ -135,31 +135,31 @@ class Shelves:
             items.insert(place if position is None else position, item)
             return self._save(replace(current, items=tuple(items)))
 
-    def remove(self, shelf: Collection, object_id: str) -> Collection:
-        """Take an item off the shelf."""
+    def remove(self, collection: Collection, object_id: str) -> Collection:
+        """Remove an item from a collection."""
         with self._store.lock:
-            current = self.find(shelf.slug)
+            current = self.find(collection.slug)
             place = place_of(current, object_id)
             return self._save(replace(current, items=current.items[:place] + current.items[place + 1 :]))
 
     def forget_repo(self, item_type: ItemType, repo_id: str) -> None:
-        """Take a deleted repository off every shelf."""
+        """Remove a deleted repository from every collection."""
         with self._store.lock:
-            for shelf in list(self.all()):
-                kept = tuple(item for item in shelf.items if (item.type, item.id) != (item_type, repo_id))
-                if kept != shelf.items:
-                    self._save(replace(shelf, items=kept))
+            for collection in list(self.all()):
+                kept = tuple(item for item in collection.items if (item.type, item.id) != (item_type, repo_id))
+                if kept != collection.items:
+                    self._save(replace(collection, items=kept))
 
     def rename_repo(self, item_type: ItemType, old_id: str, new_id: str) -> None:
-        """Follow a moved repository on every shelf."""
+        """Give a moved repository its new id in every collection."""
         with self._store.lock:
-            for shelf in list(self.all()):
+            for collection in list(self.all()):
                 items = tuple(
                     replace(item, id=new_id) if (item.type, item.id) == (item_type, old_id) else item
-                    for item in shelf.items
+                    for item in collection.items
                 )
-                if items != shelf.items:
-                    self._save(replace(shelf, items=items))
+                if items != collection.items:
+                    self._save(replace(collection, items=items))
 
     def _read(self, identifier: str) -> Collection | None:
         try:
@@ -168,27 +168,27 @@ class Shelves:
             return None
         return Collection(**{**raw, "items": tuple(Item(**item) for item in raw["items"])})
 
-    def _save(self, shelf: Collection) -> Collection:
-        shelf = replace(shelf, updated=now())
-        write_json(self._folder / f"{shelf.id}.json", asdict(shelf), temporary=self._store.temporary)
-        return shelf
+    def _save(self, collection: Collection) -> Collection:
+        collection = replace(collection, updated=now())
+        write_json(self._folder / f"{collection.id}.json", asdict(collection), temporary=self._store.temporary)
+        return collection
 
 
-def place_of(shelf: Collection, object_id: str) -> int:
-    """Where an item stands."""
-    for place, item in enumerate(shelf.items):
+def place_of(collection: Collection, object_id: str) -> int:
+    """The position of an item, counted from 0. Refused with 404 if the collection lacks it."""
+    for place, item in enumerate(collection.items):
         if item.object_id == object_id:
             return place
-    raise Refusal(404, f"No item {object_id} in the collection {shelf.slug}")
+    raise Refusal(404, f"No item {object_id} in the collection {collection.slug}")
 
 
 def must_be_short(name: str, text: str, limit: int) -> None:
-    """The Hub's limits on texts."""
+    """Refuse a text that is longer than the Hub allows."""
     if len(text) > limit:
         raise Refusal(400, f"{name!r} may have at most {limit} characters, found {len(text)}")
 
 
 def must_be_title(title: str) -> None:
-    """A title that says something."""
+    """Refuse an empty title."""
     if not title.strip():
         raise Refusal(400, "'title' must not be empty")
