@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 from support import ROOT
-from support.cards import saved
-from support.reports import pair, policy, suite
-from support.sample_folders import validation, write_model
+from support.gated_folders import ASKING, gated
+from support.reports import policy
 from typer.testing import CliRunner
 
 from fp8pipe import stages
@@ -26,21 +25,7 @@ from fp8pipe.cli import app
 from fp8pipe.errors import InputError, Refused
 from fp8pipe.gate.publishable import objections, read_approval
 from fp8pipe.hub.client import client
-from fp8pipe.model.identity import folder_identity
-from fp8pipe.records import GateDecision
 from fp8pipe.rehearsal.localhub import LocalHub
-
-ASKING = policy(on_inconclusive="ask")
-
-
-def gated(folder: Path, rules: Any = ASKING, **counts: int) -> GateDecision:
-    """A checkpoint folder with all its evidence, decided by `rules` on 2,000 samples with these flips."""
-    write_model(folder)
-    saved(folder)
-    validation(folder).save(folder / "fp8pipe" / "validation.json")
-    baseline, candidate = pair(**counts)
-    candidate = candidate.model_copy(update={"folder_identity": folder_identity(folder)})
-    return stages.gate(baseline, candidate, rules, suite=suite(2000), checkpoint_folder=folder)
 
 
 def test_an_approval_says_who_when_why_and_of_which_decision(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from support.cards import facts_of, saved
 from support.demo import Demo, hub_of, on_the_hub
+from support.gated_folders import gated
 from support.processes import FP8PIPE
 from support.reports import checkpoint, pair, policy, recipe, suite
 
@@ -125,8 +126,6 @@ def test_each_rung_pays_in_alpha_and_the_card_tells_the_way_there() -> None:
 
 
 def test_an_open_look_leaves_no_verdict_behind_that_could_be_published(tmp_path: Path) -> None:
-    from test_approval import gated
-
     rules = policy(looks=(0.5, 1.0))
     assert gated(tmp_path, lost=0, won=0).verdict == "accepted"
     (tmp_path / "fp8pipe" / "gate.json").unlink()
