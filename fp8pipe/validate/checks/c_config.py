@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fp8pipe.model.fp8_source import as_block
 from fp8pipe.model.untrusted import clip
 from fp8pipe.validate.checks.check import check
 from fp8pipe.validate.faults import Fault
@@ -15,7 +16,6 @@ from fp8pipe.validate.meaning.config import (
     format_of,
     ignored_layers,
     is_attention_group,
-    is_block,
     is_names,
     method_of,
     modelopt_algorithm,
@@ -123,7 +123,7 @@ def _fp8_problems(quant: dict[str, Any]) -> Iterator[Problem]:
     if ignored_layers(quant) is None:
         yield "ignored_layers", "ignored_layers as a list of names", repr(quant.get("ignored_layers"))
     block = quant.get("weight_block_size")
-    if block is not None and not is_block(block):
+    if block is not None and as_block(block) is None:
         yield "weight_block_size", "weight_block_size [rows, columns]", repr(block)
 
 

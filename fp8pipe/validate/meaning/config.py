@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
+from fp8pipe.model.fp8_source import as_block
 from fp8pipe.model.untrusted import clip
 from fp8pipe.validate.meaning.formats import FP8, FP8_BY_POWERS, MXFP4, MXFP8, NVFP4, Format, Spec, Strategy
 from fp8pipe.validate.meaning.scheme import Group, Scheme
@@ -46,11 +47,6 @@ def read_scheme(quant: dict[str, Any] | None) -> Scheme | None:
     return readers.get(method_of(quant), lambda _: None)(quant)
 
 
-def is_block(value: Any) -> bool:
-    """Two whole numbers above zero."""
-    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
-
-
 def is_names(value: Any) -> TypeGuard[list[str]]:
     """A list of strings."""
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
@@ -66,15 +62,16 @@ def ignored_layers(quant: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def _read_fp8(quant: dict[str, Any]) -> Scheme | None:
-    block, ignored, inputs = quant.get("weight_block_size"), ignored_layers(quant), quant.get("activation_scheme")
-    if inputs not in ("static", "dynamic") or ignored is None or not (block is None or is_block(block)):
+    size, ignored, inputs = quant.get("weight_block_size"), ignored_layers(quant), quant.get("activation_scheme")
+    block = as_block(size)
+    if inputs not in ("static", "dynamic") or ignored is None or not (size is None or block):
         return None
     if block is None:
         return Scheme("fp8", (Group(("Linear",), Spec(FP8, _TENSOR, None, inputs)),), ignored, None)
     if inputs == "static":
         return None
     format = FP8_BY_POWERS if quant.get("scale_fmt") == "ue8m0" else FP8
-    spec = Spec(format, _BLOCK, (block[0], block[1]), inputs, scale="weight_scale_inv")
+    spec = Spec(format, _BLOCK, block, inputs, scale="weight_scale_inv")
     return Scheme("fp8", (Group(("Linear",), spec),), ignored, None)
 
 
@@ -158,7 +155,7 @@ def unsupported(group: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "symmetric weights", "symmetric: false"
     if weights.get("dynamic", False) is not False:
         yield "static weights", f"dynamic: {clip(weights['dynamic'])}"
-    if weights.get("strategy") == _BLOCK and not is_block(weights.get("block_structure")):
+    if weights.get("strategy") == _BLOCK and not as_block(weights.get("block_structure")):
         yield "block_structure [rows, columns]", clip(repr(weights.get("block_structure")))
     if inputs is not None and format is not None:
         yield from {

@@ -8,19 +8,13 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
+from fp8pipe.model.names import FUSED_NAMES
 from fp8pipe.model.patterns import Patterns
 from fp8pipe.validate.meaning.formats import Spec
 from fp8pipe.validate.meaning.names import expert_of
 
 Method = Literal["compressed-tensors", "fp8", "modelopt"]
 METHODS: tuple[Method, ...] = ("compressed-tensors", "fp8", "modelopt")
-
-FUSED_NAMES = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
-"""vLLM's names of layers that are several Linears on disk."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +104,7 @@ class Scheme:
 
 
 def fused_names(module: str) -> Iterator[str]:
-    """Names of the layer that vLLM fuses `module` into, which an ignore list may hold instead of the members'. Experts
-    are no members: vLLM has one layer for all of them."""
+    """Names of the matrix that vLLM fuses `module` into. Experts have none: vLLM has one layer for all of them."""
     parent, _, leaf = module.rpartition(".")
     if expert_of(module) is None:
         yield from (f"{parent}.{fused}" for fused, members in FUSED_NAMES.items() if leaf in members)
