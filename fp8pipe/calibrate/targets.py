@@ -149,7 +149,7 @@ def _by_layer(skeleton: Skeleton, names: Mapping[str, str]) -> dict[str, dict[st
 
 
 def check_observed(targets: Targets, ranges: Ranges) -> None:
-    """UnsupportedArchitecture unless every quantized module has a range for its input."""
+    """Raise UnsupportedArchitecture unless every quantized module has a range for its input."""
     wanted = [*targets.linears, *targets.experts]
     missing = [name for name in wanted if name not in ranges.inputs]
     if missing:

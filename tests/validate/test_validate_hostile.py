@@ -32,14 +32,11 @@ from fp8pipe.records import Snapshot, ValidationReport
 from fp8pipe.validate import validate
 from fp8pipe.validate.reading import place
 
+pytestmark = pytest.mark.usefixtures("architecture_cache")
+
 LONG = bool(os.environ.get("FP8PIPE_LONG"))
 FLIPS = 2000 if LONG else 200
 GARBAGE = 10_000 if LONG else 200
-
-
-@pytest.fixture(autouse=True)
-def architecture_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path_factory.getbasetemp() / "architectures"))
 
 
 # ---------------------------------------------------------------------------------------------- flips, without records

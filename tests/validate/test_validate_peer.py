@@ -11,6 +11,8 @@ from support.findings import ids
 from fp8pipe.hub.source import resolve
 from fp8pipe.validate import validate
 
+pytestmark = pytest.mark.usefixtures("architecture_cache")
+
 PEER = DATA / "peer"
 FOLDERS = sorted(path.name for path in PEER.iterdir() if path.is_dir() and "-" in path.name)
 
@@ -33,11 +35,6 @@ def expected_warnings(name: str) -> set[str]:
         found |= SCALES_OF_THEIR_OWN
     entries = json.loads((PEER / name / "config.json").read_text())["quantization_config"]["ignore"]
     return found | ({"C5"} if model != "moe" and any("gate" in entry for entry in entries) else set())
-
-
-@pytest.fixture(autouse=True)
-def architecture_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path_factory.getbasetemp() / "architectures"))
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -15,12 +15,9 @@ from fp8pipe.hub.source import resolve
 from fp8pipe.validate import validate
 from fp8pipe.validate.meaning.config import read_scheme
 
+pytestmark = pytest.mark.usefixtures("architecture_cache")
+
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def architecture_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path_factory.getbasetemp() / "architectures"))
 
 
 @pytest.fixture(scope="module")

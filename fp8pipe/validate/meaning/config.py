@@ -130,7 +130,7 @@ def _spec(weights: dict[str, Any], inputs: dict[str, Any] | None) -> Spec:
 
 
 def format_of(weights: dict[str, Any]) -> Format | None:
-    """Which format the `weights` of a config group describe; None when none that is known here."""
+    """Which format the `weights` of a config group describe; None if none that is known here."""
     kind = (weights.get("type", "int"), weights.get("num_bits", 8))
     shape = (weights.get("strategy") or _TENSOR, weights.get("group_size"))
     if kind == ("float", 8) and shape[0] in (_TENSOR, _CHANNEL, _BLOCK) and shape[1] is None:
@@ -150,7 +150,7 @@ def unsupported(group: dict[str, Any]) -> Iterator[tuple[str, str]]:
         return
     format = format_of(weights)
     if format is None:
-        yield "weights of FP8 (tensor, channel, block), NVFP4, MXFP4 or MXFP8", _told(weights)
+        yield "weights of FP8 (tensor, channel, block), NVFP4, MXFP4 or MXFP8", _in_words(weights)
     if weights.get("symmetric", True) is not True:
         yield "symmetric weights", "symmetric: false"
     if weights.get("dynamic", False) is not False:
@@ -166,14 +166,14 @@ def unsupported(group: dict[str, Any]) -> Iterator[tuple[str, str]]:
         }[format.name](inputs, weights.get("strategy"))
 
 
-def _told(args: dict[str, Any]) -> str:
+def _in_words(args: dict[str, Any]) -> str:
     shown = (args.get("type", "int"), args.get("num_bits", 8), args.get("strategy") or _TENSOR, args.get("group_size"))
     return clip("{} {} bits, strategy {}, group_size {}".format(*shown))
 
 
 def _unsupported_fp8_inputs(inputs: dict[str, Any], weight_strategy: Any) -> Iterator[tuple[str, str]]:
     if (inputs.get("type", "int"), inputs.get("num_bits", 8)) != ("float", 8):
-        yield "input activations of type float with num_bits 8", _told(inputs)
+        yield "input activations of type float with num_bits 8", _in_words(inputs)
     if inputs.get("dynamic", False):
         return
     if inputs.get("symmetric", True) is not True:
@@ -186,14 +186,14 @@ def _unsupported_fp8_inputs(inputs: dict[str, Any], weight_strategy: Any) -> Ite
 
 def _unsupported_nvfp4_inputs(inputs: dict[str, Any], _: Any) -> Iterator[tuple[str, str]]:
     if format_of(inputs) is not NVFP4:
-        yield "NVFP4 inputs beside NVFP4 weights, or none", _told(inputs)
+        yield "NVFP4 inputs beside NVFP4 weights, or none", _in_words(inputs)
 
 
 def _unsupported_mx_inputs(inputs: dict[str, Any], _: Any) -> Iterator[tuple[str, str]]:
     if not inputs.get("dynamic", False):
         yield "dynamic inputs", "static inputs"
     if inputs.get("type", "int") != "float":
-        yield "float inputs", _told(inputs)
+        yield "float inputs", _in_words(inputs)
 
 
 # ---------------------------------------------------------------------------------------------- modelopt
