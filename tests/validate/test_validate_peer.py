@@ -49,8 +49,8 @@ def test_checkpoint_of_llm_compressor_has_no_error_and_the_warnings_that_are_tru
 def test_router_that_llm_compressor_quantized_is_an_error() -> None:
     """model_free_ptq without an ignore entry for it: the report says what is wrong, and what vLLM makes of it."""
     report = validate(PEER / "router" / "moe-free-FP8_DYNAMIC", source=resolve(str(PEER / "moe")))
-    told = {(finding.check, finding.tensor) for finding in report.errors}
-    assert told == {("K2", "model.layers.0.mlp.gate"), ("K4", "model.layers.0.mlp.gate.weight")}
+    reported = {(finding.check, finding.tensor) for finding in report.errors}
+    assert reported == {("K2", "model.layers.0.mlp.gate"), ("K4", "model.layers.0.mlp.gate.weight")}
 
 
 def test_every_scheme_of_llm_compressor_is_here() -> None:

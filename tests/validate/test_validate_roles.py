@@ -100,7 +100,7 @@ def test_embedding_goes_by_several_names(checkpoint: Callable[[Model, Base], Pat
 
 
 def layout_of(*modules: str, **config: int) -> Layout:
-    """What the names of weights [64, 64] tell."""
+    """The layout that the names of weights [64, 64] give."""
     tensors = {f"{name}.weight": TensorInfo(f"{name}.weight", "BF16", (64, 64), "x", 0, 0) for name in modules}
     return layout_from_names(tensors, config)
 

@@ -61,7 +61,7 @@ def _missing(subject: Subject, name: str) -> Fault:
 
 
 def _other_content(subject: Subject, name: str) -> Fault:
-    """Other bytes; of JSON the keys that differ, and whether they are only notes of the library that wrote it."""
+    """A file with other bytes. Of JSON, the keys that differ; a warning if they are only notes of the library."""
     both = (subject.files, subject.source) if name.endswith(".json") else ()
     objects = [content for files in both if (content := files.json_object(name)[0]) is not None]
     if len(objects) < 2:

@@ -37,7 +37,7 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 """The output head on disk, where no record names it: GPT-NeoX has the second."""
 
 MAX_COUNT = 4096
-"""More layers or experts than any model has: a number beyond it is not believed."""
+"""More layers or experts than any model has: a larger number in config.json is ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Layout:
     optional: frozenset[str]
     """Of them, those of layers that predict a second token: most tools leave them as they are."""
     towers: frozenset[str]
-    """Of them, those beside the text decoder: not every class of vLLM's hands its towers the quantization config."""
+    """Of them, those beside the text decoder: some model classes of vLLM hand their towers no quantization config."""
     fused: tuple[tuple[str, ...], ...]
     """Groups that vLLM loads into one parameter."""
     routers: frozenset[str]
@@ -121,7 +121,7 @@ class Layout:
 
 
 def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any]) -> Layout:
-    """What names and shapes tell, from the source's headers or, without them, the checkpoint's own."""
+    """The layout by names and shapes, from the source's headers or, without them, the checkpoint's own."""
     names = frozenset(name for name in tensors if not is_companion(name))
     modules = {module for module in map(module_of_weight, names) if module}
     text = text_config(config) or config
@@ -152,7 +152,7 @@ def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any])
 def layout_from_architecture(
     architecture: Architecture, tensors: Mapping[str, TensorInfo], config: dict[str, Any]
 ) -> Layout:
-    """What the architecture record knows, `tensors` being the source's; without one, the checkpoint's own."""
+    """The layout by the architecture record. `tensors`: the source's; without a source, the checkpoint's own."""
     linears, routers = [], []
     pieces: dict[str, Piece] = {}
     by_names = layout_from_names(tensors, config)

@@ -35,7 +35,7 @@ class Scheme:
     kv: Literal["tensor", "attn_head"] | None
 
     def spec_of(self, module: str) -> Spec | None:
-        """How the weight of a Linear (or expert) `module` is stored; None when it stays as it was.
+        """How the weight of a Linear (or expert) `module` is stored; None if it is not quantized.
 
         As in vLLM the first target that names the module counts, and a class only where none does."""
         if self.ignores(module):
@@ -86,7 +86,7 @@ class Scheme:
 
     @cached_property
     def _targets(self) -> dict[str, Spec]:
-        """As vLLM holds them: in the order of the config; what two groups target is the last one's."""
+        """In the config's order. As in vLLM, the last group counts if several have the same target."""
         return {target: group.spec for group in self.groups for target in group.targets}
 
     @cached_property
@@ -95,7 +95,7 @@ class Scheme:
 
     @cached_property
     def _experts(self) -> frozenset[str]:
-        """Experts that quant_method fp8 leaves unquantized: any name in them keeps the whole layer's."""
+        """Experts modules that quant_method fp8 leaves unquantized: one ignored name in them is enough."""
         return frozenset(entry[: entry.rindex(".experts") + 8] for entry in self.ignore if ".experts" in entry)
 
     @cached_property

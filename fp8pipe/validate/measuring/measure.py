@@ -281,8 +281,8 @@ def _note_nonfinite(seen: Magnitudes, bad: torch.Tensor, begin: int) -> None:
 
 
 def _note_units(seen: Magnitudes, tops: torch.Tensor, scale: torch.Tensor | None) -> None:
-    """Note units whose largest code is low. Without usable scales nobody knows which units there are; those of NVFP4
-    whose scale is too small to be exact are left out."""
+    """Note units whose largest code is low. Without usable scales the units are unknown; NVFP4's units whose
+    scale is too small to be exact are left out."""
     assert seen.spec is not None
     if scale is None:
         return
