@@ -107,11 +107,12 @@ class _Entries:
         """A message for every entry that matches no module. lm_head may be ignored in any model."""
 
     def _unmatched(self, modules: list[str]) -> Iterator[str]:
-        matched = {entry for module in modules for entry in self._matching(module)}
-        always = {"lm_head", "re:.*lm_head"} if self._field == "ignore" else set[str]()
-        for entry in self._entries:
-            if entry not in matched | always:
-                yield _unmatched(entry, self._field, modules)
+        left = set(self._entries) - ({"lm_head", "re:.*lm_head"} if self._field == "ignore" else set())
+        for module in modules:
+            if not left:  # most entries match soon, and a model may have 100 000 modules
+                break
+            left.difference_update(self._matching(module))
+        yield from (_unmatched(entry, self._field, modules) for entry in self._entries if entry in left)
 
     def match(self, tensor: str) -> bool:
         """Whether an entry matches the module of `tensor`."""
