@@ -131,7 +131,7 @@ def _takes_blocks(module: nn.Module) -> bool:
 
 
 def check_observable(module: nn.Module, name: str) -> None:
-    """UnsupportedArchitecture unless the experts can be observed."""
+    """Raise UnsupportedArchitecture unless the experts can be observed."""
     if not is_observable(module):
         raise UnsupportedArchitecture(
             f"{name}: {type(module).__name__} runs its experts in a way that does not let us observe each of them; "

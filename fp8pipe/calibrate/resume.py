@@ -30,7 +30,7 @@ from fp8pipe.records.calibration import Ranges
 _log = logging.getLogger(__name__)
 
 _CHEAP_SECONDS = 1.0
-"""A bookmark that takes less than this is set after every layer, a dearer one once it costs a tenth of the time."""
+"""A bookmark that takes less time than this is set after every layer; a slower one takes a tenth of the time."""
 
 
 class _State(Record):

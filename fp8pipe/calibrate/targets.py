@@ -110,8 +110,8 @@ class LayerModules:
 def modules_by_layer(skeleton: Skeleton, targets: Targets, *, static: bool) -> dict[str, LayerModules]:
     """Layer -> what to observe in it.
 
-    static: inputs need ranges. Then experts that cannot be observed raise UnsupportedArchitecture, else they are left
-    out. So does a module outside the decoder's layers.
+    static: inputs need ranges. Raises UnsupportedArchitecture for a module outside the decoder's layers and, if static,
+    for experts that cannot be observed; otherwise these experts are left out.
     """
     linears, attention = _by_layer(skeleton, targets.linears), _by_layer(skeleton, targets.attention)
     names: dict[str, dict[Place, list[str]]] = {}
@@ -149,7 +149,7 @@ def _by_layer(skeleton: Skeleton, names: Mapping[str, str]) -> dict[str, dict[st
 
 
 def check_observed(targets: Targets, ranges: Ranges) -> None:
-    """UnsupportedArchitecture unless every quantized module has a range for its input."""
+    """Raise UnsupportedArchitecture unless every quantized module has a range for its input."""
     wanted = [*targets.linears, *targets.experts]
     missing = [name for name in wanted if name not in ranges.inputs]
     if missing:

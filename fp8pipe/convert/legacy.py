@@ -1,11 +1,12 @@
 """Replaces names that early tools wrote by the names that vLLM reads today. Pure: Draft in, Draft out.
 
-act_scale                            AutoFP8 until June 2024          input_scale
-kv_scale                             AutoFP8 until July 2024          k_scale and v_scale, both with its value
-k_proj.k_scale, k_proj.output_scale  ModelOpt, Quark                  self_attn.k_scale; v and q alike
-weight_scale_inv [], activation_scale  transformers, per tensor       weight_scale, input_scale
-ignored_layers with `re:`            edited configs                   exact names, which is how vLLM reads it
-no activation_scheme                 edited configs                   static if there are input scales, else dynamic
+was                                    written by                today
+act_scale                              AutoFP8 until June 2024   input_scale
+kv_scale                               AutoFP8 until July 2024   k_scale and v_scale, both with its value
+k_proj.k_scale, k_proj.output_scale    ModelOpt, Quark           self_attn.k_scale; the same for v and q
+weight_scale_inv [], activation_scale  transformers, per tensor  weight_scale, input_scale
+ignored_layers with `re:`              edited configs            exact names, the only ones that vLLM reads there
+no activation_scheme                   edited configs            static if there are input scales, else dynamic
 """
 
 from __future__ import annotations

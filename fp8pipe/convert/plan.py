@@ -118,7 +118,7 @@ def _method(snapshot: Snapshot, quantization: dict[str, Any] | None) -> Method:
 
 
 def _scheme(snapshot: Snapshot, quantization: dict[str, Any]) -> Scheme:
-    """What quantization_config means; InputError with the validator's findings when vLLM serves no such thing."""
+    """What quantization_config means. Raises InputError with the validator's findings if vLLM cannot serve it."""
     scheme = read_scheme(quantization)
     if scheme is None:
         findings = validate(snapshot.path, depth="headers").errors

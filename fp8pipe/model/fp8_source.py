@@ -2,8 +2,8 @@
 
     weight [out, in] = codes * scale                  float32; one scale per tensor, per row, or per block
 
-The plan decides from headers (`block_shape`, `require_scale`); the engine and calibration read the values (`grid_of`,
-`scale_values`, `dequantize`). AutoFP8 writes one scale per tensor, DeepSeek one per block of [128, 128].
+The plan decides from headers (`block_shape`, `require_scale`); the engine, calibration and validation read the values
+(`grid_of`, `dequantize`). AutoFP8 writes one scale per tensor, DeepSeek one per block of [128, 128].
 """
 
 from __future__ import annotations

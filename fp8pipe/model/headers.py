@@ -1,7 +1,7 @@
-"""The safetensors files of a checkpoint: the only room that knows their layout.
+"""Headers and index of a checkpoint's safetensors files: the only module that knows their layout.
 
-In: a Snapshot. Out: `Headers`, every tensor with dtype, shape and place, checked so strictly that nothing behind it
-has to be afraid of a header; `SourceFiles` and `OutputShard` to read and write bytes at those places; the index.
+In: a Snapshot. Out: `Headers`, every tensor with dtype, shape and place, checked so strictly that later code can trust
+them; the index. `shards.py` reads and writes the bytes at those places.
 
 A file is 8 bytes (little-endian length of the header), the header (JSON, padded with spaces), the data. Offsets in the
 header count from the start of the data; `TensorInfo.begin` and `.end` count from the start of the file.

@@ -44,6 +44,13 @@ FUSED_QKV = frozenset(("qkv_proj", "query_key_value", "Wqkv", "wqkv", "qkv"))
 FUSED_GATE_UP = frozenset(("gate_up_proj", "dense_h_to_4h", "input_linear"))
 """Leaf names of Linears that are one tensor on disk and several shards in vLLM."""
 
+FUSED_NAMES: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+"""Leaf names that vLLM gives fused matrices, which an ignore list may hold instead of their members' names."""
+
 
 def fused_siblings(modules: Iterable[str]) -> Iterator[tuple[str, ...]]:
     """Names of sibling modules that vLLM fuses into one matrix: one tuple for each matrix, in vLLM's order."""

@@ -1,8 +1,8 @@
 """Regular expressions of `ignore` and `targets` lists: which of them match a module's name, as `re.match` would say.
 
-Lists come from untrusted configs, and a short pattern can keep Python's `re` busy for ever. A pattern that could
-backtrack is therefore run by the `regex` package, which stops it after MATCH_S. A pattern that takes too long, is
-absurdly large, or means different things to the two packages is refused, with the reason.
+Lists come from recipes and from untrusted configs, and a short pattern can keep Python's `re` busy for ever. A pattern
+that could backtrack is therefore run by the `regex` package, which stops it after MATCH_S. A pattern that takes too
+long, is absurdly large, or means different things to the two packages is refused, with the reason.
 
 vLLM and compressed-tensors use `re.match`: a pattern is anchored at the start of a name, not at its end.
 """
@@ -22,7 +22,7 @@ MAX_LENGTH = 1000
 MAX_SIZE = 1_000_000
 """Characters of all patterns of a list, with counted repeats written out, as `regex` does: some 300 MB."""
 MAX_NAME = 1000
-"""Characters of a module's name; the rest is not looked at."""
+"""Characters of a module's name; the rest is ignored."""
 MATCH_S = 0.1
 """CPU seconds for one pattern on one name. A real one takes microseconds."""
 PATTERN_S = 2.0

@@ -31,7 +31,7 @@ def fingerprint(snapshot: Snapshot, recipe: Recipe, calibration_digest: str | No
 def device_for(asked: str) -> str:
     """The device that quantizes weights when a command asks for `asked`: a GPU if it names one, else the CPU.
 
-    "auto" is the CPU, for disks are seldom faster. Imports nothing heavy. Raises InputError for anything else."""
+    "auto" is the CPU, because disks are seldom faster. Imports nothing heavy. Raises InputError for anything else."""
     if asked in {"auto", "cpu"}:
         return "cpu"
     if re.fullmatch(r"cuda(:\d+)?", asked):

@@ -141,7 +141,7 @@ class Measured:
     altered: dict[str, int] = field(default_factory=dict)
     """Tensors that should equal the source, with the byte offset of the first difference."""
     uncompared: dict[str, str] = field(default_factory=dict)
-    """Quantized weights that nothing in the source was compared with, with the source's dtype."""
+    """Quantized weights that could not be compared, with the dtype of the source's weight."""
     bytes_read: int = 0
 
     def in_order_of(self, entries: Iterable[TensorInfo]) -> Measured:

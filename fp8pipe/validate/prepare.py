@@ -79,7 +79,7 @@ def _inspect(model: Snapshot, headers: Headers | None) -> Architecture | None:
 
 
 def _as_snapshot(place: Place) -> Snapshot:
-    """Enough of one to read config.json through it."""
+    """A snapshot of just config.json, which is all that is read through it."""
     if isinstance(place, HubPlace):
         return place.snapshot
     files = (SourceFile(name=CONFIG, size=place.sizes.get(CONFIG, 0)),)

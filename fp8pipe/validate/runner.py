@@ -44,7 +44,7 @@ def run(checks: Collection[Check], subject: Subject) -> Iterator[Finding]:
 
 
 def _collect(check: Check, subject: Subject, speaking: list[set[str]], *, notes_names: bool) -> _Found:
-    """`speaking`: names that the checks speak for to which this one yields."""
+    """`speaking`: names that other checks, to which this one yields, speak for."""
     found = _Found()
     for fault in check.run(subject):
         if any(name in names for names in speaking for name in fault.about):

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fp8pipe.model import fp8_source
 from fp8pipe.model.headers import TensorInfo
+from fp8pipe.model.names import FP8
 from fp8pipe.quantize.plan.record import Plan
 from fp8pipe.validate.faults import Need
 from fp8pipe.validate.meaning.config import quantization_config
@@ -32,8 +34,6 @@ from fp8pipe.validate.reading.records import EngineRecords
 if TYPE_CHECKING:
     from fp8pipe.oracle.vllm import Mismatch
 
-SOURCE_SCALES = ("weight_scale_inv", "weight_scale")
-"""Leaf names of an FP8 source's scales."""
 _LEFT_BY_MODELOPT = re.compile("vision_tower|vision_model|vit_large_projector")
 """Towers that vLLM never quantizes under this method, whatever is excluded."""
 
@@ -190,10 +190,10 @@ class Subject:
     def source_scale(self, name: str) -> TensorInfo | None:
         """The scales of an FP8 weight of the source, which give its values; None for all other tensors."""
         theirs = self.source_or_none.tensors if self.source_or_none else {}
-        module, leaf = split_name(name)
-        if leaf != "weight" or name not in theirs or theirs[name].dtype != "F8_E4M3" or len(theirs[name].shape) != 2:
+        info = theirs.get(name)
+        if info is None or split_name(name)[1] != "weight" or info.dtype != FP8 or len(info.shape) != 2:
             return None
-        return next((found for one in SOURCE_SCALES if (found := theirs.get(f"{module}.{one}"))), None)
+        return fp8_source.scale_of(name, theirs)
 
 
 def _spellings(module: str) -> set[str]:

@@ -93,9 +93,21 @@ def test_lm_head_always_counts_as_matched(model_folder: Models) -> None:
     plan_of(model_folder("llama-tied"), recipe(ignore=["re:.*lm_head"]))
 
 
-def test_an_invalid_regular_expression_is_a_config_error(model_folder: Models) -> None:
-    with pytest.raises(ConfigError, match="regular expression"):
-        plan_of(model_folder("llama"), recipe(ignore=["re:*"]))
+@pytest.mark.parametrize("field", ["targets", "ignore"])
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("re:*", "no regular expression: nothing to repeat"),
+        (r"re:.*mlp{gate}", "a brace that counts no repeats"),
+        ("re:" + "(.*)" * 7 + r"\1\2(?!.|$)", "more than 0.1 s to match one name"),
+    ],
+)
+def test_a_pattern_that_cannot_be_matched_is_a_config_error_with_the_reason(
+    model_folder: Models, field: str, entry: str, reason: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_of(model_folder("llama"), recipe(**{field: ["re:.*down_proj", entry]}))
+    assert str(caught.value).startswith(f"{field}: {entry!r} cannot be matched: ") and reason in str(caught.value)
 
 
 def test_entries_match_the_names_in_transformers_too(model_folder: Models) -> None:

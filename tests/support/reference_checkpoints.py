@@ -293,6 +293,11 @@ def read(folder: Path) -> tuple[Tensors, dict[str, Any]]:
     return tensors, json.loads((folder / "config.json").read_text())
 
 
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by name."""
+    return read(folder)[0]
+
+
 def write(folder: Path, tensors: Tensors, config: dict[str, Any], shards: int, extra: dict[str, str]) -> Path:
     """Tensors into `shards` files with an index (one file: without), config and further files beside them."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ def finds(id: str, *faults: Fault, yields_to: tuple[str, ...] = ()) -> Check:
     return row(lambda _: faults)
 
 
-def told(findings: list[Finding]) -> list[tuple[str, str | None]]:
+def reported(findings: list[Finding]) -> list[tuple[str, str | None]]:
     return [(finding.check, finding.tensor or finding.file) for finding in findings]
 
 
@@ -35,14 +35,14 @@ WEIGHT, SCALE = Fault("a", "b", tensor="m.0.weight"), Fault("a", "b", tensor="m.
 
 def test_fault_is_dropped_where_an_owner_has_one_on_the_same_tensor(subject: Subject) -> None:
     checks = [finds("X1", WEIGHT, SCALE, yields_to=("X2",)), finds("X2", WEIGHT)]
-    assert told(list(run(checks, subject))) == [("X1", "m.0.weight_scale"), ("X2", "m.0.weight")]
+    assert reported(list(run(checks, subject))) == [("X1", "m.0.weight_scale"), ("X2", "m.0.weight")]
 
 
 def test_fault_is_dropped_where_an_owner_claims_its_module(subject: Subject) -> None:
     owner = Fault("a", "b", tensor="m.0.weight", claims=("m.0",))
     other = Fault("a", "b", tensor="m.1.weight_scale")
     checks = [finds("X1", SCALE, other, yields_to=("X2",)), finds("X2", owner)]
-    assert told(list(run(checks, subject))) == [("X1", "m.1.weight_scale"), ("X2", "m.0.weight")]
+    assert reported(list(run(checks, subject))) == [("X1", "m.1.weight_scale"), ("X2", "m.0.weight")]
 
 
 def test_fault_of_a_file_or_of_a_key_is_dropped_where_an_owner_has_one_there(subject: Subject) -> None:
@@ -61,11 +61,11 @@ def test_dropped_fault_speaks_for_nothing(subject: Subject) -> None:
         finds("X2", Fault("a", "b", tensor="m.1.weight", claims=("m.0",)), yields_to=("X3",)),
         finds("X3", Fault("a", "b", tensor="m.1.weight")),
     ]
-    assert told(list(run(checks, subject))) == [("X1", "m.0.weight"), ("X3", "m.1.weight")]
+    assert reported(list(run(checks, subject))) == [("X1", "m.0.weight"), ("X3", "m.1.weight")]
 
 
 def test_fault_is_reported_when_its_owner_does_not_run(subject: Subject) -> None:
-    assert told(list(run([finds("X1", WEIGHT, yields_to=("X2",))], subject))) == [("X1", "m.0.weight")]
+    assert reported(list(run([finds("X1", WEIGHT, yields_to=("X2",))], subject))) == [("X1", "m.0.weight")]
 
 
 def test_faults_beyond_the_limit_are_counted_and_still_own_their_names(subject: Subject) -> None:

@@ -32,14 +32,11 @@ from fp8pipe.records import Snapshot, ValidationReport
 from fp8pipe.validate import validate
 from fp8pipe.validate.reading import place
 
+pytestmark = pytest.mark.usefixtures("architecture_cache")
+
 LONG = bool(os.environ.get("FP8PIPE_LONG"))
 FLIPS = 2000 if LONG else 200
 GARBAGE = 10_000 if LONG else 200
-
-
-@pytest.fixture(autouse=True)
-def architecture_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path_factory.getbasetemp() / "architectures"))
 
 
 # ---------------------------------------------------------------------------------------------- flips, without records
@@ -93,7 +90,7 @@ def with_byte(whole: bytes, at: int, value: int) -> bytes:
 
 
 def same_content(path: Path, whole: bytes, changed: bytes) -> bool:
-    """JSON may spell one content in several ways, and not every key of it has a meaning."""
+    """Whether readers find the same: JSON may spell one content in several ways, and some keys mean nothing."""
     if path.suffix == ".json":
         return meaning(path.name, whole) == meaning(path.name, changed)
     before, now = tensors_of(whole), tensors_of(changed)
@@ -103,7 +100,7 @@ def same_content(path: Path, whole: bytes, changed: bytes) -> bool:
 
 
 def meaning(name: str, content: bytes) -> Any:
-    """What readers take from the JSON; keys that none of them looks at are no part of it."""
+    """What readers take from the JSON, without the keys that none of them uses."""
     try:
         value = json.loads(content)
     except ValueError:
@@ -116,7 +113,7 @@ def meaning(name: str, content: bytes) -> Any:
 
 
 def parsed(quantization: Any) -> Any:
-    """As compressed-tensors reads it, without what is only a note on how the numbers came about."""
+    """As compressed-tensors reads it, without notes on how the numbers were found."""
     from compressed_tensors.quantization import QuantizationConfig
 
     try:
@@ -155,7 +152,7 @@ def is_allowed_code(whole: bytes, changed: bytes) -> bool:
 
 
 def test_at_most_six_percent_of_code_flips_pass_as_another_rounding() -> None:
-    """Each bit of each code of one matrix flipped in turn, judged by D1's rule as it stands in the notes."""
+    """Each bit of each code of one matrix flipped in turn, judged by D1's rule as docs/validate.md states it."""
     source = reference.read(flip_subject()[1].path)[0]
     tensors = reference.read(flip_subject()[0])[0]
     passed = total = 0
@@ -175,7 +172,7 @@ def test_at_most_six_percent_of_code_flips_pass_as_another_rounding() -> None:
 @given(st.integers(0), st.integers(0, 7))
 @settings(max_examples=FLIPS // 10, **CALM)
 def test_code_flips_that_pass_are_those_of_the_rule(place: int, bit: int) -> None:
-    """The validator lets no other flip of a code through than the rule counted above does."""
+    """The validator lets a flipped code pass only if the rule counted above does."""
     folder, source, architecture = flip_subject()
     path = shards_of(folder)[place % 2]
     whole = path.read_bytes()
@@ -288,7 +285,7 @@ def changed_json(draw: st.DrawFn, path: Path, whole: bytes) -> bytes:
 
 
 def same_meaning(path: Path, whole: bytes, content: bytes) -> bool:
-    """Headers say the same; of values and of what no reader looks at headers tell nothing."""
+    """Whether two files differ in nothing that headers show: not in names and shapes, nor in keys that readers use."""
     if path.suffix == ".safetensors":
         before, now = tensors_of(whole), tensors_of(content)
         return before is not None and now is not None and shapes_of(before) == shapes_of(now)
@@ -324,7 +321,7 @@ def test_hostile_json_becomes_findings_that_can_be_saved(good: Path, tmp_path: P
 
 
 def spoil_headers(folder: Path) -> None:
-    """One tensor in two files, and metadata that is null: a fault of the first, which vLLM reads all the same."""
+    """One tensor in two files, and metadata that is null: the first has a fault, and vLLM reads it all the same."""
     first, second = shards_of(folder)
     save_file(load_file(first) | dict([load_file(second).popitem()]), first, metadata={"format": "pt"})
     whole = second.read_bytes()
@@ -365,7 +362,7 @@ def test_child_of_vllm_that_dies_costs_its_own_check_alone(
 
 
 @pytest.mark.parametrize("case", ["hub", "no config", "no shard"])
-def test_vllm_that_cannot_be_asked_is_said(
+def test_vllm_that_cannot_be_asked_is_reported(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, case: str
 ) -> None:
     folder = reference.copy(good, tmp_path / "checkpoint")

@@ -13,16 +13,13 @@ from fp8pipe.hub.source import resolve
 from fp8pipe.rehearsal.localhub import LocalHub
 from fp8pipe.stages import validate_model
 
+pytestmark = pytest.mark.usefixtures("architecture_cache")
+
 
 def push(repo_id: str, folder: Path) -> str:
     client().create_repo(repo_id)
     client().upload_folder(repo_id=repo_id, folder_path=folder)
     return repo_id
-
-
-@pytest.fixture(autouse=True)
-def architecture_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path_factory.getbasetemp() / "architectures"))
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from support.findings import ids
 from fp8pipe.hub.source import resolve
 from fp8pipe.validate import validate
 
+pytestmark = pytest.mark.usefixtures("architecture_cache")
+
 PEER = DATA / "peer"
 FOLDERS = sorted(path.name for path in PEER.iterdir() if path.is_dir() and "-" in path.name)
 
@@ -35,11 +37,6 @@ def expected_warnings(name: str) -> set[str]:
     return found | ({"C5"} if model != "moe" and any("gate" in entry for entry in entries) else set())
 
 
-@pytest.fixture(autouse=True)
-def architecture_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path_factory.getbasetemp() / "architectures"))
-
-
 @pytest.mark.parametrize("name", FOLDERS)
 def test_checkpoint_of_llm_compressor_has_no_error_and_the_warnings_that_are_true(name: str) -> None:
     source = resolve(str(PEER / name.split("-")[0]))
@@ -52,8 +49,8 @@ def test_checkpoint_of_llm_compressor_has_no_error_and_the_warnings_that_are_tru
 def test_router_that_llm_compressor_quantized_is_an_error() -> None:
     """model_free_ptq without an ignore entry for it: the report says what is wrong, and what vLLM makes of it."""
     report = validate(PEER / "router" / "moe-free-FP8_DYNAMIC", source=resolve(str(PEER / "moe")))
-    told = {(finding.check, finding.tensor) for finding in report.errors}
-    assert told == {("K2", "model.layers.0.mlp.gate"), ("K4", "model.layers.0.mlp.gate.weight")}
+    reported = {(finding.check, finding.tensor) for finding in report.errors}
+    assert reported == {("K2", "model.layers.0.mlp.gate"), ("K4", "model.layers.0.mlp.gate.weight")}
 
 
 def test_every_scheme_of_llm_compressor_is_here() -> None:

@@ -141,7 +141,7 @@ def test_calibration_that_was_altered_is_not_the_one_of_the_record(made: tuple[P
     assert {finding.check for finding in judge(folder, source).errors} == {"P7", "V11"}
 
 
-def test_source_of_another_commit_is_said(made: tuple[Path, Path]) -> None:
+def test_source_of_another_commit_is_reported(made: tuple[Path, Path]) -> None:
     source, folder = made
     path = folder / "fp8pipe" / "checkpoint.json"
     Checkpoint.load(path).model_copy(update={"source_commit": "a" * 40}).save(path)
@@ -173,7 +173,7 @@ def test_manifest_knows_every_file(made: tuple[Path, Path]) -> None:
     assert (finding.check, finding.file) == ("P9", "config.json")
 
 
-def test_record_that_cannot_be_read_is_said_and_the_rest_is_judged(made: tuple[Path, Path]) -> None:
+def test_record_that_cannot_be_read_is_reported_and_the_rest_is_judged(made: tuple[Path, Path]) -> None:
     source, folder = made
     (folder / "fp8pipe" / "plan.json").write_text("{}")
     report = judge(folder, source)
@@ -348,7 +348,7 @@ def fuse_experts(model: Path, folder: Path, transposed: bool, interleaved: bool)
 
 
 def with_layout(architecture: Architecture, transposed: bool, interleaved: bool) -> Architecture:
-    """The record, told how its experts lie, in a model whose parameters lie so too."""
+    """The record for a model whose experts have this layout."""
     roles = dict(architecture.tensors)
     for name, role in architecture.tensors.items():
         if role.kind == "fused_experts" and role.layout is not None:

@@ -15,12 +15,9 @@ from fp8pipe.hub.source import resolve
 from fp8pipe.validate import validate
 from fp8pipe.validate.meaning.config import read_scheme
 
+pytestmark = pytest.mark.usefixtures("architecture_cache")
+
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(autouse=True)
-def architecture_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path_factory.getbasetemp() / "architectures"))
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +54,8 @@ def test_target_that_names_a_module_counts_before_one_that_names_its_class(dense
     edit_tensors(folder, take_blocks)
     groups = {"group_0": group("Linear", CHANNEL), "group_1": group(r"re:.*down_proj$", BLOCK)}
     edit_quantization(folder, lambda quant: quant.update(config_groups=groups))
-    found, told = problems(folder, dense)
-    assert not found, told
+    found, reported = problems(folder, dense)
+    assert not found, reported
 
 
 def test_target_of_two_groups_is_the_last_one_s() -> None:
@@ -102,8 +99,8 @@ def test_ignore_list_may_hold_vllm_s_name_of_a_fused_layer(
     assert "K5" in problems(folder, dense)[0]
     name = f"{Q_PROJ.removesuffix('q_proj')}qkv_proj"
     edit_quantization(folder, lambda quant: quant.update({key: [*quant.pop("ignored_layers", ["lm_head"]), name]}))
-    found, told = problems(folder, dense)
-    assert found <= {"K10"}, told
+    found, reported = problems(folder, dense)
+    assert found <= {"K10"}, reported
 
 
 def test_fused_name_among_experts_is_no_layer_of_vllm_s() -> None:
@@ -130,8 +127,8 @@ def test_zero_rows_may_have_any_scale(tmp_path: Path) -> None:
         tensors[f"{O_PROJ}.weight_scale"][[3, 40]] = torch.finfo(torch.bfloat16).eps
 
     edit_tensors(folder, epsilon)
-    found, told = problems(folder, source)
-    assert not found, told
+    found, reported = problems(folder, source)
+    assert not found, reported
 
     def off(tensors: Tensors) -> None:
         tensors[f"{O_PROJ}.weight_scale"][5] *= 1.0001
@@ -165,5 +162,5 @@ def test_scales_of_scale_fmt_ue8m0_are_powers_of_two(
     folder = reference.quantize(dense, tmp_path / "fp8", method="fp8", strategy="block", static=False)
     by_powers_of_two(folder, dense, factor=factor)
     edit_quantization(folder, lambda quant: quant.update(scale_fmt=scale_fmt))
-    found, told = problems(folder, dense)
-    assert expected <= found and bool(found) is bool(expected), told
+    found, reported = problems(folder, dense)
+    assert expected <= found and bool(found) is bool(expected), reported

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +14,7 @@ from fp8pipe.model import fp8_source
 from fp8pipe.model.architecture import QUANTIZABLE, Architecture, TensorRole
 from fp8pipe.model.headers import Headers, TensorInfo
 from fp8pipe.model.names import ABSORBED_LEAF, EXPERT_KINDS, FLOATS, FP8, SPENT_NAMES, experts_holder
+from fp8pipe.model.patterns import Patterns
 from fp8pipe.quantize import formats
 
 
@@ -94,48 +94,56 @@ def unmatched_ignore(headers: Headers, recipe: Recipe, architecture: Architectur
 
 
 class _Entries:
-    """The entries of a recipe's `targets` or `ignore`."""
+    """The entries of a recipe's `targets` or `ignore`. Raises ConfigError for a pattern that cannot be matched."""
 
-    def __init__(self, entries: Iterable[str], field: str, headers: Headers, architecture: Architecture) -> None:
-        self._roles = architecture.tensors
+    def __init__(self, entries: Collection[str], field: str, headers: Headers, architecture: Architecture) -> None:
+        self._field, self._roles = field, architecture.tensors
         self._all = "Linear" in entries
-        self._tests = {entry: _test(entry, field) for entry in entries if entry != "Linear"}
-        self.unmatched = tuple(self._unmatched(field, _module_names(headers, architecture)))
+        self._entries = [entry for entry in dict.fromkeys(entries) if entry != "Linear"]
+        self._exact = {entry for entry in self._entries if not entry.startswith("re:")}
+        self._patterns = Patterns(entry for entry in self._entries if entry.startswith("re:"))
+        self._refuse_unmatchable()
+        self.unmatched = tuple(self._unmatched(_module_names(headers, architecture)))
         """A message for every entry that matches no module. lm_head may be ignored in any model."""
 
-    def _unmatched(self, field: str, modules: list[str]) -> Iterator[str]:
-        for entry, test in self._tests.items():
-            is_head = field == "ignore" and entry in {"lm_head", "re:.*lm_head"}
-            if not is_head and not any(map(test, modules)):
-                yield _unmatched(entry, field, modules)
+    def _unmatched(self, modules: list[str]) -> Iterator[str]:
+        left = set(self._entries) - ({"lm_head", "re:.*lm_head"} if self._field == "ignore" else set())
+        for module in modules:
+            if not left:  # most entries match soon, and a model may have 100 000 modules
+                break
+            left.difference_update(self._matching(module))
+        yield from (_unmatched(entry, self._field, modules) for entry in self._entries if entry in left)
 
     def match(self, tensor: str) -> bool:
         """Whether an entry matches the module of `tensor`."""
-        return self._all or any(self._matches(test, tensor) for test in self._tests.values())
+        return self._all or any(map(self._matching, self._names_of(tensor)))
 
-    def _matches(self, test: Callable[[str], bool], tensor: str) -> bool:
-        """Match the module's name on disk or in transformers."""
-        return any(test(name) for name in (tensor.removesuffix(".weight"), self._roles[tensor].module) if name)
+    def _names_of(self, tensor: str) -> Iterator[str]:
+        """The names of the tensor's module, on disk and in transformers."""
+        return filter(None, (tensor.removesuffix(".weight"), self._roles[tensor].module))
+
+    def _matching(self, module: str) -> Collection[str]:
+        """The entries that match a module's name."""
+        found = self._patterns.matching(module)
+        self._refuse_unmatchable()
+        return {module, *found} if module in self._exact else found
+
+    def _refuse_unmatchable(self) -> None:
+        for entry, reason in self._patterns.refused.items():
+            raise ConfigError(f"{self._field}: {entry!r} cannot be matched: {reason}; correct or simplify it")
 
     def require_quantizable(self, cannot: Mapping[str, str]) -> None:
         """Raise ConfigError for an entry that matches only tensors that cannot be quantized."""
-        for entry, test in self._tests.items():
-            matched = [tensor for tensor in self._roles if self._matches(test, tensor)]
+        matched_by: dict[str, list[str]] = {entry: [] for entry in self._entries}
+        for tensor in self._roles:
+            for entry in {entry for name in self._names_of(tensor) for entry in self._matching(name)}:
+                matched_by[entry].append(tensor)
+        for entry, matched in matched_by.items():
             if all(tensor in cannot for tensor in matched):
                 first = min(matched, key=lambda tensor: tensor.endswith(".bias"))
                 raise ConfigError(
                     f"targets: {entry!r} names {first}, which cannot be quantized ({cannot[first]}); remove the entry"
                 )
-
-
-def _test(entry: str, field: str) -> Callable[[str], bool]:
-    if not entry.startswith("re:"):
-        return entry.__eq__
-    try:
-        pattern = re.compile(entry[3:])
-    except re.error as error:
-        raise ConfigError(f"{field}: {entry!r} is not a regular expression: {error}") from error
-    return lambda name: pattern.match(name) is not None
 
 
 def _module_names(headers: Headers, architecture: Architecture) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fp8pipe.model.fp8_source import as_block
 from fp8pipe.model.untrusted import clip
 from fp8pipe.validate.checks.check import check
 from fp8pipe.validate.faults import Fault
@@ -15,7 +16,6 @@ from fp8pipe.validate.meaning.config import (
     format_of,
     ignored_layers,
     is_attention_group,
-    is_block,
     is_names,
     method_of,
     modelopt_algorithm,
@@ -81,7 +81,7 @@ def config_is_one_quantization(subject: Subject) -> Iterator[Fault]:
     elif method_of(subject.quantization) not in METHODS:
         yield _unknown_method(name)
     elif name not in SPELLINGS:
-        consequence = "vLLM takes it for its lower case; transformers does not know it"
+        consequence = "vLLM reads it in lower case; transformers does not know it"
         yield Fault(" or ".join(SPELLINGS), clip(repr(name)), file=CONFIG, consequence=consequence)
 
 
@@ -94,7 +94,7 @@ def _unknown_method(name: Any) -> Fault:
         found,
         file=CONFIG,
         consequence="vLLM knows this method; this validator does not, so nothing about the weights is proven",
-        remedy="do not take this report for a proof",
+        remedy="do not treat this report as proof",
     )
 
 
@@ -123,7 +123,7 @@ def _fp8_problems(quant: dict[str, Any]) -> Iterator[Problem]:
     if ignored_layers(quant) is None:
         yield "ignored_layers", "ignored_layers as a list of names", repr(quant.get("ignored_layers"))
     block = quant.get("weight_block_size")
-    if block is not None and not is_block(block):
+    if block is not None and as_block(block) is None:
         yield "weight_block_size", "weight_block_size [rows, columns]", repr(block)
 
 
@@ -244,13 +244,13 @@ def _unsupported_kv(kv: dict[str, Any]) -> Iterator[tuple[str, str]]:
     "C5",
     "Every ignore entry compiles, is read as meant, and matches something.",
     needs=("scheme",),
-    consequence="vLLM ignores nothing by it, and quantizes what was meant to stay",
+    consequence="the entry has no effect in vLLM, which quantizes what was meant to stay",
     remedy="write full module names for quant_method fp8, end-anchored patterns (re:.*mlp\\.gate$) otherwise",
 )
 def ignore_entries_work(subject: Subject) -> Iterator[Fault]:
     scheme, file = subject.scheme, subject.quantization_file
     if scheme.method == "modelopt":
-        return  # wildcards of names that the exporter knew; those that match nothing are usual
+        return  # wildcards over names that the exporter knew; some usually match nothing
     for entry in scheme.ignore:
         if entry.startswith("re:") and scheme.method == "fp8":
             yield Fault("a full module name: quant_method fp8 knows no patterns", clip(entry), file=file)
@@ -325,7 +325,7 @@ def _mixed_experts(subject: Subject) -> Iterator[Fault]:
                 f"one scheme for all of {place[0]}",
                 f"{other} and {module} differ",
                 file=CONFIG,
-                consequence="vLLM loads all experts of the layer like expert 0, without a word",
+                consequence="vLLM silently loads all experts of the layer like expert 0",
             )
 
 
@@ -350,7 +350,7 @@ def config_equals_source(subject: Subject) -> Iterator[Fault]:
 
 
 def _comparable(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flat view without what may differ; dtype under its present name."""
+    """The config as one flat mapping, without the keys that may differ; `torch_dtype` is named `dtype`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if key in _LINEAGE:

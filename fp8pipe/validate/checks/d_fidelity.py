@@ -16,10 +16,10 @@ from fp8pipe.validate.measured import Comparison, Share
 from fp8pipe.validate.measuring.compare import ARITHMETICS, engine_scales, hold_to_amax
 from fp8pipe.validate.subject import Subject
 
-OTHER_MATRIX = "vLLM serves another matrix than the source's, without a word"
+OTHER_MATRIX = "vLLM silently serves another matrix than the source's"
 AGAIN = "quantize again"
 EXACT_SHARE = 0.9
-"""If so many scales equal absmax / 448 in one arithmetic, the others must too."""
+"""If this share of the scales is exactly absmax / 448 in one arithmetic, all must be."""
 
 
 def _of(comparison: Comparison, expected: str, found: str) -> Fault:
@@ -95,7 +95,7 @@ def error_is_that_of_the_format(subject: Subject) -> Iterator[Fault]:
     "Every tensor that is not quantized equals the source, byte for byte.",
     depth="fidelity",
     needs=("source",),
-    consequence="vLLM serves altered weights, without a word",
+    consequence="vLLM silently serves altered weights",
     remedy=AGAIN,
 )
 def kept_tensors_are_untouched(subject: Subject) -> Iterator[Fault]:
@@ -127,7 +127,7 @@ def rows_keep_their_direction(subject: Subject) -> Iterator[Fault]:
     "Scales belong to their weights: scale * 448 is the largest source weight of the unit.",
     depth="fidelity",
     needs=("scheme", "source"),
-    consequence="vLLM multiplies the codes by a wrong scale, without a word",
+    consequence="vLLM silently multiplies the codes by a wrong scale",
     remedy=AGAIN,
 )
 def scales_match_their_weights(subject: Subject) -> Iterator[Fault]:
@@ -165,7 +165,7 @@ def _joint_amax(subject: Subject, weights: list[str]) -> float | None:
 
 
 def _arithmetic(found: list[tuple[int, dict[str, Share]]]) -> str | None:
-    """The arithmetic in which nearly all scales are exactly absmax / 448; None if there is no such."""
+    """The arithmetic in which nearly all scales are exactly absmax / 448; None if there is none."""
     units = sum(count for count, inexact in found if inexact)
     if not units:
         return None
@@ -179,7 +179,7 @@ def _arithmetic(found: list[tuple[int, dict[str, Share]]]) -> str | None:
     "A checkpoint of this engine equals its requantization from the source, bit for bit.",
     depth="fidelity",
     needs=("scheme", "source", "records"),
-    consequence="vLLM serves it; these are not the bytes that the record speaks of",
+    consequence="vLLM serves it; these are not the bytes that the record describes",
     remedy="quantize again into an empty folder",
 )
 def bytes_are_those_of_the_engine(subject: Subject) -> Iterator[Fault]:

@@ -31,8 +31,8 @@ def headers_are_exact(subject: Subject) -> list[Fault]:
 @check(
     "F2",
     "Several weight files have an index, and every file it names exists.",
-    consequence="with an index vLLM stops (FileNotFoundError); without one it loads what is there and leaves the rest "
-    "of the weights uninitialised, without a word",
+    consequence="with an index vLLM stops (FileNotFoundError); without one it loads what is there and silently leaves "
+    "the rest of the weights uninitialised",
     remedy="download the missing files, or rebuild the index",
 )
 def index_names_existing_files(subject: Subject) -> list[Fault]:
@@ -52,7 +52,7 @@ def index_lists_the_tensors(subject: Subject) -> list[Fault]:
 @check(
     "F4",
     "No tensor lies in two files.",
-    consequence="vLLM loads both, the last one read wins, without a word",
+    consequence="vLLM silently loads both, and the last one read wins",
     remedy="remove the stale copy",
 )
 def tensors_are_unique(subject: Subject) -> list[Fault]:

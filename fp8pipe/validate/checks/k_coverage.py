@@ -50,12 +50,12 @@ _EMBEDDING = re.compile(
 )
 """The embedding of tokens, by the names that released models give it."""
 _NO_PARAMETER = re.compile(r"scale|zero|inv_freq")
-"""Leaf names of what not every layer of a kind has: scales, which unknown formats spell otherwise, and buffers."""
+"""Leaf names of what a layer may lack: scales, which unknown formats spell otherwise, and buffers."""
 _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 MIN_SIBLINGS = 2
-"""Layers of one kind that are needed to say what another of that kind lacks."""
+"""So many layers of one kind show what another one lacks."""
 MAX_LAYERS = 512
-"""Models with more layers, of which there are none, are not compared layer by layer: that takes quadratic time."""
+"""Layers are not compared with each other in models that have more, and none has: it takes quadratic time."""
 
 
 # ---------------------------------------------------------------------------------------------- nothing is missing
@@ -63,10 +63,10 @@ MAX_LAYERS = 512
 
 @check(
     "K1",
-    "Every tensor of the source is there; without one, of the architecture record, and what all other decoder layers "
-    "of a kind have.",
+    "Every tensor of the source is there; without a source, every tensor of the architecture record, and what all "
+    "other decoder layers of a kind have.",
     yields_to=("K6",),
-    consequence="vLLM leaves the weight uninitialised, without a word",
+    consequence="vLLM silently leaves the weight uninitialised",
     remedy="quantize again from the complete source",
 )
 def nothing_is_missing(subject: Subject) -> Iterator[Fault]:
@@ -96,7 +96,7 @@ def _required(subject: Subject) -> Iterable[str]:
 
 
 def _is_stored(subject: Subject, name: str) -> bool:
-    """Under its own name, or under the one that its scheme gives a quantized weight."""
+    """Whether the tensor is there: under its own name, or under the one that its scheme gives a quantized weight."""
     module, leaf = split_name(name)
     spec = subject.specs.get(module)
     return subject.files.may_have(name) or (
@@ -150,8 +150,8 @@ def _held_by_layer(subject: Subject) -> dict[tuple[str, int], set[str]]:
     "Every Linear is quantized with all its companions, or ignored.",
     needs=("scheme",),
     yields_to=("K5", "K6"),
-    consequence="vLLM takes -3.4e38 for the missing scale, or in a fused layer the maximum of the others; "
-    "the layer's output is garbage, without a word",
+    consequence="vLLM silently takes -3.4e38 for the missing scale, or in a fused layer the maximum of the others; "
+    "the layer's output is garbage",
     remedy="quantize the module again, or name it in the ignore list and keep its weight",
 )
 def quantized_modules_are_complete(subject: Subject) -> Iterator[Fault]:
@@ -173,7 +173,7 @@ def _missing_companions(subject: Subject, module: str, expected: str) -> Iterato
 
 
 def _unprotected_routers(subject: Subject) -> Iterator[Fault]:
-    """Full-precision routers that vLLM quantizes unless told not to."""
+    """Full-precision routers that vLLM builds as quantized, because no ignore entry names them."""
     are_safe = subject.scheme.method == "fp8" and subject.config.get("model_type") in KEEP_THEIR_ROUTERS
     for module in () if are_safe else sorted(subject.layout.routers):
         if subject.scheme.spec_of(module) is not None:
@@ -187,7 +187,7 @@ def _unprotected_routers(subject: Subject) -> Iterator[Fault]:
 
 
 def _unprotected_head(subject: Subject) -> Iterator[Fault]:
-    """A full-precision lm_head that a reader quantizes unless told not to."""
+    """A full-precision lm_head that a reader takes for quantized, because no ignore entry names it."""
     scheme, head = subject.scheme, subject.files.tensors.get("lm_head.weight")
     if head is None or head.dtype not in FLOATS:
         return
@@ -234,8 +234,8 @@ def _instead_of(leaf: str, expected: tuple[str, ...]) -> str:
 
 @check(
     "K4",
-    "Nothing is quantized that is no weight of a Linear or expert: embeddings, routers, norms, convolutions, biases, "
-    "lm_head unless named.",
+    "Only weights of Linears and experts are quantized: no embedding, router, norm, convolution or bias, and lm_head "
+    "only if it is named.",
     needs=("scheme",),
     yields_to=("K6",),
     consequence="vLLM has no FP8 form of it: it stops, or casts the codes and drops the scale",
@@ -267,8 +267,8 @@ def _is_scaled_block(subject: Subject, entry: TensorInfo) -> bool:
     "K5",
     "Targeted modules hold FP8 codes, ignored ones do not.",
     needs=("scheme",),
-    consequence="vLLM casts one dtype into the other without a word (fused layers) or with a log line, or stops at "
-    "the scale it has no place for",
+    consequence="vLLM casts one dtype into the other, silently (fused layers) or with a log line, or stops at the "
+    "scale it has no place for",
     remedy="make the ignore list say what the weights are",
 )
 def dtypes_follow_the_config(subject: Subject) -> Iterator[Fault]:
@@ -314,14 +314,14 @@ def _unquantized(subject: Subject, module: str, entry: TensorInfo) -> Fault:
         entry.name,
         severity="error" if subject.scheme.method == "compressed-tensors" else "warning",
         consequence="vLLM builds it as an FP8 layer where its class hands the tower the config (Qwen-VL, SigLIP, "
-        "Pixtral): it reads this weight as FP8 with scale -3.4e38, without a word",
+        "Pixtral): it silently reads this weight as FP8 with scale -3.4e38",
         remedy="name the tower's Linears in ignore (re:.*visual.*, re:.*vision_tower.*, re:.*projector.*)",
         claims=claims,
     )
 
 
 def _claims(subject: Subject, module: str) -> tuple[str, ...]:
-    """The module, if it has no scales at all: then it is its dtype that is wrong, not that it lacks them."""
+    """The module, if it has no scales at all: its dtype is the fault, and the missing scales are none."""
     return (module,) if subject.is_plain(module) else ()
 
 
@@ -333,7 +333,7 @@ def _claims(subject: Subject, module: str) -> tuple[str, ...]:
     "Layers are numbered without gaps, and every expert of every layer is there with all its projections and scales.",
     needs=("scheme",),
     yields_to=("K5",),
-    consequence="vLLM leaves a missing expert uninitialised and takes 1.0 for a missing scale, without a word",
+    consequence="vLLM silently leaves a missing expert uninitialised and takes 1.0 for a missing scale",
     remedy="quantize again from the complete source",
 )
 def layers_and_experts_are_complete(subject: Subject) -> Iterator[Fault]:
@@ -390,7 +390,7 @@ def _missing_of_expert(subject: Subject, module: str) -> Iterator[Fault]:
     "K7",
     "Every attention layer has its KV scales if the scheme says so, and none otherwise.",
     needs=("scheme",),
-    consequence="vLLM uses 1.0 for a missing KV scale and ignores one that is not announced, without a word",
+    consequence="vLLM silently uses 1.0 for a missing KV scale and ignores one that is not announced",
     remedy="calibrate the KV cache again, or set kv_cache_scheme",
 )
 def kv_scales_are_complete(subject: Subject) -> Iterator[Fault]:
@@ -425,7 +425,7 @@ def _legacy_kv(subject: Subject, file: str, name: str) -> Fault:
         file,
         name,
         severity="warning" if is_fp8 else "error",
-        consequence="vLLM uses it for both, with a warning" if is_fp8 else "vLLM keeps 1.0 for v, without a word",
+        consequence="vLLM uses it for both, with a warning" if is_fp8 else "vLLM silently keeps 1.0 for v",
         remedy="write it as k_scale and v_scale",
     )
 
@@ -474,7 +474,7 @@ def no_unknown_tensors(subject: Subject) -> Iterator[Fault]:
     "Tied models store no lm_head, untied ones store it.",
     needs=("config",),
     yields_to=("K1",),
-    consequence="vLLM leaves the missing lm_head uninitialised, without a word; a scale of a tied one stops it",
+    consequence="vLLM silently leaves the missing lm_head uninitialised; a scale of a tied one stops it",
     remedy="store lm_head.weight when tie_word_embeddings is false, and only then",
 )
 def head_follows_tying(subject: Subject) -> Iterator[Fault]:
@@ -507,7 +507,7 @@ def _has_a_head(subject: Subject) -> bool:
     severity="warning",
     needs=("scheme",),
     consequence="vLLM serves it, with less of the memory and speed that FP8 promises",
-    remedy="shorten the ignore list, if this was not meant",
+    remedy="shorten the ignore list, unless this is intended",
 )
 def most_is_quantized(subject: Subject) -> Iterator[Fault]:
     total = done = 0

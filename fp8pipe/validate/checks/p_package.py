@@ -34,7 +34,7 @@ TEXT = re.compile(r"\.(json|jinja|md|py|ya?ml|txt)$")
 MAX_TEXT_BYTES = 32_000_000
 CHUNK_BYTES = 1 << 22
 MAX_FETCHED_BYTES = 1_000_000
-"""The same where each byte comes over the network."""
+"""The limit for files that are read over the network."""
 
 SECRET = re.compile(rb"\b(hf_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16}|gh[pousr]_[A-Za-z0-9]{36,}|sk-[A-Za-z0-9_-]{40,})\b")
 PRIVATE_PATH = re.compile(rb"\"(?:file://)?((?:/home|/root|/Users|/tmp|/mnt|/work|/workspace|/scratch)/[^\"]*)\"")
@@ -61,7 +61,7 @@ def _missing(subject: Subject, name: str) -> Fault:
 
 
 def _other_content(subject: Subject, name: str) -> Fault:
-    """Other bytes; of JSON the keys that differ, and whether they are only notes of the library that wrote it."""
+    """A file with other bytes. Of JSON, the keys that differ; a warning if they are only notes of the library."""
     both = (subject.files, subject.source) if name.endswith(".json") else ()
     objects = [content for files in both if (content := files.json_object(name)[0]) is not None]
     if len(objects) < 2:
@@ -69,7 +69,7 @@ def _other_content(subject: Subject, name: str) -> Fault:
     ours, theirs = objects
     keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if set(keys) <= NOTES:
-        consequence = "none: it was written again by the library, and says the same"
+        consequence = "none: the library wrote the file again, with the same meaning"
         found = clip(f"other {keys}")
         return Fault("the source's bytes", found, name, severity="warning", consequence=consequence)
     meant = [key for key in keys if key not in NOTES]
@@ -91,7 +91,7 @@ def _is_template_moved(subject: Subject, name: str) -> bool:
     "P1",
     "Tokenizer files say what the source's say.",
     needs=("source",),
-    consequence="vLLM encodes prompts with other ids than the model was trained on, without a word",
+    consequence="vLLM silently encodes prompts with other ids than the model was trained on",
     remedy="copy the file from the source at the same revision",
 )
 def tokenizer_equals_source(subject: Subject) -> Iterator[Fault]:
@@ -166,7 +166,7 @@ def nothing_private_is_published(subject: Subject) -> Iterator[Fault]:
 
 
 def _is_copied(subject: Subject, name: str) -> bool:
-    """What the source says itself is not this checkpoint's secret."""
+    """What the source publishes already is no secret of this checkpoint."""
     source = subject.source_or_none
     return source is not None and name in source.sizes and same_content(subject.files.place, source.place, name)
 

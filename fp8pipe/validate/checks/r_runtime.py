@@ -12,11 +12,11 @@ from fp8pipe.validate.subject import Subject
 
 CONSEQUENCES = {
     "refused": "vLLM stops with this message",
-    "unread": "vLLM drops the tensor, without a word",
-    "unfilled": "vLLM leaves (part of) the parameter uninitialised, without a word",
-    "dtype": "vLLM casts one dtype into the other, without a word",
-    "truncated": "vLLM cuts off what is too long, without a word",
-    "overlap": "vLLM lets one tensor overwrite another, without a word",
+    "unread": "vLLM silently drops the tensor",
+    "unfilled": "vLLM silently leaves (part of) the parameter uninitialised",
+    "dtype": "vLLM silently casts one dtype into the other",
+    "truncated": "vLLM silently cuts off what is too long",
+    "overlap": "vLLM silently lets one tensor overwrite another",
 }
 
 
@@ -25,12 +25,12 @@ CONSEQUENCES = {
     "Each tensor lands whole in a parameter of vLLM's own model, and each parameter is filled.",
     needs=("vllm",),
     consequence="vLLM stops, or serves other weights than these",
-    remedy="quantize again; if the source itself does so, vLLM does not serve this architecture as it is",
+    remedy="quantize again; if the source has the same fault, vLLM does not serve this architecture as it is on disk",
 )
 def vllm_reads_every_tensor(subject: Subject) -> Iterator[Fault]:
     for mismatch in subject.vllm or ():
         if mismatch.kind == "unread" and is_in_predictor(mismatch.tensor.rpartition(".")[0], subject.layout.num_layers):
-            continue  # vLLM builds these layers as a model of their own, when it is told to speculate
+            continue  # vLLM builds these layers as a separate model, for speculative decoding only
         entry = subject.files.tensors.get(mismatch.tensor)
         yield Fault(
             mismatch.expected,

@@ -20,7 +20,7 @@ from fp8pipe.validate.subject import Subject
     "Quantized weights have the dtype of their format: F8_E4M3, or U8 with two FP4 codes to a byte.",
     needs=("scheme",),
     yields_to=("K5",),
-    consequence="vLLM casts the bytes' values into FP8 without a word",
+    consequence="vLLM silently casts the bytes' values into FP8",
     remedy="quantize again",
 )
 def codes_have_their_dtype(subject: Subject) -> Iterator[Fault]:
@@ -32,7 +32,7 @@ def codes_have_their_dtype(subject: Subject) -> Iterator[Fault]:
 @check(
     "S2",
     "Every tensor has the shape of the source; quantized weights are matrices.",
-    consequence="vLLM stops when it is too small, and cuts off what is too long in fused layers, without a word",
+    consequence="vLLM stops when it is too small, and silently cuts off what is too long in fused layers",
     remedy="quantize again",
 )
 def shapes_equal_source(subject: Subject) -> Iterator[Fault]:
@@ -126,7 +126,7 @@ def kept_tensors_keep_their_dtype(subject: Subject) -> Iterator[Fault]:
     "Block scales: every member of a fused group but the last begins at a block's edge.",
     needs=("scheme",),
     yields_to=("K5",),
-    consequence="quant_method fp8: one projection's scales overwrite another's, without a word; compressed-tensors: "
+    consequence="quant_method fp8: one projection's scales silently overwrite another's; compressed-tensors: "
     "vLLM stops",
     remedy="ignore the group, or use per-channel scales",
 )
@@ -162,7 +162,7 @@ def columns_are_whole_groups(subject: Subject) -> Iterator[Fault]:
     "S7",
     "Scales of MX formats are U8 exponents, those of NVFP4 are F8_E4M3.",
     needs=("scheme",),
-    consequence="vLLM casts them: F8_E8M0 exponents all become zero, U8 is read as its byte's number, without a word",
+    consequence="vLLM silently casts them: F8_E8M0 exponents all become zero, U8 is read as its byte's number",
     remedy="write the same bytes under the dtype that the format asks for",
 )
 def group_scales_have_their_dtype(subject: Subject) -> Iterator[Fault]:

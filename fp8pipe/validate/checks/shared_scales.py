@@ -6,7 +6,7 @@ from fp8pipe.validate.subject import Subject
 
 
 def weight_scale_of(subject: Subject, module: str) -> float | None:
-    """The module's one weight scale; None if it has several, or if scale or weight are not as they should be."""
+    """The module's one weight scale; None if it has several, or if the scale or the weight has a fault."""
     spec, weight = subject.specs.get(module), subject.weight(module)
     if spec is None or weight is None or spec.strategy != "tensor":
         return None

@@ -21,9 +21,9 @@ from fp8pipe.validate.subject import Subject
 FP16_SAFE = (3.1e-5, 146.0)
 """Range of per-tensor scales for which vLLM's requantization through fp16 is exact."""
 GLOBAL_RANGE = (1.0, 1e9)
-"""2688 / absmax for any weight that a network can hold; as a multiplier the inverse."""
+"""2688 / absmax of any weight that a network can hold; the inverse for scales that multiply."""
 MAX_RATIO = 64
-"""Between fused scales, before the smaller members have no code left."""
+"""Between fused scales. Beyond it, the smaller members have no codes left."""
 AGAIN = "quantize again"
 
 
@@ -114,7 +114,7 @@ def scales_are_real(subject: Subject) -> Iterator[Fault]:
     "No weight is all zero where the source is not.",
     depth="fidelity",
     needs=("scheme", "source"),
-    consequence="vLLM serves a layer that answers nothing, without a word",
+    consequence="vLLM silently serves a layer whose output is zero",
     remedy=AGAIN,
 )
 def weights_are_not_blank(subject: Subject) -> Iterator[Fault]:
@@ -150,7 +150,7 @@ def _unused_range(subject: Subject, name: str, seen: Magnitudes) -> Iterator[Fau
         seen.entry.shard,
         name,
         severity="warning",
-        consequence="vLLM serves it, with fewer of the codes than there are",
+        consequence="vLLM serves it, but the weights use only part of the codes",
     )
 
 
@@ -160,7 +160,7 @@ def _joint_top(subject: Subject, members: tuple[str, ...]) -> int:
 
 
 def _clipped(subject: Subject) -> Iterator[Fault]:
-    """Source weights beyond scale * 448: at most 1 % of what shares a scale, and four. Needs the comparison."""
+    """More than 1 % of the source weights that share a scale, and more than four, lie beyond scale * 448."""
     comparisons = subject.measured.comparisons
     for name, comparison in comparisons.items():
         if not comparison.most_clipped:
@@ -198,7 +198,7 @@ def small_weights_survive(subject: Subject) -> Iterator[Fault]:
     "NVFP4's global scales have the size and the sense that their format gives them.",
     depth="values",
     needs=("scheme",),
-    consequence="vLLM divides where it should multiply: the weights are off by a factor of millions, without a word",
+    consequence="vLLM silently divides where it should multiply: the weights are off by a factor of millions",
     remedy="write 2688 / absmax (compressed-tensors: weight_global_scale) or absmax / 2688 (ModelOpt: weight_scale_2)",
 )
 def global_scales_have_their_sense(subject: Subject) -> Iterator[Fault]:
@@ -278,7 +278,7 @@ def _listed(values: dict[str, float]) -> str:
     "Input and KV scales are the ranges of calibration.json, divided by 448, to the last bit.",
     depth="values",
     needs=("records", "calibration"),
-    consequence="vLLM clips activations or keys and values, or rounds them too coarsely, without a word",
+    consequence="vLLM silently clips activations or keys and values, or rounds them too coarsely",
     remedy="quantize again with this calibration",
 )
 def scales_are_those_of_the_calibration(subject: Subject) -> Iterator[Fault]:

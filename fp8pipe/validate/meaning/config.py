@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeGuard
 
+from fp8pipe.model.fp8_source import as_block
 from fp8pipe.model.untrusted import clip
 from fp8pipe.validate.meaning.formats import FP8, FP8_BY_POWERS, MXFP4, MXFP8, NVFP4, Format, Spec, Strategy
 from fp8pipe.validate.meaning.scheme import Group, Scheme
@@ -46,11 +47,6 @@ def read_scheme(quant: dict[str, Any] | None) -> Scheme | None:
     return readers.get(method_of(quant), lambda _: None)(quant)
 
 
-def is_block(value: Any) -> bool:
-    """Two whole numbers above zero."""
-    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
-
-
 def is_names(value: Any) -> TypeGuard[list[str]]:
     """A list of strings."""
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
@@ -66,15 +62,16 @@ def ignored_layers(quant: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def _read_fp8(quant: dict[str, Any]) -> Scheme | None:
-    block, ignored, inputs = quant.get("weight_block_size"), ignored_layers(quant), quant.get("activation_scheme")
-    if inputs not in ("static", "dynamic") or ignored is None or not (block is None or is_block(block)):
+    size, ignored, inputs = quant.get("weight_block_size"), ignored_layers(quant), quant.get("activation_scheme")
+    block = as_block(size)
+    if inputs not in ("static", "dynamic") or ignored is None or not (size is None or block):
         return None
     if block is None:
         return Scheme("fp8", (Group(("Linear",), Spec(FP8, _TENSOR, None, inputs)),), ignored, None)
     if inputs == "static":
         return None
     format = FP8_BY_POWERS if quant.get("scale_fmt") == "ue8m0" else FP8
-    spec = Spec(format, _BLOCK, (block[0], block[1]), inputs, scale="weight_scale_inv")
+    spec = Spec(format, _BLOCK, block, inputs, scale="weight_scale_inv")
     return Scheme("fp8", (Group(("Linear",), spec),), ignored, None)
 
 
@@ -133,7 +130,7 @@ def _spec(weights: dict[str, Any], inputs: dict[str, Any] | None) -> Spec:
 
 
 def format_of(weights: dict[str, Any]) -> Format | None:
-    """Which format the `weights` of a config group describe; None when none that is known here."""
+    """Which format the `weights` of a config group describe; None if none that is known here."""
     kind = (weights.get("type", "int"), weights.get("num_bits", 8))
     shape = (weights.get("strategy") or _TENSOR, weights.get("group_size"))
     if kind == ("float", 8) and shape[0] in (_TENSOR, _CHANNEL, _BLOCK) and shape[1] is None:
@@ -153,12 +150,12 @@ def unsupported(group: dict[str, Any]) -> Iterator[tuple[str, str]]:
         return
     format = format_of(weights)
     if format is None:
-        yield "weights of FP8 (tensor, channel, block), NVFP4, MXFP4 or MXFP8", _told(weights)
+        yield "weights of FP8 (tensor, channel, block), NVFP4, MXFP4 or MXFP8", _in_words(weights)
     if weights.get("symmetric", True) is not True:
         yield "symmetric weights", "symmetric: false"
     if weights.get("dynamic", False) is not False:
         yield "static weights", f"dynamic: {clip(weights['dynamic'])}"
-    if weights.get("strategy") == _BLOCK and not is_block(weights.get("block_structure")):
+    if weights.get("strategy") == _BLOCK and not as_block(weights.get("block_structure")):
         yield "block_structure [rows, columns]", clip(repr(weights.get("block_structure")))
     if inputs is not None and format is not None:
         yield from {
@@ -169,14 +166,14 @@ def unsupported(group: dict[str, Any]) -> Iterator[tuple[str, str]]:
         }[format.name](inputs, weights.get("strategy"))
 
 
-def _told(args: dict[str, Any]) -> str:
+def _in_words(args: dict[str, Any]) -> str:
     shown = (args.get("type", "int"), args.get("num_bits", 8), args.get("strategy") or _TENSOR, args.get("group_size"))
     return clip("{} {} bits, strategy {}, group_size {}".format(*shown))
 
 
 def _unsupported_fp8_inputs(inputs: dict[str, Any], weight_strategy: Any) -> Iterator[tuple[str, str]]:
     if (inputs.get("type", "int"), inputs.get("num_bits", 8)) != ("float", 8):
-        yield "input activations of type float with num_bits 8", _told(inputs)
+        yield "input activations of type float with num_bits 8", _in_words(inputs)
     if inputs.get("dynamic", False):
         return
     if inputs.get("symmetric", True) is not True:
@@ -189,14 +186,14 @@ def _unsupported_fp8_inputs(inputs: dict[str, Any], weight_strategy: Any) -> Ite
 
 def _unsupported_nvfp4_inputs(inputs: dict[str, Any], _: Any) -> Iterator[tuple[str, str]]:
     if format_of(inputs) is not NVFP4:
-        yield "NVFP4 inputs beside NVFP4 weights, or none", _told(inputs)
+        yield "NVFP4 inputs beside NVFP4 weights, or none", _in_words(inputs)
 
 
 def _unsupported_mx_inputs(inputs: dict[str, Any], _: Any) -> Iterator[tuple[str, str]]:
     if not inputs.get("dynamic", False):
         yield "dynamic inputs", "static inputs"
     if inputs.get("type", "int") != "float":
-        yield "float inputs", _told(inputs)
+        yield "float inputs", _in_words(inputs)
 
 
 # ---------------------------------------------------------------------------------------------- modelopt

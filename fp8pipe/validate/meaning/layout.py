@@ -8,15 +8,13 @@ that must exist, its shape) is left open, and the checks that need it do not run
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.model.headers import TensorInfo
-from fp8pipe.model.names import FUSED
-from fp8pipe.quantize.plan.choose import experts_holder
+from fp8pipe.model.names import experts_holder, fused_siblings
 from fp8pipe.validate.meaning.config import text_config
 from fp8pipe.validate.meaning.names import (
     WEIGHTS,
@@ -39,7 +37,7 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 """The output head on disk, where no record names it: GPT-NeoX has the second."""
 
 MAX_COUNT = 4096
-"""More layers or experts than any model has: a number beyond it is not believed."""
+"""More layers or experts than any model has: a larger number in config.json is ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,7 @@ class Layout:
     optional: frozenset[str]
     """Of them, those of layers that predict a second token: most tools leave them as they are."""
     towers: frozenset[str]
-    """Of them, those beside the text decoder: not every class of vLLM's hands its towers the quantization config."""
+    """Of them, those beside the text decoder: some model classes of vLLM hand their towers no quantization config."""
     fused: tuple[tuple[str, ...], ...]
     """Groups that vLLM loads into one parameter."""
     routers: frozenset[str]
@@ -123,7 +121,7 @@ class Layout:
 
 
 def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any]) -> Layout:
-    """What names and shapes tell, from the source's headers or, without them, the checkpoint's own."""
+    """The layout by names and shapes, from the source's headers or, without them, the checkpoint's own."""
     names = frozenset(name for name in tensors if not is_companion(name))
     modules = {module for module in map(module_of_weight, names) if module}
     text = text_config(config) or config
@@ -138,7 +136,7 @@ def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any])
         quantizable=linears,
         optional=optional,
         towers=towers,
-        fused=tuple(_fused_groups(linears)),
+        fused=tuple(fused_siblings(linears)),
         routers=frozenset(module for module in modules if is_router(module)),
         attention=tuple(sorted({place for place in map(attention_of, decoder) if place})),
         tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings")),
@@ -154,7 +152,7 @@ def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any])
 def layout_from_architecture(
     architecture: Architecture, tensors: Mapping[str, TensorInfo], config: dict[str, Any]
 ) -> Layout:
-    """What the architecture record knows, `tensors` being the source's; without one, the checkpoint's own."""
+    """The layout by the architecture record. `tensors`: the source's; without a source, the checkpoint's own."""
     linears, routers = [], []
     pieces: dict[str, Piece] = {}
     by_names = layout_from_names(tensors, config)
@@ -186,7 +184,7 @@ def layout_from_architecture(
         quantizable=tuple(sorted(linears)),
         optional=frozenset(optional),
         towers=frozenset(towers),
-        fused=tuple(_fused_groups(linears)),
+        fused=tuple(fused_siblings(linears)),
         routers=frozenset(routers),
         attention=tuple(layer.name for layer in architecture.attention if not layer.mla),
         tied=architecture.tied_embeddings,
@@ -231,16 +229,6 @@ def unquantized_names(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo
 def _is_matrix(module: str, tensors: Mapping[str, TensorInfo]) -> bool:
     weight = next(found for leaf in WEIGHTS if (found := tensors.get(f"{module}.{leaf}")))
     return len(weight.shape) == 2
-
-
-def _fused_groups(modules: Iterable[str]) -> Iterable[tuple[str, ...]]:
-    siblings: dict[str, set[str]] = defaultdict(set)
-    for module in modules:
-        parent, _, leaf = module.rpartition(".")
-        siblings[parent].add(leaf)
-    for parent, leaves in sorted(siblings.items()):
-        groups = (tuple(f"{parent}.{leaf}" for leaf in group if leaf in leaves) for group in FUSED)
-        yield from (group for group in groups if len(group) > 1)
 
 
 def _count(config: dict[str, Any], *keys: str) -> int | None:

@@ -8,19 +8,13 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
+from fp8pipe.model.names import FUSED_NAMES
 from fp8pipe.model.patterns import Patterns
 from fp8pipe.validate.meaning.formats import Spec
 from fp8pipe.validate.meaning.names import expert_of
 
 Method = Literal["compressed-tensors", "fp8", "modelopt"]
 METHODS: tuple[Method, ...] = ("compressed-tensors", "fp8", "modelopt")
-
-FUSED_NAMES = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
-"""vLLM's names of layers that are several Linears on disk."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class Scheme:
     kv: Literal["tensor", "attn_head"] | None
 
     def spec_of(self, module: str) -> Spec | None:
-        """How the weight of a Linear (or expert) `module` is stored; None when it stays as it was.
+        """How the weight of a Linear (or expert) `module` is stored; None if it is not quantized.
 
         As in vLLM the first target that names the module counts, and a class only where none does."""
         if self.ignores(module):
@@ -92,7 +86,7 @@ class Scheme:
 
     @cached_property
     def _targets(self) -> dict[str, Spec]:
-        """As vLLM holds them: in the order of the config; what two groups target is the last one's."""
+        """In the config's order. As in vLLM, the last group counts if several have the same target."""
         return {target: group.spec for group in self.groups for target in group.targets}
 
     @cached_property
@@ -101,7 +95,7 @@ class Scheme:
 
     @cached_property
     def _experts(self) -> frozenset[str]:
-        """Experts that quant_method fp8 leaves unquantized: any name in them keeps the whole layer's."""
+        """Experts modules that quant_method fp8 leaves unquantized: one ignored name in them is enough."""
         return frozenset(entry[: entry.rindex(".experts") + 8] for entry in self.ignore if ".experts" in entry)
 
     @cached_property
@@ -110,8 +104,7 @@ class Scheme:
 
 
 def fused_names(module: str) -> Iterator[str]:
-    """Names of the layer that vLLM fuses `module` into, which an ignore list may hold instead of the members'. Experts
-    are no members: vLLM has one layer for all of them."""
+    """Names of the matrix that vLLM fuses `module` into. Experts have none: vLLM has one layer for all of them."""
     parent, _, leaf = module.rpartition(".")
     if expert_of(module) is None:
         yield from (f"{parent}.{fused}" for fused, members in FUSED_NAMES.items() if leaf in members)

@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from fp8pipe.model.fp8_source import as_block, grid_of
 from fp8pipe.model.headers import ITEM_BYTES, TensorInfo
 from fp8pipe.progress import Progress, ProgressEvent
-from fp8pipe.validate.meaning.config import is_block, quantization_config
+from fp8pipe.validate.meaning.config import quantization_config
 from fp8pipe.validate.meaning.formats import Spec
 from fp8pipe.validate.meaning.names import FLOAT_SCALES, FLOATS, KV_SCALES, split_name
 from fp8pipe.validate.measured import Array, Magnitudes, Measured, Scale
 from fp8pipe.validate.measuring.compare import KINDS, TILE, Comparer
 from fp8pipe.validate.measuring.units import FLOAT_BITS, is_coarse, magnitudes, scale_values, unit_tops, unpack
-from fp8pipe.validate.measuring.weights import Fp8Weight, PlainWeight, Scales, TensorBytes, source_units
+from fp8pipe.validate.measuring.weights import Fp8Weight, PlainWeight, Scales, TensorBytes
 from fp8pipe.validate.subject import Subject
 
 TILE_BYTES = 1 << 18
@@ -250,9 +251,10 @@ class _Reader:
         scale = self.subject.source_scale(info.name)
         if scale is None or scale.dtype not in FLOAT_SCALES or self._theirs is None:
             return None
-        block: Any = (quantization_config(self.subject.source_config or {}) or {}).get("weight_block_size")
-        units = source_units(info, scale, (block[0], block[1]) if is_block(block) else None)
-        return Fp8Weight(self._theirs, info, scale, *units) if units is not None else None
+        settings = quantization_config(self.subject.source_config or {}) or {}
+        rows, columns = info.shape
+        grid = grid_of((rows, columns), scale.shape, as_block(settings.get("weight_block_size")))
+        return Fp8Weight(self._theirs, info, scale, grid) if grid is not None else None
 
 
 # ---------------------------------------------------------------------------------------------- noting
@@ -279,8 +281,8 @@ def _note_nonfinite(seen: Magnitudes, bad: torch.Tensor, begin: int) -> None:
 
 
 def _note_units(seen: Magnitudes, tops: torch.Tensor, scale: torch.Tensor | None) -> None:
-    """Note units whose largest code is low. Without usable scales nobody knows which units there are; those of NVFP4
-    whose scale is too small to be exact are left out."""
+    """Note units whose largest code is low. Without usable scales the units are unknown; NVFP4's units whose
+    scale is too small to be exact are left out."""
     assert seen.spec is not None
     if scale is None:
         return

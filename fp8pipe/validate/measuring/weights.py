@@ -8,6 +8,7 @@ from threading import Lock
 import numpy as np
 import torch
 
+from fp8pipe.model.fp8_source import ScaleGrid, dequantize
 from fp8pipe.model.headers import ITEM_BYTES, TensorInfo
 from fp8pipe.model.shards import SourceFiles
 from fp8pipe.validate.meaning.formats import Spec
@@ -121,12 +122,9 @@ class Fp8Weight:
 
     dtype = "F32"
 
-    def __init__(
-        self, tensors: TensorBytes, info: TensorInfo, scale: TensorInfo, grid: tuple[int, int], unit: tuple[int, int]
-    ) -> None:
-        """`grid`: rows and columns of scales. `unit`: rows and columns of the weight under one scale."""
-        self._tensors, self._info, self._unit = tensors, info, unit
-        self.scales = scale_values(tensors.read(scale, 0, scale.nbytes), scale.dtype).reshape(grid)
+    def __init__(self, tensors: TensorBytes, info: TensorInfo, scale: TensorInfo, grid: ScaleGrid) -> None:
+        self._tensors, self._info, self._unit = tensors, info, grid.unit
+        self.scales = scale_values(tensors.read(scale, 0, scale.nbytes), scale.dtype).reshape(grid.shape)
 
     def codes(self, row: int, rows: int) -> Array:
         """Bytes of these rows as they are stored, flat."""
@@ -147,20 +145,4 @@ class Fp8Weight:
     def _values(self, row: int, rows: int) -> torch.Tensor:
         width = self._info.shape[1]
         codes = torch.from_numpy(self.codes(row, rows)).view(torch.float8_e4m3fn).view(rows, width)
-        high, wide = self._unit
-        units = self.scales[torch.arange(row, row + rows) // high]
-        return codes.float().mul_(units.repeat_interleave(wide, 1)[:, :width])
-
-
-def source_units(
-    weight: TensorInfo, scale: TensorInfo, block: tuple[int, int] | None
-) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """(grid of scales, unit of one) of an FP8 weight [out, in]: a whole weight, a row, or a block; None if unknown."""
-    rows, columns = weight.shape
-    if scale.shape in ((), (1,), (1, 1)):
-        return (1, 1), (max(1, rows), max(1, columns))
-    if scale.shape in ((rows,), (rows, 1)) and (block is None or columns > block[1]):
-        return (rows, 1), (1, max(1, columns))
-    if block is None or scale.shape != (grid := (-(-rows // block[0]), -(-columns // block[1]))):
-        return None
-    return grid, block
+        return dequantize(codes, self.scales, self._unit, first_row=row)

@@ -119,7 +119,7 @@ def _is_shard(name: str) -> bool:
 
 
 def _is_unusable(files: CheckpointFiles, name: str) -> bool:
-    """Whether it is not even a weight file, so that its header is not parsed."""
+    """Whether the file cannot hold weights, which is noted as a fault; its header is then not parsed."""
     reason = files.place.trouble(name)
     if reason:
         files.fault("F9", "the weights themselves", clip(reason), file=name)

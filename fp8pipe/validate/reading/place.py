@@ -1,7 +1,7 @@
 """Where a checkpoint lies: a folder, or a repository of the Hub that is read by HTTP ranges.
 
 In: a path or a Snapshot. Out: a `Place` with names, sizes and bytes; the rest of the validator does not know which it
-is. Equality of files is asked of content hashes, which the Hub knows without a download.
+is. Files are compared by content hash, which the Hub knows without a download.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Place(Protocol):
         ...
 
     def trouble(self, name: str) -> str | None:
-        """Why a weight file is none, as far as its entry tells: a link out of the folder, an LFS pointer, empty."""
+        """Why `name` cannot hold weights: a link out of the folder, an LFS pointer, an empty file; else None."""
         ...
 
     def identity(self) -> str:
-        """What makes the place the place it was."""
+        """What identifies the content: it changes when the content does."""
         ...
 
 
