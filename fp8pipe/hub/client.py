@@ -53,14 +53,14 @@ def cache_folder() -> Path:
     return Path(home).expanduser() / "hub" if home else Path(constants.HF_HUB_CACHE)
 
 
-def client(token: str | None = None) -> HfApi:
-    """A client of `endpoint()`. Without `token`, it uses HF_TOKEN or the stored login."""
+def client() -> HfApi:
+    """A client of `endpoint()` that uses HF_TOKEN or the stored login."""
     from huggingface_hub import HfApi, constants
 
     _make_quiet_and_impatient()
     # huggingface_hub reads its environment at import, but a Hub that was started since may not speak Xet.
     constants.HF_HUB_DISABLE_XET = os.environ.get("HF_HUB_DISABLE_XET", "").upper() in {"1", "ON", "YES", "TRUE"}
-    return HfApi(endpoint=endpoint(), token=token)
+    return HfApi(endpoint=endpoint())
 
 
 @functools.cache

@@ -130,11 +130,11 @@ def link_words() -> list[str]:
     return [f"{a}>." if a == b else f"{a}>{b}" for a in NAMES for b in NAMES]
 
 
-def prompt_text(prompts: Prompts, row: int, trail: int = 0) -> str:
-    """The arrows and one question: the first message of a user."""
+def prompt_text(prompts: Prompts, row: int) -> str:
+    """The arrows and the question about the first trail: the first message of a user."""
     words = link_words()
     arrows = [words[a * len(NAMES) + b] for a, b in prompts.links[row]]
-    return " ".join([*arrows, question_text(prompts, row, trail)])
+    return " ".join([*arrows, question_text(prompts, row, 0)])
 
 
 def question_text(prompts: Prompts, row: int, trail: int) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fp8pipe.rehearsal.localhub.access import TokenOwner, Tokens
     from fp8pipe.rehearsal.localhub.disruptions import Disruptions
 
+LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 PR_SET_PDEATHSIG = 1
@@ -55,7 +56,6 @@ def local_tokens(root: Path) -> dict[str, TokenOwner]:
 def serve(
     root: Path,
     port: int,
-    host: str = "127.0.0.1",
     *,
     tokens: Tokens | None = None,
     disruptions: Disruptions | None = None,
@@ -78,8 +78,8 @@ def serve(
             if on_ready is not None and not self.should_exit:
                 on_ready(endpoint)
 
-    listener = listen(host, port)
-    endpoint = f"http://{host}:{listener.getsockname()[1]}"
+    listener = listen(port)
+    endpoint = f"http://{LOOPBACK}:{listener.getsockname()[1]}"
     with listener, only_server_of(root):
         app = create_app(root, local_tokens(root) if tokens is None else tokens, disruptions)
         config = uvicorn.Config(
@@ -107,13 +107,14 @@ def log_to_stderr() -> dict[str, Any]:
     }
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(port: int) -> socket.socket:
     """A listening socket. Raises ServerFailed if the port is taken."""
     try:
-        return socket.create_server((host, port), backlog=128)
+        return socket.create_server((LOOPBACK, port), backlog=128)
     except OSError as error:
         raise ServerFailed(
-            f"The local Hub cannot listen on {host}:{port}: {error.strerror}. Choose another port, or 0 for a free one."
+            f"The local Hub cannot listen on {LOOPBACK}:{port}: {error.strerror}. "
+            "Choose another port, or 0 for a free one."
         ) from error
 
 
@@ -180,9 +181,9 @@ def without_proxy() -> dict[str, str]:
     if not any(name.lower() in ("http_proxy", "all_proxy") for name in os.environ):
         return {}
     exempt = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
-    if "127.0.0.1" in exempt.split(","):
+    if LOOPBACK in exempt.split(","):
         return {}
-    return dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(filter(None, [exempt, "127.0.0.1"])))
+    return dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(filter(None, [exempt, LOOPBACK])))
 
 
 def start(

@@ -105,11 +105,6 @@ class Spec:
         names = (self.scale,) if self.global_scale is None else (self.scale, self.global_scale)
         return (*names, self.input_scale) if self.inputs == "static" else names
 
-    @property
-    def scalars(self) -> tuple[str, ...]:
-        """Those of them with one value for the whole module."""
-        return tuple(leaf for leaf in self.companions if leaf != self.scale)
-
     def stored(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape on disk of a weight [out, in]."""
         return (*shape[:-1], shape[-1] // self.format.codes.per_byte) if shape else shape
