@@ -1,1 +1,1 @@
-"""The pipeline as sentences: each line of a flow is a stage, each branch a decision."""
+"""Which tasks run, in which order, and on what condition."""

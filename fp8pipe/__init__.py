@@ -1,9 +1,10 @@
-"""fp8pipe: model id in, gated and published FP8 checkpoint out.
+"""fp8pipe: from a model's name to a gated and published FP8 checkpoint.
 
-Each stage is a plain function from records to a record; `flows/` strings them together under Prefect, this package
-never imports it. The order of the rooms is the order of the data:
+Each stage is a plain function from records to a record, in this order:
 
-    source -> architecture -> plan -> calibrate -> quantize -> validate -> evaluate -> gate -> card -> publish
+    pin -> plan -> download -> calibrate -> quantize -> validate -> evaluate -> gate -> publish
+
+`flows/` runs the stages under Prefect. Only `cli` imports it; docs/architecture.md shows the rooms.
 """
 
 __version__ = "0.1.0"

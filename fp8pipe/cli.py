@@ -1,4 +1,4 @@
-"""The command line. Each command parses its arguments, calls one stage and shows the record it returns.
+"""The command line. A command parses its arguments, calls a stage, or runs a flow, and shows what comes back.
 
 Heavy imports happen inside the commands, so that `--help` answers at once.
 

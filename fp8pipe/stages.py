@@ -1,8 +1,9 @@
 """The stages of a release, one function each: records in, the work of one room, a record out.
 
-A stage that finds its record, made from the same inputs, returns it and does nothing else. The commands and the Prefect
-tasks are thin wrappers around these functions, so a release made command by command equals the release of the flow.
-`..._model` functions do the same for a model that a person names.
+Calibrating, quantizing, validating and evaluating return a finished record that is still valid; the other stages are
+quick and always run. The Prefect tasks and the commands call these functions, so that one attempt made command by
+command equals an attempt of the flow. The flow alone knows fallbacks and looks. A function called `..._model` does the
+same for a model that a person names.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Policy around the stages: retries, concurrency, run names, artifacts. A task calls one stage.
+"""Policy around the stages: retries, concurrency, run names, artifacts. A task has the name of the stage that it calls.
 
-Flows write `tasks.plan(...)`, `tasks.quantize(...)`: the functions here are called like the stages.
+`ask` and `question` call none: they are about the person who decides.
 """
 
 from tasks.evaluate import evaluate_baseline, evaluate_candidate

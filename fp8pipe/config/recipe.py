@@ -16,12 +16,13 @@ class WeightScheme(Config):
 
     format: Literal["e4m3"] = "e4m3"
     strategy: Literal["tensor", "channel", "block"] = "channel"
-    """One scale per tensor, per output row, or per 128x128 block."""
+    """One scale per tensor, per output row, or per block of `block_shape`."""
     observer: Literal["minmax", "mse"] = "minmax"
     """minmax: scale = amax / 448. mse: amax is shrunk to where the squared error is smallest."""
     share_scales: bool = True
     """One scale per fused group (q/k/v, gate/up), so that vLLM has nothing to requantize. Strategy tensor only."""
     block_shape: tuple[int, int] = (128, 128)
+    """Rows and columns of a block. Strategy block only."""
 
 
 class ActivationScheme(Config):

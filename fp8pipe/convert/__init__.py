@@ -1,7 +1,7 @@
 """Rewrites an FP8 checkpoint in the other spelling (compressed-tensors or fp8), and legacy names as current ones.
 
-In: a Snapshot of any FP8 checkpoint, made by fp8pipe or not. Out: a new folder with the same FP8 bytes and a Conversion
-record. The source is never changed.
+`plan_conversion`: a Snapshot of any FP8 checkpoint, made by fp8pipe or not, in; a ConversionPlan out. `convert`: that
+plan in; a new folder with the same FP8 bytes, and a Conversion record, out. The source is never changed.
 
     plan       every tensor of the result and every refusal, from headers alone
     draft      the tensors of the result before they have a place
