@@ -9,8 +9,6 @@ from fp8pipe.records import Checkpoint, EvalReport, Outcome, Record, ValidationR
 from fp8pipe.records.paths import record_path
 from fp8pipe.release.workspace import ReleaseFolder, Workspace
 
-_DONE = {"accepted": "released", "rejected": "rejected", "unsound": "unsound", "inconclusive": "inconclusive"}
-
 
 class ReleaseStatus(Record):
     """The state of one model with one recipe."""
@@ -18,7 +16,8 @@ class ReleaseStatus(Record):
     model: str
     recipe: str
     state: str
-    """released | rejected | inconclusive | unsound | evaluated | validated | quantized | quantizing | not started"""
+    """How it ended, or how far it is: released | accepted | rejected | inconclusive | unsound | evaluated | validated |
+    quantized | quantizing | not started"""
     fingerprint: str
     detail: str
 
@@ -46,7 +45,7 @@ def _status(folder: ReleaseFolder) -> ReleaseStatus:
         return ReleaseStatus(
             model=outcome.model_id,
             recipe=outcome.recipe,
-            state="released" if outcome.release else _DONE[outcome.verdict],
+            state=outcome.ending,
             fingerprint=outcome.fingerprint,
             detail=where,
         )

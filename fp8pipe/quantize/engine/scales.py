@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-import numpy as np
+import torch
 
 from fp8pipe.errors import InputError
+from fp8pipe.quantize.numerics import weight_scale
 from fp8pipe.quantize.plan import OutputTensor, Plan
 from fp8pipe.records.calibration import Calibration
 
@@ -96,5 +97,4 @@ def _refuse_unusable(amax: Mapping[str, tuple[float, ...]], wanted: Iterable[Out
 
 
 def _scale_bytes(amax: tuple[float, ...], output: OutputTensor) -> bytes:
-    values = np.array(amax, dtype=np.float32)
-    return (np.maximum(values, np.float32(1e-12)) / np.float32(448)).reshape(output.shape).tobytes()
+    return weight_scale(torch.tensor(amax, dtype=torch.float32)).reshape(output.shape).numpy().tobytes()

@@ -172,7 +172,7 @@ def _misfits(headers: Headers, recipe: Recipe, architecture: Architecture) -> di
     misfits: dict[str, str] = {}
     if recipe.weights.strategy == "block":
         misfits |= _block_misfits(headers, recipe.weights.block_shape[0], architecture)
-    if recipe.activations is not None and recipe.activations.mode == "static":
+    if recipe.static_activations:
         for name, role in architecture.tensors.items():
             if role.kind == "linear" and name.endswith(f".{ABSORBED_LEAF}.weight"):
                 misfits[name] = f"MLA {ABSORBED_LEAF}: vLLM runs an identity through it, which a static scale clips"

@@ -85,7 +85,7 @@ def _linear_tensors(
 
     yield unplaced("weight", FP8, shape, "weight")
     yield unplaced(scale_name, "F32", scale_shape, "weight_scale")
-    if recipe.activations is not None and recipe.activations.mode == "static":
+    if recipe.static_activations:
         yield unplaced("input_scale", "F32", spelling.scalar_shape(), "input_scale")
 
 

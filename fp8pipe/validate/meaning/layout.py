@@ -186,7 +186,7 @@ def layout_from_architecture(
         towers=frozenset(towers),
         fused=tuple(fused_siblings(linears)),
         routers=frozenset(routers),
-        attention=tuple(layer.name for layer in architecture.attention if not layer.mla),
+        attention=tuple(layer.name for layer in architecture.attention if layer.has_kv_scales),
         tied=architecture.tied_embeddings,
         num_layers=architecture.num_layers,
         from_record=True,
