@@ -72,7 +72,7 @@ def _measure(source: Path, scratch: Path, rounds: int) -> str:
 
 COLUMNS = (
     *("recipe", "headers, s", "sha256sum, GB/s", "values, GB/s", "values / sha256sum"),
-    *("quantize, GB/s", "fidelity, GB/s", "fidelity / quantize", "peak memory, MB", "of it imports"),
+    *("quantize, GB/s", "fidelity, GB/s", "fidelity / quantize", "peak memory, MB", "of which imports"),
 )
 
 

@@ -11,8 +11,8 @@
     |   |-- UnsupportedArchitecture      nothing here knows how to quantize this model
     |   |-- UnmatchedEntry               a targets or ignore entry that matches nothing
     |   |-- NonFiniteWeight              NaN or Inf in a weight
-    |   |-- NonFiniteActivation          NaN or Inf behind a weight, while calibration data runs through the model
-    |   |-- SourceChanged                the source was altered while it was read
+    |   |-- NonFiniteActivation          a module got NaN or Inf while calibration data ran through the model
+    |   |-- SourceChanged                not what was pinned, read or measured any more
     |   `-- CalibrationDataError         dataset empty, too short, or without a usable column
     |-- Refused                      1   the evidence forbids it: publishing without an accepted gate, ...
     `-- EnvironmentFault             4   the machine or the network, not the input
@@ -86,7 +86,7 @@ class NonFiniteActivation(InputError):
 
 
 class SourceChanged(InputError):
-    """A source file was altered while it was being read."""
+    """A source or checkpoint is no longer what was pinned, read or measured."""
 
 
 class CalibrationDataError(InputError):

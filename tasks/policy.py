@@ -20,7 +20,7 @@ from fp8pipe.errors import Fp8PipeError
 
 
 def is_transient(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Whether to retry: the error itself knows whether it may pass by itself."""
+    """Whether to retry: the error knows whether it may pass by itself."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, Fp8PipeError) and error.transient
 

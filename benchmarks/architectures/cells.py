@@ -36,7 +36,7 @@ LIMIT = 0.15
 """Largest relative L2 error of the centred logits that passes. A copy with doubled scales must exceed it."""
 
 CHECK_VERSION = 1
-"""Raised whenever the check itself changes, so that all cells are made again."""
+"""Increase it when the check itself changes, so that all cells are made again."""
 
 MIN_AGREEING = 0.5
 """Share of tokens that must go to the same experts as in the source; below it, too few are left to compare."""

@@ -79,11 +79,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Cohere": ("CohereConfig", {}),
     "GPT-NeoX": ("GPTNeoXConfig", {"tie_word_embeddings": False, "num_key_value_heads": 8}),
 }
-"""Name in the table -> transformers' config class, and settings besides SIZES. The ones after DeepSeek-V2 show that
-nothing was made for the others only."""
+"""Name in the table -> transformers' config class, and settings besides SIZES. The code was written
+with those up to DeepSeek-V2 in view; the rest show that it is not limited to them."""
 
 MODELS_VERSION = 1
-"""Raised whenever `make` gives the same configuration other weights."""
+"""Increase it when `make` gives the same configuration other weights."""
 
 CALIBRATION_ROWS = 64
 SEED = 0

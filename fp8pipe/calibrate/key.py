@@ -10,7 +10,7 @@ from fp8pipe.files import digest_of
 from fp8pipe.records import Snapshot
 
 CALIBRATION_VERSION = 4
-"""Raised whenever the same input would give another record."""
+"""Increase it when the same input gives another record."""
 
 
 def key_of(snapshot: Snapshot, recipe: Recipe, revision: str, device: str) -> str:

@@ -97,8 +97,7 @@ def _release(device: torch.device) -> None:
 def return_freed_memory() -> None:
     """From now on large tensors go back to the system as soon as they are freed.
 
-    Once glibc has seen blocks of up to 32 MiB freed, it keeps them, and every layer finds the holes that the last one
-    left too small: a quarter of a calibration's memory was such holes.
-    """
+    glibc keeps blocks of up to 32 MiB once it has seen some freed. The holes that one layer leaves are too small for
+    the next, and made up a quarter of a calibration's memory."""
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # musl has none
         libc.mallopt(_MMAP_THRESHOLD, _LARGE)

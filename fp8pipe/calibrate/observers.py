@@ -1,8 +1,8 @@
 """Observers: tensors in, one range (amax) per unit out. Running maxima, or histograms for percentile and MSE.
 
-A unit is what shares one scale: the whole tensor, or one KV head. Ranges are maxima over all samples, never an
-exponential average, so the order of samples does not matter. Histograms count bf16 codes: for a bf16 model they
-represent every value exactly, need no range in advance, and give the same counts on every device.
+A unit is what shares one scale: the whole tensor, or one KV head. All samples count alike, in a running
+maximum or a histogram and never in a moving average, so their order does not matter. Histograms count bf16 codes: for a
+bf16 model they represent every value exactly, need no range in advance, and give the same counts on every device.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Observer:
         return tuple(self._amax.tolist())
 
     def ranges(self) -> tuple[float, ...]:
-        """The largest value that is mapped to 448, of each unit."""
+        """The range of each unit: the magnitude that becomes 448. Larger ones are clipped."""
         return self.amax()
 
     def saturation(self) -> float:

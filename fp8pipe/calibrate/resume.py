@@ -30,7 +30,8 @@ from fp8pipe.records.calibration import Ranges
 _log = logging.getLogger(__name__)
 
 _CHEAP_SECONDS = 1.0
-"""A bookmark that takes less time than this is set after every layer; a slower one takes a tenth of the time."""
+"""A bookmark that takes no longer than this is set after every layer; a slower one, only when ten times its cost has
+passed since the last."""
 
 
 class _State(Record):

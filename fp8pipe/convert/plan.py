@@ -25,7 +25,7 @@ from fp8pipe.validate.meaning.config import method_of, quantization_config, read
 from fp8pipe.validate.meaning.scheme import Scheme
 
 CONVERSION_VERSION = 1
-"""Raised whenever the same input would give different bytes."""
+"""Increase it when the same input gives different bytes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,9 @@ def _refuse_inexpressible(draft: Draft, scheme: Scheme, spec: Spec, to: Method) 
 
 
 def _refuse_clipped_mla(draft: Draft, spec: Spec) -> None:
-    """Raise InputError for MLA's absorbed projection with a static input scale, which quant_method fp8 dequantizes."""
+    """Raise InputError for MLA's kv_b_proj with a static input scale.
+
+    quant_method fp8 dequantizes the weight; under compressed-tensors the scale would clip."""
     found = [module for module in draft.quantized if module.endswith(f".{ABSORBED_LEAF}")]
     if found and spec.inputs == "static":
         raise InputError(f"{found[0]} has a static input scale, which would clip it in compressed-tensors; keep fp8")

@@ -135,10 +135,10 @@ def this_host() -> Host:
 def baseline_key(source_commit: str, suite: EvalSuite, *, looks: tuple[float, ...] = (1.0,)) -> str:
     """Name of the folder that holds a model's baseline, which all its recipes share.
 
-    Baselines of other looks are others: the examples in a prompt may depend on which documents are scored in one pass.
+    Other looks make another baseline: the examples in a prompt may depend on which documents are scored in one pass.
     """
     host = this_host()
     versions = {name: host.versions[name] for name in ("vllm", "lm_eval", "transformers")}
-    limit = None  # a baseline is measured whole; its place in the key keeps the keys of earlier versions
+    limit = None  # a baseline is measured whole; the entry stays so that keys equal those of earlier versions
     parts = [source_commit, suite.digest(), versions, host.device_class, limit, looks]
     return f"{source_commit.removeprefix('local-')[:12]}-{digest_of(parts)[:20]}"

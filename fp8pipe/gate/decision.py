@@ -37,8 +37,8 @@ def decide(
     Some rules need `checkpoint`, `suite` or `recipe`, and are `unchecked` without them. A verdict with unchecked rules
     rests on the numbers alone. `attempt` of `attempts` counts the recipes of a fallback ladder and `look` the looks of
     the policy, both from 1. alpha is divided evenly over all of them (Bonferroni), so that the whole ladder accepts a
-    drop of the margin with a probability below alpha. `earlier` are the recipes that the gate has already rejected.
-    """
+    drop of the margin with a probability of about alpha at most. `earlier` are the recipes that the gate has already
+    rejected."""
     assert 1 <= attempt <= attempts <= policy.max_attempts, f"attempt {attempt} of {attempts}"
     assert 1 <= look <= len(policy.looks), f"look {look} of {len(policy.looks)}"
     alpha = policy.alpha / (len(policy.looks) * attempts)

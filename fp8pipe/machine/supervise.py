@@ -37,8 +37,8 @@ GRACE_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _TICK_S = 0.25
 _PATIENCE = 4
-"""How many times longer a command may log without sending a message than do neither: when one process of an engine
-hangs, the others keep logging that they wait for it."""
+"""A command that logs but sends no message is given this many times `stall_s`; one that does neither gets `stall_s`.
+When one process of an engine hangs, the others keep logging that they wait for it."""
 _LINGER_S = 2.0
 """Time for resource trackers to clean up once the other processes are gone; they need milliseconds."""
 

@@ -28,7 +28,7 @@ from fp8pipe.oracle.cache import cache_dir
 from fp8pipe.oracle.lean import without
 
 RULES_VERSION = 1
-"""Raised whenever `ask_here` answers differently: records of another version are not used."""
+"""Increase it when `ask_here` answers differently: records of another version are not used."""
 _TIMEOUT_S = 300
 _PARSER = "compressed_tensors.quantization"
 

@@ -28,7 +28,7 @@ from fp8pipe.oracle.cache import cache_dir
 from fp8pipe.records import Snapshot
 
 PROBE_VERSION = 5
-"""Raised whenever the probe or its rules answer differently, so that cached answers of other versions are not used."""
+"""Increase it when the probe or its rules answer differently: cached answers of other versions are not used."""
 _PROBE_TIMEOUT_S = 600
 
 

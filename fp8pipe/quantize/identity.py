@@ -10,7 +10,7 @@ from fp8pipe.files import digest_of
 from fp8pipe.records import Snapshot
 
 ENGINE_VERSION = 1
-"""Raised whenever the same input would give different bytes."""
+"""Increase it when the same input gives different bytes."""
 JOURNAL_NAME = "quantize.journal"
 LOCK_NAME = "quantize.lock"
 """Files in DIR/fp8pipe/ that exist while a run is unfinished."""

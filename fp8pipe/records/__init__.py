@@ -3,7 +3,7 @@
 A record lies beside what it describes (`DIR/fp8pipe/plan.json`, `baselines/<key>/report.json`, ...). What it says is
 what was done, not what was asked.
 
-Three records name tensors and live with their rooms: Architecture, Plan, Conversion."""
+Some records live with their rooms: Architecture, Plan, Conversion, EvalRequest, EvalPlan and others."""
 
 from fp8pipe.records.base import RECORD_DIR, Record
 from fp8pipe.records.checkpoint import (

@@ -20,10 +20,11 @@ class RuleOutcome(Record):
 
 
 class TaskDecision(Record):
-    """The paired test of one metric of a task. drop = baseline - candidate, in the metric's unit: 0.02 is two points.
+    """The paired test of one metric of a task. drop = baseline - candidate, in the unit that is tested: 0.02 is two
+    points.
 
-    Where lower is better, drop = candidate - baseline, so that a drop is always a loss.
-    """
+    Where lower is better, drop = candidate - baseline, so that a drop is always a loss. For a perplexity it is the
+    growth of the logarithm, in nats per word or byte."""
 
     task: str
     metric: str

@@ -29,11 +29,11 @@ class Fault:
     key: str | None = None
     """Dotted key of quantization_config, if the fault is about one."""
     claims: tuple[str, ...] = ()
-    """Modules that this fault speaks for: faults of checks that yield to this one are dropped there."""
+    """Modules that this fault covers too: there the runner drops faults of checks that yield to this one."""
 
     @property
     def owned(self) -> frozenset[str]:
-        """Names that this fault speaks for."""
+        """Names that this fault covers."""
         return frozenset(name for name in (self.tensor, self.key, self.file, *self.claims) if name is not None)
 
     @property

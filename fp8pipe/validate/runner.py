@@ -1,4 +1,5 @@
-"""Run checks on a subject and turn their faults into findings, without those that another check speaks for."""
+"""Run checks on a subject and turn their faults into findings, without those that a check which takes precedence
+reports."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ class _Found:
     more: int = 0
     """How many faults are not kept."""
     names: set[str] = field(default_factory=set)
-    """Names that the faults speak for, if another check yields to this one."""
+    """Names that the faults are about, if another check yields to this one."""
 
 
 def run(checks: Collection[Check], subject: Subject) -> Iterator[Finding]:
@@ -44,7 +45,7 @@ def run(checks: Collection[Check], subject: Subject) -> Iterator[Finding]:
 
 
 def _collect(check: Check, subject: Subject, speaking: list[set[str]], *, notes_names: bool) -> _Found:
-    """`speaking`: names that other checks, to which this one yields, speak for."""
+    """`speaking`: names that the checks which take precedence over this one have reported."""
     found = _Found()
     for fault in check.run(subject):
         if any(name in names for names in speaking for name in fault.about):

@@ -46,7 +46,8 @@ def _metric_problems(role: str, task: TaskResult, metric: MetricSamples) -> Iter
     if len(metric.values) != len(task.doc_ids) or not metric.values:
         yield f"{where}: {len(metric.values)} values for {len(task.doc_ids)} samples"
     if metric.weights and (len(metric.weights) != len(metric.values) or min(metric.weights) <= 0):
-        yield f"{where}: expected {len(metric.values)} positive lengths, found {len(metric.weights)} or one of zero"
+        found = f"{len(metric.weights)}, the smallest {min(metric.weights):g}"
+        yield f"{where}: expected {len(metric.values)} positive lengths, found {found}"
         return
     bad = [i for i, value in enumerate(metric.values) if not math.isfinite(value)]
     if bad or not math.isfinite(metric.mean):

@@ -1,7 +1,7 @@
 """Carries out a plan: encodes each weight and writes it to its planned bytes; resumes when interrupted.
 
 run        one run over one folder, from lock to record
-folder     one writer at a time, and nothing in the folder but its own work
+folder     one writer at a time, and no other weights in the folder
 journal    what is finished, so that a killed run resumes
 work       pieces of work, which start when their source shards have arrived
 pool       threads that run them; workbench: a thread's own buffers

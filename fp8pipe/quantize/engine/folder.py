@@ -1,4 +1,4 @@
-"""The output folder: one writer at a time, and nothing in it but this run's own work."""
+"""The output folder: one writer at a time, and no weights or config.json in it but this run's own."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class FolderLock:
 
 
 def begin(snapshot: Snapshot, plan: Plan, folder: Path, fingerprint: str, stack: ExitStack) -> Journal:
-    """The journal to resume from, in a folder that holds nothing but this run's own work.
+    """The journal to resume from, in a folder with no weights or config.json but this run's own.
 
-    To be called under the folder's lock. Raises InputError, DiskTooSmall."""
+    Call it under the folder's lock. Raises InputError, DiskTooSmall."""
     require_own_folder(snapshot, folder)
     _sweep(snapshot, plan, folder)
     path = folder / RECORD_DIR / JOURNAL_NAME

@@ -115,7 +115,8 @@ class QuantizedWeights:
     def _stripe_scale(self, weight: Weight, view: WeightView, stripe: Tensor, on_device: Tensor, start: int) -> Tensor:
         """The stripe's scales, measured now unless one scale serves the whole tensor.
 
-        They are computed on the CPU, and only amax on the device: its divisions and sums might round differently."""
+        Only amax is measured on the device. Scales are computed on the CPU, since a GPU might round divisions and sums
+        differently."""
         if self._scheme.strategy == "tensor":
             return weight.scale
         if self._scheme.strategy == "channel":

@@ -43,7 +43,8 @@ LINKS = TRAILS * NAMES_PER_TRAIL
 UNPREDICTABLE = 0.08
 HOLD_OUT_EVERY = 16
 EVALUATION_SAMPLES = 2000
-"""Enough to accept a candidate without a drop with power 0.97, at a margin of two points and 5 % other answers."""
+"""Enough to accept an undamaged candidate with probability 0.99, at a margin of two points, if 5 % of the answers
+differ."""
 CALIBRATION_SAMPLES = 512
 
 _HASH_WEIGHTS = np.random.Generator(np.random.PCG64(20_240_229)).integers(

@@ -24,7 +24,8 @@ class Check:
     depth: Depth
     needs: tuple[Need, ...]
     yields_to: tuple[str, ...]
-    """Checks whose faults speak for the same tensor, module, key or file; the runner drops this check's there."""
+    """Checks that take precedence: where one of them reports the same tensor, module, key or file, the runner drops
+    this check's fault."""
     consequence: str
     """What vLLM does when the demand is broken."""
     remedy: str

@@ -55,7 +55,7 @@ _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 MIN_SIBLINGS = 2
 """So many layers of one kind show what another one lacks."""
 MAX_LAYERS = 512
-"""Layers are not compared with each other in models that have more, and none has: it takes quadratic time."""
+"""Comparing layers takes quadratic time, so it is skipped above this number. No real model has so many."""
 
 
 # ---------------------------------------------------------------------------------------------- nothing is missing
@@ -107,10 +107,10 @@ def _is_stored(subject: Subject, name: str) -> bool:
 def _lacking_beside_siblings(subject: Subject) -> set[str]:
     """Tensors that a decoder layer lacks and all others of its kind have; empty if there is a source to compare with.
 
-    A layer's kind is what it holds: hybrid models mix several. One that is unlike all others, and would be like at
-    least two of them with a few tensors more, lacks those. The first and the last layer may do without a norm that
-    stands beside them, as in ModernBERT; models that were pruned block by block are not judged.
-    """
+    A layer's kind is what it holds: hybrid models mix several. If a layer's set of tensors occurs once, and is part of
+    a set that at least MIN_SIBLINGS other layers share, the layer lacks the difference. The first and the last layer
+    may do without a norm that stands beside them, as in ModernBERT; models that were pruned block by block are not
+    judged."""
     is_pruned = subject.config.get("block_configs") is not None
     if subject.source_or_none is not None or subject.files.blind or subject.files.lost or is_pruned:
         return set()

@@ -123,7 +123,7 @@ def kept_tensors_keep_their_dtype(subject: Subject) -> Iterator[Fault]:
 
 @check(
     "S5",
-    "Block scales: every member of a fused group but the last begins at a block's edge.",
+    "Block scales: every member of a fused group but the last is a whole number of blocks high.",
     needs=("scheme",),
     yields_to=("K5",),
     consequence="quant_method fp8: one projection's scales silently overwrite another's; compressed-tensors: "

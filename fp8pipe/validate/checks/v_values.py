@@ -195,7 +195,7 @@ def small_weights_survive(subject: Subject) -> Iterator[Fault]:
 
 @check(
     "V8",
-    "NVFP4's global scales have the size and the sense that their format gives them.",
+    "NVFP4's global scales are as large as their format implies, and not inverted.",
     depth="values",
     needs=("scheme",),
     consequence="vLLM silently divides where it should multiply: the weights are off by a factor of millions",

@@ -45,14 +45,15 @@ class Format:
     """Error (L2) of a whole weight, relative: beyond the first a warning, beyond the second an error. Measured: FP8
     0.026, NVFP4 0.091."""
     min_cosine: float
-    """Of a row. Were every weight off by a full half step (FP8: 1/16), it would be just above."""
+    """The least cosine of a row with its source. If every weight were off by half a step (FP8: 1/16 of its value), the
+    cosine would still be just above this."""
     amax_ratio: tuple[float, float]
     """scale * maximum code / largest weight of the unit: 1 for absmax, down to one half for MSE observers; rounded
     scales (bf16, E4M3, powers of two) lie around it."""
     top: int
     """Least magnitude code that the largest weight of a unit gets under an absmax scale."""
     zeros: float
-    """Share of weights that may round to zero and are not."""
+    """The largest share of a weight's elements that may be nonzero in the source and zero in the codes."""
 
 
 FP8 = Format("FP8", E4M3, ("F32", "BF16", "F16"), (0.035, 0.06), 0.998, (0.5, 1.01), 0x7D, 0.02)

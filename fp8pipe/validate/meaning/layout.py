@@ -78,7 +78,7 @@ class Layout:
     """lm_head shares the embedding's weight; None where the config leaves it to the model class."""
     num_layers: int | None
     num_predictors: int
-    """Layers numbered on from the decoder's, that predict a second token."""
+    """Layers that predict a second token; their numbers follow those of the decoder's layers."""
     num_experts: int | None
     from_record: bool
     """From the architecture record, not from names and shapes."""

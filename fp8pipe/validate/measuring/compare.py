@@ -228,8 +228,8 @@ ARITHMETICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "in bfloat16": lambda amax: _divided(amax).bfloat16().float(),
     "in float16": lambda amax: _divided(amax).half().float(),
 }
-"""Unit absmax to scale, float32 to float32: this engine and llm-compressor; torchao; AutoFP8; scales stored in bf16 or
-fp16."""
+"""How a unit's absmax becomes its scale, float32 to float32: `divided` in this engine and llm-compressor, `times
+inverse` in torchao, `inverted twice` in AutoFP8. The last two divide, and store the scale in bf16 or fp16."""
 
 
 def _shrinks(spec: Spec) -> tuple[float, ...]:

@@ -36,7 +36,8 @@ KEPT_VALUES = 512
 """Scales of at most so many values are kept: those per tensor, per expert, per head."""
 
 SMALLEST = {"F32": 2.0**-126, "BF16": 2.0**-126, "F16": 2.0**-14, "F8_E4M3": 2.0**-9, "U8": 0.0}
-"""The least that a scale may be: a normal number, but in NVFP4 and MX any."""
+"""The smallest usable scale by dtype: the smallest normal number; for F8_E4M3 also subnormals; no limit for U8
+exponents."""
 PLACEHOLDERS = (float(np.finfo(np.float32).min), -1.0)
 """What vLLM and old tools write where a scale is yet to come."""
 
