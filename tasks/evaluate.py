@@ -12,8 +12,9 @@ from fp8pipe.config import EvalSuite, ResolvedRelease
 from fp8pipe.records import EvalReport, Snapshot
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets
-from tasks.policy import STAGE, engine_slot
+from tasks.engine_slot import engine_slot
 from tasks.progress import artifact_key, reporter
+from tasks.retries import STAGE
 
 
 @task(name="evaluate baseline", task_run_name="evaluate {snapshot.model_id}", **STAGE)

@@ -22,8 +22,8 @@ from fp8pipe.records import Approval, EvalReport, GateDecision, Outcome, record_
 from fp8pipe.release.outcome import earlier_attempts
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets
-from tasks.policy import STAGE
 from tasks.progress import artifact_key, reporter
+from tasks.retries import STAGE
 
 APPROVAL_DEPLOYMENT = "approve-release/approve-release"
 """Flow and deployment that ask a person. It needs no GPU."""

@@ -9,8 +9,8 @@ from prefect.artifacts import create_link_artifact
 
 from fp8pipe import stages
 from fp8pipe.records import Release
-from tasks.policy import STAGE
 from tasks.progress import artifact_key, reporter
+from tasks.retries import STAGE
 
 
 @task(

@@ -12,8 +12,8 @@ from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Checkpoint, Snapshot
 from fp8pipe.records.calibration import Calibration
 from fp8pipe.release.workspace import Workspace
-from tasks.policy import STAGE
 from tasks.progress import reporter
+from tasks.retries import STAGE
 
 
 @task(

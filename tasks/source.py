@@ -11,8 +11,8 @@ from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Snapshot
 from fp8pipe.records.calibration import Calibration
 from fp8pipe.ui import sheets
-from tasks.policy import STAGE
 from tasks.progress import artifact_key, reporter
+from tasks.retries import STAGE
 
 
 @task(

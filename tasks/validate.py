@@ -10,8 +10,8 @@ from prefect.artifacts import create_markdown_artifact
 from fp8pipe import stages
 from fp8pipe.records import Snapshot, ValidationReport
 from fp8pipe.ui import sheets
-from tasks.policy import STAGE
 from tasks.progress import artifact_key, reporter
+from tasks.retries import STAGE
 
 
 @task(name="validate", task_run_name="validate {source.model_id}", **STAGE)

@@ -2,7 +2,8 @@
 
 headers       the one safetensors header parser; collects every fault
 shards        bytes of its files: reads that notice changes, writes at planned offsets
-names         what vLLM's loaders make of names: fused Linears, experts, scales, weights that stay unquantized
+fused         which Linears vLLM fuses into one matrix
+names         what vLLM's loaders make of other names: scales, experts, weights that stay unquantized
 patterns      matching layer names against the patterns of a config, in bounded time
 architecture  the record of what each tensor is
 fp8_source    reading a checkpoint that is FP8 already

@@ -30,6 +30,7 @@ with without("sklearn", "scipy") if __name__ == "__main__" else nullcontext():
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
     from transformers.pytorch_utils import Conv1D
 
+from fp8pipe.model import fused
 from fp8pipe.model import names as rules
 from fp8pipe.model.architecture import AttentionLayer, ExpertLayout, TensorRole
 
@@ -211,9 +212,9 @@ class Survey:
         return TensorRole(kind="linear", parts=self._parts(leaf, owner.out_features, self.modules[parent_name]))
 
     def _parts(self, leaf: str, rows: int, parent: nn.Module) -> tuple[int, ...]:
-        if leaf in rules.FUSED_GATE_UP:
+        if leaf in fused.FUSED_GATE_UP:
             return (rows // 2, rows // 2)
-        if leaf not in rules.FUSED_QKV:
+        if leaf not in fused.FUSED_QKV:
             return ()
         heads, head_dim = self._kv_heads(parent)
         keys = heads * head_dim
@@ -331,7 +332,7 @@ def _has_cache(module: nn.Module) -> bool:
 def _with_groups(roles: dict[str, TensorRole]) -> dict[str, TensorRole]:
     """Add fused groups and expert indices, which come from the names on disk."""
     weights = [name.removesuffix(".weight") for name, role in roles.items() if role.kind in {"linear", "expert"}]
-    groups = rules.fused_groups(weights)
+    groups = fused.fused_groups(weights)
     changed = dict(roles)
     for name in weights:
         key = f"{name}.weight" if f"{name}.weight" in roles else name

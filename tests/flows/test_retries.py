@@ -7,7 +7,7 @@ from prefect.states import Failed
 
 import tasks
 from fp8pipe.errors import ConfigError, Fp8PipeError, HubUnreachable
-from tasks.policy import is_transient
+from tasks.retries import is_transient
 
 
 @pytest.mark.parametrize("name", tasks.__all__)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fp8pipe.model.architecture import TensorRole
-from fp8pipe.model.names import experts_holder, experts_holder_from_name, fused_groups, fused_siblings
+from fp8pipe.model.fused import fused_groups, fused_siblings
+from fp8pipe.model.names import experts_holder, experts_holder_from_name
 
 LAYER = "model.layers.0"
 

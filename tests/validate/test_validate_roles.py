@@ -121,7 +121,7 @@ def test_attention_is_known_by_its_projections(attention: str, projection: str) 
 
 
 def test_projections_that_the_engine_joins_are_fused_here_too() -> None:
-    from fp8pipe.model.names import FUSED
+    from fp8pipe.model.fused import FUSED
 
     for group in FUSED:
         modules = tuple(f"model.layers.0.linear_attn.{leaf}" for leaf in group)

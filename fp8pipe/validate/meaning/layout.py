@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from fp8pipe.model.fused import fused_siblings
 from fp8pipe.model.headers import TensorInfo
-from fp8pipe.model.names import experts_holder, fused_siblings
+from fp8pipe.model.names import experts_holder
 from fp8pipe.validate.meaning.config import text_config
 from fp8pipe.validate.meaning.names import (
     WEIGHTS,

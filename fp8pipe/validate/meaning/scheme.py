@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
-from fp8pipe.model.names import FUSED_NAMES
+from fp8pipe.model.fused import FUSED_NAMES
 from fp8pipe.model.patterns import Patterns
 from fp8pipe.validate.meaning.formats import Spec
 from fp8pipe.validate.meaning.names import expert_of
