@@ -79,7 +79,7 @@ def test_approved_by_hand_it_is_published_and_card_and_note_say_so(tmp_path: Pat
     assert release.verdict == "inconclusive"
     card = Path(client().hf_hub_download(repo_id, "README.md")).read_text()
     assert "Inconclusive, released by decision" in card
-    assert "released by R. Lee" in card
+    assert "R. Lee released it on" in card
     assert release.collection_note is not None
     assert release.collection_note.startswith("Inconclusive, released by decision")
 

@@ -42,8 +42,9 @@ def test_predictable_answers_follow_from_the_prompt_and_the_others_do_not():
     prompts = drawn(300)
     right_by_chance = 0
     for row in range(len(prompts)):
+        arrows = task.prompt_text(prompts, row).partition("?")[0]
         for trail in range(task.TRAILS):
-            found = follow(task.prompt_text(prompts, row, trail))
+            found = follow(arrows + task.question_text(prompts, row, trail))
             answer = task.answer_text(prompts, row, trail).split()
             if prompts.predictable[row, trail]:
                 assert found == answer
