@@ -65,7 +65,7 @@ class TensorRole(Record):
 
 
 class AttentionLayer(Record):
-    """One attention module with a KV cache."""
+    """One attention module with a KV cache of its own, or one that reads another layer's."""
 
     name: str
     """Its name on disk, `model.layers.0.self_attn`; KV scales are named after it."""
@@ -75,6 +75,8 @@ class AttentionLayer(Record):
     head_dim: int
     mla: bool
     """Multi-head latent attention."""
+    lender: str = ""
+    """Name on disk of the layer whose keys and values it reads; empty for a layer with a cache of its own."""
 
     @property
     def has_kv_scales(self) -> bool:
@@ -91,7 +93,7 @@ class Architecture(Record):
     tensors: dict[str, TensorRole]
     """Every tensor of the checkpoint."""
     attention: tuple[AttentionLayer, ...]
-    """In layer order, without linear attention and without layers that use another layer's cache."""
+    """In layer order, without linear attention."""
     num_layers: int
     layers_module: str
     """transformers' name of the ModuleList of decoder layers, `model.layers`."""

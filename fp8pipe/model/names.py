@@ -65,6 +65,8 @@ def experts_holder_from_name(name: str) -> str | None:
 ROUTER_LEAVES = frozenset(("router", "gate", "gating"))
 """Leaf names of modules that decide which expert runs."""
 
+ROUTER_REASON = "router: a flipped choice of expert costs more than its bytes"
+
 MIXER_LEAVES = frozenset(("in_proj", "out_proj", "in_proj_qkv", "in_proj_z", "in_proj_qkvz"))
 """Linears of a recurrent mixer (Mamba, gated delta net) that vLLM builds with a quantization config."""
 
@@ -79,16 +81,12 @@ ABSORBED_LEAF = "kv_b_proj"
 identity through the Linear, and a static input scale below 1/448 would clip the ones."""
 
 
-def why_kept(
-    leaf: str, class_name: str, out_features: int, *, mixer: Collection[str], num_experts: int | None
-) -> tuple[str, str] | None:
+def why_kept(leaf: str, out_features: int, *, mixer: Collection[str]) -> tuple[str, str] | None:
     """(kind, reason) for a Linear of the decoder layers that must stay unquantized; None for any other.
 
-    `leaf`: its leaf name. `mixer`: names of its siblings if a convolution is among them, else empty. `num_experts`:
-    number of experts beside it; None if there are none.
+    `leaf`: its leaf name. `mixer`: names of its siblings if a convolution is among them, else empty. Routers are found
+    by `oracle/transformers_probe.py`, from the modules around them.
     """
-    if leaf in ROUTER_LEAVES or "Router" in class_name or (num_experts is not None and out_features == num_experts):
-        return "router", "router: a flipped choice of expert costs more than its bytes"
     if out_features == 1:
         return "gate", "a gate with one output has nothing to gain"
     if leaf in UNQUANTIZED_LEAVES:

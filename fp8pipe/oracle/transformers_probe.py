@@ -9,14 +9,17 @@ renamings, then at most one converter, then the base model's prefix.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fp8pipe.oracle.lean import without
 
@@ -33,6 +36,9 @@ with without("sklearn", "scipy") if __name__ == "__main__" else nullcontext():
 from fp8pipe.model import fused
 from fp8pipe.model import names as rules
 from fp8pipe.model.architecture import AttentionLayer, ExpertLayout, TensorRole
+
+_CACHES = frozenset(("past_key_values", "past_key_value", "layer_past"))
+"""Names of the cache among the arguments of an attention module."""
 
 
 class Unsupported(Exception):
@@ -51,9 +57,8 @@ def main() -> None:
 def examine(folder: Path, shapes: Mapping[str, list[int]], trust_remote_code: bool) -> dict[str, Any]:
     """The fields of `Architecture` for the config.json in `folder` and tensors on disk with these shapes."""
     model, source_quantization = build(folder, trust_remote_code)
-    survey = Survey(model)
-    targets = follow(model, shapes)
-    roles = {name: survey.role(name, shapes[name], targets.get(name)) for name in shapes}
+    survey = Survey(model, shapes, follow(model, shapes))
+    roles = {name: survey.role(name) for name in shapes}
     roles = _with_groups(roles)
     attention = survey.attention(roles)
     text = model.config.get_text_config(decoder=True)
@@ -69,7 +74,7 @@ def examine(folder: Path, shapes: Mapping[str, list[int]], trust_remote_code: bo
         and not any(role.kind == "lm_head" for role in roles.values()),
         "trust_remote_code": trust_remote_code,
         "source_quantization": source_quantization,
-        "misfits": survey.misfits(shapes, targets),
+        "misfits": survey.misfits(),
     }
 
 
@@ -109,9 +114,11 @@ def _model_class(config: Any, trust_remote_code: bool) -> PreTrainedModel:  # An
 class Target:
     """Where transformers loads a tensor: its parameter, and the converter that splits or changes it, if any."""
 
-    def __init__(self, name: str, converter: WeightConverter | None) -> None:
+    def __init__(self, name: str, converter: WeightConverter | None, pattern: str | None = None) -> None:
         self.name = name
         self.converter = converter
+        self.pattern = pattern
+        """Which of the converter's source patterns the tensor matches."""
 
     def all_names(self) -> list[str]:
         """All parameters that the tensor fills: `name`, and one per further target pattern of the converter."""
@@ -119,10 +126,6 @@ class Target:
             return [self.name]
         first, *others = self.converter.target_patterns
         return [self.name, *(self.name.replace(first, other) for other in others)]
-
-    def operations(self) -> list[str]:
-        """Class names of the converter's operations."""
-        return [type(operation).__name__ for operation in self.converter.operations] if self.converter else []
 
 
 def follow(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, Target]:
@@ -138,7 +141,7 @@ def follow(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, Target
         if place not in state and name in state:
             place, pattern = rename_source_key(name, [], [], prefix, state)
         if place in state:
-            targets[name] = Target(place, by_pattern[pattern] if pattern is not None else None)
+            targets[name] = Target(place, by_pattern[pattern] if pattern is not None else None, pattern)
     return targets
 
 
@@ -148,15 +151,19 @@ def follow(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, Target
 class Survey:
     """The built model, which answers for one tensor at a time."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, shapes: Mapping[str, list[int]], targets: Mapping[str, Target]) -> None:
         self.model = model
+        self.shapes = shapes
+        self.targets = targets
+        self._layouts: dict[tuple[Any, ...], ExpertLayout] = {}
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.layers_name, self.layers = _decoder_layers(model)
         self.head = model.get_output_embeddings()
         self.fp32 = [*(model._keep_in_fp32_modules or []), *(model._keep_in_fp32_modules_strict or [])]
 
-    def role(self, name: str, shape: list[int], target: Target | None) -> TensorRole:
-        """The role of tensor `name`, which has `shape`."""
+    def role(self, name: str) -> TensorRole:
+        """The role of the tensor `name` on disk."""
+        shape, target = self.shapes[name], self.targets.get(name)
         if target is None:
             return TensorRole(
                 kind="unused", reason="transformers has no such tensor: multi-token prediction, or unused"
@@ -167,13 +174,11 @@ class Survey:
             raise Unsupported(
                 f"{name} belongs to GPT-2's transposed Conv1D: vLLM transposes the weight at load but not its scales"
             )
-        role = self._role_of_owner(shape, owner_name, owner, attribute, target)
+        role = self._role_of_owner(name, owner_name, owner, attribute)
         return role.model_copy(update={"module": owner_name})
 
-    def _role_of_owner(
-        self, shape: list[int], owner_name: str, owner: nn.Module, attribute: str, target: Target
-    ) -> TensorRole:
-        if len(shape) < 2:
+    def _role_of_owner(self, name: str, owner_name: str, owner: nn.Module, attribute: str) -> TensorRole:
+        if len(self.shapes[name]) < 2:
             return TensorRole(kind="bias" if attribute == "bias" else "norm", reason="fewer than two dimensions")
         if owner is self.head:
             return TensorRole(kind="lm_head", reason="lm_head: its error goes straight to the logits")
@@ -186,11 +191,11 @@ class Survey:
                 kind="outside", reason="outside the text decoder's layers (vision, audio, projector, head)"
             )
         if _is_experts(owner):
-            return self._expert(shape, owner, attribute, target)
+            return self._expert(name, owner, attribute)
+        if self.is_in_router(owner_name):
+            return TensorRole(kind="router", reason=rules.ROUTER_REASON)
         if isinstance(owner, nn.Linear) and attribute == "weight":
-            return self._linear(owner_name, owner, target)
-        if owner_name.rpartition(".")[2] in rules.ROUTER_LEAVES or "Router" in type(owner).__name__:
-            return TensorRole(kind="router", reason="router: a flipped choice of expert costs more than its bytes")
+            return self._linear(owner_name, owner, self.targets[name])
         return TensorRole(kind="parameter", reason=f"a parameter of {type(owner).__name__}, not a Linear weight")
 
     def _linear(self, name: str, owner: nn.Linear, target: Target) -> TensorRole:
@@ -200,13 +205,7 @@ class Survey:
         if any(re.search(rf"(^|\.){re.escape(pattern)}(\.|$)", name) for pattern in self.fp32):
             return TensorRole(kind="parameter", reason="the model keeps it in float32")
         parent_name, _, leaf = name.rpartition(".")
-        kept = rules.why_kept(
-            leaf,
-            type(owner).__name__,
-            owner.out_features,
-            mixer=_mixer(self.modules[parent_name]),
-            num_experts=self._experts_beside(parent_name),
-        )
+        kept = rules.why_kept(leaf, owner.out_features, mixer=_mixer(self.modules[parent_name]))
         if kept is not None:
             return TensorRole.model_validate({"kind": kept[0], "reason": kept[1]})
         return TensorRole(kind="linear", parts=self._parts(leaf, owner.out_features, self.modules[parent_name]))
@@ -220,12 +219,39 @@ class Survey:
         keys = heads * head_dim
         return (rows - 2 * keys, keys, keys)
 
-    def _experts_beside(self, parent_name: str) -> int | None:
-        experts = getattr(self.modules[parent_name], "experts", None)
-        return _num_experts(experts) if isinstance(experts, nn.Module) else None
+    def is_in_router(self, name: str) -> bool:
+        """Whether the module computes expert weights, or is part of one that does, however deep in the layer."""
+        parts = name.split(".")
+        first = len(self.layers_name.split(".")) + 1  # the layer itself is none
+        return any(".".join(parts[:end]) in self._routers for end in range(first + 1, len(parts) + 1))
 
-    def _expert(self, shape: list[int], owner: nn.Module, attribute: str, target: Target) -> TensorRole:
-        parameter = getattr(owner, attribute)
+    @functools.cached_property
+    def _routers(self) -> frozenset[str]:
+        """The modules that compute expert weights.
+
+        They stand beside experts, or beside a module with experts in it. A router is known by its name, by its class,
+        or by what it does: it puts out one number for each expert, and nothing that goes back into the hidden states.
+        """
+        hidden = self.model.config.get_text_config(decoder=True).hidden_size
+        found: set[str] = set()
+        inside = (name for name in self.modules if name.startswith(f"{self.layers_name}."))
+        for name in inside:
+            if name.rpartition(".")[2] in rules.ROUTER_LEAVES or "Router" in type(self.modules[name]).__name__:
+                found.add(name)
+            elif (count := _num_experts(name, self.modules[name])) is not None:
+                found |= {beside for beside, module in self._beside(name) if _puts_out(module, count, hidden)}
+        return frozenset(found)
+
+    def _beside(self, name: str) -> Iterator[tuple[str, nn.Module]]:
+        """The modules beside `name`, and beside each module around it, up to the decoder layer."""
+        while (parent := name.rpartition(".")[0]) != self.layers_name:
+            for child, module in self.modules[parent].named_children():
+                if f"{parent}.{child}" != name:
+                    yield f"{parent}.{child}", module
+            name = parent
+
+    def _expert(self, name: str, owner: nn.Module, attribute: str) -> TensorRole:
+        parameter, shape = getattr(owner, attribute), self.shapes[name]
         if attribute in rules.PROJECTIONS and getattr(owner, "has_bias", False):
             return TensorRole(
                 kind="kept_experts", reason="experts with biases: vLLM serves them unquantized, or in MXFP4"
@@ -236,19 +262,63 @@ class Survey:
             )
         if len(shape) == 2:
             return TensorRole(kind="expert", parameter=attribute)
-        flipped = "Transpose" in target.operations()
-        transposed = bool(getattr(owner, "is_transposed", True)) != flipped
-        gate_up = attribute == "gate_up_proj"
-        layout = ExpertLayout(
-            transposed=transposed,
-            interleaved=gate_up and not getattr(owner, "is_concatenated", True),
-            projections=rules.PROJECTIONS[attribute],
-        )
-        return TensorRole(kind="fused_experts", parameter=attribute, layout=layout)
+        target = self.targets[name]
+        # The experts of all layers are laid out alike.
+        alike = (type(owner), attribute, tuple(shape), tuple(parameter.shape), target.converter, target.pattern)
+        if alike not in self._layouts:
+            self._layouts[alike] = self._layout(name, owner, attribute)
+        return TensorRole(kind="fused_experts", parameter=attribute, layout=self._layouts[alike])
 
-    def misfits(self, shapes: Mapping[str, list[int]], targets: Mapping[str, Target]) -> list[str]:
+    def _layout(self, name: str, owner: nn.Module, attribute: str) -> ExpertLayout:
+        """How experts lie in the 3-D tensor `name`.
+
+        Its elements are followed into the parameter, and from there to the rows of a projection, as the module's own
+        class multiplies."""
+        projections, columns = rules.PROJECTIONS[attribute], self.shapes[name][2]
+        matrix = self._landed(name, getattr(owner, attribute))
+        matrix = matrix.T if _is_transposed(owner) else matrix  # [out, in]
+        column = matrix[:, np.argwhere(matrix == 0)[0][1]]
+        transposed = 1 in column  # two neighbours in a row on disk are two outputs
+        places = np.flatnonzero(column >= 0)
+        outputs = column[places] if transposed else column[places] // columns
+        size, count = len(column) // len(projections), len(projections)
+        if getattr(owner, "is_concatenated", True):
+            part, index = places // size, places % size
+        else:
+            part, index = places % count, places // count
+        if len(held := set(part.tolist())) == 1:
+            projections, interleaved = (projections[held.pop()],), False
+        else:
+            interleaved = bool((outputs == index * count + part).all())
+        if not interleaved and not (outputs == np.arange(len(outputs))).all():
+            raise Unsupported(f"{name}: transformers reorders the rows of its experts, as no layout of vLLM's does")
+        return ExpertLayout(transposed=transposed, interleaved=interleaved, projections=projections)
+
+    def _landed(self, name: str, parameter: torch.Tensor) -> np.ndarray:
+        """One expert of `parameter`, each element with the index that it had in an expert of the tensor `name` on disk;
+        -1 if another tensor filled it."""
+        target = self.targets[name]
+        if target.converter is None:
+            return _marks(self.shapes[name], marked=True)[0].numpy()
+        together = {other.pattern: disk for disk, other in self.targets.items() if other.name == target.name}
+        tensors: dict[str, Any] = {
+            pattern: _marks(self.shapes[disk], marked=disk == name) for pattern, disk in together.items() if pattern
+        }
+        for operation in target.converter.operations:
+            tensors = operation.convert(
+                tensors,
+                source_patterns=target.converter.source_patterns,
+                target_patterns=target.converter.target_patterns,
+                full_layer_name=target.name,
+                model=_OneExpert(parameter),
+                config=self.model.config,
+                missing_keys=None,
+            )
+        return next(tensor for pattern, tensor in tensors.items() if pattern in target.name)[0].numpy()
+
+    def misfits(self) -> list[str]:
         """Tensors whose shape differs from their parameter's, and parameters of the layers that no tensor fills."""
-        state = self.model.state_dict()
+        shapes, targets, state = self.shapes, self.targets, self.model.state_dict()
         direct = ((name, list(state[t.name].shape)) for name, t in targets.items() if t.converter is None)
         found = [
             f"{name}: {shapes[name]} on disk, {shape} in the model" for name, shape in direct if shapes[name] != shape
@@ -262,17 +332,24 @@ class Survey:
         return found
 
     def attention(self, roles: Mapping[str, TensorRole]) -> list[AttentionLayer]:
-        """The attention modules that have a KV cache of their own, in layer order."""
+        """The attention modules that read a KV cache, their own or another layer's, in layer order."""
         on_disk = {}
         for name, role in roles.items():
             if role.kind in {"linear", "mixer", "parameter"}:
                 parent = role.module.rpartition(".")[0]
                 on_disk.setdefault(parent, name.removesuffix(".weight").rpartition(".")[0])
-        found = []
-        for name, module in self.modules.items():
-            if name in on_disk and name.startswith(f"{self.layers_name}.") and _has_cache(module):
-                found.append(self._attention_layer(on_disk[name], name, module))
-        return sorted(found, key=lambda layer: dot_natural_key(layer.module))
+        inside = {name: module for name, module in self.modules.items() if name.startswith(f"{self.layers_name}.")}
+        found = {
+            name: self._attention_layer(on_disk[name], name, module)
+            for name, module in inside.items()
+            if name in on_disk and _has_cache(module)
+        }
+        for name, module in inside.items():
+            if name in on_disk and getattr(module, "is_kv_shared_layer", False):
+                lender = found[_lender(module, {name: self.modules[name] for name in found if not found[name].lender})]
+                update = {"name": on_disk[name], "module": name, "lender": lender.name}
+                found[name] = lender.model_copy(update=update)
+        return sorted(found.values(), key=lambda layer: dot_natural_key(layer.module))
 
     def _attention_layer(self, disk_name: str, name: str, module: nn.Module) -> AttentionLayer:
         heads, head_dim = self._kv_heads(module)
@@ -282,6 +359,8 @@ class Survey:
     def _kv_heads(self, module: nn.Module) -> tuple[int, int]:
         """(KV heads, head size) of an attention module."""
         config = getattr(module, "config", None) or self.model.config.get_text_config(decoder=True)
+        if getattr(config, "per_layer_config", None):  # layers of one model may differ
+            config = config.per_layer_config[_layer_index(module)]
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
         head_dim = head_dim or config.hidden_size // config.num_attention_heads
@@ -314,19 +393,90 @@ def _is_experts(module: nn.Module) -> bool:
     )
 
 
-def _num_experts(experts: nn.Module) -> int | None:
-    if isinstance(experts, nn.ModuleList):
-        return len(experts)
-    three = [parameter for parameter in experts.parameters(recurse=False) if parameter.dim() == 3]
-    return three[0].shape[0] if three else None
+def _num_experts(name: str, module: nn.Module) -> int | None:
+    """How many experts the module holds; None if it holds none."""
+    if isinstance(module, nn.ModuleList):
+        return len(module) if name.endswith(".experts") else None
+    three = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
+    return three[0].shape[0] if three and _is_experts(module) else None
+
+
+def _is_transposed(experts: nn.Module) -> bool:
+    """Whether a module multiplies by its experts as [in, out] matrices: by its own word, else by their shapes."""
+    if (known := getattr(experts, "is_transposed", None)) is not None:
+        return bool(known)
+    parameters = dict(experts.named_parameters(recurse=False))
+    fused = "gate_up_proj" in parameters
+    up = parameters.get("gate_up_proj", parameters.get("up_proj", parameters.get("gate_proj")))
+    down = parameters.get("down_proj")
+    if up is not None and down is not None:
+        width, hidden = up.shape[1] // (2 if fused else 1), up.shape[2]
+        plain = (hidden, width) == tuple(down.shape[1:])  # up is [out, in] and so is down
+        hidden, width = up.shape[1], up.shape[2] // (2 if fused else 1)
+        turned = (width, hidden) == tuple(down.shape[1:])
+        if plain != turned:
+            return turned
+    raise Unsupported(
+        f"{type(experts).__name__}: its shapes do not tell whether its experts are [out, in] or [in, out]"
+    )
+
+
+def _marks(shape: list[int], *, marked: bool) -> torch.Tensor:
+    """A tensor on disk, cut to one expert, whose elements are their own indices, or all -1 unless `marked`."""
+    count = shape[1] * shape[2]
+    marks = torch.arange(count, dtype=torch.int32) if marked else torch.full((count,), -1, dtype=torch.int32)
+    return marks.reshape(1, *shape[1:])
+
+
+class _OneExpert:
+    """Stands in for the model when a converter asks for the shape of its parameter."""
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        self._parameter = parameter[:1]
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        return self._parameter
+
+
+def _puts_out(module: nn.Module, count: int, hidden: int) -> bool:
+    """Whether a Linear in the module puts out `count` features, and none puts out the hidden size."""
+    outputs = {part.out_features for part in module.modules() if isinstance(part, nn.Linear)}
+    return count in outputs and hidden not in outputs
+
+
+def _lender(module: nn.Module, owners: Mapping[str, nn.Module]) -> str:
+    """Name of the attention whose keys and values `module` reads: the one that it names, else the last before it of its
+    own type."""
+    index, named = _layer_index(module), getattr(module, "kv_shared_layer_index", None)
+    if named is not None:
+        lenders = [name for name, owner in owners.items() if _layer_index(owner) == named]
+    else:
+        before = {name: owner for name, owner in owners.items() if _layer_index(owner) < index}
+        lenders = [name for name, owner in before.items() if _attention_type(owner) == _attention_type(module)]
+    if not lenders:
+        raise Unsupported(f"layer {index} reads another layer's keys and values, and the model does not say whose")
+    return max(lenders, key=lambda name: _layer_index(owners[name]))
+
+
+def _layer_index(attention: nn.Module) -> int:
+    return vars(attention)["layer_idx"]
+
+
+def _attention_type(module: nn.Module) -> object:
+    """What tells sliding from full attention in a model that has both."""
+    return getattr(module, "layer_type", None) or getattr(module, "is_sliding", None)
 
 
 def _has_cache(module: nn.Module) -> bool:
-    """Whether the module has a KV cache: it takes a cache, has a layer index, and shares no other layer's cache."""
+    """Whether the module keeps keys and values: its own code passes them to a cache's `update`.
+
+    A signature does not tell. Convolutions, linear attention and the indexers of sparse attention take the same cache,
+    and keep other states in it by other methods; a decoder layer only hands it on.
+    """
     if getattr(module, "layer_idx", None) is None or getattr(module, "is_kv_shared_layer", False):
         return False
-    names = inspect.signature(module.forward).parameters
-    return not names.keys().isdisjoint(("past_key_values", "past_key_value", "layer_past"))
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "update" in code.co_names and not _CACHES.isdisjoint(code.co_varnames)
 
 
 def _with_groups(roles: dict[str, TensorRole]) -> dict[str, TensorRole]:

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from support.quantizing import Models, tensors_of
-from support.tiny_models import calibration_for, plan_of, recipe
+from support.tiny_models import architecture_of, calibration_for, plan_of, recipe
 
 from fp8pipe.errors import InputError
 from fp8pipe.hub.source import resolve
 from fp8pipe.quantize import quantize
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.records.calibration import KVRange
+from fp8pipe.validate import validate
 
 
 def test_scales_are_amax_over_448_and_shared_in_fused_groups(model_folder: Models, tmp_path: Path) -> None:
@@ -35,6 +36,22 @@ def test_scales_are_amax_over_448_and_shared_in_fused_groups(model_folder: Model
     assert torch.equal(made[f"{layer}.self_attn.k_scale"], torch.tensor([2.0, 3.0]).view(2, 1, 1) / 448)
     assert torch.equal(made[f"{layer}.self_attn.v_scale"], torch.tensor([3.0, 4.0]).view(2, 1, 1) / 448)
     assert (tmp_path / "fp8pipe" / "calibration.json").exists()
+
+
+def test_a_layer_that_reads_anothers_cache_has_that_layers_scales(model_folder: Models, tmp_path: Path) -> None:
+    source = model_folder("gemma4-shared")
+    plan = plan_of(source, recipe("fp8-static-kv", kv_cache={"strategy": "head"}))
+    assert plan.calibrated_attention() == ("model.layers.0.self_attn", "model.layers.1.self_attn")
+    calibration = calibration_for(plan)
+    ranges = {name: KVRange(k_amax=(2.0 + i, 3.0), v_amax=(4.0 + i, 5.0)) for i, name in enumerate(calibration.kv)}
+    quantize(resolve(str(source)), plan, tmp_path, calibration=calibration.model_copy(update={"kv": ranges}))
+    made = tensors_of(tmp_path)
+    for leaf in ("k_scale", "v_scale"):
+        scales = [made[f"model.layers.{layer}.self_attn.{leaf}"] for layer in range(4)]
+        assert torch.equal(scales[2], scales[0])
+        assert torch.equal(scales[3], scales[1])
+        assert not torch.equal(scales[0], scales[1])
+    assert validate(tmp_path, source=resolve(str(source)), architecture=architecture_of(source)).sound
 
 
 def with_input(value: float | None) -> Callable[[Plan], Any]:

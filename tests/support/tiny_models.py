@@ -24,6 +24,10 @@ SIZES = {
 }
 """Deliberately uneven: 160 is not a multiple of 128, and q is taller than k and v."""
 
+LAYERS = {"num_hidden_layers": 4}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
+VISION = {"hidden_size": 32, "intermediate_size": 64, "image_size": 28, "patch_size": 14}
+STEP = {"layer_types": ["full_attention"] * 2, "share_expert_dim": 32}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,7 +63,54 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "topk_group": 1,
         },
     ),
+    "lfm2": (
+        "Lfm2Config",
+        {**LAYERS, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+    ),
+    "hunyuan-moe": ("HunYuanMoEV1Config", {"head_dim": 32, "num_experts": 4, "moe_topk": 2}),
+    "gemma4-moe": (
+        "Gemma4TextConfig",
+        {
+            **EXPERTS,
+            "head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 32,
+            "per_layer_config": {"1": {"head_dim": 32}},
+            "enable_moe_block": True,
+            "top_k_experts": 2,
+            "hidden_size_per_layer_input": 0,
+        },
+    ),
+    "gemma4-shared": (
+        "Gemma4TextConfig",
+        {
+            **LAYERS,
+            "head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "sliding_window": 32,
+            "per_layer_config": {"1": {"head_dim": 32}, "3": {"head_dim": 32}},
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 32,
+            "vocab_size_per_layer_input": 96,
+        },
+    ),
+    "qwen3-vl-moe": (
+        "Qwen3VLMoeConfig",
+        {
+            "text_config": SIZES | EXPERTS | {"head_dim": 32, "moe_intermediate_size": 64, "rope_parameters": MROPE},
+            "vision_config": VISION
+            | {"depth": 2, "num_heads": 2, "num_position_embeddings": 16, "out_hidden_size": 64},
+        },
+    ),
+    "step3p7": (
+        "Step3p7Config",
+        {
+            "text_config": SIZES | EXPERTS | {"head_dim": 32, "mlp_layer_types": ["dense", "sparse"]} | STEP,
+            "vision_config": VISION | {"num_hidden_layers": 1, "num_attention_heads": 2},
+        },
+    ),
 }
+"""Name -> transformers' config class, and settings beside SIZES; a model with a vision tower has both in its parts."""
 
 
 def make_model(
@@ -76,9 +127,11 @@ def make_model(
     import transformers
 
     class_name, own = CONFIGS[name]
-    config = getattr(transformers, class_name)(**(SIZES | own | changes))
+    sees = "vision_config" in own
+    config = getattr(transformers, class_name)(**(own if sees else SIZES | own | changes))
+    auto = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
+    model = auto.from_config(config).to(getattr(torch, dtype))
     model.config.dtype = dtype
     model.save_pretrained(folder, max_shard_size=shard_size)
     return folder

@@ -11,7 +11,7 @@ from fp8pipe.config import Recipe
 from fp8pipe.errors import ConfigError, InputError, UnsupportedArchitecture
 from fp8pipe.model.architecture import Architecture, AttentionLayer, TensorRole
 from fp8pipe.model.headers import SINGLE_NAME, Headers, TensorInfo, lay_out
-from fp8pipe.model.names import EXPERT_KINDS, FP8, experts_holder
+from fp8pipe.model.names import EXPERT_KINDS, FP8, PROJECTIONS, experts_holder
 from fp8pipe.quantize import formats
 from fp8pipe.quantize.plan.choose import Choice
 from fp8pipe.quantize.plan.record import OutputTensor, Role, Slice
@@ -95,9 +95,9 @@ def _expert_tensors(info: TensorInfo, role: TensorRole, recipe: Recipe) -> Itera
     assert layout is not None
     experts, rows, columns = info.shape if not layout.transposed else (info.shape[0], info.shape[2], info.shape[1])
     parts = len(layout.projections)
-    holder = experts_holder(info.name, role)
+    holder, fused = experts_holder(info.name, role), PROJECTIONS[role.parameter]
     for expert in range(experts):
-        group = f"{holder}.{expert}.({'+'.join(layout.projections)})" if parts > 1 else ""
+        group = f"{holder}.{expert}.({'+'.join(fused)})" if len(fused) > 1 else ""
         for index, projection in enumerate(layout.projections):
             start, step = (index, parts) if layout.interleaved else (index * (rows // parts), 1)
             part = Slice(expert=expert, start=start, step=step, transposed=layout.transposed)
@@ -116,8 +116,9 @@ def _kv_scales(headers: Headers, recipe: Recipe, architecture: Architecture) -> 
             continue
         shape = shape_of(recipe.kv_cache.strategy, layer.num_kv_heads)
         shard = _shard_of(layer, headers)
-        yield UnplacedTensor(f"{layer.name}.k_scale", "F32", shape, shard, "k_scale", layer.name)
-        yield UnplacedTensor(f"{layer.name}.v_scale", "F32", shape, shard, "v_scale", layer.name)
+        observed = layer.lender or layer.name
+        yield UnplacedTensor(f"{layer.name}.k_scale", "F32", shape, shard, "k_scale", observed)
+        yield UnplacedTensor(f"{layer.name}.v_scale", "F32", shape, shard, "v_scale", observed)
 
 
 def _shard_of(layer: AttentionLayer, headers: Headers) -> str:

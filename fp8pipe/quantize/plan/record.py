@@ -141,7 +141,7 @@ class Plan(Record):
 
     def calibrated_attention(self) -> tuple[str, ...]:
         """Names on disk of the attention modules whose KV range the recipe needs."""
-        return tuple(output.source for output in self.outputs if output.role == "k_scale")
+        return tuple(dict.fromkeys(output.source for output in self.outputs if output.role == "k_scale"))
 
     def shards(self) -> dict[str, tuple[OutputTensor, ...]]:
         """File name -> its tensors, in the order of their bytes."""
