@@ -317,19 +317,41 @@ class Survey:
         return next(tensor for pattern, tensor in tensors.items() if pattern in target.name)[0].numpy()
 
     def misfits(self) -> list[str]:
-        """Tensors whose shape differs from their parameter's, and parameters of the layers that no tensor fills."""
+        """What does not fit between the files and config.json: tensors of another shape than their parameter's, decoder
+        layers that the config does not count, and parameters of the layers or the head that no tensor fills."""
         shapes, targets, state = self.shapes, self.targets, self.model.state_dict()
         direct = ((name, list(state[t.name].shape)) for name, t in targets.items() if t.converter is None)
         found = [
             f"{name}: {shapes[name]} on disk, {shape} in the model" for name, shape in direct if shapes[name] != shape
         ]
+        found += (
+            f"{name}: a decoder layer on disk, beyond the {len(self.layers)} of config.json" for name in self._extra()
+        )
         filled = {name for target in targets.values() for name in target.all_names()}
         optional = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
-        for name, _ in self.model.named_parameters():  # a tied parameter is listed once
-            wanted = name.startswith(f"{self.layers_name}.") and name not in filled
+        for name, parameter in self.model.named_parameters():  # a tied parameter is listed once
+            is_head = isinstance(self.head, nn.Linear) and parameter is self.head.weight
+            wanted = (name.startswith(f"{self.layers_name}.") or is_head) and name not in filled
             if wanted and not any(pattern.search(name) for pattern in optional):
                 found.append(f"{name}: not on disk")
         return found
+
+    def _extra(self) -> Iterator[str]:
+        """Layers on disk with the tensors of a decoder layer and a number that the model does not have.
+
+        Layers that predict a second token have such numbers too, and tensors of their own besides."""
+        held: dict[tuple[str, int], set[str]] = {}
+        for name in self.shapes:
+            if match := re.match(r"(.+?)\.(\d+)\.(.+)", name):
+                held.setdefault((match[1], int(match[2])), set()).add(match[3])
+        used = {name for name in self.targets if self.targets[name].name.startswith(f"{self.layers_name}.")}
+        prefixes = {prefix for prefix, _ in held if any(name.startswith(f"{prefix}.0.") for name in used)}
+        decoders = [
+            tensors for (prefix, index), tensors in held.items() if prefix in prefixes and index < len(self.layers)
+        ]
+        for (prefix, index), tensors in held.items():
+            if prefix in prefixes and index >= len(self.layers) and tensors in decoders:
+                yield f"{prefix}.{index}"
 
     def attention(self, roles: Mapping[str, TensorRole]) -> list[AttentionLayer]:
         """The attention modules that read a KV cache, their own or another layer's, in layer order."""

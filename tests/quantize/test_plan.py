@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from support.quantizing import Models, edit_tensors
 from support.tiny_models import plan_of, recipe
 from torch import Tensor
@@ -36,9 +37,21 @@ def too_short(tensors: dict[str, Tensor]) -> None:
     tensors["model.layers.0.input_layernorm.weight"] = tensors["model.layers.0.input_layernorm.weight"][:-1].clone()
 
 
+def headless(tensors: dict[str, Tensor]) -> None:
+    del tensors["lm_head.weight"]
+
+
+def a_layer_more(tensors: dict[str, Tensor]) -> None:
+    """As if someone had lowered num_hidden_layers."""
+    last = "model.layers.1."
+    tensors |= {name.replace(last, "model.layers.2."): t.clone() for name, t in tensors.items() if last in name}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (headless, r"lm_head\.weight: not on disk"),
+        (a_layer_more, r"model\.layers\.2: a decoder layer on disk, beyond the 2 of config\.json"),
         (missing, r"model\.layers\.1\.mlp\.down_proj\.weight: not on disk"),
         (too_short, r"model\.layers\.0\.input_layernorm\.weight: \[\d+\] on disk, \[\d+\] in the model"),
     ],
@@ -50,6 +63,17 @@ def test_weights_that_do_not_fit_the_model_are_refused_from_headers(
     edit_tensors(tmp_path / "model", damage)
     with pytest.raises(MalformedCheckpoint, match=rf"{message}.*download the model again"):
         plan_of(tmp_path / "model", recipe())
+
+
+def test_a_layer_that_predicts_a_second_token_is_no_layer_too_many(model_folder: Models, tmp_path: Path) -> None:
+    def predictor(tensors: dict[str, Tensor]) -> None:
+        a_layer_more(tensors)
+        tensors["model.layers.2.eh_proj.weight"] = torch.zeros(64, 128, dtype=torch.bfloat16)
+
+    shutil.copytree(model_folder("llama", shard_size="1GB"), tmp_path / "model")
+    edit_tensors(tmp_path / "model", predictor)
+    kept = {tensor.name for tensor in plan_of(tmp_path / "model", recipe()).tensors if tensor.action == "keep"}
+    assert "model.layers.2.mlp.up_proj.weight" in kept
 
 
 def test_every_source_tensor_is_accounted_for_once(model_folder: Models) -> None:

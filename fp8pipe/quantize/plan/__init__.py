@@ -56,7 +56,7 @@ def make_plan(
         more = f" and {len(architecture.misfits) - 3} more" if len(architecture.misfits) > 3 else ""
         raise MalformedCheckpoint(
             f"{snapshot.model_id}: {'; '.join(architecture.misfits[:3])}{more}: the weights do not fit config.json "
-            f"({architecture.model_class}); download the model again"
+            f"({architecture.model_class}); correct config.json, or download the model again"
         )
     if not any(choice.action == "quantize" for choice in choices.values()):
         reasons = sorted({choice.reason for choice in choices.values()})
