@@ -73,6 +73,8 @@ class Answer:
     mismatches: tuple[Mismatch, ...]
     refusal: str
     """vLLM's message if it cannot build the model, and then nothing else is known; empty if it can."""
+    lacks: str = ""
+    """The Python package that vLLM needs for this model and that is not installed; then too nothing else is known."""
 
 
 def is_available() -> bool:
@@ -101,13 +103,19 @@ def parity(folder: Path, tensors: Mapping[str, TensorInfo] | None = None) -> tup
 
     If there is none, each tensor is read completely into a parameter of fitting dtype, and each parameter is filled.
     `tensors` are those whose headers could be read; by default they are read from `folder`, and unsound headers raise
-    MalformedCheckpoint. Raises EngineFailed if vLLM is not installed, does not start, or is killed.
+    MalformedCheckpoint. Raises EngineFailed if vLLM is not installed, does not start, or is killed; EngineIncomplete if
+    it needs a package for this model that is not installed.
     """
     _require_vllm()
     try:
         answer = _ask([_request(folder, _tensors(folder) if tensors is None else tensors)])[0]
     except _Ended as error:
         return (_refused(error.words),)
+    if answer.lacks:
+        raise EngineIncomplete(
+            f"vLLM needs the Python package {answer.lacks} to build this model, and it is not installed; "
+            "install it, or leave out --oracles"
+        )
     return (_refused(answer.refusal),) if answer.refusal else answer.mismatches
 
 
@@ -116,6 +124,10 @@ def _refused(words: str) -> Mismatch:
 
 
 # ---------------------------------------------------------------------------------------------- the child
+
+
+class EngineIncomplete(EngineFailed):
+    """vLLM needs a Python package for this model that is not installed."""
 
 
 class _Ended(EngineFailed):
@@ -177,4 +189,5 @@ def _answer(line: dict[str, Any]) -> Answer:
         landings=tuple((name, tuple(places)) for name, places in line["landings"]),
         mismatches=tuple(Mismatch(*fields) for fields in line["mismatches"]),
         refusal=line["refusal"],
+        lacks=line["lacks"],
     )

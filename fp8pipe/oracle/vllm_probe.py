@@ -62,12 +62,14 @@ def main() -> None:
 
 
 def _examine(folder: Path, tensors: dict[str, tuple[str, list[int]]]) -> dict[str, Any]:
-    answer: dict[str, Any] = {"parameters": [], "landings": [], "mismatches": [], "refusal": ""}
+    answer: dict[str, Any] = {"parameters": [], "landings": [], "mismatches": [], "refusal": "", "lacks": ""}
     try:
         with _built(folder) as model:
             answer["parameters"] = _parameters(model)
             if tensors:
                 follow_loader(model, tensors, answer)
+    except ModuleNotFoundError as error:
+        answer["lacks"] = error.name or _words(error)
     except FOREIGN as error:
         answer["refusal"] = _words(error)
     return answer

@@ -97,8 +97,10 @@ def _quantization(files: CheckpointFiles, config: dict[str, Any] | None) -> tupl
 
 
 def _ask_vllm(subject: Subject) -> tuple[Mismatch, ...] | None:
-    """What vLLM's loader disagrees with; None, and a warning in the log, if it cannot be asked."""
-    from fp8pipe.oracle.vllm import is_available, parity
+    """What vLLM's loader disagrees with; None, and a warning in the log, if it cannot be asked.
+
+    Raises EngineIncomplete if a package is missing: that is no fault of the checkpoint, and a person can mend it."""
+    from fp8pipe.oracle.vllm import EngineIncomplete, is_available, parity
 
     folder, reason = subject.files.place.root, ""
     if not is_available():
@@ -112,6 +114,8 @@ def _ask_vllm(subject: Subject) -> tuple[Mismatch, ...] | None:
     else:
         try:
             return parity(folder, subject.files.tensors)
+        except EngineIncomplete:
+            raise
         except EngineFailed as error:
             reason = str(error)
     log.warning("vLLM's own loader gave no answer, R1 did not run: %s", reason)

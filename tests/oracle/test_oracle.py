@@ -1,10 +1,11 @@
-"""The vLLM oracle: its loader is followed to the last element, a checkpoint that disagrees is told tensor by tensor."""
+"""The vLLM oracle: its loader is followed to the last element, a disagreement is reported tensor by tensor."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fp8pipe.hub.source import resolve
 from fp8pipe.model.headers import Headers, TensorInfo
 from fp8pipe.oracle.landing import Follower, Piece, Region, covered, first_gap, overlapping, region_of
 from fp8pipe.oracle.transformers import inspect
-from fp8pipe.oracle.vllm import Answer, ask_vllm, parity
+from fp8pipe.oracle.vllm import Answer, EngineIncomplete, ask_vllm, parity
 from fp8pipe.quantize import quantize
 from fp8pipe.validate import validate
 
@@ -309,3 +310,11 @@ def test_a_checkpoint_that_disagrees_is_told_tensor_by_tensor(answers: dict[str,
 def test_an_architecture_that_vllm_does_not_know_is_refused_in_its_words(answers: dict[str, Answer]):
     assert "NoSuchForCausalLM" in answers["unknown"].refusal
     assert answers["unknown"].parameters == ()
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="vLLM has all packages that this model needs")
+def test_a_package_that_vllm_lacks_is_no_fault_of_the_checkpoint(model_folder: Callable[..., Path]) -> None:
+    folder = model_folder("qwen3-vl-moe")
+    with pytest.raises(EngineIncomplete, match="needs the Python package torchvision") as error:
+        validate(folder, depth="headers", oracles=True)
+    assert error.value.exit_code == 4

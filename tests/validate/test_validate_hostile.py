@@ -339,7 +339,7 @@ def test_vllm_is_asked_about_what_can_be_read_of_broken_headers(
 
     def answer(requests: list[dict[str, Any]], _: Path) -> list[dict[str, Any]]:
         asked.extend(requests)
-        return [{"parameters": [], "landings": [], "mismatches": [], "refusal": "no"}]
+        return [{"parameters": [], "landings": [], "mismatches": [], "refusal": "no", "lacks": ""}]
 
     monkeypatch.setattr(oracle, "_run", answer)
     monkeypatch.setattr(oracle, "is_available", lambda: True)
