@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_WEIGHTS_AT_ONCE = 1 << 23
+WEIGHTS_AT_ONCE = 1 << 23
 """How many weights are converted to float32 at once: 32 MiB of them. Fewer rows are slower to multiply."""
 
-_NATIVE: dict[torch.dtype, Callable[[], bool]] = {
+NATIVE: dict[torch.dtype, Callable[[], bool]] = {
     torch.bfloat16: lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
     torch.float16: lambda: torch.cpu._is_amx_fp16_supported() or torch.ops.mkldnn._is_mkldnn_fp16_supported(),
 }
@@ -27,7 +27,7 @@ _NATIVE: dict[torch.dtype, Callable[[], bool]] = {
 
 def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `device` multiplies `dtype` more slowly than float32."""
-    return device.type == "cpu" and dtype in _NATIVE and not _NATIVE[dtype]()
+    return device.type == "cpu" and dtype in NATIVE and not NATIVE[dtype]()
 
 
 def fast_products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
@@ -52,7 +52,7 @@ class _InFloat32(TorchFunctionMode):
         """values [..., in], weight [out, in], bias [out]."""
         flat = values.reshape(-1, values.shape[-1])
         wide, product = self._wide("values", flat), flat.new_empty(len(flat), len(weight))
-        height = max(1, _WEIGHTS_AT_ONCE // weight.shape[1])
+        height = max(1, WEIGHTS_AT_ONCE // weight.shape[1])
         for start in range(0, len(weight), height):
             rows = weight[start : start + height]
             part = torch.mm(wide, self._wide("rows", rows).T, out=self._buffer("part", len(flat), len(rows)))

@@ -156,10 +156,10 @@ def _request(folder: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
 
 def _ask(requests: list[dict[str, Any]]) -> list[Answer]:
     with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:
-        return [_answer(line) for line in _run(requests, Path(name))] if requests else []
+        return [_answer(line) for line in run_probe(requests, Path(name))] if requests else []
 
 
-def _run(requests: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
+def run_probe(requests: list[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
     """One answer per request, as the child writes them to a file; libraries print to the log."""
     asked, answers = scratch / "requests.jsonl", scratch / "answers.jsonl"
     asked.write_text("".join(json.dumps(request) + "\n" for request in requests))

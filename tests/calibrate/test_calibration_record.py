@@ -36,5 +36,5 @@ def test_the_key_follows_data_and_instructions_but_no_path_or_name(
     renamed = with_data(STATIC_KV, here).model_copy(update={"name": "other"})
     assert calibration_key(snapshot, renamed) == key
     was_native = not cpu_linear.is_emulated(torch.bfloat16, torch.device("cpu"))
-    monkeypatch.setitem(cpu_linear._NATIVE, torch.bfloat16, lambda: not was_native)
+    monkeypatch.setitem(cpu_linear.NATIVE, torch.bfloat16, lambda: not was_native)
     assert calibration_key(snapshot, with_data(STATIC_KV, here)) != key

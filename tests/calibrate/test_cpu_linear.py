@@ -31,8 +31,8 @@ class _Products(TorchDispatchMode):
 def test_products_without_instructions_are_float32_rounded_once(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_linear, "_NATIVE", {dtype: lambda: False})
-    monkeypatch.setattr(cpu_linear, "_WEIGHTS_AT_ONCE", 5 * 64)  # 37 rows in pieces of 5
+    monkeypatch.setattr(cpu_linear, "NATIVE", {dtype: lambda: False})
+    monkeypatch.setattr(cpu_linear, "WEIGHTS_AT_ONCE", 5 * 64)  # 37 rows in pieces of 5
     linear = nn.Linear(64, 37).requires_grad_(False)
     for parameter in linear.parameters():
         parameter.copy_(torch.randint(-9, 10, parameter.shape))  # sums of integers are exact in any order
@@ -46,7 +46,7 @@ def test_products_without_instructions_are_float32_rounded_once(
 
 
 def test_products_of_other_types_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_linear, "_NATIVE", {torch.bfloat16: lambda: False})
+    monkeypatch.setattr(cpu_linear, "NATIVE", {torch.bfloat16: lambda: False})
     linear, values = nn.Linear(64, 37).requires_grad_(False), torch.randn(6, 64)
     with cpu_linear.fast_products(torch.bfloat16, torch.device("cpu")), _Products() as products:
         found = linear(values)
@@ -62,6 +62,6 @@ def test_ranges_of_a_bf16_model_agree_with_and_without_instructions(
     recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"))
     found = []
     for native in (True, False):
-        monkeypatch.setattr(cpu_linear, "_NATIVE", {torch.bfloat16: lambda native=native: native})
+        monkeypatch.setattr(cpu_linear, "NATIVE", {torch.bfloat16: lambda native=native: native})
         found.append(run_calibration(tmp_path / "model", recipe, tmp_path / f"native-{native}").inputs)
     assert found[0] == pytest.approx(found[1], rel=2**-6)  # two steps of bf16: the order of sums differs in every layer

@@ -341,7 +341,7 @@ def test_vllm_is_asked_about_what_can_be_read_of_broken_headers(
         asked.extend(requests)
         return [{"parameters": [], "landings": [], "mismatches": [], "refusal": "no", "lacks": ""}]
 
-    monkeypatch.setattr(oracle, "_run", answer)
+    monkeypatch.setattr(oracle, "run_probe", answer)
     monkeypatch.setattr(oracle, "is_available", lambda: True)
     report = validate(folder, architecture=architecture_of(good), depth="headers", oracles=True)
     assert {"F4", "R1"} <= ids(report)
@@ -354,7 +354,7 @@ def test_child_of_vllm_that_dies_costs_its_own_check_alone(
     def die(*_: object) -> None:
         raise EngineFailed("vLLM ended while it built the model: killed")
 
-    monkeypatch.setattr(oracle, "_run", die)
+    monkeypatch.setattr(oracle, "run_probe", die)
     monkeypatch.setattr(oracle, "is_available", lambda: True)
     report = validate(good, architecture=architecture_of(good), depth="headers", oracles=True)
     assert report.sound and "F1" in report.checks and "R1" not in report.checks
@@ -367,7 +367,7 @@ def test_vllm_that_cannot_be_asked_is_reported(
 ) -> None:
     folder = reference.copy(good, tmp_path / "checkpoint")
     architecture = architecture_of(good)
-    monkeypatch.setattr(oracle, "_run", None)
+    monkeypatch.setattr(oracle, "run_probe", None)
     monkeypatch.setattr(oracle, "is_available", lambda: True)
     caplog.set_level(logging.WARNING)
     checkpoint: Path | Snapshot = folder
