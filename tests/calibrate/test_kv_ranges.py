@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.calibration import STATIC_KV, TENSOR_KV, calibrated, make_model, run_calibration, with_data, write_dataset
@@ -30,11 +31,13 @@ def test_attention_that_caches_nothing_is_an_error_that_names_it(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attend = modeling_llama.LlamaAttention.forward
-    monkeypatch.setattr(
-        modeling_llama.LlamaAttention,
-        "forward",
-        lambda self, *args, past_key_values=None, **kwargs: attend(self, *args, past_key_values=None, **kwargs),
-    )
+
+    def forget(self: Any, *args: Any, past_key_values: Any = None, keeps: bool = False, **kwargs: Any) -> Any:
+        if keeps:  # it could, and never does
+            past_key_values.update()
+        return attend(self, *args, past_key_values=None, **kwargs)
+
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forget)
     recipe = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl"))
     with pytest.raises(UnsupportedArchitecture, match=r"layers\.0\.self_attn: LlamaAttention cached no"):
         run_calibration(llama, recipe, tmp_path / "out")

@@ -36,11 +36,13 @@ def test_killed_and_hung_evaluation_leaves_nothing_and_resumes_to_the_same_repor
     notes = stop_at("tiny_choose", request, folder, beating_interpreter(tmp_path))
     assert not (folder / "report.json").exists()
     assert "tiny_generate (1 of 2)" not in notes
+    # The signal comes a moment after the task began: on a busy machine the worker may have finished it by then.
+    open_tasks = set() if list((folder / "parts").glob("tiny_choose-*.json")) else {"tiny_choose (2 of 2)"}
 
     events: list[ProgressEvent] = []
     report = evaluate_by(warm_python, request, folder, events.append)
     assert comparable(report) == comparable(baseline)
-    assert {event.note for event in events} >= {"tiny_choose (2 of 2)", "tiny_generate again, in other batches"}
+    assert {event.note for event in events} >= open_tasks | {"tiny_generate again, in other batches"}
     assert "tiny_generate (1 of 2)" not in {event.note for event in events}
 
 
