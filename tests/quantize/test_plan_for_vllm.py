@@ -15,7 +15,9 @@ from fp8pipe.errors import ConfigError, UnsupportedArchitecture
 from fp8pipe.hub.headers import read_headers
 from fp8pipe.hub.source import resolve
 from fp8pipe.model.architecture import ExpertLayout, TensorRole
+from fp8pipe.quantize import quantize
 from fp8pipe.quantize.plan import make_plan
+from fp8pipe.validate import validate
 
 
 def test_routers_are_kept_and_named_in_both_spellings(model_folder: Models) -> None:
@@ -142,3 +144,11 @@ def test_the_plan_of_transposed_and_interleaved_experts_names_their_rows(model_f
     up = parts["model.layers.0.mlp.experts.3.up_proj.weight"]
     assert up.shape == (160, 64) and up.slice is not None
     assert (up.slice.expert, up.slice.start, up.slice.step, up.slice.transposed) == (3, 1, 2, True)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "gemma4-moe", "lfm2", "hunyuan-moe", "qwen3-vl-moe", "step3p7"])
+def test_the_validator_finds_nothing_in_what_the_plan_makes(model_folder: Models, tmp_path: Path, name: str) -> None:
+    source = model_folder(name)
+    quantize(resolve(str(source)), plan_of(source, recipe()), tmp_path)
+    report = validate(tmp_path, source=resolve(str(source)), architecture=architecture_of(source))
+    assert [finding.sentence() for finding in report.findings] == []

@@ -27,8 +27,9 @@ SIZES = {
 LAYERS = {"num_hidden_layers": 4}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]}
 VISION = {"hidden_size": 32, "intermediate_size": 64, "image_size": 28, "patch_size": 14}
-STEP = {"layer_types": ["full_attention"] * 2, "share_expert_dim": 32}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SPARSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS = {"num_experts": 4, **SPARSE}
+STEP = {"layer_types": ["full_attention"] * 2, "share_expert_dim": 32, "n_routed_experts": 4, **SPARSE}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -105,7 +106,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "step3p7": (
         "Step3p7Config",
         {
-            "text_config": SIZES | EXPERTS | {"head_dim": 32, "mlp_layer_types": ["dense", "sparse"]} | STEP,
+            "text_config": SIZES | STEP | {"head_dim": 32, "mlp_layer_types": ["dense", "sparse"]},
             "vision_config": VISION | {"num_hidden_layers": 1, "num_attention_heads": 2},
         },
     ),

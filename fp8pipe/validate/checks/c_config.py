@@ -263,8 +263,9 @@ def ignore_entries_work(subject: Subject) -> Iterator[Fault]:
 
 
 def _unmatched(subject: Subject) -> Iterator[Fault]:
-    """Entries that match no module; lm_head always counts as matched."""
-    scheme, modules = subject.scheme, subject.layout.modules
+    """Entries that match no module; lm_head always counts as matched. Experts in one 3-D tensor count by its name."""
+    experts = {name for name, t in subject.files.tensors.items() if len(t.shape) == 3 and not name.endswith(".weight")}
+    scheme, modules = subject.scheme, subject.layout.modules | experts
     matched = {
         entry for module in modules for entry in scheme.patterns.matching(module)
     } | scheme.patterns.refused.keys()
