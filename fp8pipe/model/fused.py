@@ -14,8 +14,8 @@ FUSED: tuple[tuple[str, ...], ...] = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
     ("in_proj_qkv", "in_proj_z"),
 )
-"""Leaf names of sibling Linears that vLLM fuses into one matrix, in its order: the union of the
-`packed_modules_mapping`s of all its models."""
+"""Leaf names of sibling Linears that vLLM fuses into one matrix, in its order, from its models'
+`packed_modules_mapping`s. Not listed: in_proj_ba, in_proj_qkvg, qkvb_proj, fc13 and merged_proj."""
 
 FUSED_QKV = frozenset(("qkv_proj", "query_key_value", "Wqkv", "wqkv", "qkv"))
 FUSED_GATE_UP = frozenset(("gate_up_proj", "dense_h_to_4h", "input_linear"))

@@ -232,7 +232,7 @@ class Survey:
         They stand beside experts, or beside a module with experts in it. A router is known by its name, by its class,
         or by what it does: it puts out one number for each expert, and nothing that goes back into the hidden states.
         """
-        hidden = self.model.config.get_text_config(decoder=True).hidden_size
+        hidden = getattr(self.model.config.get_text_config(decoder=True), "hidden_size", None)
         found: set[str] = set()
         inside = (name for name in self.modules if name.startswith(f"{self.layers_name}."))
         for name in inside:
@@ -460,7 +460,7 @@ class _OneExpert:
         return self._parameter
 
 
-def _puts_out(module: nn.Module, count: int, hidden: int) -> bool:
+def _puts_out(module: nn.Module, count: int, hidden: int | None) -> bool:
     """Whether a Linear in the module puts out `count` features, and none puts out the hidden size."""
     outputs = {part.out_features for part in module.modules() if isinstance(part, nn.Linear)}
     return count in outputs and hidden not in outputs
