@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ class Follower(TorchDispatchMode):
         self._alive: list[Any] = [tensor.untyped_storage() for tensor in places.values()]
 
     def stand_in(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor without data that stands for tensor `name` on disk."""
+        """A tensor without data that stands for tensor `name` on disk. Cheaper while the follower is not active."""
         tensor = torch.empty(shape, dtype=dtype, device="meta")
         self._disk[_storage(tensor)] = (name, shape)
         self._alive.append(tensor.untyped_storage())
@@ -81,8 +81,15 @@ class Follower(TorchDispatchMode):
             if _storage(tensor) not in self._places and origins:
                 self.writes.append(Write(name, _whole(tuple(tensor.shape)), origins))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's guard against it would take half of the time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # torch's own types
         kwargs = kwargs or {}
+        uses = _uses_of(func)
+        if uses.only_views:
+            return func(*args, **kwargs)
         if func is _EQUAL:
             return True
         if func is _ITEM and args[0].device.type == "meta":
@@ -91,8 +98,7 @@ class Follower(TorchDispatchMode):
             result = args[0]  # the place has memory although it should have none, and there are no data to copy
         else:
             result = func(*args, **kwargs)
-        if not _only_views(func):
-            self._record(func, args, kwargs, result)
+        self._record(uses, args, kwargs, result)
         return result
 
     def origins_of(self, tensor: Tensor) -> frozenset[Piece]:
@@ -113,8 +119,8 @@ class Follower(TorchDispatchMode):
         self._numbers[number] = self.origins_of(tensor)
         return number
 
-    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        written, read = _split(func, args, kwargs)
+    def _record(self, uses: _Uses, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        written, read = uses.split(args, kwargs)
         origins = frozenset(itertools.chain.from_iterable(map(self._origins_of_value, read)))
         for tensor in written:
             storage = _storage(tensor)
@@ -141,31 +147,37 @@ class Follower(TorchDispatchMode):
         self._alive.append(tensor.untyped_storage())  # so that no other storage is given its address
 
 
+@dataclass(frozen=True, slots=True)
+class _Uses:
+    """What an operation does with its arguments."""
+
+    only_views: bool
+    """It writes nothing and returns only views of its arguments, like slicing and transposing."""
+    writes: tuple[bool, ...]
+    """For each argument, whether it is written to."""
+    places: dict[str, int]
+    """Positions of the arguments by name."""
+
+    def split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Any]]:
+        """The tensors that are written to, and the values that are read."""
+        written: list[Tensor] = []
+        read: list[Any] = []
+        named = ((self.places[name], value) for name, value in kwargs.items())
+        for place, value in itertools.chain(enumerate(args), named):
+            leaves = tree_leaves(value) if isinstance(value, list | tuple) else (value,)
+            if self.writes[place]:
+                written += [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            else:
+                read += leaves
+        return written, read
+
+
 @functools.cache
-def _only_views(func: Any) -> bool:
-    """Whether `func` writes nothing and returns only views of its arguments, like slicing and transposing."""
-    writes = any(
-        argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments
-    )
-    return not writes and all(value.alias_info is not None for value in func._schema.returns)
-
-
-def _split(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Any]]:
-    """The tensors that `func` writes to, and the values that it reads."""
-    written: list[Tensor] = []
-    read: list[Any] = []
-    for argument, value in _named(func._schema.arguments, args, kwargs):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            written += [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        else:
-            read += tree_leaves(value)
-    return written, read
-
-
-def _named(arguments: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    yield from zip(arguments, args, strict=False)
-    by_name = {argument.name: argument for argument in arguments}
-    yield from ((by_name[name], value) for name, value in kwargs.items())
+def _uses_of(func: Any) -> _Uses:
+    schema = func._schema
+    writes = tuple(one.alias_info is not None and one.alias_info.is_write for one in schema.arguments)
+    only_views = not any(writes) and all(value.alias_info is not None for value in schema.returns)
+    return _Uses(only_views, writes, {one.name: place for place, one in enumerate(schema.arguments)})
 
 
 def _storage(tensor: Tensor) -> int:
@@ -177,9 +189,12 @@ def _storage(tensor: Tensor) -> int:
 
 def region_of(view: Tensor, shape: tuple[int, ...]) -> Region:
     """The part of a contiguous tensor of `shape` that `view`, on the same storage, covers."""
-    return Region(_box_of(view, shape), view.numel())
+    count = view.numel()
+    covers_all = 0 < count == math.prod(shape) and view.storage_offset() == 0 and view.is_contiguous()
+    return _whole(shape) if covers_all else Region(_box_of(view, shape), count)
 
 
+@functools.cache
 def _whole(shape: tuple[int, ...]) -> Region:
     return Region(tuple((0, size) for size in shape), math.prod(shape))
 
@@ -229,6 +244,8 @@ def covered(shape: tuple[int, ...], regions: Iterable[Region]) -> int:
     """Number of elements of a tensor of `shape` in at least one region. Regions that are not boxes are assumed to lie
     outside the others."""
     regions = list(regions)
+    if regions and _whole(shape) in regions:
+        return math.prod(shape)
     loose = sum(region.count for region in regions if region.box is None)
     counts, cells = _grid(shape, _boxes(regions))
     return min(math.prod(shape), int(cells[counts > 0].sum()) + loose)

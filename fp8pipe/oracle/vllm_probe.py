@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from fp8pipe.oracle.landing import Write
+    from fp8pipe.oracle.landing import Follower, Write
 
 MAX_REFUSALS = 20
-"""After this many refused tensors the others are not tried: each refusal costs another run of the loader."""
+"""After this many refused tensors the others are not tried: what is wrong is known by then."""
 
 _FLOATS = frozenset(("F64", "F32", "F16", "BF16"))
 """Dtypes that vLLM may cast to one another without changing what the numbers mean."""
@@ -154,37 +154,73 @@ def _method(module: nn.Module) -> str:
 
 
 def follow_loader(model: nn.Module, tensors: Mapping[str, tuple[str, list[int]]], answer: dict[str, Any]) -> None:
-    """Run `model.load_weights` on stand-ins for `tensors`, and again without each tensor that it refuses."""
+    """Run `model.load_weights` on stand-ins for `tensors`, and again without those that it refuses."""
     from fp8pipe.oracle.landing import Follower
 
-    refused: list[list[Any]] = []
+    refused: dict[str, list[Any]] = {}
     while True:
-        places = dict(model.named_buffers()) | dict(model.named_parameters())
-        follower, drawn = Follower(places), [""]
-        blamed = {row[1] for row in refused}
-        remaining = {name: entry for name, entry in tensors.items() if name not in blamed}
+        follower = Follower(dict(model.named_buffers()) | dict(model.named_parameters()))
+        remaining = {name: entry for name, entry in tensors.items() if name not in refused}
+        found = run_loader(model, follower, remaining, MAX_REFUSALS - len(refused))
+        refused |= found
+        if "" in found or len(refused) >= MAX_REFUSALS:
+            answer["mismatches"] = list(refused.values())
+            return
+        if not found:
+            break
+    answer["landings"] = _landings(follower.writes, remaining)
+    answer["mismatches"] = [*refused.values(), *_unsettled(model, follower.writes, remaining)]
+
+
+def run_loader(
+    model: nn.Module, follower: Follower, tensors: Mapping[str, tuple[str, list[int]]], limit: int
+) -> dict[str, list[Any]]:
+    """Run the loader once; when it refuses a tensor, run it from the next one on. At most `limit` refusals, by tensor.
+
+    An interrupted loader may have forgotten tensors that it had put aside: only a run without refusals shows where all
+    others land. An error with no tensor to blame is named "", unless a refusal came before it and may have caused it.
+    """
+    refused: dict[str, list[Any]] = {}
+    stand_ins = _StandIns(follower, tensors)
+    while len(refused) < limit:
         try:
             with follower:
-                model.load_weights(_stand_ins(follower, remaining, drawn))  # type: ignore[operator] # every vLLM model has it
+                model.load_weights(stand_ins)  # type: ignore[operator] # every vLLM model has it
             follower.settle(dict(model.named_parameters()))
             break
         except FOREIGN as error:
-            refused.append(["refused", drawn[0], "", "a tensor that vLLM's loader takes", _words(error)])
-            no_tensor_to_blame = not drawn[0]  # it raised before the first tensor or after the last
-            if no_tensor_to_blame or len(refused) >= MAX_REFUSALS:
-                answer["mismatches"] = refused
-                return
-    answer["landings"] = _landings(follower.writes, remaining)
-    answer["mismatches"] = refused + _unsettled(model, follower.writes, remaining)
+            if not stand_ins.drawn and refused:
+                break
+            refused[stand_ins.drawn] = [
+                *("refused", stand_ins.drawn, "", "a tensor that vLLM's loader takes"),
+                _words(error),
+            ]
+            if not stand_ins.drawn:
+                break
+    return refused
 
 
-def _stand_ins(
-    follower: Any, tensors: Mapping[str, tuple[str, list[int]]], drawn: list[str]
-) -> Iterator[tuple[str, Tensor]]:
-    for name, (dtype, shape) in tensors.items():
-        drawn[0] = name
-        yield name, follower.stand_in(name, tuple(shape), _torch_dtype(dtype))
-    drawn[0] = ""
+class _StandIns:
+    """Stand-ins for tensors, once. It is no generator, which a loader that raises an error might close."""
+
+    def __init__(self, follower: Follower, tensors: Mapping[str, tuple[str, list[int]]]) -> None:
+        self._rest = iter(
+            [
+                (name, follower.stand_in(name, tuple(shape), _torch_dtype(dtype)))
+                for name, (dtype, shape) in tensors.items()
+            ]
+        )
+        self.drawn = ""
+        """The tensor that was handed out last; empty before the first and after the last."""
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self
+
+    def __next__(self) -> tuple[str, Tensor]:
+        self.drawn = ""
+        pair = next(self._rest)
+        self.drawn = pair[0]
+        return pair
 
 
 def _landings(writes: list[Write], tensors: Mapping[str, Any]) -> list[list[Any]]:

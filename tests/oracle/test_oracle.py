@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fp8pipe.model.headers import Headers, TensorInfo
 from fp8pipe.oracle.landing import Follower, Piece, Region, covered, first_gap, overlapping, region_of
 from fp8pipe.oracle.transformers import inspect
 from fp8pipe.oracle.vllm import Answer, EngineIncomplete, ask_vllm, parity
+from fp8pipe.oracle.vllm_probe import MAX_REFUSALS, run_loader
 from fp8pipe.quantize import quantize
 from fp8pipe.validate import validate
 
@@ -104,6 +105,31 @@ def test_coverage_counts_elements_once_and_names_the_gap():
     assert first_gap((6, 4), [upper, lower]) == "[2:3, 0:4]"
     assert (overlapping((6, 4), [upper, upper, lower]), overlapping((6, 4), [upper, middle])) == (0, 4)
     assert (covered((), []), covered((), [Region((), 1)])) == (0, 1)
+
+
+class Picky(torch.nn.Module):
+    """A model whose loader stops at some tensors and puts the others where they belong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = torch.nn.Parameter(on_meta(6))
+        self.asked: list[str] = []
+
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        for name, tensor in weights:
+            self.asked.append(name)
+            if name in ("1", "4"):
+                raise KeyError(name)
+            self.rows.data[int(name)].copy_(tensor)
+
+
+def test_a_loader_that_stops_goes_on_behind_the_tensor_that_it_refused():
+    """A model of 90 000 tensors may have twenty faults: reading all of them again for each would take minutes."""
+    model = Picky()
+    follower = Follower(dict(model.named_parameters()))
+    refused = run_loader(model, follower, {str(row): ("F32", []) for row in range(6)}, MAX_REFUSALS)
+    assert list(refused) == ["1", "4"] and model.asked == [str(row) for row in range(6)]
+    assert [write.region.box for write in follower.writes] == [((row, row + 1),) for row in (0, 2, 3, 5)]
 
 
 def test_without_vllm_the_oracle_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
