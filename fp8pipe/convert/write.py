@@ -30,7 +30,7 @@ LOCK = "convert.lock"
 TILE = 1 << 23
 """Bytes read and written at a time."""
 
-LINEAGE = ("source.json", "calibration.json")
+LINEAGE = ("source.json", "source_config.json", "calibration.json")
 """Records of the source that hold for the result too: where its weights and ranges came from."""
 
 

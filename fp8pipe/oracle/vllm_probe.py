@@ -50,21 +50,26 @@ _KV_LEAVES = frozenset(("k_scale", "v_scale"))
 
 
 def main() -> None:
-    prepare_process()
     asked, path = Path(sys.argv[1]), Path(sys.argv[2])
     requests = [json.loads(line) for line in asked.read_text().splitlines()]
-    _offer_stand_in_kernels()
-    _enter_world(path.with_name("store"))
+    prepare(path.with_name("store"))
     with path.open("w") as answers:
         for request in requests:
             answers.write(json.dumps(_examine(Path(request["folder"]), request["tensors"])) + "\n")
             answers.flush()
 
 
+def prepare(store: Path) -> None:
+    """Make this process one that can build vLLM's models; `store` is a file that this creates."""
+    prepare_process()
+    _offer_stand_in_kernels()
+    _enter_world(store)
+
+
 def _examine(folder: Path, tensors: dict[str, tuple[str, list[int]]]) -> dict[str, Any]:
     answer: dict[str, Any] = {"parameters": [], "landings": [], "mismatches": [], "refusal": "", "lacks": ""}
     try:
-        with _built(folder) as model:
+        with built(folder) as model:
             answer["parameters"] = _parameters(model)
             if tensors:
                 follow_loader(model, tensors, answer)
@@ -105,7 +110,7 @@ class StandInKernel:
 
 
 @contextlib.contextmanager
-def _built(folder: Path) -> Iterator[nn.Module]:
+def built(folder: Path) -> Iterator[nn.Module]:
     """vLLM's model for the config.json in `folder`, on the meta device, for a single process."""
     import torch
     from vllm.config import set_current_vllm_config

@@ -8,6 +8,7 @@ from fp8pipe.records.base import RECORD_DIR
 
 RECORD_FILES = {
     "source": "source.json",
+    "source_config": "source_config.json",
     "plan": "plan.json",
     "calibration": "calibration.json",
     "checkpoint": "checkpoint.json",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8pipe.errors import EngineFailed, InputError
 from fp8pipe.model.headers import Headers
-from fp8pipe.records import Snapshot, SourceFile
+from fp8pipe.records import RECORD_DIR, RECORD_FILES, Snapshot, SourceFile
 from fp8pipe.validate.meaning.config import CONFIG, HF_QUANT_CONFIG, quantization_config, read_scheme
 from fp8pipe.validate.meaning.layout import Layout, layout_from_architecture, layout_from_names, unquantized_names
 from fp8pipe.validate.reading.checkpoint import CheckpointFiles, open_checkpoint
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fp8pipe.oracle.vllm import Mismatch
 
 log = logging.getLogger(__name__)
+
+SOURCE_CONFIG = f"{RECORD_DIR}/{RECORD_FILES['source_config']}"
 
 UNREADABLE = {"F1", "F2", "F9"}
 """Checks whose faults mean that some weight files are missing or cannot be read."""
@@ -34,7 +36,10 @@ def read_subject(place: Place, source: Snapshot | None, architecture: Architectu
     elif architecture is None and oracles:
         architecture = _inspect(_as_snapshot(place), Headers((), unquantized_names(files.tensors)))
     config, problem = files.json_object(CONFIG)
-    source_config = theirs.json_object(CONFIG)[0] if theirs else None
+    records = read_records(place)
+    source_config = (
+        theirs.json_object(CONFIG)[0] if theirs else files.json_object(SOURCE_CONFIG)[0] if records else None
+    )
     quantization, file = _quantization(files, config)
     scheme = read_scheme(quantization)
     layout = _layout(theirs or files, source_config or config, architecture)
@@ -51,7 +56,7 @@ def read_subject(place: Place, source: Snapshot | None, architecture: Architectu
         source_or_none=theirs,
         source_config=source_config,
         source_commit=source.commit if source else None,
-        records_or_none=read_records(place),
+        records_or_none=records,
     )
     if oracles:
         subject.vllm = _ask_vllm(subject)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from fp8pipe.model import fp8_source
 from fp8pipe.model.headers import TensorInfo
 from fp8pipe.model.names import FP8
 from fp8pipe.quantize.plan.record import Plan
+from fp8pipe.records import Snapshot
 from fp8pipe.validate.faults import Need
 from fp8pipe.validate.meaning.config import quantization_config
 from fp8pipe.validate.meaning.formats import Spec
@@ -64,6 +66,7 @@ class Subject:
     """Which tensors play which part."""
     source_or_none: CheckpointFiles | None = None
     source_config: dict[str, Any] | None = None
+    """The source's config.json: its own, else what the engine's records keep of it."""
     source_commit: str | None = None
     records_or_none: EngineRecords | None = None
     """None for checkpoints of other tools."""
@@ -99,6 +102,7 @@ class Subject:
             "config": bool(self.config) or self.config_problem is None,
             "scheme": self.scheme_or_none is not None,
             "source": self.source_or_none is not None,
+            "files": self.source_or_none is not None or (records is not None and records.source is not None),
             "records": records is not None and records.plan is not None,
             "calibration": records is not None and records.calibration is not None,
             "manifest": records is not None and records.manifest is not None,
@@ -171,6 +175,29 @@ class Subject:
             return piece.rows, piece.columns
         twin = self.source_or_none.tensors.get(f"{module}.weight") if self.source_or_none else None
         return twin.shape if twin is not None else None
+
+    @property
+    def source_record(self) -> Snapshot:
+        """The source's files, as the engine recorded them."""
+        return _given(self.records.source)
+
+    @property
+    def source_sizes(self) -> dict[str, int]:
+        """Bytes of every file of the source."""
+        theirs = self.source_or_none
+        return theirs.sizes if theirs is not None else {file.name: file.size for file in self.source_record.files}
+
+    @property
+    def source_dtype(self) -> str | None:
+        """The dtype of most of the source's weights, which is what a config without a dtype means; None if unknown."""
+        if self.source_or_none is not None:
+            found = Counter(info.dtype for info in self.source_or_none.tensors.values())
+        elif self.supplies("records"):
+            found = Counter(tensor.dtype for tensor in self.plan.tensors)
+        else:
+            return None
+        most = next((dtype for dtype, _ in found.most_common() if dtype in FLOATS), "")
+        return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(most)
 
     @property
     def is_source_quantized(self) -> bool:

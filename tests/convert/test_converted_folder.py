@@ -84,7 +84,7 @@ def gated(model_folder: Models, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_the_result_has_no_evidence_of_the_source(gated: Path, tmp_path: Path) -> None:
     done = to("fp8", gated, tmp_path / "out")
     records = tmp_path / "out" / "fp8pipe"
-    own = {"source.json", "calibration.json", "plan.json", "checkpoint.json", "conversion.json"}
+    own = {"source.json", "source_config.json", "calibration.json", "plan.json", "checkpoint.json", "conversion.json"}
     assert {path.name for path in records.iterdir()} == own
     assert not (tmp_path / "out" / "README.md").exists()
     theirs, ours = (Checkpoint.load(folder / "fp8pipe" / "checkpoint.json") for folder in (gated, tmp_path / "out"))

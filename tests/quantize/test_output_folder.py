@@ -35,7 +35,8 @@ def test_the_folder_holds_what_a_loader_needs_and_nothing_else(model_folder: Mod
     for name, content in companions.items():
         assert (out / name).read_bytes() == content
     assert not any((out / name).exists() for name in left_behind)
-    assert {path.name for path in (out / "fp8pipe").iterdir()} == {"plan.json", "checkpoint.json"}
+    assert {path.name for path in (out / "fp8pipe").iterdir()} == {"plan.json", "source_config.json", "checkpoint.json"}
+    assert (out / "fp8pipe" / "source_config.json").read_bytes() == (source / "config.json").read_bytes()
     assert not list(out.glob(".*"))
     assert checkpoint.output_bytes == sum(path.stat().st_size for path in out.glob("*.safetensors"))
 

@@ -909,14 +909,29 @@ def ignore_entry_matches_nothing(folder: Path) -> None:
     edit_quantization(folder, lambda quant: quant["ignore"].append("model.layers.9.mlp.down_proj"))
 
 
-@case("59e", "channel", "C7")
+@case("59e", "channel", "C7", models=("dense",))
 def other_vocabulary(folder: Path) -> None:
     edit_config(folder, lambda config: config.update(vocab_size=97))
 
 
-@case("59f", "channel", "C7", "C8")
+@case("59f", "channel", "C7", "C8", models=("dense",))
 def other_dtype(folder: Path) -> None:
     edit_config(folder, lambda config: config.update(dtype="float64"))
+
+
+@case("59g", "channel", "C7", models=("dense",))
+def rope_scaling_added(folder: Path) -> None:
+    edit_config(folder, lambda config: config.update(rope_scaling={"rope_type": "linear", "factor": 4.0}))
+
+
+@case("59h", "channel", "C9")
+def weights_called_frozen(folder: Path) -> None:
+    edit_quantization(folder, lambda quant: quant.update(quantization_status="frozen"))
+
+
+@case("59i", "channel", "P4")
+def processor_added(folder: Path) -> None:
+    reference.write_json(folder / "preprocessor_config.json", {"do_resize": True})
 
 
 @case("70", "channel", "C2")

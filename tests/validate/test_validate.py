@@ -23,6 +23,7 @@ from support.malformed import (
     Model,
     alter,
     drop,
+    edit_config,
     edit_quantization,
     edit_tensors,
     shards_of,
@@ -128,14 +129,24 @@ def test_every_check_has_a_corruption_that_makes_it_speak() -> None:
     assert silent == SPOKEN_FOR_ELSEWHERE
 
 
-OF_OUR_ENGINE = {"P8", "P9", "V11", "D7", "R1"}
+OF_OUR_ENGINE = {"C10", "P8", "P9", "V11", "D7", "R1"}
 """Checks that need the engine's records, or vLLM."""
-SPOKEN_FOR_ELSEWHERE = {"C9", "K10", "V7", "D5", "D8", "P4", "P7"} | OF_OUR_ENGINE
+SPOKEN_FOR_ELSEWHERE = {"K10", "V7", "D5", "D8", "P7"} | OF_OUR_ENGINE
 """Checks whose corruption is not one of the table's, with a test of their own here."""
 
 
 def test_per_tensor_fp8_method_does_not_load_in_transformers(checkpoint: Callable[[Model, Base], Path]) -> None:
     assert ids(validate(checkpoint("dense", "fp8"))) == {"C9"}
+
+
+@pytest.mark.parametrize("count", [5000, 10**9])
+def test_layers_that_config_json_counts_and_nobody_has_are_missed_without_a_source(
+    shelf: Path, tmp_path: Path, count: int
+) -> None:
+    folder = reference.quantize(shelf / "dense", tmp_path / "fp8", strategy="channel", static=False)
+    edit_config(folder, lambda config: config.update(num_hidden_layers=count))
+    (finding,) = validate(folder, depth="headers").findings
+    assert (finding.check, finding.found) == ("K6", "layer 2 has no tensor")
 
 
 def test_mostly_ignored_model_is_a_warning(shelf: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from fp8pipe.config import Recipe
 from fp8pipe.hub.headers import read_headers
 from fp8pipe.hub.source import resolve
 from fp8pipe.model.architecture import Architecture
+from fp8pipe.oracle import configs
 from fp8pipe.quantize import quantize
 from fp8pipe.quantize.plan import Plan, make_plan
 from fp8pipe.records import Checkpoint, FileHash, Manifest, ValidationReport
@@ -179,6 +181,88 @@ def test_record_that_cannot_be_read_is_reported_and_the_rest_is_judged(made: tup
     report = judge(folder, source)
     assert ([finding.check for finding in report.findings], report.sound) == (["P7"], True)
     assert "D7" not in report.checks and "D1" in report.checks
+
+
+# ---------------------------------------------------------------------------------------------- edits, without a source
+
+
+def _edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _speakers(folder: Path) -> list[str]:
+    return [finding.check for finding in validate(folder, depth="headers").errors]
+
+
+@pytest.mark.usefixtures("architecture_cache")
+def test_edit_of_config_json_is_known_by_the_record_of_the_source_s(made: tuple[Path, Path]) -> None:
+    _, folder = made
+    _edit(folder, lambda config: config.update(rms_norm_eps=0.5, attention_bias=False, transformers_version="4.0.0"))
+    (finding,) = validate(folder, depth="headers").findings
+    assert (finding.check, finding.severity, finding.found) == ("C7", "error", "0.5")
+
+
+def test_nobody_is_asked_about_a_config_that_nobody_edited(
+    made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = made
+    monkeypatch.setattr(configs, "compare", None)
+    _edit(folder, lambda config: config.update(reversed(list(config.items()))))
+    assert "C7" in validate(folder, depth="headers").checks and not judge(folder, source).findings
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda group: group["input_activations"].update(strategy="token", dynamic=True),
+        lambda group: group.update(input_activations=None),
+        lambda group: group["weights"].update(strategy="channel"),
+        lambda group: group.update(targets=["re:.*mlp.*"]),
+    ],
+)
+def test_scheme_that_contradicts_the_plan_is_an_error(
+    made: tuple[Path, Path], change: Callable[[dict[str, Any]], None]
+) -> None:
+    _, folder = made
+    _edit(folder, lambda config: change(config["quantization_config"]["config_groups"]["group_0"]))
+    assert "C10" in _speakers(folder)
+
+
+def test_other_spelling_of_the_planned_scheme_is_no_finding(made: tuple[Path, Path]) -> None:
+    _, folder = made
+
+    def spell(config: dict[str, Any]) -> None:
+        quant = config["quantization_config"]
+        quant["ignore"].reverse()
+        del quant["sparsity_config"], quant["global_compression_ratio"]
+
+    _edit(folder, spell)
+    assert not _speakers(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("preprocessor_config.json", "P4"),
+        ("processor_config.json", "P4"),
+        ("chat_template.jinja", "P3"),
+        ("generation_config.json", "P2"),
+        ("tokenizer_config.json", "P1"),
+    ],
+)
+def test_file_that_the_source_lacks_is_known_by_the_record_of_its_files(
+    made: tuple[Path, Path], name: str, check: str
+) -> None:
+    source, folder = made
+    theirs = resolve(str(source))
+    theirs = theirs.model_copy(update={"files": tuple(file for file in theirs.files if file.name != name)})
+    theirs.model_copy(update={"root": None}).save(folder / "fp8pipe" / "source.json")
+    (folder / name).unlink(missing_ok=True)
+    assert not _speakers(folder)
+    (folder / name).write_text("{}")
+    assert _speakers(folder) == [check]
 
 
 # ---------------------------------------------------------------------------------------------- a source that is FP8

@@ -16,7 +16,10 @@ from fp8pipe.quantize.engine.journal import Journal, open_journal, void_unless
 from fp8pipe.quantize.engine.package import companions
 from fp8pipe.quantize.identity import JOURNAL_NAME
 from fp8pipe.quantize.plan import Plan, check_disk
-from fp8pipe.records import RECORD_DIR, Snapshot
+from fp8pipe.records import RECORD_DIR, RECORD_FILES, Snapshot
+
+_OWN_RECORDS = tuple(RECORD_FILES[name] for name in ("checkpoint", "plan", "calibration", "source_config"))
+"""Records that this room writes."""
 
 
 class FolderLock:
@@ -75,7 +78,7 @@ def _is_of_a_model(path: Path) -> bool:
 
 def _remove_unfinished(folder: Path, names: Iterable[str]) -> None:
     """Remove the unfinished work of another plan: records, config, shards, and `names`, the other files it wrote."""
-    records = [folder / RECORD_DIR / name for name in ("checkpoint.json", "plan.json", "calibration.json")]
+    records = [folder / RECORD_DIR / name for name in _OWN_RECORDS]
     written = [folder / name for name in (*names, INDEX_NAME)]
     shards = [*folder.glob("*.safetensors"), *folder.glob(".*.partial")]
     for stale in (*records, folder / "config.json", *shards, *written, *map(partial_path, written)):
@@ -88,7 +91,7 @@ def _sweep(snapshot: Snapshot, plan: Plan, folder: Path) -> None:
     written = (*companions(snapshot, plan), INDEX_NAME, "config.json")
     records = folder / RECORD_DIR
     stale = [path for name in written for path in (folder / name).parent.glob(f".{Path(name).name}.*")]
-    for name in ("plan.json", "calibration.json", "checkpoint.json", JOURNAL_NAME):
+    for name in (*_OWN_RECORDS, JOURNAL_NAME):
         stale += records.glob(f".{name}.*")
     for path in stale:
         path.unlink()

@@ -13,7 +13,7 @@ from fp8pipe.files import write_atomically
 from fp8pipe.hub import source
 from fp8pipe.model.headers import INDEX_NAME, index_bytes
 from fp8pipe.quantize.plan import Plan
-from fp8pipe.records import Snapshot
+from fp8pipe.records import Snapshot, record_path
 
 _NOT_COPIED = frozenset(
     ("config.json", "readme.md", "params.json", "hf_quant_config.json", "adapter_config.json", "quantize_config.json")
@@ -41,11 +41,14 @@ def write_companions(snapshot: Snapshot, plan: Plan, folder: Path) -> None:
 
 
 def write_config(snapshot: Snapshot, plan: Plan, folder: Path) -> None:
-    """Write the source's config.json with another quantization_config and no other change. Raises InputError."""
+    """Write the source's config.json with another quantization_config and no other change, and before it, among the
+    records, the source's own: later edits are found by it. Raises InputError."""
+    content = source.read_file(snapshot, "config.json")
     try:
-        config = json.loads(source.read_file(snapshot, "config.json"))
+        config = json.loads(content)
     except ValueError as error:
         raise InputError(f"{snapshot.model_id}: config.json is not JSON: {error}") from error
+    write_atomically(record_path(folder, "source_config"), content)
     for section in (config, config.get("text_config")):
         if isinstance(section, dict):
             section.pop("quantization_config", None)

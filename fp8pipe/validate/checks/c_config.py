@@ -1,4 +1,4 @@
-"""C1 to C9: config.json. Does it parse, does vLLM support what it says, do its lists mean what they seem to?"""
+"""C1 to C10: config.json. Does it parse, does vLLM support what it says, do its lists mean what they seem to?"""
 
 from __future__ import annotations
 
@@ -332,33 +332,53 @@ def _mixed_experts(subject: Subject) -> Iterator[Fault]:
 
 @check(
     "C7",
-    "config.json equals the source's in everything but quantization_config.",
-    needs=("config", "source"),
+    "config.json describes the source's model: transformers and vLLM make the same of both.",
+    needs=("config",),
     consequence="vLLM builds another model than the one that was quantized",
     remedy="copy config.json from the source and add the quantization_config alone",
 )
-def config_equals_source(subject: Subject) -> Iterator[Fault]:
-    if subject.source_config is None:
+def config_makes_the_source_s_model(subject: Subject) -> Iterator[Fault]:
+    """Nobody is asked about configs that are alike as text, as those of this engine are."""
+    theirs = subject.source_config
+    if theirs is None or _texts(subject.config) == _texts(theirs):
         return
-    ours, theirs = _comparable(subject.config), _comparable(subject.source_config)
+    from fp8pipe.oracle.configs import compare
+
+    comparison = compare(subject.config, theirs, dtype=subject.source_dtype)
+    if not comparison.readers:
+        yield from _differing_texts(_texts(subject.config), _texts(theirs))
+    for difference in comparison.differences:
+        expected, found = f"{difference.key} = {difference.expected}", difference.found
+        if not difference.key:
+            yield Fault(difference.expected, found, file=CONFIG)
+        elif difference.readers:
+            consequence = f"{' and '.join(difference.readers)}: another model than the one that was quantized"
+            yield Fault(clip(expected), found, file=CONFIG, consequence=consequence)
+        else:
+            consequence = f"none: {' and '.join(comparison.readers)} never asks for it"
+            yield Fault(clip(expected), found, file=CONFIG, severity="warning", consequence=consequence)
+
+
+def _differing_texts(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[Fault]:
+    """Every key that differs, for a model whose config no library here can read."""
     for key in sorted(ours.keys() | theirs.keys()):
-        if key not in ours:
-            yield Fault(f"{clip(key)} = {clip(repr(theirs[key]))}", "absent", file=CONFIG)
-        elif key not in theirs:
-            yield Fault(f"no {clip(key)}", clip(repr(ours[key])), file=CONFIG, severity="warning")
-        elif ours[key] != theirs[key] or type(ours[key]) is not type(theirs[key]):
-            yield Fault(f"{clip(key)} = {clip(repr(theirs[key]))}", clip(repr(ours[key])), file=CONFIG)
+        if ours.get(key, _ABSENT) != theirs.get(key, _ABSENT):
+            expected, found = (repr(side[key]) if key in side else "absent" for side in (theirs, ours))
+            yield Fault(f"{clip(key)} = {clip(expected)}", clip(found), file=CONFIG)
 
 
-def _comparable(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+_ABSENT = object()
+
+
+def _texts(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The config as one flat mapping, without the keys that may differ; `torch_dtype` is named `dtype`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if key in _LINEAGE:
             continue
         name = prefix + ("dtype" if key == "torch_dtype" else key)
-        if isinstance(value, dict) and len(prefix) < 200:
-            flat |= _comparable(value, f"{name}.")
+        if isinstance(value, dict) and value and len(prefix) < 200:
+            flat |= _texts(value, f"{name}.")
         else:
             flat[name] = value
     return flat
@@ -391,7 +411,48 @@ def dtype_is_half(subject: Subject) -> Iterator[Fault]:
 )
 def transformers_can_load_it(subject: Subject) -> Iterator[Fault]:
     expected, scheme = "a layout that transformers reads", subject.scheme
+    status = subject.quantization.get("quantization_status")
+    if scheme.method == "compressed-tensors" and status != "compressed":
+        yield Fault(
+            "quantization_status compressed",
+            clip(repr(status)) if status is not None else "none, which means initialized",
+            file=CONFIG,
+            key="quantization_status",
+            severity="error",
+            consequence="vLLM loads it; transformers takes the codes for weights, and computes nonsense or NaN",
+            remedy="set quantization_status to compressed",
+        )
     if scheme.method == "modelopt":
         yield Fault(expected, "quant_method modelopt", file=subject.quantization_file)
     elif scheme.method == "fp8" and scheme.groups[0].spec.strategy == "tensor":
         yield Fault(expected, "quant_method fp8 with per-tensor scales", file=CONFIG)
+
+
+@check(
+    "C10",
+    "quantization_config is the one that the plan wrote.",
+    needs=("config", "records"),
+    yields_to=("C1", "C2", "C4", "C9"),
+    consequence="vLLM computes otherwise than was planned, or stops; what plan and card say is not true",
+    remedy="copy quantization_config from fp8pipe/plan.json, or quantize again",
+)
+def quantization_is_as_planned(subject: Subject) -> Iterator[Fault]:
+    """Keys that are absent, null or empty mean the same. Those that no reader knows are C2's."""
+    ours, planned = _stated(subject.quantization), _stated(subject.plan.quantization_config)
+    known = KEYS.get(method_of(subject.quantization), ())
+    for key in sorted(ours.keys() | planned.keys()):
+        top = key.partition(".")[0]
+        if ours.get(key) != planned.get(key) and (key in planned or top in known):
+            expected, found = (clip(repr(side.get(key)), 100) for side in (planned, ours))
+            yield Fault(f"{clip(key)} = {expected}", found, file=CONFIG, key=top)
+
+
+def _stated(quant: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What a quantization_config says, by dotted key; the order of names in a list does not count."""
+    flat: dict[str, Any] = {}
+    for key, value in quant.items():
+        if isinstance(value, dict) and len(prefix) < 200:
+            flat |= _stated(value, f"{prefix}{key}.")
+        elif value not in (None, [], ""):
+            flat[f"{prefix}{key}"] = sorted(value) if is_names(value) else value
+    return flat

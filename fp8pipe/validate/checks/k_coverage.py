@@ -6,6 +6,7 @@ model answers in fluent nonsense.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -54,6 +55,8 @@ _NO_PARAMETER = re.compile(r"scale|zero|inv_freq")
 _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 MIN_SIBLINGS = 2
 """So many layers of one kind show what another one lacks."""
+MAX_LACKING_EXPERTS = 1000
+"""So many are reported of one layer."""
 MAX_LAYERS = 512
 """Comparing layers takes quadratic time, so it is skipped above this number. No real model has so many."""
 
@@ -346,13 +349,13 @@ def _layer_gaps(subject: Subject) -> Iterator[Fault]:
     layout = subject.layout
     if layout.num_layers is None or subject.files.blind or subject.files.lost:
         return
-    all_layers = set(range(layout.num_layers))
     expected = f"layers 0 to {layout.num_layers - 1}"
     found = _decoder_layers(subject.files.tensors)
     known = _decoder_layers(subject.source.tensors if subject.source_or_none else ())
-    if missing := sorted(all_layers - found - (known and all_layers)):
-        yield Fault(expected, f"layer {missing[0]} has no tensor")
-    extra = sorted(found - set(range(layout.num_layers + layout.num_predictors)) - known)
+    missing = next(layer for layer in itertools.count() if layer not in found)  # the number in config.json may be huge
+    if missing < layout.num_layers and not known:
+        yield Fault(expected, f"layer {missing} has no tensor")
+    extra = sorted(layer for layer in found - known if layer >= layout.num_layers + layout.num_predictors)
     severity = "warning" if extra and extra[0] == layout.num_layers else None
     yield from (Fault(expected, f"layer {layer}", severity=severity) for layer in (extra if not known else ()))
 
@@ -371,9 +374,17 @@ def _expert_gaps(subject: Subject, count: int) -> Iterator[Fault]:
             if place[1] >= count and name in subject.files.tensors:
                 surplus[place[:2]].add(module)
     for experts in sorted(projections):
+        lacking = 0
         for index in range(count):
-            for projection in sorted(projections[experts]):
-                yield from _missing_of_expert(subject, f"{experts}.{index}.{projection}")
+            faults = [
+                fault
+                for projection in sorted(projections[experts])
+                for fault in _missing_of_expert(subject, f"{experts}.{index}.{projection}")
+            ]
+            yield from faults
+            lacking += bool(faults)
+            if lacking > MAX_LACKING_EXPERTS:  # the number in config.json may be huge
+                break
     for (experts, index), modules in sorted(surplus.items()):
         found = f"expert {index}"
         yield Fault(f"experts 0 to {count - 1}", found, tensor=experts, claims=tuple(sorted(modules)))

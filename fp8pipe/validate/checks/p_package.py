@@ -14,7 +14,7 @@ from fp8pipe.model.untrusted import clip
 from fp8pipe.records import RECORD_DIR
 from fp8pipe.validate.checks.check import check
 from fp8pipe.validate.faults import Fault
-from fp8pipe.validate.reading.place import Place, same_content
+from fp8pipe.validate.reading.place import HubPlace, Place, same_content
 from fp8pipe.validate.subject import Subject
 
 TOKENIZER = re.compile(
@@ -22,7 +22,8 @@ TOKENIZER = re.compile(
     r"tokenizer\.model|spiece\.model|sentencepiece\.bpe\.model|tekken\.json|.*\.tiktoken)$"
 )
 CHAT_TEMPLATE = re.compile(r"^(chat_template\.(jinja|json)|additional_chat_templates/.*\.jinja)$")
-PROCESSOR = re.compile(r"^((video_)?(pre)?processor_config\.json|processor_config\.json|[\w./-]+\.py)$")
+PROCESSOR = re.compile(r"^(video_)?(pre)?processor_config\.json$")
+CODE = re.compile(r"^[\w./-]+\.py$")
 FOLDED = ("special_tokens_map.json", "added_tokens.json")
 """Files that transformers 5 no longer writes: their content is in tokenizer.json and tokenizer_config.json."""
 NOTES = frozenset(
@@ -41,16 +42,28 @@ PRIVATE_PATH = re.compile(rb"\"(?:file://)?((?:/home|/root|/Users|/tmp|/mnt|/wor
 
 
 def _against_source(subject: Subject, pattern: re.Pattern[str], *, extra: bool) -> Iterator[Fault]:
-    """Files that match `pattern`: each of the source's is there with the same content (and no other, if `extra`)."""
-    ours, theirs = subject.files, subject.source
-    for name in sorted(name for name in theirs.sizes if pattern.match(name)):
-        if name not in ours.sizes:
+    """Files that match `pattern`: each of the source's is there with the same content (and no other, if `extra`).
+
+    Without a source at hand, the engine's record of its files tells."""
+    ours, theirs = subject.files.sizes, subject.source_sizes
+    for name in sorted(filter(pattern.match, theirs)):
+        if name not in ours:
             yield _missing(subject, name)
-        elif not same_content(ours.place, theirs.place, name):
+        elif not _has_source_content(subject, name):
             yield _other_content(subject, name)
-    for name in sorted(name for name in ours.sizes.keys() - theirs.sizes.keys() if pattern.match(name) and extra):
+    for name in sorted(filter(pattern.match, ours.keys() - theirs.keys())) if extra else ():
         if not _is_template_moved(subject, name):
             yield Fault("only files of the source", "a file that it does not have", file=name)
+
+
+def _has_source_content(subject: Subject, name: str) -> bool:
+    """Whether the file has the source's bytes; its size decides where a record alone knows the source, and no hash."""
+    if subject.source_or_none is not None:
+        return same_content(subject.files.place, subject.source.place, name)
+    recorded = HubPlace(subject.source_record)
+    if recorded.oids.get(name) is None:
+        return subject.files.sizes[name] == recorded.sizes[name]
+    return same_content(subject.files.place, recorded, name)
 
 
 def _missing(subject: Subject, name: str) -> Fault:
@@ -62,8 +75,8 @@ def _missing(subject: Subject, name: str) -> Fault:
 
 def _other_content(subject: Subject, name: str) -> Fault:
     """A file with other bytes. Of JSON, the keys that differ; a warning if they are only notes of the library."""
-    both = (subject.files, subject.source) if name.endswith(".json") else ()
-    objects = [content for files in both if (content := files.json_object(name)[0]) is not None]
+    both = (subject.files, subject.source_or_none) if name.endswith(".json") else ()
+    objects = [content for files in both if files and (content := files.json_object(name)[0]) is not None]
     if len(objects) < 2:
         return Fault("the source's bytes", "other bytes", file=name)
     ours, theirs = objects
@@ -80,7 +93,7 @@ def _other_content(subject: Subject, name: str) -> Fault:
 
 def _is_template_moved(subject: Subject, name: str) -> bool:
     """Whether a chat template of its own is the one that the source keeps in tokenizer_config.json."""
-    if name != "chat_template.jinja":
+    if name != "chat_template.jinja" or subject.source_or_none is None:
         return False
     settings = subject.source.json_object("tokenizer_config.json")[0] or {}
     text = subject.files.place.read(name, 0, min(subject.files.sizes[name], MAX_TEXT_BYTES))
@@ -90,7 +103,7 @@ def _is_template_moved(subject: Subject, name: str) -> bool:
 @check(
     "P1",
     "Tokenizer files say what the source's say.",
-    needs=("source",),
+    needs=("files",),
     consequence="vLLM silently encodes prompts with other ids than the model was trained on",
     remedy="copy the file from the source at the same revision",
 )
@@ -101,7 +114,7 @@ def tokenizer_equals_source(subject: Subject) -> Iterator[Fault]:
 @check(
     "P2",
     "generation_config.json equals the source's.",
-    needs=("source",),
+    needs=("files",),
     consequence="vLLM stops at other tokens, or samples with other defaults",
     remedy="copy the file from the source",
 )
@@ -112,7 +125,7 @@ def generation_config_equals_source(subject: Subject) -> Iterator[Fault]:
 @check(
     "P3",
     "Chat templates equal the source's.",
-    needs=("source",),
+    needs=("files",),
     consequence="vLLM formats conversations otherwise, or refuses chat requests",
     remedy="copy the file from the source",
 )
@@ -123,12 +136,13 @@ def chat_template_equals_source(subject: Subject) -> Iterator[Fault]:
 @check(
     "P4",
     "Processor configs and the model's own code are those of the source.",
-    needs=("source",),
+    needs=("files",),
     consequence="vLLM cannot build the model, or prepares images and audio otherwise",
     remedy="copy the file from the source",
 )
 def processors_and_code_equal_source(subject: Subject) -> Iterator[Fault]:
-    return _against_source(subject, PROCESSOR, extra=False)
+    yield from _against_source(subject, PROCESSOR, extra=True)
+    yield from _against_source(subject, CODE, extra=False)
 
 
 @check(

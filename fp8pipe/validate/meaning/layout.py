@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 HEADS = ("lm_head.weight", "embed_out.weight")
 """The output head on disk, where no record names it: GPT-NeoX has the second."""
 
-MAX_COUNT = 4096
-"""More layers or experts than any model has: a larger number in config.json is ignored."""
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -233,5 +230,5 @@ def _is_matrix(module: str, tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def _count(config: dict[str, Any], *keys: str) -> int | None:
-    found = [config[key] for key in keys if type(config.get(key)) is int and 0 < config[key] <= MAX_COUNT]
+    found = [config[key] for key in keys if type(config.get(key)) is int and config[key] > 0]
     return found[0] if found else None

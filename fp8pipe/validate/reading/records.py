@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fp8pipe.model.untrusted import parse_json
 from fp8pipe.quantize.plan.record import Plan
-from fp8pipe.records import RECORD_DIR, Checkpoint, Manifest, Record
+from fp8pipe.records import RECORD_DIR, Checkpoint, Manifest, Record, Snapshot
 from fp8pipe.records.calibration import Calibration
 from fp8pipe.validate.reading.place import Place
 
@@ -32,6 +32,8 @@ class EngineRecords:
     plan: Plan | None
     calibration: Calibration | None
     manifest: Manifest | None
+    source: Snapshot | None
+    """The files of the source; None where `quantize` was called as a library."""
     unreadable: tuple[str, ...]
     """Files that are not the record they should be, with the reason."""
 
@@ -59,7 +61,8 @@ def read_records(place: Place) -> EngineRecords | None:
     if checkpoint is None:
         return None
     plan, calibration = load(Plan, "plan.json"), load(Calibration, "calibration.json")
-    return EngineRecords(checkpoint, plan, calibration, load(Manifest, "manifest.json"), tuple(unreadable))
+    manifest, source = load(Manifest, "manifest.json"), load(Snapshot, "source.json")
+    return EngineRecords(checkpoint, plan, calibration, manifest, source, tuple(unreadable))
 
 
 def _parsed(kind: type[R], data: bytes) -> tuple[R | None, str]:
