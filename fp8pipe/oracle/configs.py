@@ -13,14 +13,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fp8pipe.evaluate.environment import vllm_version
 from fp8pipe.files import digest_of
 from fp8pipe.machine.supervise import supervise
 from fp8pipe.oracle.cache import cache_dir
-from fp8pipe.oracle.vllm import is_available
 from fp8pipe.records import Record
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], *, dtype: str | None) 
 
 def compare_each(ours: Sequence[dict[str, Any]], theirs: dict[str, Any], *, dtype: str | None) -> list[Comparison]:
     """The same for several configs beside one source's, in one child process and without the cache."""
-    request = {"ours": ours, "theirs": theirs, "dtype": dtype, "vllm": is_available()}
+    request = {"ours": ours, "theirs": theirs, "dtype": dtype, "vllm": _vllm_version() is not None}
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:  # answers are files: libraries print on stdout
         asked, answer = Path(name) / "request.json", Path(name) / "answer.json"
@@ -90,7 +90,9 @@ class _NoAnswer(Exception):
     """The child gave no answer, for the reason in the message."""
 
 
-def _vllm_version() -> str:
-    from fp8pipe.evaluate.environment import vllm_version
-
-    return vllm_version() if is_available() else ""
+def _vllm_version() -> str | None:
+    """Version of the vLLM that is installed; None if there is none."""
+    try:
+        return vllm_version()
+    except PackageNotFoundError:
+        return None
