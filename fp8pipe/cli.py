@@ -258,7 +258,7 @@ def sensitivity(folder: Folder, as_json: AsJson = False) -> None:
 
     calibration, plot = stages.sensitivity(folder)
     if as_json:
-        fields = {"model_id", "sensitivity", "layers", "expert_tokens", "kept", "kv_absent"}
+        fields = {"model_id", "sensitivity", "layers", "expert_tokens", "kept", "kv_absent", "assumed"}
         emit_json(calibration.model_dump(mode="json", include=fields))
         return
     out.print(terminal(sensitivity_sheet(calibration)))

@@ -7,7 +7,8 @@ targets       plan -> modules to observe                cpu_linear   16-bit Line
 skeleton      the model without weights                 resume       finished layers survive a kill
 lockstep      all passes, one layer at a time           key          equal keys, equal ranges
 forward       the loop over layers                      sensitivity  what FP8 costs each Linear
-memory        samples share passes; smaller passes when memory runs out
+ranges        ranges that are measured, or taken        memory       samples share passes; smaller passes when memory
+              instead, or refused                                    runs out
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8pipe.calibrate.key import environment, key_of, observers_of, resolved
-from fp8pipe.config import Recipe
+from fp8pipe.config import Recipe, dataset_name
 from fp8pipe.files import digest_of
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.records import Snapshot
@@ -84,7 +85,7 @@ def calibrate(
         key=key,
         model_id=snapshot.model_id,
         source_commit=snapshot.commit,
-        dataset=recipe.calibration.dataset,
+        dataset=dataset_name(recipe.calibration.dataset),
         dataset_revision=revision,
         dataset_split=recipe.calibration.split,
         sample_indices=samples.indices,

@@ -17,12 +17,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from fp8pipe.config import CalibrationSpec
+from fp8pipe.config import LOCAL_DATA, CalibrationSpec, is_local_data
 from fp8pipe.errors import CalibrationDataError, ModelNotFound, RevisionNotFound
 from fp8pipe.hub.client import endpoint
 from fp8pipe.hub.datasets import DatasetInfo, dataset_file, dataset_info
-
-SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 
 
 class Rows(Protocol):
@@ -32,17 +30,12 @@ class Rows(Protocol):
     def __getitem__(self, index: int, /) -> dict[str, Any]: ...
 
 
-def is_local(spec: CalibrationSpec) -> bool:
-    """Whether the dataset is a file rather than a Hub id."""
-    return spec.dataset.endswith(SUFFIXES)
-
-
 def pin(spec: CalibrationSpec) -> str:
     """Revision of the data: the commit sha of a Hub dataset, `sha256:...` of a local file.
 
     Raises CalibrationDataError when there is no such dataset, HubUnreachable.
     """
-    if is_local(spec):
+    if is_local_data(spec.dataset):
         with _local_path(spec).open("rb") as file:
             return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
     if spec.revision is not None and re.fullmatch("[0-9a-f]{40}", spec.revision):
@@ -52,7 +45,7 @@ def pin(spec: CalibrationSpec) -> str:
 
 def load_rows(spec: CalibrationSpec, revision: str) -> Rows:
     """All rows of the dataset at `revision`. Raises CalibrationDataError when its files cannot be read."""
-    if is_local(spec):
+    if is_local_data(spec.dataset):
         return _read(_local_path(spec))
     names = _files_of_split(spec, revision)
     return _Joined([_read(dataset_file(spec.dataset, name, revision)) for name in names])
@@ -67,7 +60,7 @@ def _info(spec: CalibrationSpec, revision: str | None) -> DatasetInfo:
     except ModelNotFound as error:
         raise CalibrationDataError(
             f"calibration dataset {spec.dataset}: {endpoint()} shows no such dataset; correct calibration.dataset, or "
-            f"name a local {', '.join(SUFFIXES)} file"
+            f"name a local {', '.join(LOCAL_DATA)} file"
         ) from error
     except RevisionNotFound as error:
         raise CalibrationDataError(
@@ -77,7 +70,7 @@ def _info(spec: CalibrationSpec, revision: str | None) -> DatasetInfo:
 
 def _files_of_split(spec: CalibrationSpec, revision: str) -> list[str]:
     info = _info(spec, revision)
-    names = [name for name in info.files if name.endswith(SUFFIXES)]
+    names = [name for name in info.files if name.endswith(LOCAL_DATA)]
     patterns = _patterns_of_card(info.configs, spec)
     if patterns:
         found = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
@@ -85,7 +78,7 @@ def _files_of_split(spec: CalibrationSpec, revision: str) -> list[str]:
         found = [name for name in names if _is_named_after_split(name, spec)]
     if not found:
         raise CalibrationDataError(
-            f"calibration dataset {spec.dataset}@{revision}: no {', '.join(SUFFIXES)} file belongs to split "
+            f"calibration dataset {spec.dataset}@{revision}: no {', '.join(LOCAL_DATA)} file belongs to split "
             f"{spec.split}{f' of {spec.subset}' if spec.subset else ''}, found "
             f"{', '.join(names[:8]) or 'no data files'}; correct calibration.split or calibration.subset"
         )

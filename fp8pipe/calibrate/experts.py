@@ -82,6 +82,11 @@ class ExpertWatch:
         if expert in self._routed:
             self._routed[expert] += tokens
 
+    @property
+    def reserved(self) -> Sequence[Tensor]:
+        """Tokens of the layer that were set aside, [tokens, hidden] each."""
+        return self._reserve
+
     def reserve(self, hidden: Tensor) -> None:
         """Set aside some of a pass's tokens [tokens, hidden] for experts that will have seen too few.
 
@@ -91,11 +96,14 @@ class ExpertWatch:
             self._reserve.append(hidden[spread(len(hidden), share, len(self._reserve)).to(hidden.device)])
 
     @torch.inference_mode()
-    def top_up(self) -> None:
-        """Show reserved tokens to the experts below the minimum; the layer's weights must still be loaded."""
-        if not self._reserve:
+    def top_up(self, others: Sequence[Tensor] = ()) -> None:
+        """Show reserved tokens to the experts below the minimum; the layer's weights must still be loaded.
+
+        others: tokens of the layer's other experts modules, for a module that no token reached: that of experts for
+        images, when the samples are texts."""
+        if not (parts := self._reserve or list(others)):
             return
-        reserve = torch.cat(self._reserve)
+        reserve = torch.cat(parts)
         for expert, routed in self._routed.items():
             if routed < self._minimum:
                 tokens = reserve[: self._minimum - routed]

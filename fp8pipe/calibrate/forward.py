@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from fp8pipe.calibrate.cpu_linear import fast_products
 from fp8pipe.calibrate.hooks import LayerWatch, ObservingCache
 from fp8pipe.calibrate.lockstep import Lockstep, Step
-from fp8pipe.calibrate.memory import Batches, return_freed_memory, with_smaller_batches
+from fp8pipe.calibrate.memory import Batches, is_out_of_memory, return_freed_memory, with_smaller_batches
 from fp8pipe.calibrate.resume import Bookmark, Handover, restore
 from fp8pipe.calibrate.skeleton import Skeleton
 from fp8pipe.calibrate.targets import LayerModules, Schemes, Targets, check_observed, kv_absent, modules_by_layer
-from fp8pipe.errors import UnsupportedArchitecture
+from fp8pipe.errors import Fp8PipeError, UnsupportedArchitecture
 from fp8pipe.progress import Progress, ProgressEvent, quiet
 from fp8pipe.records.calibration import Ranges
 
@@ -32,8 +34,8 @@ def run(
     """Ranges of `targets` in the model of `skeleton`.
 
     token_ids: one sequence per sample. When memory runs out, smaller passes are tried, from the last bookmark on.
-    Raises UnsupportedArchitecture when a module never ran, so that none is left without a range; EnvironmentFault when
-    a single sample does not fit into memory.
+    Raises UnsupportedArchitecture when a module never ran, so that none is left without a range, and when the model's
+    own code fails; EnvironmentFault when a single sample does not fit into memory.
     """
     return_freed_memory()
     modules = modules_by_layer(skeleton, targets, static=schemes.static is not None)
@@ -42,13 +44,30 @@ def run(
     def attempt(batches: Batches) -> Ranges:
         forwards = [_forward(skeleton, [token_ids[index] for index in batch]) for batch in batches]
         loop = _Loop(skeleton, modules, schemes, bookmark, batches, sum(map(len, token_ids)), progress)
-        with Lockstep(skeleton.layers, forwards) as steps:
+        with _errors_of(skeleton.model), Lockstep(skeleton.layers, forwards) as steps:
             return loop.run(steps)
 
     ranges = with_smaller_batches(attempt, token_ids, skeleton.device)
     if schemes.static is not None:
         check_observed(targets, ranges)
     return ranges if schemes.kv is None else ranges.joined(Ranges(kv_absent=kv_absent(skeleton, targets, modules)))
+
+
+@contextmanager
+def _errors_of(model: nn.Module) -> Iterator[None]:
+    """What the model's own code raises is a refusal: transformers cannot run this model as its config.json has it."""
+    try:
+        yield
+    except Fp8PipeError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedArchitecture(
+            f"{type(model).__name__} fails on the calibration data ({type(error).__name__}: {reason}); correct "
+            "config.json if transformers does not run this model either, or use a data-free recipe such as fp8-dynamic"
+        ) from error
 
 
 def _forward(skeleton: Skeleton, ids: Sequence[Sequence[int]]) -> Callable[[], object]:

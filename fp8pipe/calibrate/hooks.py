@@ -19,11 +19,12 @@ from transformers import DynamicCache, PretrainedConfig
 
 from fp8pipe.calibrate.experts import ExpertWatch, Place, expert_matrix
 from fp8pipe.calibrate.observers import Observer, observer_for
+from fp8pipe.calibrate.ranges import input_ranges, kv_ranges
 from fp8pipe.calibrate.sensitivity import figures, sampling
 from fp8pipe.calibrate.sensitivity.sampling import Matrix, RowSample, Seen, TokenSample, WatchedInput
 from fp8pipe.calibrate.targets import LayerModules, Schemes
-from fp8pipe.errors import CalibrationDataError, NonFiniteActivation, UnsupportedArchitecture
-from fp8pipe.records.calibration import ExpertTokens, KVRange, Ranges, Sensitivity
+from fp8pipe.errors import NonFiniteActivation, UnsupportedArchitecture
+from fp8pipe.records.calibration import ExpertTokens, Ranges, Sensitivity
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class LayerWatch:
     def finish(self) -> None:
         """After the last sample, while the weights are still loaded: give rarely used experts their minimum."""
         for watch in self._experts:
-            watch.top_up()
+            watch.top_up([tokens for other in self._experts for tokens in other.reserved])
 
     def observe_kv(self, keys: Tensor, values: Tensor) -> None:
         """keys, values: [batch, kv_heads, tokens, head_dim], as cached."""
@@ -116,24 +117,19 @@ class LayerWatch:
         """What was observed.
 
         Raises NonFiniteActivation, naming the first module that saw NaN or Inf; UnsupportedArchitecture for attention
-        that cached nothing; CalibrationDataError for a range of 0.
+        that cached nothing; CalibrationDataError for a range of 0, unless it is an expert's or a cache's in which every
+        value was 0.
         """
         self._check_finite()
         self._check_cached()
         seen = {names: watched.seen() for names, watched in self._inputs.items() if watched.observer.updates}
-        kv = {name: KVRange(k_amax=k.ranges(), v_amax=v.ranges()) for name, (k, v) in self._kv.items()}
-        static = self._schemes.static is not None
-        if static:
-            for names, one in seen.items():
-                _check_not_zero(f"{names[0]}: its input", (one.amax_to_cover,), (one.amax,))
-        for name, found in kv.items():
-            keys, values = self._kv[name]
-            _check_not_zero(f"{name}: its keys", found.k_amax, keys.amax())
-            _check_not_zero(f"{name}: its values", found.v_amax, values.amax())
+        inputs, unmeasured = input_ranges(seen, self._layer) if self._schemes.static is not None else ({}, {})
+        kv, blank = kv_ranges(self._kv)
         sensitivity = figures.shared_out({names: self._sensitivity(names, one) for names, one in seen.items()})
         return Ranges(
-            inputs={name: one.amax_to_cover for names, one in seen.items() for name in names} if static else {},
+            inputs=inputs,
             kv=kv,
+            assumed=unmeasured | blank,
             sensitivity=sensitivity,
             layers={self._layer.name: figures.of_layer(sensitivity.values())} if sensitivity else {},
             expert_tokens=self._expert_tokens(),
@@ -202,18 +198,6 @@ def _input_hook(watched: WatchedInput) -> Callable[..., None]:
             watched.saw(values)
 
     return hook
-
-
-def _check_not_zero(what: str, ranges: Sequence[float], amax: Sequence[float]) -> None:
-    """A range of 0 gives no scale, and a made-up one would clip the values that are served later."""
-    if all(ranges):
-        return
-    unit = f" (head {ranges.index(0.0)})" if len(ranges) > 1 else ""
-    reason = "most of its values are 0" if amax[ranges.index(0.0)] else "every value was 0 on the calibration data"
-    raise CalibrationDataError(
-        f"{what}{unit} has a range of 0: {reason}; add the module to the recipe's ignore, give other data, or use the "
-        "minmax observer"
-    )
 
 
 def _check_finite(what: str, observer: Observer) -> None:

@@ -153,9 +153,10 @@ def check_observed(targets: Targets, ranges: Ranges) -> None:
     wanted = [*targets.linears, *targets.experts]
     missing = [name for name in wanted if name not in ranges.inputs]
     if missing:
+        shown = "calibration.min_expert_tokens: 1 or more shows them tokens of their layer; "
         raise UnsupportedArchitecture(
             f"{len(missing)} of {len(wanted)} modules never ran on the calibration data, the first is {missing[0]}; "
-            "give more samples, or add them to the recipe's ignore"
+            f"{shown if missing[0] in targets.experts else ''}give more samples, or add them to the recipe's ignore"
         )
 
 

@@ -31,12 +31,15 @@ from fp8pipe.config.policy import (
     look_sizes,
 )
 from fp8pipe.config.recipe import (
+    LOCAL_DATA,
     ActivationScheme,
     CalibrationSpec,
     KeepRule,
     KVCacheScheme,
     Recipe,
     WeightScheme,
+    dataset_name,
+    is_local_data,
     load_recipe,
 )
 from fp8pipe.config.release import (
@@ -55,6 +58,7 @@ from fp8pipe.config.suite import (
 __all__ = [
     "CONFIG_DIR",
     "LIKELIHOODS",
+    "LOCAL_DATA",
     "SAMPLE_PROMPTS",
     "ActivationScheme",
     "CalibrationSpec",
@@ -77,7 +81,9 @@ __all__ = [
     "TaskSpec",
     "WeightScheme",
     "check_fit",
+    "dataset_name",
     "find",
+    "is_local_data",
     "load",
     "load_collection",
     "load_policy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -51,11 +52,25 @@ class KVCacheScheme(Config):
     percentile: float = Field(default=99.99, gt=50, le=100)
 
 
+LOCAL_DATA = (".json", ".jsonl", ".parquet", ".txt")
+"""How the names of local datasets end."""
+
+
+def is_local_data(dataset: str) -> bool:
+    """Whether a dataset's name is that of a file rather than a Hub id."""
+    return dataset.endswith(LOCAL_DATA)
+
+
+def dataset_name(dataset: str) -> str:
+    """A dataset as records and cards name it: its Hub id, or a file's name without the folder that it lies in."""
+    return Path(dataset).name if is_local_data(dataset) else dataset
+
+
 class CalibrationSpec(Config):
     """Where activation and KV ranges come from."""
 
     dataset: str = "HuggingFaceH4/ultrachat_200k"
-    """Hub id, or a local .json, .jsonl, .parquet or .txt file, with a `messages` or `text` column."""
+    """Hub id, or a local file (LOCAL_DATA), with a `messages` or `text` column."""
     revision: str | None = None
     subset: str | None = None
     """Configuration of a Hub dataset that has several."""
@@ -146,13 +161,30 @@ class Recipe(Config):
         """Whether the inputs of Linears are quantized with calibrated scales."""
         return self.activations is not None and self.activations.mode == "static"
 
+    def without_paths(self) -> Recipe:
+        """The recipe as it is published: a path of the machine that used it is nobody's business, and no identity."""
+        named = self.calibration.model_copy(update={"dataset": dataset_name(self.calibration.dataset)})
+        return self.model_copy(update={"calibration": named, "fallback": tuple(map(_without_paths, self.fallback))})
+
     def identity(self) -> dict[str, Any]:
-        """What decides the bytes: all fields but names, descriptions, fallbacks and unused calibration settings."""
+        """What decides the bytes: all fields but names, descriptions, fallbacks, the folder of a local dataset and
+        unused calibration settings."""
         fields = self.model_dump(
             mode="json", exclude={"name", "description", "unmatched_ignore", "fallback", "repo_suffix"}
         )
+        fields["calibration"]["dataset"] = dataset_name(self.calibration.dataset)
         unused = {"calibration": not self.needs_calibration, "keep_bf16": self.keep_bf16 is None}
         return {name: value for name, value in fields.items() if not unused.get(name)}
+
+
+def _without_paths(step: str | dict[str, Any]) -> str | dict[str, Any]:
+    """A step of a fallback, its recipe file or dataset without the folder that it lies in."""
+    if isinstance(step, str):
+        return Path(step).name
+    data = step.get("calibration")
+    if not isinstance(data, dict) or not isinstance(data.get("dataset"), str):
+        return step
+    return step | {"calibration": data | {"dataset": dataset_name(data["dataset"])}}
 
 
 def load_recipe(name: str) -> Recipe:

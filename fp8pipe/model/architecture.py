@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from fp8pipe.records import Record
 
 Kind = Literal[
@@ -55,7 +57,8 @@ class TensorRole(Record):
     parameter: str = ""
     """Its attribute in that module if several tensors share the module: gate_up_proj, down_proj, ..."""
     expert: int | None = None
-    """Index of the expert it belongs to, for kind `expert`."""
+    """Index of the expert it belongs to within `module`, for kind `expert`. The number in its name may be another:
+    Ernie 4.5 VL numbers the experts for text and those for images in one row."""
     parts: tuple[int, ...] = ()
     """Rows of each shard that vLLM cuts a fused tensor (q, k and v; gate and up) into; empty for any other."""
     group: str = ""
@@ -103,6 +106,8 @@ class Architecture(Record):
     """Whether the model's own code was run to find all this."""
     source_quantization: dict[str, Any] | None = None
     """`quantization_config` of the source; None for an unquantized model."""
+    experts: dict[str, int] = Field(default_factory=dict)
+    """Experts module, by the name under which vLLM's loaders look for its experts -> how many the model has."""
     misfits: tuple[str, ...] = ()
     """Tensors whose shape is not that of the model's parameter, and parameters of decoder layers that no tensor
     fills."""

@@ -48,7 +48,7 @@ def experts_holder(name: str, role: TensorRole) -> str:
     `...experts.gate_up_proj`. Granite MoE keeps `block_sparse_moe.input_linear.weight` beside the `experts` module that
     transformers and vLLM build from it."""
     if role.expert is not None:
-        return re.sub(rf"\.{role.expert}\.[^.]+\.weight$", "", name)
+        return re.sub(r"\.\d+\.[^.]+\.weight$", "", name)
     holder = name.removesuffix(".weight").rpartition(".")[0]
     is_beside = role.module.endswith(".experts") and not holder.endswith(".experts")
     return f"{holder}.experts" if is_beside else holder

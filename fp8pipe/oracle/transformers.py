@@ -27,7 +27,7 @@ from fp8pipe.model.headers import Headers
 from fp8pipe.oracle.cache import cache_dir
 from fp8pipe.records import Snapshot
 
-PROBE_VERSION = 6
+PROBE_VERSION = 7
 """Increase it when the probe or its rules answer differently: cached answers of other versions are not used."""
 _PROBE_TIMEOUT_S = 600
 

@@ -19,8 +19,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fp8pipe.oracle.lean import without
 
 # transformers imports these packages if they are installed, which takes seconds. No model needs them.
@@ -29,20 +27,17 @@ with without("sklearn", "scipy") if __name__ == "__main__" else nullcontext():
     import transformers
     from torch import nn
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.core_model_loading import dot_natural_key
     from transformers.pytorch_utils import Conv1D
 
 from fp8pipe.model import fused
 from fp8pipe.model import names as rules
-from fp8pipe.model.architecture import AttentionLayer, ExpertLayout, TensorRole
+from fp8pipe.model.architecture import AttentionLayer, TensorRole
+from fp8pipe.oracle.disk import Target, Unsupported, follow
+from fp8pipe.oracle.experts import ExpertTensors, is_experts
 
 _CACHES = frozenset(("past_key_values", "past_key_value", "layer_past"))
 """Names of the cache among the arguments of an attention module."""
-
-
-class Unsupported(Exception):
-    """This model cannot be quantized, for the reason in the message."""
 
 
 def main() -> None:
@@ -74,6 +69,7 @@ def examine(folder: Path, shapes: Mapping[str, list[int]], trust_remote_code: bo
         and not any(role.kind == "lm_head" for role in roles.values()),
         "trust_remote_code": trust_remote_code,
         "source_quantization": source_quantization,
+        "experts": survey.experts.counts(roles),
         "misfits": survey.misfits(),
     }
 
@@ -108,43 +104,6 @@ def _model_class(config: Any, trust_remote_code: bool) -> PreTrainedModel:  # An
     )
 
 
-# ---------------------------------------------------------------------------------------------- disk -> module
-
-
-class Target:
-    """Where transformers loads a tensor: its parameter, and the converter that splits or changes it, if any."""
-
-    def __init__(self, name: str, converter: WeightConverter | None, pattern: str | None = None) -> None:
-        self.name = name
-        self.converter = converter
-        self.pattern = pattern
-        """Which of the converter's source patterns the tensor matches."""
-
-    def all_names(self) -> list[str]:
-        """All parameters that the tensor fills: `name`, and one per further target pattern of the converter."""
-        if self.converter is None:
-            return [self.name]
-        first, *others = self.converter.target_patterns
-        return [self.name, *(self.name.replace(first, other) for other in others)]
-
-
-def follow(model: PreTrainedModel, names: Mapping[str, Any]) -> dict[str, Target]:
-    """Every name on disk that transformers would load -> its target in the model."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [item for item in transforms if isinstance(item, WeightRenaming)]
-    converters = [item for item in transforms if isinstance(item, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    state, prefix = model.state_dict(), model.base_model_prefix
-    targets = {}
-    for name in sorted(names, key=dot_natural_key):  # the loader's order, on which some renamings depend
-        place, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if place not in state and name in state:
-            place, pattern = rename_source_key(name, [], [], prefix, state)
-        if place in state:
-            targets[name] = Target(place, by_pattern[pattern] if pattern is not None else None, pattern)
-    return targets
-
-
 # ---------------------------------------------------------------------------------------------- the model's parts
 
 
@@ -155,7 +114,7 @@ class Survey:
         self.model = model
         self.shapes = shapes
         self.targets = targets
-        self._layouts: dict[tuple[Any, ...], ExpertLayout] = {}
+        self.experts = ExpertTensors(model, shapes, targets)
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.layers_name, self.layers = _decoder_layers(model)
         self.head = model.get_output_embeddings()
@@ -175,7 +134,7 @@ class Survey:
                 f"{name} belongs to GPT-2's transposed Conv1D: vLLM transposes the weight at load but not its scales"
             )
         role = self._role_of_owner(name, owner_name, owner, attribute)
-        return role.model_copy(update={"module": owner_name})
+        return role if role.module else role.model_copy(update={"module": owner_name})
 
     def _role_of_owner(self, name: str, owner_name: str, owner: nn.Module, attribute: str) -> TensorRole:
         if len(self.shapes[name]) < 2:
@@ -190,8 +149,8 @@ class Survey:
             return TensorRole(
                 kind="outside", reason="outside the text decoder's layers (vision, audio, projector, head)"
             )
-        if _is_experts(owner):
-            return self._expert(name, owner, attribute)
+        if is_experts(owner):
+            return self.experts.role(name, owner, attribute)
         if self.is_in_router(owner_name):
             return TensorRole(kind="router", reason=rules.ROUTER_REASON)
         if isinstance(owner, nn.Linear) and attribute == "weight":
@@ -250,72 +209,6 @@ class Survey:
                     yield f"{parent}.{child}", module
             name = parent
 
-    def _expert(self, name: str, owner: nn.Module, attribute: str) -> TensorRole:
-        parameter, shape = getattr(owner, attribute), self.shapes[name]
-        if attribute in rules.PROJECTIONS and getattr(owner, "has_bias", False):
-            return TensorRole(
-                kind="kept_experts", reason="experts with biases: vLLM serves them unquantized, or in MXFP4"
-            )
-        if attribute not in rules.PROJECTIONS or parameter.dim() != 3:
-            return TensorRole(
-                kind="parameter", reason=f"{attribute} of the experts is not a weight that vLLM quantizes"
-            )
-        if len(shape) == 2:
-            return TensorRole(kind="expert", parameter=attribute)
-        target = self.targets[name]
-        # The experts of all layers are laid out alike.
-        alike = (type(owner), attribute, tuple(shape), tuple(parameter.shape), target.converter, target.pattern)
-        if alike not in self._layouts:
-            self._layouts[alike] = self._layout(name, owner, attribute)
-        return TensorRole(kind="fused_experts", parameter=attribute, layout=self._layouts[alike])
-
-    def _layout(self, name: str, owner: nn.Module, attribute: str) -> ExpertLayout:
-        """How experts lie in the 3-D tensor `name`.
-
-        Its elements are followed into the parameter, and from there to the rows of a projection, as the module's own
-        class multiplies."""
-        projections, columns = rules.PROJECTIONS[attribute], self.shapes[name][2]
-        matrix = self._landed(name, getattr(owner, attribute))
-        matrix = matrix.T if _is_transposed(owner) else matrix  # [out, in]
-        column = matrix[:, np.argwhere(matrix == 0)[0][1]]
-        transposed = 1 in column  # two neighbours in a row on disk are two outputs
-        places = np.flatnonzero(column >= 0)
-        outputs = column[places] if transposed else column[places] // columns
-        size, count = len(column) // len(projections), len(projections)
-        if getattr(owner, "is_concatenated", True):
-            part, index = places // size, places % size
-        else:
-            part, index = places % count, places // count
-        if len(held := set(part.tolist())) == 1:
-            projections, interleaved = (projections[held.pop()],), False
-        else:
-            interleaved = bool((outputs == index * count + part).all())
-        if not interleaved and not (outputs == np.arange(len(outputs))).all():
-            raise Unsupported(f"{name}: transformers reorders the rows of its experts, as no layout of vLLM's does")
-        return ExpertLayout(transposed=transposed, interleaved=interleaved, projections=projections)
-
-    def _landed(self, name: str, parameter: torch.Tensor) -> np.ndarray:
-        """One expert of `parameter`, each element with the index that it had in an expert of the tensor `name` on disk;
-        -1 if another tensor filled it."""
-        target = self.targets[name]
-        if target.converter is None:
-            return _marks(self.shapes[name], marked=True)[0].numpy()
-        together = {other.pattern: disk for disk, other in self.targets.items() if other.name == target.name}
-        tensors: dict[str, Any] = {
-            pattern: _marks(self.shapes[disk], marked=disk == name) for pattern, disk in together.items() if pattern
-        }
-        for operation in target.converter.operations:
-            tensors = operation.convert(
-                tensors,
-                source_patterns=target.converter.source_patterns,
-                target_patterns=target.converter.target_patterns,
-                full_layer_name=target.name,
-                model=_OneExpert(parameter),
-                config=self.model.config,
-                missing_keys=None,
-            )
-        return next(tensor for pattern, tensor in tensors.items() if pattern in target.name)[0].numpy()
-
     def misfits(self) -> list[str]:
         """What does not fit between the files and config.json: tensors of another shape than their parameter's, decoder
         layers that the config does not count, and parameters of the layers or the head that no tensor fills."""
@@ -327,6 +220,7 @@ class Survey:
         found += (
             f"{name}: a decoder layer on disk, beyond the {len(self.layers)} of config.json" for name in self._extra()
         )
+        found += self.experts.misfits()
         filled = {name for target in targets.values() for name in target.all_names()}
         optional = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
         for name, parameter in self.model.named_parameters():  # a tied parameter is listed once
@@ -409,55 +303,12 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     raise Unsupported(f"{type(model).__name__} has no list of {count} decoder layers")
 
 
-def _is_experts(module: nn.Module) -> bool:
-    return hasattr(module, "is_transposed") or any(
-        parameter.dim() == 3 and name in rules.PROJECTIONS for name, parameter in module.named_parameters(recurse=False)
-    )
-
-
 def _num_experts(name: str, module: nn.Module) -> int | None:
     """How many experts the module holds; None if it holds none."""
     if isinstance(module, nn.ModuleList):
         return len(module) if name.endswith(".experts") else None
     three = [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
-    return three[0].shape[0] if three and _is_experts(module) else None
-
-
-def _is_transposed(experts: nn.Module) -> bool:
-    """Whether a module multiplies by its experts as [in, out] matrices: by its own word, else by their shapes."""
-    if (known := getattr(experts, "is_transposed", None)) is not None:
-        return bool(known)
-    parameters = dict(experts.named_parameters(recurse=False))
-    fused = "gate_up_proj" in parameters
-    up = parameters.get("gate_up_proj", parameters.get("up_proj", parameters.get("gate_proj")))
-    down = parameters.get("down_proj")
-    if up is not None and down is not None:
-        width, hidden = up.shape[1] // (2 if fused else 1), up.shape[2]
-        plain = (hidden, width) == tuple(down.shape[1:])  # up is [out, in] and so is down
-        hidden, width = up.shape[1], up.shape[2] // (2 if fused else 1)
-        turned = (width, hidden) == tuple(down.shape[1:])
-        if plain != turned:
-            return turned
-    raise Unsupported(
-        f"{type(experts).__name__}: its shapes do not tell whether its experts are [out, in] or [in, out]"
-    )
-
-
-def _marks(shape: list[int], *, marked: bool) -> torch.Tensor:
-    """A tensor on disk, cut to one expert, whose elements are their own indices, or all -1 unless `marked`."""
-    count = shape[1] * shape[2]
-    marks = torch.arange(count, dtype=torch.int32) if marked else torch.full((count,), -1, dtype=torch.int32)
-    return marks.reshape(1, *shape[1:])
-
-
-class _OneExpert:
-    """Stands in for the model when a converter asks for the shape of its parameter."""
-
-    def __init__(self, parameter: torch.Tensor) -> None:
-        self._parameter = parameter[:1]
-
-    def get_parameter(self, name: str) -> torch.Tensor:
-        return self._parameter
+    return three[0].shape[0] if three and is_experts(module) else None
 
 
 def _puts_out(module: nn.Module, count: int, hidden: int | None) -> bool:
@@ -502,16 +353,13 @@ def _has_cache(module: nn.Module) -> bool:
 
 
 def _with_groups(roles: dict[str, TensorRole]) -> dict[str, TensorRole]:
-    """Add fused groups and expert indices, which come from the names on disk."""
+    """Add fused groups, which come from the names on disk."""
     weights = [name.removesuffix(".weight") for name, role in roles.items() if role.kind in {"linear", "expert"}]
     groups = fused.fused_groups(weights)
     changed = dict(roles)
     for name in weights:
         key = f"{name}.weight" if f"{name}.weight" in roles else name
-        update: dict[str, Any] = {"group": groups.get(name, "")}
-        if roles[key].kind == "expert":
-            update["expert"] = int(re.findall(r"\.(\d+)\.", name)[-1])
-        changed[key] = roles[key].model_copy(update=update)
+        changed[key] = roles[key].model_copy(update={"group": groups.get(name, "")})
     return changed
 
 

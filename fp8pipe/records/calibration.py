@@ -70,6 +70,8 @@ class Ranges(Record):
 
     inputs: dict[str, float] = Field(default_factory=dict)
     """Module -> amax of its input, float32. input_scale = amax / 448."""
+    assumed: dict[str, str] = Field(default_factory=dict)
+    """Scales whose range in `inputs` or `kv` was not measured -> why, and what was taken instead."""
     kv: dict[str, KVRange] = Field(default_factory=dict)
     """Attention module -> ranges of its cached keys and values."""
     kv_absent: dict[str, str] = Field(default_factory=dict)

@@ -346,6 +346,7 @@ def sensitivity_sheet(calibration: Calibration) -> Sheet:
     if layers:
         notes.append(f"worst layer: {min(layers)[1]}, {_decibels(min(layers)[0])} dB over all its outputs")
     notes += _expert_notes(calibration)
+    notes += [f"{n} scales not measured: {reason}" for reason, n in Counter(calibration.assumed.values()).items()]
     notes += [f"{n} without KV scales: {reason}" for reason, n in Counter(calibration.kv_absent.values()).items()]
     notes += [f"{name}: {reason}" for name, reason in calibration.kept.items()]
     notes.append("out, w: SQNR of output and weight in dB; amax, kurtosis and clipped describe the input")

@@ -92,9 +92,11 @@ def _as_snapshot(place: Place) -> Snapshot:
 
 
 def _quantization(files: CheckpointFiles, config: dict[str, Any] | None) -> tuple[dict[str, Any] | None, str]:
-    """The quantization_config and its file: config.json, else the one that ModelOpt writes beside it."""
+    """The quantization_config and its file: config.json, else the one that older ModelOpt writes beside it.
+
+    As in vLLM the latter counts if config.json has none at its top."""
     known = quantization_config(config) if config is not None else None
-    if known is None and config is not None and "quantization_config" not in config:
+    if config is not None and config.get("quantization_config") is None:
         legacy, _ = files.json_object(HF_QUANT_CONFIG)
         if legacy is not None:
             return {"quant_method": "modelopt"} | legacy, HF_QUANT_CONFIG

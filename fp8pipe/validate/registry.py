@@ -5,7 +5,7 @@ Without the checks of V and D, whose modules need torch, a validation of headers
 
 from __future__ import annotations
 
-from fp8pipe.validate.checks import c_config, f_files, k_coverage, p_package, r_runtime, s_shapes
+from fp8pipe.validate.checks import c_config, f_files, k_counts, k_coverage, p_package, r_runtime, s_shapes
 from fp8pipe.validate.checks.check import Check
 
 _FILES_TO_SHAPES: tuple[Check, ...] = (
@@ -33,8 +33,8 @@ _FILES_TO_SHAPES: tuple[Check, ...] = (
     k_coverage.scales_have_their_weight,
     k_coverage.only_linears_are_quantized,
     k_coverage.dtypes_follow_the_config,
-    k_coverage.layers_and_experts_are_complete,
-    k_coverage.kv_scales_are_complete,
+    k_counts.layers_and_experts_are_complete,
+    k_counts.kv_scales_are_complete,
     k_coverage.no_unknown_tensors,
     k_coverage.head_follows_tying,
     k_coverage.most_is_quantized,

@@ -145,3 +145,17 @@ def test_identity_ignores_names_and_unused_calibration():
     static = config.load_recipe("fp8-static")
     fewer = static.model_copy(update={"calibration": config.CalibrationSpec(num_samples=3)})
     assert static.identity() != fewer.identity()
+
+
+@pytest.mark.parametrize("name", ["fp8-dynamic", "fp8-static"])
+def test_a_folder_of_the_machine_is_no_identity_and_is_not_published(name):
+    data = config.CalibrationSpec(dataset="/home/someone/secret/data.jsonl")
+    steps = ("/home/someone/mine.yaml", {"calibration": {"dataset": "~/secret/more.txt"}}, "fp8-block")
+    recipe = config.load_recipe(name).model_copy(update={"calibration": data, "fallback": steps})
+    elsewhere = recipe.model_copy(update={"calibration": config.CalibrationSpec(dataset="data.jsonl")})
+    assert recipe.identity() == elsewhere.identity()
+    shown = recipe.without_paths()
+    assert shown.calibration.dataset == "data.jsonl"
+    assert shown.fallback == ("mine.yaml", {"calibration": {"dataset": "more.txt"}}, "fp8-block")
+    hub = recipe.model_copy(update={"calibration": config.CalibrationSpec(dataset="acme/data")})
+    assert hub.without_paths().calibration.dataset == "acme/data"

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support.tiny_models import architecture_of
+from support.malformed import drop
+from support.tiny_models import architecture_of, plan_of, recipe
 
-from fp8pipe.errors import UnsupportedArchitecture
+from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
 from fp8pipe.hub.source import resolve
 from fp8pipe.model import names as rules
 from fp8pipe.model.architecture import QUANTIZABLE, Architecture
@@ -70,6 +71,31 @@ def test_routers_are_kept_and_every_expert_is_found(model_folder: Models, name: 
     assert len(table["expert"]) == 3
     experts = [role for role in found.tensors.values() if role.kind == "expert"]
     assert {role.expert for role in experts} == {0, 1, 2, 3}
+
+
+def test_an_expert_s_index_is_its_place_in_the_module_that_it_is_loaded_into(model_folder: Models) -> None:
+    """Ernie 4.5 VL numbers the experts for text and those for images in one row, and transformers deals them out."""
+    found = architecture_of(model_folder("ernie-vl-moe"))
+    places = {
+        int(name.split(".")[-3]): (role.module.split(".")[-2], role.expert)
+        for name, role in found.tensors.items()
+        if role.kind == "expert"
+    }
+    kinds_of_experts = ("text_moe", "vision_moe")
+    assert places == {
+        4 * part + index: (kind, index) for part, kind in enumerate(kinds_of_experts) for index in range(4)
+    }
+    assert found.experts == {"model.layers.1.mlp.experts": 8}
+    assert found.misfits == ()
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "ernie-vl-moe"])
+def test_an_expert_that_the_files_lack_is_a_misfit(model_folder: Models, tmp_path: Path, name: str) -> None:
+    lost = [tensor for tensor in architecture_of(model_folder(name)).tensors if ".experts.1." in tensor]
+    saved = shutil.copytree(model_folder(name), tmp_path / "model")
+    drop(saved, *lost)
+    with pytest.raises(MalformedCheckpoint, match=r"experts\..*: 3 experts on disk, 4 in the model"):
+        plan_of(saved, recipe("fp8-dynamic"))
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,19 @@ LLAMA4 = {
     "interleave_moe_layer_step": 2,
     "attention_chunk_size": 8,
 }
+ERNIE_VL = {
+    "text_config": DENSE
+    | {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": [32, 32],
+        "moe_num_shared_experts": 1,
+        "mlp_layer_types": ["dense", "sparse"] * 2,
+        "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+    },
+    "vision_config": {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2},
+}
 BLOOM = {"vocab_size": 300, "hidden_size": 64, "n_layer": 4, "n_head": 4}
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("Qwen3NextForCausalLM", MOE | LINEAR_ATTENTION),
@@ -105,6 +118,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoe": ("GraniteMoeForCausalLM", MOE),
     "zamba2": ("Zamba2ForCausalLM", DENSE | SHARED_LAYERS),
     "bloom": ("BloomForCausalLM", BLOOM),
+    "ernie_vl": ("Ernie4_5_VLMoeForConditionalGeneration", ERNIE_VL),
 }
 """Architectures that only some tests need."""
 

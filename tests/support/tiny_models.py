@@ -29,6 +29,13 @@ MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "image_size": 28, "patch_size": 14}
 SPARSE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 EXPERTS = {"num_experts": 4, **SPARSE}
+ERNIE = {
+    "moe_num_experts": 4,
+    "moe_k": 2,
+    "moe_intermediate_size": [64, 64],
+    "moe_num_shared_experts": 1,
+    "mlp_layer_types": ["dense", "sparse"],
+}
 STEP = {"layer_types": ["full_attention"] * 2, "share_expert_dim": 32, "n_routed_experts": 4, **SPARSE}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -101,6 +108,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "text_config": SIZES | EXPERTS | {"head_dim": 32, "moe_intermediate_size": 64, "rope_parameters": MROPE},
             "vision_config": VISION
             | {"depth": 2, "num_heads": 2, "num_position_embeddings": 16, "out_hidden_size": 64},
+        },
+    ),
+    "ernie-vl-moe": (
+        "Ernie4_5_VLMoeConfig",
+        {
+            "text_config": SIZES | ERNIE | {"pad_token_id": 0, "rope_parameters": MROPE | {"mrope_section": [3, 3, 2]}},
+            "vision_config": {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2},
+            "tie_word_embeddings": True,
         },
     ),
     "step3p7": (

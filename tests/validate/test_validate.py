@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -72,6 +72,48 @@ def test_corruption_brings_its_own_findings_and_no_others(
     found = ids(report) - OWN_WARNINGS.get(case.base, set())
     assert found == case.findings, "\n".join(f.sentence() for f in report.findings)
     assert all(finding.remedy and finding.consequence for finding in report.findings)
+
+
+def test_a_quantization_config_beside_config_json_is_one_too_many_only_where_there_are_two(
+    checkpoint: Callable[[Model, Base], Path], tmp_path: Path
+) -> None:
+    folder = reference.copy(checkpoint("dense", "modelopt"), tmp_path / "fp8")
+    config = json.loads((folder / "config.json").read_text())
+    beside = folder / "hf_quant_config.json"
+    beside.write_text(json.dumps(config["quantization_config"]))
+    assert ids(validate(folder)) == OWN_WARNINGS["modelopt"] | {"F7"}
+    for rest in (config | {"quantization_config": None}, {k: v for k, v in config.items() if "quant" not in k}):
+        (folder / "config.json").write_text(json.dumps(rest))
+        report = validate(folder)
+        assert ids(report) == OWN_WARNINGS["modelopt"], [finding.sentence() for finding in report.findings]
+        assert "V2" in report.checks  # the scheme is understood
+
+
+@pytest.mark.parametrize(
+    ("experts", "others", "severity"),
+    [(range(4), 0.01, {"error"}), ((1,), 0.01, {"warning"}), ((1, 2), 2.0, set())],
+    ids=["all", "the largest", "not the largest"],
+)
+def test_experts_that_vllm_serves_with_an_input_scale_of_one_are_a_finding(
+    checkpoint: Callable[[Model, Base], Path],
+    tmp_path: Path,
+    experts: Sequence[int],
+    others: float,
+    severity: set[str],
+) -> None:
+    """vLLM takes the largest of a layer's experts for all of them."""
+    folder = reference.copy(checkpoint("moe", "static"), tmp_path / "fp8")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if ".experts." in name and name.endswith("down_proj.input_scale"):
+                tensors[name] = torch.full_like(tensors[name], 1.0 if int(name.split(".")[-3]) in experts else others)
+
+    edit_tensors(folder, change)
+    report = validate(folder)
+    assert {finding.check for finding in report.findings} <= {"V4"}, [f.sentence() for f in report.findings]
+    assert {finding.severity for finding in report.findings} == severity
+    assert all("down_proj" in finding.expected for finding in report.findings)
 
 
 # ---------------------------------------------------------------------------------------------- tiles

@@ -18,7 +18,7 @@ from support.findings import ids
 from support.malformed import alter, drop, edit_tensors, shards_of
 from support.tiny_models import architecture_of, calibration_for, plan_of, recipe
 
-from fp8pipe.config import Recipe
+from fp8pipe.config import CalibrationSpec, Recipe
 from fp8pipe.hub.headers import read_headers
 from fp8pipe.hub.source import resolve
 from fp8pipe.model.architecture import Architecture
@@ -76,6 +76,13 @@ def test_checkpoint_of_the_engine_has_no_finding(
     assert ids(report) - {"K10"} == warnings, [finding.sentence() for finding in report.findings]
     assert {"P7", "P8", "D7"} <= set(report.checks)
     assert ids(validate(tmp_path / "fp8")) - {"K10"} == warnings
+
+
+@pytest.mark.parametrize("name", ["fp8-dynamic", "fp8-static-kv"])
+def test_records_do_not_tell_where_a_local_dataset_lies(model_folder: Models, tmp_path: Path, name: str) -> None:
+    data = CalibrationSpec(dataset=str(tmp_path / "data.jsonl"))
+    make(model_folder("llama"), tmp_path / "fp8", recipe(name, calibration=data))
+    assert "P6" not in ids(validate(tmp_path / "fp8"))
 
 
 # ---------------------------------------------------------------------------------------------- exact

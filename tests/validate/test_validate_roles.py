@@ -21,9 +21,11 @@ from support.malformed import (
     edit_quantization,
     edit_tensors,
 )
+from support.tiny_models import architecture_of, plan_of, recipe
 
 from fp8pipe.hub.source import resolve
 from fp8pipe.model.headers import TensorInfo
+from fp8pipe.quantize import quantize
 from fp8pipe.validate import validate
 from fp8pipe.validate.meaning.layout import Layout, layout_from_names
 
@@ -262,3 +264,26 @@ def test_layer_that_predicts_a_second_token_is_quantized_or_not(
     alter(folder, f"{place}.mlp.down_proj.weight", lambda weight: weight.flip(0))
     expected = "D1" if is_quantized else "D4"
     assert expected in ids(validate(folder, source=resolve(str(source))))
+
+
+# ---------------------------------------------------------------------------------------------- kinds of experts
+
+
+@pytest.mark.parametrize("lost", [(), (2,), (6,)], ids=["whole", "text", "images"])
+def test_experts_of_two_kinds_in_one_row_are_counted_together(
+    model_folder: Callable[..., Path], tmp_path: Path, lost: tuple[int, ...]
+) -> None:
+    """config.json counts four experts of each kind, and the files number all eight in one row."""
+    source, folder = model_folder("ernie-vl-moe"), tmp_path / "fp8"
+    quantize(resolve(str(source)), plan_of(source, recipe("fp8-dynamic")), folder)
+    holder = "model.layers.1.mlp.experts"
+    weights = [f"{holder}.{expert}.{name}_proj.{leaf}" for expert in lost for name in NAMES for leaf in LEAVES]
+    if weights:
+        drop(folder, *weights)
+    lacking = {name for name in weights if name.endswith(".weight")}
+    known = validate(folder, source=resolve(str(source)), architecture=architecture_of(source), depth="headers")
+    for report in (validate(folder, depth="headers"), known):
+        assert {finding.tensor for finding in report.findings if finding.check == "K6"} == lacking
+
+
+NAMES, LEAVES = ("gate", "up", "down"), ("weight", "weight_scale")

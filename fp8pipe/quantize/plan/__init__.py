@@ -68,7 +68,7 @@ def make_plan(
         model_id=snapshot.model_id,
         source_commit=snapshot.commit,
         recipe=recipe.name,
-        settings=recipe,
+        settings=recipe.without_paths(),
         tensors=tuple(_planned(info, choices[info.name]) for info in headers.tensors.values()),
         outputs=outputs,
         source_block=block_shape(architecture.source_quantization),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from fp8pipe.records import ValidationReport
@@ -30,6 +31,10 @@ def known_limits(facts: CardFacts) -> Iterator[str]:
         yield "Without --kv-cache-dtype fp8, the KV cache keeps the model's dtype; this was not measured."
     names = ", ".join(dict.fromkeys(task.task for task in facts.decision.tasks))
     yield f"Accuracy is known for {names} within {engine.max_model_len:,} tokens of context; nothing else was measured."
+    assumed = facts.calibration.assumed if facts.calibration is not None else {}
+    for reason, count in Counter(assumed.values()).items():
+        first = next(name for name, why in assumed.items() if why == reason)
+        yield f"{count} of the scales are not measured ({reason}); the first is {first}."
     if facts.checkpoint.zero_units:
         count = len(facts.checkpoint.zero_units)
         yield f"All weights behind {count} of the scales are zero; the first is {facts.checkpoint.zero_units[0]}."

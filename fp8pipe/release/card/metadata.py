@@ -7,10 +7,9 @@ from typing import Any
 
 import yaml
 
-from fp8pipe.config import Recipe
+from fp8pipe.config import Recipe, is_local_data
 from fp8pipe.hub.model_card import front_matter
 from fp8pipe.release.card.facts import CardFacts
-from fp8pipe.release.card.scheme import is_local_file
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Front matter that holds for a quantized copy too."""
@@ -39,7 +38,7 @@ def _is_text(value: object) -> bool:
 def card_front_matter(facts: CardFacts) -> str:
     """What the Hub indexes: base model, licence, tags, datasets, results."""
     calibration = facts.calibration
-    on_hub = calibration is not None and not is_local_file(calibration.dataset)
+    on_hub = calibration is not None and not is_local_data(calibration.dataset)
     return front_matter(
         facts.repo_id.rsplit("/", 1)[-1],
         results=facts.decision.tasks,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
-from fp8pipe.config import Recipe
+from fp8pipe.config import Recipe, dataset_name
 from fp8pipe.progress import human_bytes
 from fp8pipe.release.card.facts import CardFacts
 
@@ -68,8 +66,7 @@ def scheme_rows(facts: CardFacts) -> list[tuple[str, str]]:
 
 def recipe_yaml(recipe: Recipe) -> str:
     """The recipe as a file that can be used again, without paths of the machine that used it."""
-    content = recipe.model_dump(mode="json")
-    content["calibration"]["dataset"] = dataset_name(recipe.calibration.dataset)
+    content = recipe.without_paths().model_dump(mode="json")
     if not recipe.needs_calibration:
         del content["calibration"]
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
@@ -102,13 +99,3 @@ def calibration_rows(calibration: Calibration | None) -> list[tuple[str, str]]:
         ("seed", str(calibration.seed)),
         ("sha256 of the token ids", calibration.token_ids_sha256),
     ]
-
-
-def is_local_file(dataset: str) -> bool:
-    """Whether a dataset is a file on the calibrating machine, not a name on the Hub."""
-    return dataset.startswith((".", "/", "~")) or bool(re.search(r"\.(jsonl?|parquet|txt)$", dataset))
-
-
-def dataset_name(dataset: str) -> str:
-    """A dataset's name for the public: its Hub id, or the file name without its folder."""
-    return Path(dataset).name if is_local_file(dataset) else dataset

@@ -99,7 +99,7 @@ def no_files_of_other_loaders(subject: Subject) -> Iterator[Fault]:
             yield Fault("a full model", "an adapter", file=name, consequence="vLLM reads the folder as an adapter")
         elif "/" not in name and name.endswith((".bin", ".pt", ".pth")) and name != "training_args.bin":
             yield _harmless(name, "pickled weights beside safetensors", "none while safetensors are preferred")
-        elif name == HF_QUANT_CONFIG:
+        elif name == HF_QUANT_CONFIG and subject.quantization and subject.quantization_file != name:
             yield _harmless(name, "a second quantization config", "ignored while config.json has its own")
 
 

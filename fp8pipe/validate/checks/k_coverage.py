@@ -6,7 +6,6 @@ model answers in fluent nonsense.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -21,8 +20,6 @@ from fp8pipe.validate.meaning.names import (
     SCALES,
     UNWANTED,
     WEIGHTS,
-    attention_of,
-    expert_of,
     holds_codes,
     is_companion,
     is_scale,
@@ -55,8 +52,6 @@ _NO_PARAMETER = re.compile(r"scale|zero|inv_freq")
 _EXPERT_NUMBER = re.compile(r"\.experts\.\d+\.")
 MIN_SIBLINGS = 2
 """So many layers of one kind show what another one lacks."""
-MAX_LACKING_EXPERTS = 1000
-"""So many are reported of one layer."""
 MAX_LAYERS = 512
 """Comparing layers takes quadratic time, so it is skipped above this number. No real model has so many."""
 
@@ -159,12 +154,12 @@ def _held_by_layer(subject: Subject) -> dict[tuple[str, int], set[str]]:
 )
 def quantized_modules_are_complete(subject: Subject) -> Iterator[Fault]:
     for module in sorted(subject.specs):
-        yield from _missing_companions(subject, module, "the scale")
+        yield from missing_companions(subject, module, "the scale")
     yield from _unprotected_routers(subject)
     yield from _unprotected_head(subject)
 
 
-def _missing_companions(subject: Subject, module: str, expected: str) -> Iterator[Fault]:
+def missing_companions(subject: Subject, module: str, expected: str) -> Iterator[Fault]:
     """Scales that a quantized weight lacks under any name."""
     if (weight := subject.weight(module)) is None:
         return
@@ -328,135 +323,6 @@ def _claims(subject: Subject, module: str) -> tuple[str, ...]:
     return (module,) if subject.is_plain(module) else ()
 
 
-# ---------------------------------------------------------------------------------------------- counted things
-
-
-@check(
-    "K6",
-    "Layers are numbered without gaps, and every expert of every layer is there with all its projections and scales.",
-    needs=("scheme",),
-    yields_to=("K5",),
-    consequence="vLLM silently leaves a missing expert uninitialised and takes 1.0 for a missing scale",
-    remedy="quantize again from the complete source",
-)
-def layers_and_experts_are_complete(subject: Subject) -> Iterator[Fault]:
-    yield from _layer_gaps(subject)
-    if subject.layout.num_experts is not None:
-        yield from _expert_gaps(subject, subject.layout.num_experts)
-
-
-def _layer_gaps(subject: Subject) -> Iterator[Fault]:
-    layout = subject.layout
-    if layout.num_layers is None or subject.files.blind or subject.files.lost:
-        return
-    expected = f"layers 0 to {layout.num_layers - 1}"
-    found = _decoder_layers(subject.files.tensors)
-    known = _decoder_layers(subject.source.tensors if subject.source_or_none else ())
-    missing = next(layer for layer in itertools.count() if layer not in found)  # the number in config.json may be huge
-    if missing < layout.num_layers and not known:
-        yield Fault(expected, f"layer {missing} has no tensor")
-    extra = sorted(layer for layer in found - known if layer >= layout.num_layers + layout.num_predictors)
-    severity = "warning" if extra and extra[0] == layout.num_layers else None
-    yield from (Fault(expected, f"layer {layer}", severity=severity) for layer in (extra if not known else ()))
-
-
-def _decoder_layers(names: Iterable[str]) -> set[int]:
-    return {place[0] for name in names if (place := place_in_decoder(name)) is not None}
-
-
-def _expert_gaps(subject: Subject, count: int) -> Iterator[Fault]:
-    projections: dict[str, set[str]] = defaultdict(set)
-    surplus: dict[tuple[str, int], set[str]] = defaultdict(set)
-    for name in subject.layout.names | subject.layout.required | subject.files.tensors.keys():
-        module = split_name(name)[0]
-        if place := expert_of(module):
-            projections[place[0]].add(place[2])
-            if place[1] >= count and name in subject.files.tensors:
-                surplus[place[:2]].add(module)
-    for experts in sorted(projections):
-        lacking = 0
-        for index in range(count):
-            faults = [
-                fault
-                for projection in sorted(projections[experts])
-                for fault in _missing_of_expert(subject, f"{experts}.{index}.{projection}")
-            ]
-            yield from faults
-            lacking += bool(faults)
-            if lacking > MAX_LACKING_EXPERTS:  # the number in config.json may be huge
-                break
-    for (experts, index), modules in sorted(surplus.items()):
-        found = f"expert {index}"
-        yield Fault(f"experts 0 to {count - 1}", found, tensor=experts, claims=tuple(sorted(modules)))
-
-
-def _missing_of_expert(subject: Subject, module: str) -> Iterator[Fault]:
-    if subject.weight(module) is None and not subject.files.may_have(f"{module}.weight"):
-        yield Fault("the expert's weight", "missing", tensor=f"{module}.weight")
-    elif module in subject.specs:
-        yield from _missing_companions(subject, module, "the expert's scale")
-
-
-@check(
-    "K7",
-    "Every attention layer has its KV scales if the scheme says so, and none otherwise.",
-    needs=("scheme",),
-    consequence="vLLM silently uses 1.0 for a missing KV scale and ignores one that is not announced",
-    remedy="calibrate the KV cache again, or set kv_cache_scheme",
-)
-def kv_scales_are_complete(subject: Subject) -> Iterator[Fault]:
-    if subject.scheme.kv is not None:
-        yield from _missing_kv(subject)
-    attention = {*subject.layout.attention, *filter(None, map(attention_of, subject.layout.optional))}
-    for name, module in subject.kv_scales.items():
-        file = subject.files.tensors[name].shard
-        if module not in attention:
-            yield Fault("a KV scale of an attention layer", "no such layer", file, name, consequence="vLLM stops")
-        elif split_name(name)[1] == "kv_scale":
-            yield _legacy_kv(subject, file, name)
-    if subject.scheme.kv is None and any(module in attention for module in subject.kv_scales.values()):
-        yield _unannounced_kv(subject)
-
-
-def _missing_kv(subject: Subject) -> Iterator[Fault]:
-    have = {(module, split_name(name)[1]) for name, module in subject.kv_scales.items()}
-    for module in subject.layout.attention:
-        for leaf in ("k_scale", "v_scale"):
-            is_there = have & {(module, leaf), (module, "kv_scale")} or subject.files.may_have(f"{module}.{leaf}")
-            if not is_there:
-                yield Fault("the KV scale", "missing", tensor=f"{module}.{leaf}")
-
-
-def _legacy_kv(subject: Subject, file: str, name: str) -> Fault:
-    """One scale for both, of early AutoFP8: fine in quant_method fp8, half lost in compressed-tensors."""
-    is_fp8 = subject.scheme.method == "fp8"
-    return Fault(
-        "k_scale and v_scale",
-        "the deprecated kv_scale",
-        file,
-        name,
-        severity="warning" if is_fp8 else "error",
-        consequence="vLLM uses it for both, with a warning" if is_fp8 else "vLLM silently keeps 1.0 for v",
-        remedy="write it as k_scale and v_scale",
-    )
-
-
-def _unannounced_kv(subject: Subject) -> Fault:
-    """The fp8 method has no key to announce KV scales: they need --kv-cache-dtype fp8."""
-    first = min(subject.kv_scales)
-    file, found = subject.files.tensors[first].shard, f"{len(subject.kv_scales)} KV scales, first {first}"
-    if subject.scheme.method != "fp8":
-        return Fault("kv_cache_scheme in config.json", found, file, severity="warning")
-    return Fault(
-        "a config that announces the KV scales",
-        found,
-        file,
-        severity="warning",
-        consequence="vLLM uses them only with --kv-cache-dtype fp8, and 1.0 otherwise",
-        remedy="serve with --kv-cache-dtype fp8, or write compressed-tensors with kv_cache_scheme",
-    )
-
-
 # ---------------------------------------------------------------------------------------------- names nobody knows
 
 
@@ -493,7 +359,7 @@ def head_follows_tying(subject: Subject) -> Iterator[Fault]:
     if layout.tied is None or subject.files.blind:
         return
     if not layout.tied:
-        stored = any(subject.files.may_have(name) for name in layout.heads)
+        stored = any(subject.files.may_have(name) for name in layout.heads) or _has_another_head(subject)
         if not stored and _has_a_head(subject):
             yield Fault("lm_head.weight in an untied model", "missing", tensor=layout.heads[0])
         return
@@ -505,6 +371,16 @@ def head_follows_tying(subject: Subject) -> Iterator[Fault]:
     if "lm_head.weight" in tensors and not source_has_head:
         file = tensors["lm_head.weight"].shard
         yield Fault("no lm_head in a tied model", "one", file, "lm_head.weight", "warning", "vLLM unties the model")
+
+
+def _has_another_head(subject: Subject) -> bool:
+    """Whether a matrix outside the layers has the embedding's shape: a head whose name no record tells."""
+    if subject.layout.from_record:
+        return False
+    outside = {name: info.shape for name, info in subject.files.tensors.items() if place_in_decoder(name) is None}
+    embeddings = {name for name in outside if _EMBEDDING.search(name)}
+    shapes = {outside[name] for name in embeddings}
+    return any(shape in shapes for name, shape in outside.items() if name not in embeddings)
 
 
 def _has_a_head(subject: Subject) -> bool:

@@ -13,7 +13,7 @@ from fp8pipe.validate.checks.check import check
 from fp8pipe.validate.checks.shared_scales import sharing_group, weight_scale_of
 from fp8pipe.validate.faults import Fault
 from fp8pipe.validate.meaning.formats import Spec
-from fp8pipe.validate.meaning.names import split_name
+from fp8pipe.validate.meaning.names import expert_of, split_name
 from fp8pipe.validate.measured import Magnitudes, Scale
 from fp8pipe.validate.measuring.units import top_value
 from fp8pipe.validate.subject import Subject
@@ -90,7 +90,7 @@ def scales_survive_fp16(subject: Subject) -> Iterator[Fault]:
 
 @check(
     "V4",
-    "No scale is a placeholder: float32's minimum, -1, or 1.0 throughout.",
+    "No scale is a placeholder: float32's minimum, -1, or 1.0 throughout a checkpoint or an experts module.",
     depth="values",
     needs=("scheme",),
     consequence="vLLM takes it for a scale; weights or activations are off by orders of magnitude",
@@ -98,15 +98,62 @@ def scales_survive_fp16(subject: Subject) -> Iterator[Fault]:
 )
 def scales_are_real(subject: Subject) -> Iterator[Fault]:
     by_kind: dict[str, list[Scale]] = defaultdict(list)
+    assumed = _assumed(subject)
     for scale in subject.measured.scales.values():
-        by_kind[scale.kind].append(scale)
         if scale.placeholder is not None:
             yield Fault("a scale", f"{scale.placeholder:.4g}", scale.entry.shard, scale.entry.name)
+        if scale.entry.name in assumed or _is_of_zeros(subject, scale):
+            continue
+        by_kind[scale.kind].append(scale)
         if scale.kind == "kv" and scale.all_one:
             yield Fault("a calibrated KV scale", "1.0", scale.entry.shard, scale.entry.name, severity="warning")
     for kind in ("weight", "global", "input"):
         if by_kind[kind] and all(scale.all_one for scale in by_kind[kind]):
             yield Fault(f"{kind} scales from data", f"all {len(by_kind[kind])} are exactly 1.0")
+        elif kind == "input":
+            yield from _experts_at_one(by_kind[kind])
+
+
+def _assumed(subject: Subject) -> set[str]:
+    """Scales of this engine that it did not measure, and says so in calibration.json."""
+    if not subject.supplies("calibration") or not subject.supplies("records"):
+        return set()
+    calibration, outputs = subject.records.calibration, subject.plan.outputs
+    assumed = calibration.assumed if calibration is not None else {}
+    return {
+        output.name
+        for output in outputs
+        if f"{output.source if output.role in ('k_scale', 'v_scale') else output.module}.{output.role}" in assumed
+    }
+
+
+def _is_of_zeros(subject: Subject, scale: Scale) -> bool:
+    """Whether a scale is that of a weight without a code that is not zero, for which any will do."""
+    module = split_name(scale.entry.name)[0]
+    spec = subject.specs.get(module)
+    weight = subject.measured.tensors.get(f"{module}.{spec.weight}") if spec is not None else None
+    return scale.kind == "weight" and weight is not None and weight.is_zero
+
+
+def _experts_at_one(inputs: list[Scale]) -> Iterator[Fault]:
+    """Experts modules whose largest input scale is exactly 1.0, which vLLM then takes for all their experts."""
+    found: dict[tuple[str, str], list[Scale]] = defaultdict(list)
+    for scale in inputs:
+        module, leaf = split_name(scale.entry.name)
+        if leaf == "input_scale" and scale.value is not None and (place := expert_of(module)) is not None:
+            found[place[0], place[2]].append(scale)
+    for (experts, projection), scales in found.items():
+        ones = sum(scale.all_one for scale in scales)
+        if ones and max(scale.value or 0.0 for scale in scales) == 1:
+            yield Fault(
+                f"input scales of {projection} from data",
+                f"{ones} of {len(scales)} experts have exactly 1.0, the largest",
+                scales[0].entry.shard,
+                experts,
+                severity="error" if ones == len(scales) else "warning",
+                consequence="vLLM takes it for all experts of the layer: inputs below 0.001 become zero, those above "
+                "448 are cut off",
+            )
 
 
 @check(

@@ -78,6 +78,7 @@ class Layout:
     num_predictors: int
     """Layers that predict a second token; their numbers follow those of the decoder's layers."""
     num_experts: int | None
+    """What config.json says of every experts module; if the model has several kinds of experts, of each kind."""
     from_record: bool
     """From the architecture record, not from names and shapes."""
     other_names: frozenset[str]
@@ -88,6 +89,8 @@ class Layout:
     """Names that the output head's weight may have on disk."""
     required: frozenset[str] = frozenset()
     """Tensors that the record says every checkpoint of this model has, under their unquantized names."""
+    experts: Mapping[str, int] = field(default_factory=dict)
+    """Experts module -> how many experts it has, where the record says so."""
     kv_heads: Mapping[str, int] = field(default_factory=dict)
     """Attention module -> heads that it caches, where the record says so."""
 
@@ -192,6 +195,7 @@ def layout_from_architecture(
         pieces=pieces,
         heads=tuple(name for name, role in architecture.tensors.items() if role.kind == "lm_head") or HEADS,
         required=frozenset(required),
+        experts=architecture.experts,
         kv_heads={layer.name: layer.num_kv_heads for layer in architecture.attention},
     )
 
