@@ -1,4 +1,4 @@
-"""K1 to K10: coverage. Is everything there that config, architecture and source ask for, and nothing else?
+"""K1 to K5, K8 to K10: coverage. Is everything there that config, architecture and source ask for, and nothing else?
 
 vLLM checks none of this for a quantized model: a scale or an expert that is missing stays at its initial value, and the
 model answers in fluent nonsense.
