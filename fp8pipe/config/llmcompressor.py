@@ -4,6 +4,8 @@ From a file with stages, modifiers and one QuantizationModifier, as llm-compress
 checkpoint (recipe.yaml), to the fields of a Recipe. The presets FP8, FP8_DYNAMIC and FP8_BLOCK are known by name. A
 setting that cannot be honoured raises ConfigError, which names the key: nothing is dropped silently.
 
+Blocks get scales that are powers of two, as in our own recipes.
+
 Two settings are read as they are meant. The observer `minmax` is a running maximum, not the moving average that
 llm-compressor makes of it for activations and caches. An `ignore` entry that matches nothing becomes a note in the
 plan, because these files often list modules of several models.

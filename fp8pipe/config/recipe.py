@@ -19,11 +19,35 @@ class WeightScheme(Config):
     strategy: Literal["tensor", "channel", "block"] = "channel"
     """One scale per tensor, per output row, or per block of `block_shape`."""
     observer: Literal["minmax", "mse"] = "minmax"
-    """minmax: scale = amax / 448. mse: amax is shrunk to where the squared error is smallest."""
+    """minmax: the range is amax. mse: amax is shrunk to where the squared error is smallest. scale = range / 448."""
     share_scales: bool = True
     """One scale per fused group (q/k/v, gate/up), so that vLLM has nothing to requantize. Strategy tensor only."""
     block_shape: tuple[int, int] = (128, 128)
     """Rows and columns of a block. Strategy block only."""
+    scales: Literal["exact", "power_of_two"] = "exact"
+    """exact: as the observer's range gives them. power_of_two: rounded up, so that vLLM has nothing to requantize for
+    DeepGEMM; strategy block only, and its default."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _powers_of_two_for_blocks(cls, content: Any) -> Any:
+        if isinstance(content, dict) and content.get("strategy") == "block":
+            return {"scales": "power_of_two"} | content
+        return content
+
+    @model_validator(mode="after")
+    def _powers_of_two_only_for_blocks(self) -> WeightScheme:
+        if self.scales == "power_of_two" and self.strategy != "block":
+            raise ValueError(
+                f"scales: power_of_two goes with strategy: block, found strategy: {self.strategy}; vLLM takes other "
+                "scales as they are, so rounding them would only cost accuracy: set scales: exact"
+            )
+        return self
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether scales are rounded up to powers of two."""
+        return self.scales == "power_of_two"
 
 
 class ActivationScheme(Config):

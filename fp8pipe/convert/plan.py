@@ -24,7 +24,7 @@ from fp8pipe.validate import validate
 from fp8pipe.validate.meaning.config import method_of, quantization_config, read_scheme
 from fp8pipe.validate.meaning.scheme import Scheme
 
-CONVERSION_VERSION = 1
+CONVERSION_VERSION = 2
 """Increase it when the same input gives different bytes."""
 
 

@@ -15,7 +15,7 @@ from fp8pipe.config import Recipe, validated
 from fp8pipe.convert.draft import Draft, DraftTensor, renamed
 from fp8pipe.convert.record import Method
 from fp8pipe.errors import InputError
-from fp8pipe.model.names import ABSORBED_LEAF, FLOATS, FP8, experts_holder_from_name
+from fp8pipe.model.names import ABSORBED_LEAF, FLOATS, FP8, UE8M0, experts_holder_from_name
 from fp8pipe.quantize import formats
 from fp8pipe.validate.meaning.formats import Spec
 from fp8pipe.validate.meaning.scheme import Scheme
@@ -153,13 +153,16 @@ def _refuse_unserved_experts(draft: Draft, recipe: Recipe) -> None:
 
 def _recipe(draft: Draft, scheme: Scheme, spec: Spec, to: Method, settings: Recipe | None) -> Recipe:
     """A recipe that would have made this checkpoint, for the functions that write a spelling."""
+    scales = "power_of_two" if spec.format.by_powers else "exact"
     if settings is not None:
-        return validated(Recipe, settings.model_dump() | {"checkpoint_format": to}, "recipe of the checkpoint")
+        content = settings.model_dump() | {"checkpoint_format": to}
+        content["weights"] |= {"scales": scales}  # what config.json says, for that is what loaders read
+        return validated(Recipe, content, "recipe of the checkpoint")
     strategy = {"tensor": "tensor", "block": "group", "channel": "token"}[spec.strategy]
     has_kv = scheme.kv is not None or any(t.leaf == "k_scale" for t in draft.tensors)
     content = {
         "name": "converted",
-        "weights": {"strategy": spec.strategy, **({"block_shape": spec.block} if spec.block else {})},
+        "weights": {"strategy": spec.strategy, "scales": scales} | ({"block_shape": spec.block} if spec.block else {}),
         "activations": {"mode": spec.inputs, "strategy": "tensor" if spec.inputs == "static" else strategy},
         "kv_cache": {} if has_kv else None,
         "checkpoint_format": to,
@@ -260,8 +263,8 @@ def _notes(draft: Draft, scheme: Scheme, spec: Spec, to: Method, with_kv: bool) 
             "kernel, else per tensor",
         ),
         (
-            draft.quantization.get("scale_fmt") == "ue8m0",
-            "scale_fmt ue8m0 has no counterpart: vLLM may round the scales of activations differently",
+            to == "compressed-tensors" and draft.quantization.get("scale_fmt") == UE8M0,
+            f"scale_fmt {UE8M0} is kept: vLLM reads it in this spelling too, other readers do not",
         ),
     )
     return (note for applies, note in rules if applies)

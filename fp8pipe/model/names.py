@@ -19,6 +19,9 @@ FP8 = "F8_E4M3"
 FLOATS = ("F32", "BF16", "F16")
 """Dtypes of weights that can be quantized, and of scales that become float32 without loss."""
 
+UE8M0 = "ue8m0"
+"""`scale_fmt` in quantization_config of scales that are powers of two: an exponent says it all."""
+
 SCALE_NAMES = ("weight_scale_inv", "weight_scale")
 """Leaf names of an FP8 weight's scales, the more specific first. Both are multipliers."""
 

@@ -53,6 +53,10 @@ class Scale:
     first_unusable: tuple[int, float] | None = None
     """Flat index and value."""
     zeros: int = 0
+    uneven: int = 0
+    """Values that are no power of two, where all must be; unusable ones not counted."""
+    first_uneven: tuple[int, float] | None = None
+    """Flat index and value."""
     placeholder: float | None = None
     all_one: bool = False
 

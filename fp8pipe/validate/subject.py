@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,7 @@ from fp8pipe.quantize.plan.record import Plan
 from fp8pipe.records import Snapshot
 from fp8pipe.validate.faults import Need
 from fp8pipe.validate.meaning.config import quantization_config
-from fp8pipe.validate.meaning.formats import Spec
+from fp8pipe.validate.meaning.formats import Spec, by_powers
 from fp8pipe.validate.meaning.layout import Layout
 from fp8pipe.validate.meaning.names import (
     FLOATS,
@@ -118,7 +118,18 @@ class Subject:
             return {}
         found = {module: self.scheme.spec_of(module) for module in self.layout.quantizable}
         stay = {module for module in self.layout.may_stay if found.get(module) and self._may_stay(module)}
-        return {module: spec for module, spec in found.items() if spec is not None and module not in stay}
+        return {
+            module: self._as_planned(spec) for module, spec in found.items() if spec is not None and module not in stay
+        }
+
+    def _as_planned(self, spec: Spec) -> Spec:
+        """`spec` with what the recipe knows and quant_method fp8 has no key for: the observer, and how scales are
+        rounded."""
+        plan = self.records_or_none.plan if self.records_or_none is not None else None
+        if plan is None:
+            return spec
+        spec = replace(spec, minmax=plan.settings.weights.observer == "minmax")
+        return by_powers(spec) if plan.settings.weights.power_of_two else spec
 
     def weight(self, module: str) -> TensorInfo | None:
         """The weight of a module as it is stored: under the name that its scheme asks for, else under any."""

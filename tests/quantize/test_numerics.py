@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from support import DATA
-from support.numerics import reference_amax, reference_codes
+from support.numerics import expanded, reference_amax, reference_codes, reference_scale
 from torch import Tensor
 
 from fp8pipe.quantize import numerics
@@ -78,6 +80,36 @@ def test_any_value_under_any_scale_rounds_to_the_nearest_code(value: float, scal
     finite = all_codes[~all_codes.isnan()]
     exact = (torch.tensor(value) / torch.tensor(scale)).double().clamp(-448, 448)
     assert (codes.double() - exact).abs().item() == (finite - exact).abs().min().item()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(0, 2.0**127, width=32))
+def test_a_power_of_two_scale_is_the_least_that_reaches_the_range(amax: float) -> None:
+    exact = numerics.weight_scale(torch.tensor([amax]))
+    scale = numerics.weight_scale(torch.tensor([amax]), power_of_two=True)
+    assert scale.dtype == torch.float32
+    assert math.frexp(scale.item())[0] == 0.5
+    assert scale.item() / 2 < exact.item() <= scale.item()
+
+
+def test_a_range_of_448_times_a_power_of_two_keeps_its_scale() -> None:
+    ranges = 448 * torch.exp2(torch.arange(-40, 40).float())
+    assert torch.equal(numerics.weight_scale(ranges, power_of_two=True), ranges / 448)
+    above = torch.nextafter(ranges / 448, torch.tensor(torch.inf)) * 448
+    assert torch.equal(numerics.weight_scale(above, power_of_two=True), 2 * ranges / 448)
+
+
+def test_mse_tries_only_powers_of_two_where_scales_are() -> None:
+    weight = random_weight((256, 256))
+    weight[0, 0] = 448 * 2.0**-8 * 1.1  # its own power of two is 2^-7; 0.8 of it fits 2^-8
+    amax = numerics.block_amax(weight, (128, 128))
+    per_row = amax.repeat_interleave(128, 0)
+    found = numerics.shrink_errors(weight, per_row, columns=128, power_of_two=True)
+    for shrink, errors in zip(numerics.SHRINKS, found, strict=True):
+        scale = expanded(reference_scale(amax * torch.tensor(shrink), "power_of_two"), (128, 128), weight)
+        squares = (reference_codes(weight, scale).float() * scale - weight.float()).double().square()
+        wanted = torch.stack([run.sum(1) for run in squares.split(128, 1)], 1)
+        torch.testing.assert_close(errors, wanted, rtol=1e-14, atol=0)
 
 
 def test_all_zero_rows_get_a_usable_scale_and_zero_codes() -> None:

@@ -19,6 +19,12 @@ def reference_amax(weight: Tensor, strategy: str, block: tuple[int, int] = (128,
     )
 
 
+def reference_scale(amax: Tensor, scales: str = "exact") -> Tensor:
+    """amax / 448, float32; or the least power of two that is not below it."""
+    scale = amax.clamp(min=1e-12) / 448
+    return scale if scales == "exact" else torch.exp2(torch.ceil(torch.log2(scale.double()))).float()
+
+
 def reference_codes(weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None) -> Tensor:
     """E4M3 codes of a weight [out, in]."""
     if block is not None:

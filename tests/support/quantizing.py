@@ -18,7 +18,7 @@ from fp8pipe.quantize import quantize
 from fp8pipe.quantize.numerics import SHRINKS
 from fp8pipe.quantize.plan import Plan, Slice
 from fp8pipe.records import Checkpoint
-from support.numerics import expanded, reference_amax, reference_codes
+from support.numerics import expanded, reference_amax, reference_codes, reference_scale
 from support.tiny_models import calibration_for, plan_of
 
 Models = Callable[..., Path]
@@ -32,6 +32,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "channel mse": {"weights": {"strategy": "channel", "observer": "mse"}},
     "tensor mse": {"weights": {"strategy": "tensor", "observer": "mse"}},
     "block mse": {"weights": {"strategy": "block", "observer": "mse"}},
+    "block exact": {"weights": {"strategy": "block", "scales": "exact"}},
+    "block exact mse": {"weights": {"strategy": "block", "scales": "exact", "observer": "mse"}},
     "fp8 block": {"weights": {"strategy": "block"}, "checkpoint_format": "fp8"},
     "fp8 tensor": {"weights": {"strategy": "tensor"}, "checkpoint_format": "fp8"},
     "weight only": {"activations": None},
@@ -133,11 +135,11 @@ def reference_scales(weights: list[Tensor], scheme: WeightScheme) -> list[Tensor
     if scheme.strategy == "tensor":
         amaxes = [torch.stack(amaxes).max()] * len(weights)
     if scheme.observer == "minmax":
-        return [amax.clamp(min=1e-12) / 448 for amax in amaxes]
+        return [reference_scale(amax, scheme.scales) for amax in amaxes]
     best_scales: list[Tensor] = []
     best_errors: list[Tensor] = []
     for shrink in SHRINKS:
-        scales = [(amax * torch.tensor(shrink)).clamp(min=1e-12) / 448 for amax in amaxes]
+        scales = [reference_scale(amax * torch.tensor(shrink), scheme.scales) for amax in amaxes]
         errors = [squared_errors(weight, scale, scheme) for weight, scale in zip(weights, scales, strict=True)]
         if scheme.strategy == "tensor":
             errors = [torch.stack(errors).sum()] * len(weights)

@@ -36,7 +36,8 @@ def rounded_weight(weight: Tensor, scheme: WeightScheme, amax: Tensor | None = N
     amax: the shared range of strategy tensor. Other strategies find theirs in `weight`: whole rows, whole blocks.
     """
     block = scheme.block_shape if scheme.strategy == "block" else None
-    scale = numerics.weight_scale(_amax_of(weight, scheme) if amax is None else amax).to(weight.device)
+    amax = _amax_of(weight, scheme) if amax is None else amax
+    scale = numerics.weight_scale(amax, power_of_two=scheme.power_of_two).to(weight.device)
     codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     numerics.encode(weight, scale, codes, block=block)
     rounded = numerics.dequantize(codes, scale, block=block)
@@ -83,7 +84,8 @@ def _amax_of(weight: Tensor, scheme: WeightScheme) -> Tensor:
     amax = numerics.block_amax(weight, scheme.block_shape)
     if scheme.observer == "minmax":
         return amax
-    errors = numerics.shrink_errors(weight, amax.repeat_interleave(rows, 0)[: len(weight)], columns=columns)
+    per_row = amax.repeat_interleave(rows, 0)[: len(weight)]
+    errors = numerics.shrink_errors(weight, per_row, columns=columns, power_of_two=scheme.power_of_two)
     return _best(amax, torch.stack([band.sum(1) for band in errors.split(rows, dim=1)], dim=1))
 
 

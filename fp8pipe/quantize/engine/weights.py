@@ -130,7 +130,7 @@ class QuantizedWeights:
         weight.zeros[place] = amax == 0
         if self._scheme.observer == "mse":
             amax = self._shrunk(stripe, amax)
-        weight.scale[place] = numerics.weight_scale(amax)
+        weight.scale[place] = numerics.weight_scale(amax, power_of_two=self._scheme.power_of_two)
         return weight.scale[place]
 
     def _shrunk(self, stripe: Tensor, amax: Tensor) -> Tensor:
@@ -139,7 +139,8 @@ class QuantizedWeights:
             return numerics.best_amax(amax, numerics.shrink_errors(stripe, amax))
         rows, columns = self._scheme.block_shape
         per_row = amax.repeat_interleave(rows, 0)[: len(stripe)]
-        errors = numerics.shrink_errors(stripe, per_row, columns=columns)  # [shrinks, rows, runs]
+        powers = self._scheme.power_of_two
+        errors = numerics.shrink_errors(stripe, per_row, columns=columns, power_of_two=powers)  # [shrinks, rows, runs]
         return numerics.best_amax(amax, torch.stack([band.sum(1) for band in errors.split(rows, dim=1)], dim=1))
 
     def _finish(self, weight: Weight) -> None:

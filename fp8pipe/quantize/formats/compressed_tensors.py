@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe, WeightScheme
+from fp8pipe.model.names import UE8M0
 
 NAME = "compressed-tensors"
 VERSION = "0.17.0"
@@ -52,7 +53,7 @@ def quantization_config(
         "input_activations": None if recipe.activations is None else _activations(recipe.activations, recipe.weights),
         "output_activations": None,
     }
-    return {
+    config: dict[str, Any] = {
         "quant_method": NAME,
         "format": format_name,
         "quantization_status": "compressed",
@@ -64,6 +65,9 @@ def quantization_config(
         "sparsity_config": {},
         "transform_config": {},
     }
+    if recipe.weights.power_of_two:
+        config["scale_fmt"] = UE8M0  # vLLM reads it under any quant_method, compressed-tensors skips it
+    return config
 
 
 def _experts_pattern(holder: str) -> str:

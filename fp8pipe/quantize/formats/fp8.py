@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fp8pipe.config import Recipe
+from fp8pipe.model.names import UE8M0
 
 NAME = "fp8"
 
@@ -43,6 +44,8 @@ def quantization_config(
     }
     if recipe.weights.strategy == "block":
         config["weight_block_size"] = list(recipe.weights.block_shape)
+    if recipe.weights.power_of_two:
+        config["scale_fmt"] = UE8M0
     if recipe.kv_cache is not None and with_kv:
         config["kv_cache_scheme"] = "static"
     return config

@@ -1,6 +1,7 @@
 """The arithmetic of FP8 weights: pure tensor functions, no files, no threads, no state.
 
-    fp8          amax of a tensor, its rows or blocks; weight_scale = max(amax, 1e-12) / 448; E4M3 codes
+    fp8          amax of a tensor, its rows or blocks; weight_scale = max(amax, 1e-12) / 448, or the power of two from
+                 there up; E4M3 codes
     observers    which range a scale covers: minmax, or the shrink with the least squared error
     kernels      amax and codes as compiled loops, for the CPU
 

@@ -2,7 +2,7 @@
 
 The formula is that of compressed-tensors and AutoFP8, but computed in float32 throughout:
 
-    weight_scale = max(amax, 1e-12) / 448            float32
+    weight_scale = max(amax, 1e-12) / 448            float32; for blocks rounded up to a power of two
     code         = e4m3fn(clamp(float32(w) / weight_scale, -448, 448))     round to nearest even
     w            ~ code * weight_scale
 
@@ -21,6 +21,9 @@ E4M3_MAX = 448.0
 MIN_AMAX = 1e-12
 """Floor of amax, so that weights which are all zero get a scale that can divide."""
 
+_MANTISSA = 0x7FFFFF
+"""The mantissa bits of a float32."""
+
 
 def tensor_amax(weight: Tensor) -> Tensor:
     """Largest magnitude in `weight`, float32 []. Inf and NaN are kept."""
@@ -37,9 +40,13 @@ def block_amax(weight: Tensor, block: tuple[int, int]) -> Tensor:
     return _amax(weight, block)
 
 
-def weight_scale(amax: Tensor) -> Tensor:
-    """max(amax, 1e-12) / 448, the multiplier from codes to weights: float32, shape of `amax`."""
-    return amax.float().clamp(min=MIN_AMAX) / E4M3_MAX
+def weight_scale(amax: Tensor, *, power_of_two: bool = False) -> Tensor:
+    """max(amax, 1e-12) / 448, the multiplier from codes to weights: float32, shape of `amax`.
+
+    power_of_two: rounded up to one. Codes then lie between 224 and 448 at the top of each unit, and dividing by the
+    scale is exact. vLLM's own rounding for DeepGEMM (`requant_weight_ue8m0_inplace`) then changes no weight."""
+    scale = amax.float().clamp(min=MIN_AMAX) / E4M3_MAX
+    return _power_of_two_from(scale) if power_of_two else scale
 
 
 def encode(weight: Tensor, scale: Tensor, out: Tensor, *, block: tuple[int, int] | None = None) -> None:
@@ -76,6 +83,11 @@ def first_nonfinite(weight: Tensor) -> tuple[int, ...] | None:
     if not len(flat):
         return None
     return tuple(int(i) for i in torch.unravel_index(flat[0, 0], weight.shape))
+
+
+def _power_of_two_from(scale: Tensor) -> Tensor:
+    """The least power of two that is not below `scale`, float32, normal and finite: a carry out of the mantissa."""
+    return ((scale.view(torch.int32) + _MANTISSA) & ~_MANTISSA).view(torch.float32)
 
 
 def _amax(weight: Tensor, block: tuple[int, int]) -> Tensor:

@@ -25,15 +25,16 @@ _EXPONENT = 0x7F800000
 """The exponent bits of a float32. Alone, they are the power of two below it."""
 
 
-def shrink_errors(weight: Tensor, amax: Tensor, *, columns: int | None = None) -> Tensor:
+def shrink_errors(weight: Tensor, amax: Tensor, *, columns: int | None = None, power_of_two: bool = False) -> Tensor:
     """Squared error of each row under each shrink of its range, float64 [len(SHRINKS), out, runs].
 
     `weight`: [out, in]. `amax`: float32, [] for one range, [out, 1] for one per row, [out, runs] for one per run of
-    `columns` columns. runs is ceil(in/columns), or 1 without `columns`."""
+    `columns` columns. runs is ceil(in/columns), or 1 without `columns`. power_of_two: as in `weight_scale`."""
     rows, width = weight.shape
     columns = columns or width
     runs = -(-width // columns)
-    scales = torch.stack([weight_scale(amax * shrink).expand(rows, runs) for shrink in SHRINKS])
+    candidates = [weight_scale(amax * shrink, power_of_two=power_of_two) for shrink in SHRINKS]
+    scales = torch.stack([scale.expand(rows, runs) for scale in candidates])
     errors = torch.empty_like(scales, dtype=torch.float64)
     height = max(1, TILE_ELEMENTS // (2 * max(1, width)))  # half a tile, for the float64 values beside it
     for start in range(0, rows, height):

@@ -62,7 +62,8 @@ def _how(recipe: Recipe) -> str:
         "channel": "output channel",
         "block": "block of {}x{}".format(*recipe.weights.block_shape),
     }
-    return f"Linear weight, E4M3 with one scale per {units[recipe.weights.strategy]}"
+    scale = "power-of-two scale" if recipe.weights.power_of_two else "scale"
+    return f"Linear weight, E4M3 with one {scale} per {units[recipe.weights.strategy]}"
 
 
 def _why_not(

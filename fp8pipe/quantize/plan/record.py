@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import field_validator
+
 from fp8pipe.config import Recipe
 from fp8pipe.model.headers import TensorInfo
 from fp8pipe.records import Record
@@ -108,6 +110,14 @@ class Plan(Record):
     """The model's own code was run to find its architecture, and is copied to the checkpoint."""
     notes: tuple[str, ...] = ()
     """What a user should know but need not act on."""
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _scales_were_exact(cls, settings: Any) -> Any:
+        """A recipe that was recorded before `weights.scales` existed has exact scales, in blocks too."""
+        if isinstance(settings, dict) and isinstance(weights := settings.get("weights"), dict):
+            return settings | {"weights": {"scales": "exact"} | weights}
+        return settings
 
     def summary(self) -> tuple[SummaryRow, ...]:
         """Counts and bytes by action and reason, quantized first, then by size."""

@@ -34,7 +34,8 @@ def describe_scheme(recipe: Recipe) -> str:
 
 def _weights(recipe: Recipe) -> str:
     block = "x".join(map(str, recipe.weights.block_shape)) if recipe.weights.strategy == "block" else ""
-    return f"FP8 {recipe.weights.format.upper()}, {_WEIGHTS[recipe.weights.strategy]} {block}".rstrip()
+    rounded = ", powers of two" if recipe.weights.power_of_two else ""
+    return f"FP8 {recipe.weights.format.upper()}, {_WEIGHTS[recipe.weights.strategy]} {block}".rstrip() + rounded
 
 
 def _activations(recipe: Recipe) -> str:

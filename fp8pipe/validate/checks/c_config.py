@@ -38,7 +38,7 @@ FORMATS = tuple(name for names in FORMAT_NAMES.values() for name in names)
 KEYS = {
     "compressed-tensors": (
         "quant_method", "format", "quantization_status", "version", "global_compression_ratio", "config_groups",
-        "ignore", "kv_cache_scheme", "sparsity_config", "transform_config", "run_compressed",
+        "ignore", "kv_cache_scheme", "sparsity_config", "transform_config", "run_compressed", "scale_fmt",
     ),
     "fp8": (
         "quant_method", "activation_scheme", "ignored_layers", "modules_to_not_convert", "weight_block_size", "fmt",

@@ -48,7 +48,7 @@ def values_are_finite(subject: Subject) -> Iterator[Fault]:
 
 @check(
     "V2",
-    "Scales are finite, positive and normal numbers.",
+    "Scales are finite, positive and normal numbers, and powers of two where config.json or the recipe says so.",
     depth="values",
     needs=("scheme",),
     consequence="vLLM loads it; the layer's output is NaN, zero or garbage (quant_method fp8: KV scales stop it)",
@@ -65,6 +65,18 @@ def scales_are_usable(subject: Subject) -> Iterator[Fault]:
             found = f"{scale.zeros} of {math.prod(entry.shape)} are zero"
             consequence = "vLLM serves it; the weights of these groups are zero"
             yield Fault("scales above zero", found, entry.shard, entry.name, "warning", consequence)
+        if scale.first_uneven is not None:
+            at, value = scale.first_uneven
+            found = f"{scale.uneven} of {math.prod(entry.shape)} are not: {value!r} at {_place(entry.shape, at)}"
+            yield Fault(
+                "powers of two",
+                found,
+                entry.shard,
+                entry.name,
+                consequence="vLLM rounds these scales for DeepGEMM and quantizes their weights a second time; "
+                "transformers rounds the scales alone (scale_fmt ue8m0), which changes the weights",
+                remedy="quantize again with scales: power_of_two",
+            )
 
 
 @check(

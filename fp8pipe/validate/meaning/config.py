@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any, TypeGuard
 
 from fp8pipe.model.fp8_source import as_block
+from fp8pipe.model.names import UE8M0
 from fp8pipe.model.untrusted import clip
-from fp8pipe.validate.meaning.formats import FP8, FP8_BY_POWERS, MXFP4, MXFP8, NVFP4, Format, Spec, Strategy
+from fp8pipe.validate.meaning.formats import FP8, MXFP4, MXFP8, NVFP4, Format, Spec, Strategy, by_powers
 from fp8pipe.validate.meaning.scheme import Group, Scheme
 
 CONFIG = "config.json"
@@ -70,9 +71,13 @@ def _read_fp8(quant: dict[str, Any]) -> Scheme | None:
         return Scheme("fp8", (Group(("Linear",), Spec(FP8, _TENSOR, None, inputs)),), ignored, None)
     if inputs == "static":
         return None
-    format = FP8_BY_POWERS if quant.get("scale_fmt") == "ue8m0" else FP8
-    spec = Spec(format, _BLOCK, block, inputs, scale="weight_scale_inv")
-    return Scheme("fp8", (Group(("Linear",), spec),), ignored, None)
+    spec = Spec(FP8, _BLOCK, block, inputs, scale="weight_scale_inv")
+    return Scheme("fp8", (Group(("Linear",), by_powers(spec) if _is_by_powers(quant) else spec),), ignored, None)
+
+
+def _is_by_powers(quant: dict[str, Any]) -> bool:
+    """Whether block scales are declared as powers of two. vLLM reads this key under any quant_method."""
+    return quant.get("scale_fmt") == UE8M0
 
 
 # ---------------------------------------------------------------------------------------------- compressed-tensors
@@ -84,6 +89,8 @@ def _read_compressed(quant: dict[str, Any]) -> Scheme | None:
         return None
     read = [_read_group(group) for group in groups.values() if not is_attention_group(group)]
     known = tuple(group for group in read if group is not None)
+    if _is_by_powers(quant):
+        known = tuple(Group(group.targets, by_powers(group.spec)) for group in known)
     if not read or len(known) < len(read):
         return None
     kv_strategy = None if kv is None else kv.get("strategy") or _TENSOR

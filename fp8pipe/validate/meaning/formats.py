@@ -54,14 +54,21 @@ class Format:
     """Least magnitude code that the largest weight of a unit gets under an absmax scale."""
     zeros: float
     """The largest share of a weight's elements that may be nonzero in the source and zero in the codes."""
+    by_powers: bool = False
+    """Scales are powers of two, stored as floats."""
 
 
 FP8 = Format("FP8", E4M3, ("F32", "BF16", "F16"), (0.035, 0.06), 0.998, (0.5, 1.01), 0x7D, 0.02)
 MXFP8 = Format("MXFP8", E4M3, ("U8",), (0.04, 0.07), 0.997, (0.5, 2.01), 0x76, 0.02)
 FP8_BY_POWERS = replace(
-    FP8, rel_l2=MXFP8.rel_l2, min_cosine=MXFP8.min_cosine, amax_ratio=MXFP8.amax_ratio, top=MXFP8.top
+    FP8,
+    rel_l2=MXFP8.rel_l2,
+    min_cosine=MXFP8.min_cosine,
+    amax_ratio=MXFP8.amax_ratio,
+    top=MXFP8.top,
+    by_powers=True,
 )
-"""FP8 whose scales are powers of two, in floats: `scale_fmt` ue8m0 of quant_method fp8."""
+"""FP8 whose scales are powers of two: `scale_fmt` ue8m0."""
 NVFP4 = Format("NVFP4", E2M1, ("F8_E4M3",), (0.12, 0.2), 0.96, (0.5, 1.07), 7, 0.25)
 MXFP4 = Format("MXFP4", E2M1, ("U8",), (0.16, 0.25), 0.95, (0.5, 2.01), 6, 0.25)
 
@@ -131,3 +138,8 @@ class Spec:
         if self.scale_form == "flat":
             return ((shape[0],),)
         return ((units[0], 1, units[1], 1), units) if self.scale_form == "blocks" else (units,)
+
+
+def by_powers(spec: Spec) -> Spec:
+    """`spec` with scales that are powers of two, if it has FP8 weights in blocks."""
+    return replace(spec, format=FP8_BY_POWERS) if spec.format is FP8 and spec.strategy == "block" else spec

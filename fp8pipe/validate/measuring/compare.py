@@ -221,6 +221,12 @@ def _divided(amax: torch.Tensor) -> torch.Tensor:
     return amax.clamp(min=1e-12) / 448
 
 
+def _power_above(scale: torch.Tensor) -> torch.Tensor:
+    """The least power of two that is not below `scale`."""
+    mantissa, exponent = torch.frexp(scale)  # mantissa in [0.5, 1)
+    return torch.ldexp(torch.where(mantissa > 0.5, 1.0, 0.5), exponent)
+
+
 ARITHMETICS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "divided": _divided,
     "times inverse": lambda amax: amax * np.float32(1 / 448).item(),
@@ -246,5 +252,5 @@ def engine_scales(amax: np.float32, spec: Spec) -> list[np.float32]:
 def _foreign_scales(scale: torch.Tensor, amax: torch.Tensor, spec: Spec) -> int:
     known = torch.zeros(scale.shape, dtype=torch.bool)
     for shrink in _shrinks(spec):
-        known |= scale == _divided(amax * shrink)
+        known |= scale == (_power_above(_divided(amax * shrink)) if spec.format.by_powers else _divided(amax * shrink))
     return int((~known).sum())

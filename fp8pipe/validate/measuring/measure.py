@@ -185,6 +185,8 @@ class _Reader:
         for offset in range(0, entry.nbytes, TILE_BYTES):
             values = scale_values(self._ours.read(entry, offset, min(TILE_BYTES, entry.nbytes - offset)), entry.dtype)
             _note_scales(scale, values, offset // item)
+            if kind == "weight" and self.subject.specs[split_name(entry.name)[0]].format.by_powers:
+                _note_uneven(scale, values, offset // item)
             if few:
                 scale.values = values.numpy().reshape(entry.shape)
         self.measured.scales[entry.name] = scale
@@ -311,3 +313,13 @@ def _note_scales(scale: Scale, values: torch.Tensor, begin: int) -> None:
             scale.first_unusable = (begin + first, float(values[first]))
         scale.unusable += int(bad.sum())
     scale.all_one = scale.all_one and bool((values == 1).all())
+
+
+def _note_uneven(scale: Scale, values: torch.Tensor, begin: int) -> None:
+    """Note usable values that are no power of two."""
+    uneven = (values > 0) & torch.isfinite(values) & (torch.frexp(values).mantissa != 0.5)
+    if uneven.any():
+        if scale.first_uneven is None:
+            first = int(torch.nonzero(uneven)[0])
+            scale.first_uneven = (begin + first, float(values[first]))
+        scale.uneven += int(uneven.sum())
