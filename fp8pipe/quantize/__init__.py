@@ -27,6 +27,7 @@ Importing this costs nothing; torch is loaded when `quantize` has work to do.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,11 +44,21 @@ __all__ = ["ENGINE_VERSION", "device_for", "fingerprint", "preload", "quantize"]
 
 
 def preload() -> None:
-    """Load the code of a run. It takes seconds, which a caller can use while it waits for something else."""
-    import fp8pipe.quantize.engine.run  # noqa: F401
-    from fp8pipe.quantize.numerics import kernels
+    """Load the code of a run. It takes seconds, which a caller can use while it waits for something else.
 
-    kernels.load()
+    Code is no garbage, yet Python's collector looks through all of torch and numba again and again while they load, and
+    once more when the process ends: a third of the time of a short run. So it pauses, then leaves alone what it has."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        import fp8pipe.quantize.engine.run
+        from fp8pipe.quantize.numerics import kernels
+
+        kernels.load()
+        gc.freeze()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def quantize(
@@ -71,9 +82,10 @@ def quantize(
     Raises NonFiniteWeight (with tensor and index), SourceChanged, DiskTooSmall, NoSuitableDevice, and InputError for a
     missing or unusable range or a folder that holds something else. Killed at any moment and run again, it writes the
     bytes of an undisturbed run."""
-    from fp8pipe.quantize.engine.scales import refuse_impossible
+    if calibration is not None:
+        from fp8pipe.quantize.engine.scales import refuse_impossible
 
-    refuse_impossible(calibration)
+        refuse_impossible(calibration)
     digest = calibration.digest() if calibration is not None else None
     done = Checkpoint.load_if_present(folder / RECORD_DIR / "checkpoint.json")
     if (
@@ -85,6 +97,7 @@ def quantize(
             (folder / RECORD_DIR / name).unlink(missing_ok=True)
         return done
 
+    preload()
     from fp8pipe.quantize.engine.run import run
 
     return run(
