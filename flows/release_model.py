@@ -60,7 +60,7 @@ def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, ear
     folder = workspace.release(snapshot.model_id, recipe.name, identity)
     checkpoint, snapshot = tasks.quantize(snapshot, plan, folder.checkpoint, calibration)
 
-    report = tasks.validate(folder.checkpoint, snapshot, recipe.name)
+    report = tasks.validate(folder.checkpoint, snapshot, recipe.name, spec.oracles)
     if not report.sound:
         return unsound(job, snapshot, checkpoint, report).kept(folder.outcome)
 

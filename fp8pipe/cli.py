@@ -204,8 +204,13 @@ def validate(
         typer.Option(help="How much to read. On the Hub, more than headers is downloaded", show_default="deepest"),
     ] = None,
     oracles: Annotated[
-        bool, typer.Option("--oracles", help="Also ask transformers' and vLLM's own model (half a minute)")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--oracles/--no-oracles",
+            help="Demand the answers of transformers' and vLLM's own model, or ask neither",
+            show_default="ask vLLM where it is installed",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Check the structure and values of any FP8 checkpoint, also on the Hub; with its source, compare the weights."""
@@ -382,6 +387,9 @@ def release(
     work_dir: WorkDir = "fp8pipe-work",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for calibration")] = "auto",
     trust_remote_code: Annotated[bool, typer.Option(help="Let this model bring its own Python code")] = False,
+    oracles: Annotated[
+        bool, typer.Option("--oracles/--no-oracles", help="Ask vLLM's own model before anything is measured")
+    ] = True,
 ) -> int:
     """Quantize, validate, evaluate, gate and publish one model: the Prefect flow, run here and now."""
     from fp8pipe.config import ReleaseSpec, validated
@@ -397,6 +405,7 @@ def release(
         "work_dir": work_dir,
         "device": device,
         "trust_remote_code": trust_remote_code,
+        "oracles": oracles,
     }
     spec = validated(ReleaseSpec, content, "release")
     spec.resolve()  # reports a wrong name before any server starts

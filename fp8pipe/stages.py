@@ -164,18 +164,25 @@ def sensitivity(folder: Path) -> tuple[Calibration, Path | None]:
 # ------------------------------------------------------------------------------------------ validate
 
 
-def validate(folder: Path, *, source: Snapshot | None, progress: Progress = quiet) -> ValidationReport:
-    """The report on `folder` as it is now. An earlier report on the same state is returned if it read as much and found
-    no error; an error may have been the fault of a wrong source, so what was found unsound is read again."""
+def validate(
+    folder: Path, *, source: Snapshot | None, oracles: bool = True, progress: Progress = quiet
+) -> ValidationReport:
+    """The report on `folder` as it is now, for which the vLLM that is installed was asked unless `oracles` is False.
+
+    An earlier report on the same state is returned if it read and asked as much and found no error; an error may have
+    been the fault of a wrong source, so what was found unsound is read again."""
     from fp8pipe.model.identity import folder_identity
+    from fp8pipe.oracle.vllm import version
     from fp8pipe.validate import validate
 
     path = record_path(folder, "validation")
     depth = "fidelity" if source is not None else "values"
     known = ValidationReport.load_if_present(path)
-    if known is not None and known.sound and known.covers(depth) and known.folder_identity == folder_identity(folder):
+    vllm = version() if oracles else None
+    covered = known is not None and known.sound and known.covers(depth) and (vllm is None or known.vllm == vllm)
+    if known is not None and covered and known.folder_identity == folder_identity(folder):
         return known
-    report = validate(folder, source=source, progress=progress)
+    report = validate(folder, source=source, oracles=None if oracles else False, progress=progress)
     _keep(report, folder)
     return report
 
@@ -195,10 +202,11 @@ def validate_model(
     *,
     source: str | None = None,
     depth: Depth | None = None,
-    oracles: bool = False,
+    oracles: bool | None = None,
     progress: Progress = quiet,
 ) -> ValidationReport:
     """Validate by hand: a folder, or any repository of the Hub, from its headers alone unless `depth` asks for more.
+    `oracles`: None asks vLLM where it is installed, True demands it and asks transformers too, False asks neither.
 
     A deeper validation downloads a repository. If its headers already show that its files cannot be read, nothing is
     downloaded, and the report's own depth stays `headers`.
@@ -214,8 +222,9 @@ def validate_model(
         _keep(report, folder)
         return report
     ours = pin(model)
-    report = validate(ours, source=theirs, depth="headers", oracles=oracles, progress=progress)
-    if depth in (None, "headers") or any(finding.check in UNREADABLE for finding in report.errors):
+    shallow = depth in (None, "headers")
+    report = validate(ours, source=theirs, depth="headers", oracles=oracles if shallow else False, progress=progress)
+    if shallow or any(finding.check in UNREADABLE for finding in report.errors):
         return report
     ours = ours.model_copy(update={"root": download(ours, progress=progress).root})
     theirs = download(theirs, progress=progress) if theirs is not None and depth == "fidelity" else theirs

@@ -15,9 +15,9 @@ from tasks.retries import STAGE
 
 
 @task(name="validate", task_run_name="validate {source.model_id}", **STAGE)
-def validate(folder: Path, source: Snapshot, recipe: str) -> ValidationReport:
-    """Structure, values and fidelity to the source. Findings are data; the flow decides."""
-    report = stages.validate(folder, source=source, progress=reporter("validate", source.model_id))
+def validate(folder: Path, source: Snapshot, recipe: str, oracles: bool) -> ValidationReport:
+    """Structure, values, fidelity to the source, and vLLM's own loader. Findings are data; the flow decides."""
+    report = stages.validate(folder, source=source, oracles=oracles, progress=reporter("validate", source.model_id))
     key = artifact_key("findings", source.model_id, recipe)
     table = sheets.markdown(sheets.findings_sheet(report))
     create_markdown_artifact(table, key=key, description=f"Findings: {source.model_id}, {recipe}")

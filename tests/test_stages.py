@@ -97,23 +97,23 @@ def recorded(folder: Path) -> ValidationReport:
 
 def test_a_shallow_validation_does_not_replace_a_deep_one(quantized: tuple[Path, Path]) -> None:
     source, folder = quantized
-    stages.validate(folder, source=stages.pin(str(source)))
-    shallow = stages.validate_model(str(folder), depth="headers")
+    stages.validate(folder, source=stages.pin(str(source)), oracles=False)
+    shallow = stages.validate_model(str(folder), depth="headers", oracles=False)
     assert shallow.depth == "headers"
     assert recorded(folder).depth == "fidelity"
 
     config = folder / "generation_config.json"
     config.write_text('{"temperature": 0.5}')
-    stages.validate_model(str(folder), depth="headers")
+    stages.validate_model(str(folder), depth="headers", oracles=False)
     assert recorded(folder).depth == "headers", "the deep report was on another state of the folder"
 
 
 def test_a_report_is_reused_only_where_it_read_as_much(quantized: tuple[Path, Path]) -> None:
     source, folder = quantized
     pinned = stages.pin(str(source))
-    assert stages.validate(folder, source=None).depth == "values"
-    assert stages.validate(folder, source=pinned).depth == "fidelity"
-    assert stages.validate(folder, source=None).depth == "fidelity"
+    assert stages.validate(folder, source=None, oracles=False).depth == "values"
+    assert stages.validate(folder, source=pinned, oracles=False).depth == "fidelity"
+    assert stages.validate(folder, source=None, oracles=False).depth == "fidelity"
 
 
 def test_validating_against_a_wrong_source_does_not_condemn_the_checkpoint(
@@ -121,7 +121,7 @@ def test_validating_against_a_wrong_source_does_not_condemn_the_checkpoint(
 ) -> None:
     source, folder = quantized
     wrong = make_model(tmp_path / "wrong", seed=7)
-    assert not stages.validate_model(str(folder), source=str(wrong)).sound
+    assert not stages.validate_model(str(folder), source=str(wrong), oracles=False).sound
     assert not recorded(folder).sound
-    assert stages.validate(folder, source=stages.pin(str(source))).sound
+    assert stages.validate(folder, source=stages.pin(str(source)), oracles=False).sound
     assert recorded(folder).sound

@@ -29,6 +29,7 @@ class ReleaseSpec(Config):
     trust_remote_code: bool = Field(default=False, description="Let this model bring its own Python code")
     work_dir: str = Field(default="fp8pipe-work", description="Folder for releases and baselines")
     device: str = Field(default="auto", description="auto, cpu or cuda, for calibration")
+    oracles: bool = Field(default=True, description="Ask vLLM's own model about a checkpoint before it is measured")
 
     def resolve(self) -> ResolvedRelease:
         """Read the files that the spec names. Raises ConfigError if one is wrong or they do not fit together."""

@@ -9,7 +9,6 @@ process that has the parser loaded asks it directly.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -22,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from fp8pipe.errors import EnvironmentFault
-from fp8pipe.files import write_atomically
 from fp8pipe.model.untrusted import clip
-from fp8pipe.oracle.cache import cache_dir
+from fp8pipe.oracle import cache
 from fp8pipe.oracle.lean import without
 
 RULES_VERSION = 1
 """Increase it when `ask_here` answers differently: records of another version are not used."""
 _TIMEOUT_S = 300
 _PARSER = "compressed_tensors.quantization"
+_KIND = "parsed"
 
 Problems = list[tuple[str, str]]
 
@@ -40,11 +39,12 @@ def problems(quant: dict[str, Any]) -> Problems:
     if _PARSER in sys.modules:
         return ask_here(quant)
     key = f"{RULES_VERSION}\0{version('compressed-tensors')}\0{json.dumps(quant)}"  # answers quote it in its order
-    path = cache_dir().with_name("parsed") / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
-    try:
-        return [(expected, found) for expected, found in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError):
-        return _kept(path, _ask_child(json.dumps(quant)))
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    found = cache.known(_KIND, digest)
+    if found is None:
+        found = _ask_child(json.dumps(quant))
+        cache.keep(_KIND, digest, found)
+    return [(expected, instead) for expected, instead in found]
 
 
 def ask_here(quant: dict[str, Any]) -> Problems:
@@ -83,12 +83,6 @@ def _ask_child(text: str) -> Problems:
             tail = child.stderr.decode(errors="replace").strip().splitlines()[-3:]
             raise EnvironmentFault(f"compressed-tensors' parser gave no answer: {' | '.join(tail)}")
         return [(expected, found) for expected, found in json.loads(answer.read_text())]
-
-
-def _kept(path: Path, found: Problems) -> Problems:
-    with contextlib.suppress(EnvironmentFault):  # a cache that cannot be written costs seconds, not the report
-        write_atomically(path, json.dumps(found).encode())
-    return found
 
 
 def main() -> None:

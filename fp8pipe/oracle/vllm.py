@@ -3,11 +3,13 @@
 In: folders with config.json and safetensors headers. Out: an `Answer` for each. A supervised child process builds
 vLLM's model on the meta device and runs vLLM's `load_weights` on tensors without data (`vllm_probe.py`). What vLLM
 renames, fuses, drops or refuses is observed, so names, fused projections and experts need no second description here.
-It needs vLLM but no GPU and no weights. Importing vLLM takes 17 s; each model then takes well under a second.
+It needs vLLM but no GPU and no weights. Importing vLLM takes 17 s, following a model some milliseconds for each of its
+modules. What vLLM thinks of a checkpoint is kept (`cache`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -19,11 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fp8pipe.errors import EngineFailed
+from fp8pipe.files import digest_of
 from fp8pipe.machine.supervise import supervise
+from fp8pipe.oracle import cache
 
 if TYPE_CHECKING:
     from fp8pipe.model.headers import TensorInfo
 
+_KIND = "vllm"
 _START_S, _EACH_S = 300, 900
 """Time limits of the child: to start, and for each model."""
 
@@ -75,17 +80,30 @@ class Answer:
     """vLLM's message if it cannot build the model, and then nothing else is known; empty if it can."""
     lacks: str = ""
     """The Python package that vLLM needs for this model and that is not installed; then too nothing else is known."""
+    limit: str = ""
+    """Why this way of asking cannot tell: vLLM asked for the data of a tensor, or this platform lacks what it needs."""
 
 
-def is_available() -> bool:
-    """Whether vLLM is installed."""
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What vLLM thinks of a checkpoint."""
+
+    mismatches: tuple[Mismatch, ...] = ()
+    """If there is none, each tensor lies whole in a parameter of fitting dtype, and each parameter is filled."""
+    in_source: frozenset[Mismatch] = frozenset()
+    """Those of `mismatches` that the source has as well: the checkpoint did not bring them."""
+    limit: str = ""
+    """As in Answer: vLLM was asked, and there is no verdict."""
+
+
+def version() -> str | None:
+    """Version of the vLLM that is installed; None if there is none."""
     from fp8pipe.evaluate.environment import vllm_version
 
     try:
-        vllm_version()
+        return vllm_version()
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def ask_vllm(folders: Sequence[Path]) -> dict[Path, Answer]:
@@ -98,29 +116,109 @@ def ask_vllm(folders: Sequence[Path]) -> dict[Path, Answer]:
     return dict(zip(folders, _ask(requests), strict=True))
 
 
-def parity(folder: Path, tensors: Mapping[str, TensorInfo] | None = None) -> tuple[Mismatch, ...]:
+def parity(
+    folder: Path,
+    tensors: Mapping[str, TensorInfo] | None = None,
+    *,
+    source: tuple[Path, Mapping[str, TensorInfo]] | None = None,
+) -> Verdict:
     """Every disagreement between the checkpoint in `folder` and vLLM's model.
 
-    If there is none, each tensor is read completely into a parameter of fitting dtype, and each parameter is filled.
     `tensors` are those whose headers could be read; by default they are read from `folder`, and unsound headers raise
-    MalformedCheckpoint. Raises EngineFailed if vLLM is not installed, does not start, or is killed; EngineIncomplete if
-    it needs a package for this model that is not installed.
+    MalformedCheckpoint. If there are disagreements, the model that the checkpoint was made from is asked too: `source`
+    is its folder and tensors; without one, it is the config without quantization, which tells only whether vLLM can
+    build such a model. Only config.json (and hf_quant_config.json) is read from the folders.
+
+    Raises EngineFailed if vLLM is not installed, does not start, or is killed; EngineIncomplete if it needs a package
+    for this model that is not installed.
     """
     _require_vllm()
+    request = _request(folder, _tensors(folder) if tensors is None else tensors)
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:
+        scratch = Path(name)
+        request["source"] = _request(*source) if source else {"folder": _unquantized(folder, scratch), "tensors": {}}
+        key = _key(request)
+        line = cache.known(_KIND, key)
+        if line is None:
+            line = _ask_one(request, scratch)
+            if _is_settled(line) and _is_settled(line["source"]):
+                cache.keep(_KIND, key, line)
+    return _verdict(line)
+
+
+def _ask_one(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """The child's answer, without what a verdict does not need."""
     try:
-        answer = _ask([_request(folder, _tensors(folder) if tensors is None else tensors)])[0]
+        (line,) = run_probe([request], scratch)
     except _Ended as error:
-        return (_refused(error.words),)
-    if answer.lacks:
+        line = {"refusal": error.words, "mismatches": [], "lacks": "", "limit": "", "source": None}
+    for part in (line, line["source"] or {}):
+        part.pop("parameters", None)
+        part.pop("landings", None)
+    return line
+
+
+def _is_settled(line: dict[str, Any] | None) -> bool:
+    """Whether the answer depends on config, headers and versions alone. A refusal to build the model may be due to a
+    missing file or to the machine."""
+    return line is None or not (line["refusal"] or line["lacks"] or line["limit"])
+
+
+def _verdict(line: dict[str, Any]) -> Verdict:
+    if line["lacks"]:
         raise EngineIncomplete(
-            f"vLLM needs the Python package {answer.lacks} to build this model, and it is not installed; "
-            "install it, or leave out --oracles"
+            f"vLLM needs the Python package {line['lacks']} to build this model, and it is not installed; install it, "
+            "or pass --no-oracles"
         )
-    return (_refused(answer.refusal),) if answer.refusal else answer.mismatches
+    if line["limit"]:
+        return Verdict(limit=line["limit"])
+    theirs = {_what(one) for one in _mismatches(line["source"])} if line["source"] else set()
+    found = _mismatches(line)
+    return Verdict(found, frozenset(one for one in found if _what(one) in theirs))
 
 
-def _refused(words: str) -> Mismatch:
-    return Mismatch("refused", "", "", "a model that vLLM can build", words)
+def _what(mismatch: Mismatch) -> tuple[str, ...]:
+    """What makes a mismatch the same in two models: where it is, or if it is the model as such, vLLM's words."""
+    where = (mismatch.kind, mismatch.tensor, mismatch.parameter)
+    return where if any(where[1:]) else (mismatch.kind, mismatch.found)
+
+
+def _mismatches(line: dict[str, Any]) -> tuple[Mismatch, ...]:
+    if line["refusal"]:
+        return (Mismatch("refused", "", "", "a model that vLLM can build", line["refusal"]),)
+    return tuple(Mismatch(*fields) for fields in line["mismatches"])
+
+
+def _unquantized(folder: Path, scratch: Path) -> str:
+    """A folder beside the requests with the same config.json, but for its quantization_config."""
+    plain = scratch / "unquantized"
+    plain.mkdir()
+    config = json.loads((folder / "config.json").read_bytes())
+    (plain / "config.json").write_text(json.dumps(_without_quantization(config)))
+    return str(plain)
+
+
+def _without_quantization(value: Any) -> Any:
+    """The JSON value without quantization_config, which may be in a nested config."""
+    if not isinstance(value, dict):
+        return value
+    names = ("quantization_config", "compression_config")
+    return {name: _without_quantization(part) for name, part in value.items() if name not in names}
+
+
+def _key(request: dict[str, Any]) -> str:
+    """What the answer depends on: both models' configs and headers, and every version that has a say."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    versions = {name: importlib.metadata.version(name) for name in ("transformers", "torch")} | {"vllm": version()}
+    models = [[_content(Path(one["folder"])), one["tensors"]] for one in (request, request["source"])]
+    return digest_of([code.hexdigest(), versions, models])
+
+
+def _content(folder: Path) -> list[str]:
+    files = (folder / name for name in ("config.json", "hf_quant_config.json"))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "" for file in files]
 
 
 # ---------------------------------------------------------------------------------------------- the child
@@ -140,7 +238,7 @@ class _Ended(EngineFailed):
 
 
 def _require_vllm() -> None:
-    if not is_available():
+    if version() is None:
         raise EngineFailed("vLLM is not installed, so it cannot check the checkpoint; install the cpu or gpu extra")
 
 
@@ -190,4 +288,5 @@ def _answer(line: dict[str, Any]) -> Answer:
         mismatches=tuple(Mismatch(*fields) for fields in line["mismatches"]),
         refusal=line["refusal"],
         lacks=line["lacks"],
+        limit=line["limit"],
     )

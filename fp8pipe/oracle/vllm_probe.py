@@ -2,9 +2,10 @@
 
     python -m fp8pipe.oracle.vllm_probe REQUESTS ANSWERS
 
-REQUESTS: one JSON object per line, {"folder": path with config.json, "tensors": {name: [dtype, shape]}}. ANSWERS: one
-line per request, the fields of `vllm.Answer`. Kernels are never run; where this machine has none for a scheme, a
-stand-in is chosen.
+REQUESTS: one JSON object per line, {"folder": path with config.json, "tensors": {name: [dtype, shape]}}, and if wanted
+another one as "source", about which vLLM is asked too if the first has a fault. ANSWERS: one line per request, the
+fields of `vllm.Answer`, and as "source" those of the source, or null. Kernels are never run; where this machine has
+none for a scheme, a stand-in is chosen.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.evaluate.environment import import_architecture, prepare_process
+from fp8pipe.oracle import limits
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +57,7 @@ def main() -> None:
     prepare(path.with_name("store"))
     with path.open("w") as answers:
         for request in requests:
-            answers.write(json.dumps(_examine(Path(request["folder"]), request["tensors"])) + "\n")
+            answers.write(json.dumps(_attend(request)) + "\n")
             answers.flush()
 
 
@@ -66,17 +68,27 @@ def prepare(store: Path) -> None:
     _enter_world(store)
 
 
+def _attend(request: dict[str, Any]) -> dict[str, Any]:
+    answer = _examine(Path(request["folder"]), request["tensors"])
+    source = request.get("source") if answer["refusal"] or answer["mismatches"] else None
+    return answer | {"source": source and _examine(Path(source["folder"]), source["tensors"])}
+
+
 def _examine(folder: Path, tensors: dict[str, tuple[str, list[int]]]) -> dict[str, Any]:
-    answer: dict[str, Any] = {"parameters": [], "landings": [], "mismatches": [], "refusal": "", "lacks": ""}
+    texts = dict.fromkeys(("refusal", "lacks", "limit"), "")
+    answer: dict[str, Any] = {"parameters": [], "landings": [], "mismatches": []} | texts
     try:
         with built(folder) as model:
             answer["parameters"] = _parameters(model)
             if tensors:
                 follow_loader(model, tensors, answer)
-    except ModuleNotFoundError as error:
-        answer["lacks"] = error.name or _words(error)
-    except FOREIGN as error:
-        answer["refusal"] = _words(error)
+    except ImportError as error:
+        answer["lacks"] = getattr(error, "name", None) or _words(error)
+    except MemoryError:
+        raise  # the machine's fault, not the checkpoint's
+    except Exception as error:
+        words = _words(error).replace(str(folder), ".")
+        answer["limit" if limits.is_limit(error) else "refusal"] = words
     return answer
 
 
@@ -194,6 +206,8 @@ def run_loader(
             follower.settle(dict(model.named_parameters()))
             break
         except FOREIGN as error:
+            if limits.is_limit(error):
+                raise
             if not stand_ins.drawn and refused:
                 break
             refused[stand_ins.drawn] = [

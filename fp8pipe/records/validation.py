@@ -45,6 +45,10 @@ class ValidationReport(Record):
     findings: tuple[Finding, ...]
     tensors: int
     bytes_read: int
+    vllm: str = ""
+    """Version of the vLLM whose own model and loader were asked about the checkpoint (R1); empty if none was."""
+    vllm_silent: str = "vLLM was not asked"
+    """Why vLLM gave no answer, and R1 did not run; empty if it did."""
 
     @property
     def errors(self) -> tuple[Finding, ...]:

@@ -122,6 +122,7 @@ def findings_sheet(report: ValidationReport) -> Sheet:
         f"{verdict}: {len(report.errors)} errors, {len(report.warnings)} warnings",
         f"{report.tensors} tensors, {len(report.checks)} checks",
         f"depth {report.depth}, {human_bytes(report.bytes_read)} read",
+        report.vllm_silent or f"vLLM {report.vllm} was asked",
     )
     return Sheet("Validation", ("check", "severity", "where", "expected", "found"), rows, notes, names=frozenset({2}))
 

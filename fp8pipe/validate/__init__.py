@@ -13,6 +13,7 @@ what vLLM would do, and the remedy.
     reading/    what is in the folder or repository: files, headers, records
     meaning/    what config and names say it should be: formats, scheme, layout
     measuring/  the pass over the bytes
+    asking      vLLM's own model and loader, asked about a checkpoint
     subject     all of that, as a check sees it; `prepare` reads it, `runner` runs the checks on it
 """
 
@@ -24,7 +25,8 @@ from typing import TYPE_CHECKING
 from fp8pipe.errors import InputError, ModelNotFound
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.records import DEPTHS, Depth, Snapshot, ValidationReport
-from fp8pipe.validate.prepare import UNREADABLE, read_subject
+from fp8pipe.validate.asking import UNREADABLE
+from fp8pipe.validate.prepare import read_subject
 from fp8pipe.validate.reading.place import Place, place_of
 from fp8pipe.validate.registry import all_checks, header_checks
 from fp8pipe.validate.runner import run
@@ -41,17 +43,19 @@ def validate(
     source: Snapshot | None = None,
     architecture: Architecture | None = None,
     depth: Depth | None = None,
-    oracles: bool = False,
+    oracles: bool | None = False,
     progress: Progress = quiet,
 ) -> ValidationReport:
     """All findings on `checkpoint`: a folder, or a snapshot that may still be on the Hub.
 
     `source`: the model it was made from, on disk unless depth is headers. `architecture`: the source's record; it is
     looked up if there is a source, and without either names and shapes decide what is a Linear. `depth`: by default as
-    deep as what is on disk allows. `oracles`: ask transformers, if there is no source, which weights are Linear, and
-    vLLM, if it is installed, where its own loader puts each tensor; both build the model on the meta device in a child
-    process, which takes half a minute. Raises InputError if there is no such folder, or if the depth needs files that
-    are not on disk; never because of what is in the checkpoint.
+    deep as what is on disk allows. `oracles`: None asks vLLM, where it is installed, what its own loader does with each
+    tensor; True demands that, and asks transformers, if there is no source, which weights are Linear. Each builds the
+    model on the meta device in a child process, half a minute for both, and its answer is kept.
+
+    Raises InputError if there is no such folder, or if the depth needs files that are not on disk, EngineFailed if
+    vLLM is demanded and not (wholly) installed; never because of what is in the checkpoint.
     """
     if isinstance(checkpoint, Path) and not checkpoint.is_dir():
         raise ModelNotFound(f"{checkpoint}: no such folder; give the folder that holds config.json and the weights")
@@ -73,6 +77,8 @@ def validate(
         findings=tuple(run(checks, subject)),
         tensors=len(subject.files.tensors),
         bytes_read=subject.measured.bytes_read if depth != "headers" else 0,
+        vllm=subject.vllm.version,
+        vllm_silent=subject.vllm.silent,
     )
 
 

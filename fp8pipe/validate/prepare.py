@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fp8pipe.errors import EngineFailed, InputError
+from fp8pipe.errors import InputError
 from fp8pipe.model.headers import Headers
 from fp8pipe.records import RECORD_DIR, RECORD_FILES, Snapshot, SourceFile
+from fp8pipe.validate.asking import ask_vllm
 from fp8pipe.validate.meaning.config import CONFIG, HF_QUANT_CONFIG, quantization_config, read_scheme
 from fp8pipe.validate.meaning.layout import Layout, layout_from_architecture, layout_from_names, unquantized_names
 from fp8pipe.validate.reading.checkpoint import CheckpointFiles, open_checkpoint
@@ -17,18 +18,17 @@ from fp8pipe.validate.subject import Subject
 
 if TYPE_CHECKING:
     from fp8pipe.model.architecture import Architecture
-    from fp8pipe.oracle.vllm import Mismatch
 
 log = logging.getLogger(__name__)
 
 SOURCE_CONFIG = f"{RECORD_DIR}/{RECORD_FILES['source_config']}"
 
-UNREADABLE = {"F1", "F2", "F9"}
-"""Checks whose faults mean that some weight files are missing or cannot be read."""
 
-
-def read_subject(place: Place, source: Snapshot | None, architecture: Architecture | None, *, oracles: bool) -> Subject:
-    """Headers and configs of both sides. `oracles`: ask transformers if there is no architecture, and vLLM."""
+def read_subject(
+    place: Place, source: Snapshot | None, architecture: Architecture | None, *, oracles: bool | None
+) -> Subject:
+    """Headers and configs of both sides. `oracles`: True asks vLLM, and if there is no architecture transformers; None
+    asks vLLM where it is installed."""
     files = open_checkpoint(place)
     theirs = open_checkpoint(place_of(source)) if source else None
     if architecture is None and source is not None:
@@ -58,8 +58,8 @@ def read_subject(place: Place, source: Snapshot | None, architecture: Architectu
         source_commit=source.commit if source else None,
         records_or_none=records,
     )
-    if oracles:
-        subject.vllm = _ask_vllm(subject)
+    if oracles is not False:
+        subject.vllm = ask_vllm(files, theirs, config_problem=problem, must=oracles is True)
     return subject
 
 
@@ -101,29 +101,3 @@ def _quantization(files: CheckpointFiles, config: dict[str, Any] | None) -> tupl
         if legacy is not None:
             return {"quant_method": "modelopt"} | legacy, HF_QUANT_CONFIG
     return known, CONFIG
-
-
-def _ask_vllm(subject: Subject) -> tuple[Mismatch, ...] | None:
-    """What vLLM's loader disagrees with; None, and a warning in the log, if it cannot be asked.
-
-    Raises EngineIncomplete if a package is missing: that is no fault of the checkpoint, and a person can mend it."""
-    from fp8pipe.oracle.vllm import EngineIncomplete, is_available, parity
-
-    folder, reason = subject.files.place.root, ""
-    if not is_available():
-        reason = "vLLM is not installed here"
-    elif folder is None:
-        reason = "it reads a folder, and this checkpoint is on the Hub: download it first (--depth values)"
-    elif not subject.supplies("config"):
-        reason = f"{CONFIG}: {subject.config_problem} (C1)"
-    elif broken := sorted(UNREADABLE & subject.files.faults.keys()):
-        reason = f"there is no whole set of weight files ({', '.join(broken)})"
-    else:
-        try:
-            return parity(folder, subject.files.tensors)
-        except EngineIncomplete:
-            raise
-        except EngineFailed as error:
-            reason = str(error)
-    log.warning("vLLM's own loader gave no answer, R1 did not run: %s", reason)
-    return None

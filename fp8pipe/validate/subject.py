@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fp8pipe.model import fp8_source
 from fp8pipe.model.headers import TensorInfo
 from fp8pipe.model.names import FP8
 from fp8pipe.quantize.plan.record import Plan
 from fp8pipe.records import Snapshot
+from fp8pipe.validate.asking import NOT_ASKED, Asked
 from fp8pipe.validate.faults import Need
 from fp8pipe.validate.meaning.config import quantization_config
 from fp8pipe.validate.meaning.formats import Spec, by_powers
@@ -32,9 +33,6 @@ from fp8pipe.validate.meaning.scheme import Scheme
 from fp8pipe.validate.measured import Measured
 from fp8pipe.validate.reading.checkpoint import CheckpointFiles
 from fp8pipe.validate.reading.records import EngineRecords
-
-if TYPE_CHECKING:
-    from fp8pipe.oracle.vllm import Mismatch
 
 _LEFT_BY_MODELOPT = re.compile("vision_tower|vision_model|vit_large_projector")
 """Towers that vLLM never quantizes under this method, whatever is excluded."""
@@ -70,8 +68,8 @@ class Subject:
     source_commit: str | None = None
     records_or_none: EngineRecords | None = None
     """None for checkpoints of other tools."""
-    vllm: tuple[Mismatch, ...] | None = None
-    """Where vLLM's own loader and the checkpoint disagree; None if it was not asked."""
+    vllm: Asked = NOT_ASKED
+    """What vLLM's own model and loader make of the checkpoint."""
     measured_or_none: Measured | None = None
     """What the pass over the bytes found; None if there was none."""
 
@@ -106,7 +104,7 @@ class Subject:
             "records": records is not None and records.plan is not None,
             "calibration": records is not None and records.calibration is not None,
             "manifest": records is not None and records.manifest is not None,
-            "vllm": self.vllm is not None,
+            "vllm": self.vllm.verdict is not None,
         }[need]
 
     # ------------------------------------------------------------------------------------------ quantized weights

@@ -1,13 +1,15 @@
-"""R1: what vLLM's own model and loader make of the tensors. Asked only on request: importing vLLM takes 17 s."""
+"""R1: what vLLM's own model and loader make of the tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 
+from fp8pipe.model.headers import TensorInfo
 from fp8pipe.model.untrusted import clip
 from fp8pipe.validate.checks.check import check
 from fp8pipe.validate.faults import Fault
-from fp8pipe.validate.meaning.names import is_in_predictor
+from fp8pipe.validate.meaning.names import WEIGHTS, holds_codes, is_companion, is_in_predictor, split_name
 from fp8pipe.validate.subject import Subject
 
 CONSEQUENCES = {
@@ -18,6 +20,8 @@ CONSEQUENCES = {
     "truncated": "vLLM silently cuts off what is too long",
     "overlap": "vLLM silently lets one tensor overwrite another",
 }
+_SUFFIXES = ("_scale_inv", "_scale_2", "_scale")
+"""Ends of the names of scales of stacked experts: `experts.gate_up_proj_scale`."""
 
 
 @check(
@@ -28,14 +32,57 @@ CONSEQUENCES = {
     remedy="quantize again; if the source has the same fault, vLLM does not serve this architecture as it is on disk",
 )
 def vllm_reads_every_tensor(subject: Subject) -> Iterator[Fault]:
-    for mismatch in subject.vllm or ():
-        if mismatch.kind == "unread" and is_in_predictor(mismatch.tensor.rpartition(".")[0], subject.layout.num_layers):
-            continue  # vLLM builds these layers as a separate model, for speculative decoding only
-        entry = subject.files.tensors.get(mismatch.tensor)
-        yield Fault(
+    version, verdict = subject.vllm.version, subject.vllm.verdict
+    assert verdict is not None
+    tensors, num_layers = subject.files.tensors, subject.layout.num_layers
+    losses = _losses(tensors.values(), {one.tensor for one in verdict.mismatches if one.kind == "unread"})
+    for mismatch in verdict.mismatches:
+        name = mismatch.tensor
+        if mismatch.kind == "unread" and (name not in losses or is_in_predictor(split_name(name)[0], num_layers)):
+            continue  # layers of a predictor are a model of their own, built for speculative decoding only
+        fault = Fault(
             mismatch.expected,
             clip(mismatch.found, 300),
-            file=entry.shard if entry is not None else None,
-            tensor=mismatch.tensor or mismatch.parameter or None,
+            file=tensors[name].shard if name in tensors else None,
+            tensor=name or mismatch.parameter or None,
             consequence=CONSEQUENCES[mismatch.kind],
         )
+        yield _of_vllm(fault, version) if mismatch in verdict.in_source else fault
+
+
+def _losses(tensors: Collection[TensorInfo], dropped: Collection[str]) -> set[str]:
+    """Those of the `dropped` tensors without which vLLM's model is another one.
+
+    An unquantized tensor is none (rotary buffers, heads that serving does not use): if a parameter needed it, that one
+    would be unfilled. Neither are codes and scales of a weight of which vLLM reads nothing. A scale is a loss if it
+    belongs to codes that are read, or to none, like those of a KV cache: vLLM then computes with another number."""
+    quantized = [entry for entry in tensors if holds_codes(entry) or _is_scale(entry.name)]
+    coded = {_owner(entry.name) for entry in quantized if holds_codes(entry)}
+    read = {_owner(entry.name) for entry in quantized if entry.name not in dropped}
+    return {
+        entry.name
+        for entry in quantized
+        if entry.name in dropped and (_owner(entry.name) in read or _owner(entry.name) not in coded)
+    }
+
+
+def _is_scale(name: str) -> bool:
+    return is_companion(name) or name.endswith(_SUFFIXES)
+
+
+def _owner(name: str) -> str:
+    """The module, or the tensor of stacked experts, that codes or a scale belong to."""
+    module, leaf = split_name(name)
+    if is_companion(name) or leaf in WEIGHTS:
+        return module
+    return next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(suffix)), name)
+
+
+def _of_vllm(fault: Fault, version: str) -> Fault:
+    """The fault of a mismatch that vLLM has with the source too."""
+    what = "cannot load this model at all, quantized or not" if fault.tensor is None else "does the same to the source"
+    return replace(
+        fault,
+        consequence=f"vLLM {version} {what}",
+        remedy="serve and measure it with a version of vLLM that loads the source",
+    )

@@ -1,0 +1,31 @@
+"""Errors of vLLM that say nothing about a checkpoint, only about how and where vLLM was asked.
+
+In: an exception that vLLM raised while it built a model or loaded its weights. Out: whether it is such an error.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+
+_NO_DATA = re.compile(r"\bmeta'? (tensor|device|backend)|doesn't have storage", re.IGNORECASE)
+"""torch's words where the value of a tensor without data is needed: `Cannot copy out of meta tensor; no data!`,
+`Tensor.item() cannot be called on meta tensors`, `can't convert meta device type tensor to numpy`, ..."""
+_PLATFORM = re.compile(r"[/\\](vllm[/\\]platforms|torch[/\\]cuda)[/\\]")
+"""Code that speaks for a device: vLLM's platform (`Sparse Attention is not supported on CPU.`) and CUDA's absence."""
+_TORCH = re.compile(r"[/\\]torch[/\\]")
+"""torch itself: a build lacks an operator (AttributeError), or an operator needs data (NotImplementedError)."""
+_OWN_CODE = "trust_remote_code"
+"""What is named where a model cannot be built without its own Python code, which is not run to check a checkpoint."""
+
+
+def is_limit(error: BaseException) -> bool:
+    """Whether the error arose because tensors have no data, this platform or build lacks something, or the model needs
+    Python code of its own."""
+    if _OWN_CODE in str(error):
+        return True
+    if isinstance(error, NotImplementedError | RuntimeError | TypeError) and _NO_DATA.search(str(error)):
+        return True
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    lacking = isinstance(error, AttributeError | NotImplementedError) and _TORCH.search(raised_in) is not None
+    return lacking or _PLATFORM.search(raised_in) is not None
