@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from fp8pipe.model.headers import TensorInfo
 
 _KIND = "vllm"
-_START_S, _EACH_S = 300, 900
-"""Time limits of the child: to start, and for each model."""
+_START_S, _MODEL_S, _TENSOR_S = 300, 120, 0.01
+"""Time limits of the child: to start, for each model, and for each of its tensors, all about ten times what they take.
+A config may describe a model that nobody could build."""
 
 Kind = Literal["refused", "unread", "unfilled", "dtype", "truncated", "overlap"]
 """refused: vLLM raises an error on the tensor. unread: vLLM drops it. unfilled: a parameter, or part of it, gets no
@@ -263,10 +264,10 @@ def run_probe(requests: list[dict[str, Any]], scratch: Path) -> list[dict[str, A
     asked.write_text("".join(json.dumps(request) + "\n" for request in requests))
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "fp8pipe.oracle.vllm_probe", str(asked), str(answers)]
-    limit = _START_S + _EACH_S * len(requests)
+    limit = _START_S + sum(_MODEL_S + _TENSOR_S * len(one["tensors"]) for one in _models(requests))
     ending = supervise(command, log=scratch / "log", env=os.environ | quiet, timeout_s=limit)
     if ending.reason == "timeout":
-        raise EngineFailed(f"vLLM did not build the model within {limit} s")
+        raise EngineFailed(f"vLLM did not build the model within {limit:.0f} s")
     lines = answers.read_text().splitlines() if answers.exists() else []
     if not ending.succeeded or len(lines) != len(requests):
         tail = ending.tail(5).splitlines()
@@ -277,6 +278,14 @@ def run_probe(requests: list[dict[str, Any]], scratch: Path) -> list[dict[str, A
             raise _Ended(message, tail[-1])
         raise EngineFailed(message)
     return [json.loads(line) for line in lines]
+
+
+def _models(requests: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """All that the child may have to build."""
+    for request in requests:
+        yield request
+        if "source" in request:
+            yield request["source"]
 
 
 def _answer(line: dict[str, Any]) -> Answer:

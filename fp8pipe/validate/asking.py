@@ -44,10 +44,15 @@ NOT_ASKED = Asked(silent="vLLM was not asked")
 
 
 def ask_vllm(
-    files: CheckpointFiles, source: CheckpointFiles | None, *, config_problem: str | None, must: bool
+    files: CheckpointFiles,
+    source: CheckpointFiles | None,
+    *,
+    config_problem: str | None,
+    num_layers: int | None,
+    must: bool,
 ) -> Asked:
     """What vLLM thinks of the checkpoint, and if that is not good, of its source. `config_problem`: what is wrong with
-    config.json as a file.
+    config.json as a file; `num_layers`: how many layers it counts.
 
     Whatever keeps vLLM from answering is no fault of the checkpoint, so it is told and nothing more; under `must`,
     EngineFailed is raised if vLLM, or a package that it needs, is not installed."""
@@ -60,6 +65,10 @@ def ask_vllm(
         return Asked(silent=f"{CONFIG}: {config_problem} (C1)")
     if broken := sorted(UNREADABLE & files.faults.keys()):
         return Asked(silent=f"there is no whole set of weight files ({', '.join(broken)})")
+    if num_layers is not None and num_layers > len(files.tensors):
+        return Asked(
+            silent=f"{CONFIG} counts {num_layers} layers, more than there are tensors: nothing could fill them"
+        )
     if source is not None and UNREADABLE & source.faults.keys():
         source = None
     try:

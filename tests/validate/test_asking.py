@@ -182,6 +182,15 @@ def test_what_cannot_be_told_here_is_no_finding(answer: Callable[..., Child], fo
     assert (report.vllm, report.vllm_silent) == ("9.9", f"vLLM 9.9 cannot tell here: {limit}")
 
 
+def test_a_config_that_counts_more_layers_than_there_are_tensors_is_not_built(
+    answer: Callable[..., Child], folder: Path
+) -> None:
+    child = answer(said())
+    edit_config(folder, lambda config: config.update(num_hidden_layers=100_000_000))
+    report = validate(folder, depth="headers", oracles=None)
+    assert not child.asked and "counts 100000000 layers" in report.vllm_silent and not report.sound
+
+
 def test_a_missing_package_is_told_and_is_an_error_only_if_the_answer_is_demanded(
     answer: Callable[..., Child], folder: Path
 ) -> None:
