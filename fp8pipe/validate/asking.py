@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8pipe.errors import EngineFailed
 from fp8pipe.model.headers import INDEX_NAME
@@ -40,6 +40,8 @@ class Asked:
     """Why there is no verdict."""
 
 
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+
 NOT_ASKED = Asked(silent="vLLM was not asked")
 
 
@@ -47,12 +49,12 @@ def ask_vllm(
     files: CheckpointFiles,
     source: CheckpointFiles | None,
     *,
+    config: dict[str, Any],
     config_problem: str | None,
-    num_layers: int | None,
     must: bool,
 ) -> Asked:
-    """What vLLM thinks of the checkpoint, and if that is not good, of its source. `config_problem`: what is wrong with
-    config.json as a file; `num_layers`: how many layers it counts.
+    """What vLLM thinks of the checkpoint, and if that is not good, of its source. `config`: config.json, empty if it
+    does not parse; `config_problem`: what is wrong with it as a file.
 
     Whatever keeps vLLM from answering is no fault of the checkpoint, so it is told and nothing more; under `must`,
     EngineFailed is raised if vLLM, or a package that it needs, is not installed."""
@@ -65,10 +67,8 @@ def ask_vllm(
         return Asked(silent=f"{CONFIG}: {config_problem} (C1)")
     if broken := sorted(UNREADABLE & files.faults.keys()):
         return Asked(silent=f"there is no whole set of weight files ({', '.join(broken)})")
-    if num_layers is not None and num_layers > len(files.tensors):
-        return Asked(
-            silent=f"{CONFIG} counts {num_layers} layers, more than there are tensors: nothing could fill them"
-        )
+    if (layers := _layers(config)) > len(files.tensors):
+        return Asked(silent=f"{CONFIG} counts {layers} layers, more than there are tensors: nothing could fill them")
     if source is not None and UNREADABLE & source.faults.keys():
         source = None
     try:
@@ -84,6 +84,14 @@ def ask_vllm(
             raise
         return Asked(silent=str(error))
     return _asked(found or "", verdict, files)
+
+
+def _layers(config: Any) -> int:  # Any: JSON
+    """The most layers that the config, or one within it, counts."""
+    if not isinstance(config, dict):
+        return 0
+    counts = (config.get(name) for name in _LAYER_COUNTS)
+    return max(0, *(count for count in counts if isinstance(count, int)), *map(_layers, config.values()))
 
 
 def _asked(version: str, verdict: Verdict, files: CheckpointFiles) -> Asked:

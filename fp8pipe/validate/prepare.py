@@ -59,9 +59,7 @@ def read_subject(
         records_or_none=records,
     )
     if oracles is not False:
-        subject.vllm = ask_vllm(
-            files, theirs, config_problem=problem, num_layers=layout.num_layers, must=oracles is True
-        )
+        subject.vllm = ask_vllm(files, theirs, config=config or {}, config_problem=problem, must=oracles is True)
     return subject
 
 
