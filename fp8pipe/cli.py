@@ -200,7 +200,7 @@ def validate(
     model: Model,
     source: Annotated[str | None, typer.Option(help="Source model, for fidelity checks")] = None,
     depth: Annotated[
-        Literal["headers", "values", "fidelity"] | None,
+        Literal["headers", "values", "fidelity", "loaded"] | None,
         typer.Option(help="How much to read. On the Hub, more than headers is downloaded", show_default="deepest"),
     ] = None,
     oracles: Annotated[

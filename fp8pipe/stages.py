@@ -216,7 +216,7 @@ def validate_model(
     theirs = pin(source) if source else None
     folder = Path(model).expanduser()
     if folder.is_dir() or model.startswith(("/", ".", "~")):
-        if theirs is not None and depth in (None, "fidelity"):
+        if theirs is not None and depth in (None, "fidelity", "loaded"):
             theirs = download(theirs, progress=progress)
         report = validate(folder, source=theirs, depth=depth, oracles=oracles, progress=progress)
         _keep(report, folder)
@@ -227,7 +227,7 @@ def validate_model(
     if shallow or any(finding.check in UNREADABLE for finding in report.errors):
         return report
     ours = ours.model_copy(update={"root": download(ours, progress=progress).root})
-    theirs = download(theirs, progress=progress) if theirs is not None and depth == "fidelity" else theirs
+    theirs = download(theirs, progress=progress) if theirs is not None and depth in ("fidelity", "loaded") else theirs
     return validate(ours, source=theirs, depth=depth, oracles=oracles, progress=progress)
 
 

@@ -7,31 +7,24 @@ they are needed. Names and fused tensors are converted by transformers' own rule
 
 from __future__ import annotations
 
-import errno
-import mmap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers import logging as transformers_logging
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
 
 from fp8pipe.calibrate.memory import is_out_of_memory
 from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
 from fp8pipe.model import fp8_source
-from fp8pipe.model.dtypes import DTYPES
-from fp8pipe.model.headers import Headers, TensorInfo
+from fp8pipe.model.headers import Headers
 from fp8pipe.model.shards import SourceFiles
 from fp8pipe.oracle import transformers_probe as probe
+from fp8pipe.oracle.loading import OnDisk, get_tensor, load_into, set_tensor
 
 _OUTSIDE = ""
 """The group of what the decoder needs besides its layers: embeddings, norms, rotary tables."""
@@ -122,7 +115,7 @@ class Skeleton:
             self._convert(tensors)
         for shard in {self._tensors[key].shard for key in keys}:
             self._files.check_unchanged(shard)
-        missing = [name for name in self._expected(group) if _get(self.model, name).is_meta]
+        missing = [name for name in self._expected(group) if get_tensor(self.model, name).is_meta]
         if missing:
             raise MalformedCheckpoint(
                 f"{self.folder}: {len(missing)} tensors that {type(self.model).__name__} needs are not in the "
@@ -149,21 +142,13 @@ class Skeleton:
         return fp8_source.dequantize(codes, scale.float().view(grid.shape), grid.unit).to(self.dtype)
 
     def _convert(self, tensors: dict[str, Any]) -> None:
-        config = LoadStateDictConfig(
-            device_map={"": self.device},
-            dtype=self.dtype,
-            dtype_plan=self.model._get_dtype_plan(self.dtype),
-            weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]  # its own result
-        )
-        with _no_bars():
-            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
-        short = [text for text in info.conversion_errors.values() if is_out_of_memory(RuntimeError(text))]
-        if short:  # the loader catches the allocator's error and keeps only its text
+        problems = load_into(self.model, tensors, self.device, self.dtype)
+        short = [text for text in problems if is_out_of_memory(RuntimeError(text))]
+        if short:
             raise MemoryError(short[0])
-        problems = [*map(str, info.mismatched_keys), *map(str, info.conversion_errors.items()), *info.error_msgs]
         if problems:
             raise MalformedCheckpoint(
-                f"{self.folder}: weights do not fit the model ({'; '.join(sorted(problems)[:3])}); download it again"
+                f"{self.folder}: weights do not fit the model ({'; '.join(problems[:3])}); download it again"
             )
 
     def _expected(self, group: str) -> Iterable[str]:
@@ -175,14 +160,14 @@ class Skeleton:
 
     def _drop(self, group: str) -> None:
         for name in self._expected(group):
-            _set(self.model, name, self._meta[name])
+            set_tensor(self.model, name, self._meta[name])
 
     def _fill_computed_buffers(self) -> None:
         """Compute what no checkpoint contains (rotary tables), and nothing else, by the model's own initialisation."""
         for name in self.model.state_dict():
-            _get(self.model, name)._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
+            get_tensor(self.model, name)._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
         for name, buffer in list(self.model.named_non_persistent_buffers()):
-            _set(self.model, name, torch.empty_like(buffer, device=self.device))
+            set_tensor(self.model, name, torch.empty_like(buffer, device=self.device))
         for module in self.model.modules():
             module._is_hf_initialized = False  # type: ignore[assignment]  # transformers' own mark
         self.model.initialize_weights()
@@ -215,63 +200,3 @@ def _layers(model: nn.Module, decoder: nn.Module, decoder_name: str) -> dict[str
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is wanted)
-
-
-def _get(model: nn.Module, name: str) -> Tensor:
-    parent, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(parent), leaf)
-
-
-def _set(model: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, value)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' progress bars, of which there would be one per layer."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-# ---------------------------------------------------------------------------------------------- one tensor
-
-
-@dataclass(frozen=True, slots=True)
-class OnDisk:
-    """One tensor of the snapshot, read whenever it is indexed: all that transformers' loader asks of a slice."""
-
-    files: SourceFiles
-    info: TensorInfo
-
-    def __getitem__(self, index: object) -> Tensor:
-        """The whole tensor: the loader asks for `[...]`. Raises SourceChanged, EnvironmentFault, MemoryError."""
-        info = self.info
-        if info.dtype not in DTYPES:
-            raise MalformedCheckpoint(f"{info.name}: no model of transformers has parameters of dtype {info.dtype}")
-        if not info.nbytes:
-            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-        memory = _map(info.nbytes)
-        self.files.read_into(info.shard, info.begin, memoryview(memory), info.name)
-        return torch.frombuffer(memory, dtype=DTYPES[info.dtype]).view(info.shape)
-
-
-def _map(size: int) -> mmap.mmap:
-    """Private memory of `size` bytes that goes back to the system with the tensor, in large pages where possible.
-
-    Large pages halve the time to fill it: a layer of 124 MB takes 41 ms, through malloc 79, by safetensors 166.
-    """
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        if error.errno == errno.ENOMEM:
-            raise MemoryError(f"cannot map {size} bytes") from error
-        raise
-    with suppress(AttributeError, OSError):  # Python or the kernel may have been built without large pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

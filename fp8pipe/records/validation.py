@@ -7,10 +7,10 @@ from typing import Literal
 from fp8pipe.records.base import Record
 
 Severity = Literal["error", "warning"]
-Depth = Literal["headers", "values", "fidelity"]
-DEPTHS: tuple[Depth, ...] = ("headers", "values", "fidelity")
-"""How much a validation read: headers and small files, every byte, every byte beside its source. Each includes the one
-before it."""
+Depth = Literal["headers", "values", "fidelity", "loaded"]
+DEPTHS: tuple[Depth, ...] = ("headers", "values", "fidelity", "loaded")
+"""How much a validation read: headers and small files, every byte, every byte beside its source, and what
+transformers' own loader makes of both. Each includes the one before it."""
 
 
 class Finding(Record):

@@ -7,6 +7,7 @@ what vLLM would do, and the remedy.
     headers   files, index, config, coverage, shapes: reads headers and small files, from the Hub by HTTP ranges
     values    + every byte once: NaN, unusable scales, unused range
     fidelity  + the source once: every code against source / scale, every other tensor byte for byte
+    loaded    + both through transformers' own loader: every parameter of its model, dequantized
 
     registry    the checks in the order in which they run
     checks/     one file for each letter of their ids
@@ -33,6 +34,10 @@ from fp8pipe.validate.runner import run
 
 if TYPE_CHECKING:
     from fp8pipe.model.architecture import Architecture
+    from fp8pipe.oracle.loaded import Loaded
+
+_WITH_SOURCE = frozenset(("fidelity", "loaded"))
+"""Depths that read the source's bytes."""
 
 __all__ = ["UNREADABLE", "Depth", "all_checks", "validate"]
 
@@ -65,7 +70,9 @@ def validate(
     if depth != "headers":
         from fp8pipe.validate.measuring.measure import measure
 
-        subject.measured_or_none = measure(subject, with_source=depth == "fidelity", progress=progress)
+        subject.measured_or_none = measure(subject, with_source=depth in _WITH_SOURCE, progress=progress)
+    if depth == "loaded":
+        subject.loaded_or_none = _loaded(place, source)
     reach = DEPTHS[: DEPTHS.index(depth) + 1]
     known = header_checks() if depth == "headers" else all_checks()
     checks = [check for check in known if check.depth in reach and all(map(subject.supplies, check.needs))]
@@ -82,13 +89,20 @@ def validate(
     )
 
 
+def _loaded(place: Place, source: Snapshot | None) -> tuple[Loaded, ...]:
+    from fp8pipe.oracle.loaded import compare
+
+    assert place.root is not None and source is not None and source.root is not None, "_depth has checked it"
+    return compare(place.root, source.path)
+
+
 def _depth(place: Place, source: Snapshot | None, wanted: Depth | None) -> Depth:
     """`wanted`, if the files that it needs are on disk; else as deep as possible."""
     is_here = place.root is not None
     source_is_here = source is not None and source.root is not None
-    if wanted == "fidelity" and source is None:
-        raise InputError("depth fidelity compares with the source: name it (--source)")
-    if (wanted in ("values", "fidelity") and not is_here) or (wanted == "fidelity" and not source_is_here):
+    if wanted in _WITH_SOURCE and source is None:
+        raise InputError(f"depth {wanted} compares with the source: name it (--source)")
+    if (wanted not in (None, "headers") and not is_here) or (wanted in _WITH_SOURCE and not source_is_here):
         raise InputError(f"depth {wanted} reads every byte: download checkpoint and source first")
     if wanted is not None:
         return wanted

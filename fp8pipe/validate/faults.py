@@ -7,7 +7,7 @@ from typing import Literal
 
 from fp8pipe.records import Severity
 
-Need = Literal["config", "scheme", "source", "files", "records", "calibration", "manifest", "vllm"]
+Need = Literal["config", "scheme", "source", "files", "records", "calibration", "manifest", "vllm", "loaded"]
 """What a check cannot run without: a config.json that parses, a quantization_config that is understood, a source,
 the list of its files at least, the engine's plan, ..."""
 

@@ -67,7 +67,7 @@ def header_checks() -> tuple[Check, ...]:
 
 def all_checks() -> tuple[Check, ...]:
     """The whole table."""
-    from fp8pipe.validate.checks import d_fidelity, v_values
+    from fp8pipe.validate.checks import d_fidelity, l_loaded, v_values
 
     return (
         *_FILES_TO_SHAPES,
@@ -90,5 +90,7 @@ def all_checks() -> tuple[Check, ...]:
         d_fidelity.scales_match_their_weights,
         d_fidelity.bytes_are_those_of_the_engine,
         d_fidelity.weights_can_be_compared,
+        l_loaded.parameters_are_the_sources,
+        l_loaded.parameters_can_be_compared,
         *_PACKAGE_AND_RUNTIME,
     )

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8pipe.model import fp8_source
 from fp8pipe.model.headers import TensorInfo
@@ -33,6 +33,9 @@ from fp8pipe.validate.meaning.scheme import Scheme
 from fp8pipe.validate.measured import Measured
 from fp8pipe.validate.reading.checkpoint import CheckpointFiles
 from fp8pipe.validate.reading.records import EngineRecords
+
+if TYPE_CHECKING:
+    from fp8pipe.oracle.loaded import Loaded
 
 _LEFT_BY_MODELOPT = re.compile("vision_tower|vision_model|vit_large_projector")
 """Towers that vLLM never quantizes under this method, whatever is excluded."""
@@ -72,6 +75,8 @@ class Subject:
     """What vLLM's own model and loader make of the checkpoint."""
     measured_or_none: Measured | None = None
     """What the pass over the bytes found; None if there was none."""
+    loaded_or_none: tuple[Loaded, ...] | None = None
+    """What transformers' loader makes of the weights of both sides; None if it was not asked."""
 
     @property
     def scheme(self) -> Scheme:
@@ -84,6 +89,10 @@ class Subject:
     @property
     def measured(self) -> Measured:
         return _given(self.measured_or_none)
+
+    @property
+    def loaded(self) -> tuple[Loaded, ...]:
+        return _given(self.loaded_or_none)
 
     @property
     def records(self) -> EngineRecords:
@@ -105,6 +114,7 @@ class Subject:
             "calibration": records is not None and records.calibration is not None,
             "manifest": records is not None and records.manifest is not None,
             "vllm": self.vllm.verdict is not None,
+            "loaded": self.loaded_or_none is not None,
         }[need]
 
     # ------------------------------------------------------------------------------------------ quantized weights

@@ -24,13 +24,14 @@ from support.whole_model import CLOSE
 
 from fp8pipe.calibrate.forward import run
 from fp8pipe.calibrate.resume import Bookmark
-from fp8pipe.calibrate.skeleton import OnDisk, Skeleton
+from fp8pipe.calibrate.skeleton import Skeleton
 from fp8pipe.calibrate.targets import Schemes, targets_of
 from fp8pipe.config import Recipe
 from fp8pipe.errors import SourceChanged, UnsupportedArchitecture
 from fp8pipe.hub.headers import read_headers
 from fp8pipe.hub.source import resolve
 from fp8pipe.model.shards import SourceFiles
+from fp8pipe.oracle.loading import OnDisk
 from fp8pipe.progress import ProgressEvent
 from fp8pipe.quantize import quantize
 from fp8pipe.quantize.numerics import dequantize

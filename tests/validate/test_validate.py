@@ -146,7 +146,7 @@ def test_depth_follows_what_is_at_hand(shelf: Path, checkpoint: Callable[[Model,
     fidelity = validate(folder, source=resolve(str(shelf / "dense")))
     assert (headers.depth, values.depth, fidelity.depth) == ("headers", "values", "fidelity")
     assert headers.bytes_read == 0 < values.bytes_read < fidelity.bytes_read
-    unrecorded = {check.id for check in all_checks()} - OF_OUR_ENGINE
+    unrecorded = {check.id for check in all_checks()} - OF_OUR_ENGINE - OF_TRANSFORMERS
     assert set(headers.checks) < set(values.checks) < set(fidelity.checks) == unrecorded
     assert (values.known_from, fidelity.known_from) == ("names", "architecture")
 
@@ -173,7 +173,9 @@ def test_every_check_has_a_corruption_that_makes_it_speak() -> None:
 
 OF_OUR_ENGINE = {"C10", "P8", "P9", "V11", "D7", "R1"}
 """Checks that need the engine's records, or vLLM."""
-SPOKEN_FOR_ELSEWHERE = {"K10", "V7", "D5", "D8", "P7"} | OF_OUR_ENGINE
+OF_TRANSFORMERS = {"L1", "L2"}
+"""Checks that need transformers' loader."""
+SPOKEN_FOR_ELSEWHERE = {"K10", "V7", "D5", "D8", "P7"} | OF_OUR_ENGINE | OF_TRANSFORMERS
 """Checks whose corruption is not one of the table's, with a test of their own here."""
 
 

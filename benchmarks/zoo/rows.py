@@ -1,0 +1,149 @@
+"""One architecture: built, quantized, validated, loaded by transformers, its logits compared.
+
+In: a name, and recipes. Out: a `Row`. Everything runs in this process, so that transformers is imported once for all
+architectures; what fp8pipe does in child processes is called as the same functions.
+"""
+
+from __future__ import annotations
+
+import shutil
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.zoo import logits, models
+from fp8pipe.config import Recipe
+from fp8pipe.errors import Fp8PipeError, UnsupportedArchitecture
+from fp8pipe.hub.headers import read_headers
+from fp8pipe.hub.source import resolve
+from fp8pipe.model.architecture import Architecture
+from fp8pipe.oracle import transformers_probe
+from fp8pipe.oracle.loaded import Loaded
+from fp8pipe.oracle.loaded_probe import Side, compare_loaded
+from fp8pipe.quantize import quantize
+from fp8pipe.quantize.plan import make_plan
+from fp8pipe.records import Snapshot
+from fp8pipe.validate import validate
+
+
+@dataclass
+class Cell:
+    """One architecture under one recipe."""
+
+    exit_code: int = 0
+    """0: quantized. Others: fp8pipe's own exit code."""
+    message: str = ""
+    errors: list[str] = field(default_factory=list)
+    """What validate found."""
+    warnings: list[str] = field(default_factory=list)
+    share: float = 0.0
+    """Of the parameters of the decoder layers' Linears and experts, how many are FP8."""
+    weight_error: float = 0.0
+    """The worst quantized parameter's error through transformers' loader."""
+    kept_error: float = 0.0
+    """The same of parameters that are not quantized: must be 0."""
+    faults: list[str] = field(default_factory=list)
+    """Parameters that one side does not fill."""
+    incomparable: list[str] = field(default_factory=list)
+    logits_error: float | None = None
+    vllm: str = ""
+    """ok, or what vLLM's loader says."""
+    folder: str = ""
+
+
+@dataclass
+class Row:
+    """One architecture."""
+
+    name: str
+    model_class: str = ""
+    not_built: str = ""
+    cells: dict[str, Cell] = field(default_factory=dict)
+
+
+def make_row(name: str, recipes: Sequence[Recipe], work: Path, report: Callable[[str], None]) -> Row:
+    """Build `name` in `work` and put it through every recipe."""
+    row = Row(name)
+    try:
+        model = models.build(name)
+    except models.NotBuilt as reason:
+        row.not_built = str(reason)
+        return row
+    row.model_class = type(model).__name__
+    source = work / name.replace(":", "-") / "source"
+    shutil.rmtree(source.parent, ignore_errors=True)
+    try:
+        models.save(model, source)
+    except Exception as error:  # transformers' own converters meet sizes that they do not know
+        row.not_built = f"not saved: {type(error).__name__}: {error}"
+        return row
+    for recipe in recipes:
+        folder = source.with_name(recipe.name)
+        row.cells[recipe.name] = cell = Cell(folder=str(folder))
+        try:
+            _fill(cell, model, source, folder, recipe)
+        except Fp8PipeError as error:
+            cell.exit_code, cell.message = error.exit_code, str(error)
+        except Exception as error:  # whatever else is a defect, which the page is there to show
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            cell.exit_code = 5
+            cell.message = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
+        report(f"{name} {recipe.name}: {cell}")
+    shutil.rmtree(source)
+    return row
+
+
+def _fill(cell: Cell, model: PreTrainedModel, source: Path, folder: Path, recipe: Recipe) -> None:
+    snapshot = resolve(str(source))
+    architecture = examine(snapshot)
+    plan = make_plan(snapshot, read_headers(snapshot), recipe, architecture)
+    quantize(snapshot, plan, folder)
+    report = validate(folder, source=snapshot, architecture=architecture)
+    cell.errors = [finding.sentence() for finding in report.errors]
+    cell.warnings = [finding.sentence() for finding in report.warnings]
+    with ExitStack() as stack:
+        ours, theirs = (Side(place, read_headers(resolve(str(place))), stack) for place in (folder, source))
+        _note_weights(cell, list(compare_loaded(ours, theirs)), model)
+        cell.logits_error = logits.error(model, ours, theirs)
+
+
+def examine(snapshot: Snapshot) -> Architecture:
+    """What the transformers oracle answers, without a process of its own. Raises UnsupportedArchitecture."""
+    shapes = {info.name: list(info.shape) for info in read_headers(snapshot).tensors.values()}
+    try:
+        return Architecture.model_validate(transformers_probe.examine(snapshot.path, shapes, False))
+    except transformers_probe.Unsupported as reason:
+        raise UnsupportedArchitecture(str(reason)) from reason
+
+
+def _note_weights(cell: Cell, loaded: list[Loaded], model: PreTrainedModel) -> None:
+    compared = [one for one in loaded if not one.fault and not one.incomparable]
+    cell.weight_error = max((one.error for one in compared if one.quantized), default=0.0)
+    cell.kept_error = max((one.error for one in compared if not one.quantized), default=0.0)
+    cell.faults = [f"{one.name}: {one.fault}" for one in loaded if one.fault]
+    cell.incomparable = [f"{one.name}: {one.incomparable}" for one in loaded if one.incomparable]
+    linears = linear_parameters(model)
+    total = sum(linears.values())
+    quantized = {one.name for one in loaded if one.quantized}
+    cell.share = sum(size for name, size in linears.items() if name in quantized) / total if total else 0.0
+
+
+def linear_parameters(model: PreTrainedModel) -> dict[str, int]:
+    """Weights of Linears, and 3-D weights of experts, in the decoder without its head: name -> number of elements."""
+    decoder = model.get_decoder() or model
+    prefix = next((name for name, module in model.named_modules() if module is decoder), "")
+    head = model.get_output_embeddings()
+    found = {}
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            is_weight = isinstance(module, torch.nn.Linear) and leaf == "weight"
+            is_experts = parameter.dim() == 3 and "Conv" not in type(module).__name__
+            inside = f"{name}.".startswith(f"{prefix}." if prefix else "") and module is not head
+            if inside and (is_weight or is_experts):
+                found[f"{name}.{leaf}"] = parameter.numel()
+    return found

@@ -1,0 +1,74 @@
+"""Depth loaded: transformers' own loader tells weights that are not the source's, whatever the plan believes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.quantizing import Models, edit_tensors
+from support.tiny_models import architecture_of, recipe
+
+from fp8pipe.errors import InputError
+from fp8pipe.hub.headers import read_headers
+from fp8pipe.hub.source import resolve
+from fp8pipe.model.architecture import Architecture
+from fp8pipe.oracle.loaded_probe import compare_folders
+from fp8pipe.quantize import quantize
+from fp8pipe.quantize.plan import make_plan
+from fp8pipe.validate import validate
+
+
+def _made(source: Path, folder: Path, architecture: Architecture, name: str = "fp8-dynamic") -> Path:
+    snapshot = resolve(str(source))
+    quantize(snapshot, make_plan(snapshot, read_headers(snapshot), recipe(name), architecture), folder)
+    return folder
+
+
+def _believing(architecture: Architecture, **wrong: bool) -> Architecture:
+    """The record with another layout of its 3-D experts."""
+    tensors = {
+        name: role.model_copy(update={"layout": role.layout.model_copy(update=wrong)}) if role.layout else role
+        for name, role in architecture.tensors.items()
+    }
+    return architecture.model_copy(update={"tensors": tensors})
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3-vl-moe", "phi3", "mixtral"])
+def test_every_parameter_is_the_sources_within_the_error_of_fp8(
+    model_folder: Models, tmp_path: Path, name: str
+) -> None:
+    source = model_folder(name)
+    found = compare_folders(_made(source, tmp_path / "out", architecture_of(source)), source)
+    assert [one for one in found if one.fault or one.incomparable] == []
+    errors = [one.error for one in found if one.quantized]
+    assert errors and all(0.02 < error < 0.03 for error in errors)
+    assert {one.error for one in found if not one.quantized} == {0.0}
+
+
+@pytest.mark.parametrize("wrong", [{"interleaved": True}, {"transposed": True}], ids=str)
+def test_a_wrong_belief_about_experts_passes_fidelity_and_not_the_loader(
+    model_folder: Models, tmp_path: Path, wrong: dict[str, bool]
+) -> None:
+    source = model_folder("qwen3-vl-moe")
+    belief = _believing(architecture_of(source), **wrong)
+    folder = _made(source, tmp_path / "out", belief)
+    validated = validate(folder, source=resolve(str(source)), architecture=belief, depth="fidelity")
+    assert not [finding for finding in validated.errors if finding.check[0] in "VD"]
+    bad = {one.name for one in compare_folders(folder, source) if one.fault or one.error > 0.06}
+    assert bad and all(".experts." in name for name in bad)
+
+
+def test_a_tensor_without_a_place_and_an_empty_place_are_findings(model_folder: Models, tmp_path: Path) -> None:
+    source = model_folder("llama", shard_size="1GB")
+    folder = _made(source, tmp_path / "out", architecture_of(source))
+    edit_tensors(folder, lambda tensors: tensors.update({"model.extra.weight": tensors.pop("model.norm.weight")}))
+    report = validate(folder, source=resolve(str(source)), architecture=architecture_of(source), depth="loaded")
+    assert report.depth == "loaded" and {"L1", "L2"} <= set(report.checks)
+    found = {finding.check: finding for finding in report.findings}
+    assert found["L1"].tensor == "model.norm.weight" and "does not fill" in found["L1"].found
+    assert found["L2"].tensor == "model.extra.weight" and "no such tensor" in found["L2"].found
+
+
+def test_without_a_source_it_is_a_wrong_request(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--source"):
+        validate(tmp_path, depth="loaded")
