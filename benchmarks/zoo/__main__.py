@@ -1,8 +1,10 @@
 """Puts every decoder that transformers knows, made tiny, through fp8pipe, and holds the results against others' words.
 
-    python -m benchmarks.zoo [--types NAME,...] [--fraction N] [--recipes NAME,...] [--work DIR] [--page FILE]
+    python -m benchmarks.zoo [--types NAME,...] [--fraction N] [--recipes NAME,...] [--work DIR] [--page FILE] [--vllm]
 
-`--fraction 10`: every tenth architecture. Results are kept in the work folder as they come (rows.jsonl).
+`--fraction 10`: every tenth architecture. Rows are kept in the work folder as they come (rows.jsonl), so that a run in
+parts makes one page; the last row of a type counts. Exit status 1 if a row is wrong: neither right, nor refused with a
+reason. `--page` writes the page from all rows that are kept.
 """
 
 from __future__ import annotations
@@ -10,11 +12,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.zoo.rows import Row
+    from fp8pipe.config import Recipe
 
 ROOT = Path(__file__).parents[2]
+RECIPES = "fp8-dynamic,fp8-block,fp8-static-kv"
 
 
 def main() -> None:
@@ -22,30 +30,89 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--types", help="only these, comma-separated")
     parser.add_argument("--fraction", type=int, default=1, help="every n-th only")
-    parser.add_argument("--recipes", default="fp8-dynamic,fp8-block", help="comma-separated")
+    parser.add_argument("--recipes", default=RECIPES, help="comma-separated")
     parser.add_argument("--work", type=Path, default=ROOT / "work" / "zoo")
+    parser.add_argument("--page", type=Path, help="write the page there")
+    parser.add_argument("--vllm", action="store_true", help="ask vLLM's loader about the checkpoints that were made")
     options = parser.parse_args()
 
+    from benchmarks.zoo import models
+
+    names = options.types.split(",") if options.types else models.all_names()[:: options.fraction]
+    options.work.mkdir(parents=True, exist_ok=True)
+    rows = make(names, options.recipes.split(","), options.work)
+    if options.vllm:
+        ask_vllm(rows)
+    with (options.work / "rows.jsonl").open("a") as kept:
+        kept.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
+    if options.page:
+        from benchmarks.zoo.page import page
+
+        options.page.write_text(page(read(options.work / "rows.jsonl")))
+    sys.exit(1 if list(_faults(rows)) else 0)
+
+
+def make(names: Iterable[str], recipe_names: Iterable[str], work: Path) -> list[Row]:
+    """A row for each name. Checkpoints stay in `work`, their sources do not."""
     import transformers
 
-    from benchmarks.zoo import models
+    from benchmarks.zoo.models import write_rows
     from benchmarks.zoo.rows import make_row
-    from fp8pipe.config import load_recipe
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    names = options.types.split(",") if options.types else models.all_names()[:: options.fraction]
-    recipes = [load_recipe(name) for name in options.recipes.split(",")]
-    options.work.mkdir(parents=True, exist_ok=True)
-    with (options.work / "rows.jsonl").open("a") as rows:
-        for name in names:
-            row = make_row(name, recipes, options.work / "models", _report)
-            rows.write(json.dumps(dataclasses.asdict(row)) + "\n")
-            rows.flush()
-            if row.not_built:
-                _report(f"{name}: not built: {row.not_built}")
-    if not options.types:
-        shutil.rmtree(options.work / "models", ignore_errors=True)
+    recipes = [_recipe(name, write_rows(work / "rows.txt")) for name in recipe_names]
+    rows = []
+    for name in names:
+        row = make_row(name, recipes, work / "models", _report)
+        if row.not_built:
+            _report(f"{name}: not built: {row.not_built}")
+        rows.append(row)
+    return rows
+
+
+def _recipe(name: str, data: Path) -> Recipe:
+    """A shipped recipe, calibrated on rows made here; no expert is shown tokens that the router does not give it."""
+    from benchmarks.zoo.models import CALIBRATION_ROWS
+    from fp8pipe.config import CalibrationSpec, load_recipe
+
+    spec = CalibrationSpec(
+        dataset=str(data), split="train", num_samples=CALIBRATION_ROWS, max_seq_len=32, min_expert_tokens=0
+    )
+    return load_recipe(name).model_copy(update={"calibration": spec})
+
+
+def ask_vllm(rows: Iterable[Row]) -> None:
+    """Fill in what vLLM's loader says of every checkpoint, from one child process."""
+    from fp8pipe.oracle.vllm import ask_vllm
+
+    cells = {Path(cell.folder): cell for row in rows for cell in row.cells.values() if not cell.exit_code}
+    for folder, answer in ask_vllm(list(cells)).items():
+        problems = [f"vLLM lacks {answer.lacks}"] if answer.lacks else [answer.refusal] if answer.refusal else []
+        problems += [found.sentence() for found in answer.mismatches]
+        cells[folder].vllm = problems[0] if problems else "ok"
+
+
+def read(path: Path) -> list[Row]:
+    """The last row of each type, in alphabetical order."""
+    from benchmarks.zoo.rows import Cell, Row
+
+    found = {}
+    for line in path.read_text().splitlines():
+        fields = json.loads(line)
+        fields["cells"] = {name: Cell(**cell) for name, cell in fields["cells"].items()}
+        found[fields["name"]] = Row(**fields)
+    return [found[name] for name in sorted(found)]
+
+
+def _faults(rows: Iterable[Row]) -> Iterable[str]:
+    from benchmarks.zoo.rows import wrong
+
+    for row in rows:
+        for recipe, cell in row.cells.items():
+            if reason := wrong(cell):
+                _report(f"WRONG {row.name} {recipe}: {reason}")
+                yield row.name
 
 
 def _report(line: str) -> None:

@@ -30,7 +30,7 @@ def error(model: PreTrainedModel, ours: Side, theirs: Side) -> float | None:
 def _logits(model: PreTrainedModel, side: Side) -> Tensor | None:
     """[tokens, vocabulary], with the weights of `side` in the model."""
     runs = model.float()
-    _put(runs, side)
+    put(runs, side)
     tokens = torch.tensor(prompts(2, 24, seed=2))
     try:
         found = runs(input_ids=tokens, use_cache=False).logits
@@ -39,7 +39,7 @@ def _logits(model: PreTrainedModel, side: Side) -> Tensor | None:
     return found.float().flatten(0, 1) if found.dim() == 3 else None
 
 
-def _put(model: PreTrainedModel, side: Side) -> None:
+def put(model: PreTrainedModel, side: Side) -> None:
     """Every parameter that `side` fills."""
     state = model.state_dict()
     for group in dict.fromkeys(map(group_of, side.names)):

@@ -26,11 +26,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from benchmarks.zoo.configs import VOCABULARY, small_config
+from benchmarks.zoo.configs import small_config
 from benchmarks.zoo.own import OWN
 
 LARGEST = 40_000_000
 """Parameters that a checkpoint may have."""
+
+CALIBRATION_ROWS = 16
 
 _CLASSES: tuple[tuple[Any, Any], ...] = (  # Any: transformers' own tables
     (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM),
@@ -117,4 +119,8 @@ def prompts(count: int, length: int, seed: int) -> list[list[int]]:
     return torch.randint(4, 256, (count, length), generator=generator).tolist()
 
 
-assert VOCABULARY > 256 + 4
+def write_rows(path: Path) -> Path:
+    """Calibration rows of random letters."""
+    rows = prompts(CALIBRATION_ROWS, 32, seed=1)
+    path.write_text("".join("".join(chr(ord("!") + token % 94) for token in row) + "\n" for row in rows))
+    return path

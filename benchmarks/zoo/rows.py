@@ -16,7 +16,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.zoo import logits, models
+from benchmarks.zoo import hooks, logits, models
+from fp8pipe.calibrate import calibrate
+from fp8pipe.calibrate.dataset import load_rows
+from fp8pipe.calibrate.samples import choose_samples, context_of
+from fp8pipe.calibrate.tokenization import tokenizer_of
 from fp8pipe.config import Recipe
 from fp8pipe.errors import Fp8PipeError, UnsupportedArchitecture
 from fp8pipe.hub.headers import read_headers
@@ -51,6 +55,15 @@ class Cell:
     """Parameters that one side does not fill."""
     incomparable: list[str] = field(default_factory=list)
     logits_error: float | None = None
+    inputs: int = 0
+    """Static ranges of inputs that were held against plain hooks, and the largest relative difference."""
+    input_error: float = 0.0
+    kv: int = 0
+    """The same of keys and values."""
+    kv_error: float = 0.0
+    worst_range: str = ""
+    unseen: list[str] = field(default_factory=list)
+    """Modules with a static range whose product no hook saw."""
     vllm: str = ""
     """ok, or what vLLM's loader says."""
     folder: str = ""
@@ -102,14 +115,37 @@ def _fill(cell: Cell, model: PreTrainedModel, source: Path, folder: Path, recipe
     snapshot = resolve(str(source))
     architecture = examine(snapshot)
     plan = make_plan(snapshot, read_headers(snapshot), recipe, architecture)
-    quantize(snapshot, plan, folder)
+    calibration = None
+    if recipe.needs_calibration:
+        calibration = calibrate(
+            snapshot, plan, recipe, folder.with_name(f"{folder.name}.work"), architecture=architecture
+        )
+    quantize(snapshot, plan, folder, calibration=calibration)
     report = validate(folder, source=snapshot, architecture=architecture)
     cell.errors = [finding.sentence() for finding in report.errors]
     cell.warnings = [finding.sentence() for finding in report.warnings]
     with ExitStack() as stack:
         ours, theirs = (Side(place, read_headers(resolve(str(place))), stack) for place in (folder, source))
         _note_weights(cell, list(compare_loaded(ours, theirs)), model)
-        cell.logits_error = logits.error(model, ours, theirs)
+        if calibration is None:
+            cell.logits_error = logits.error(model, ours, theirs)
+        else:
+            logits.put(model.bfloat16(), theirs)
+            _note_ranges(cell, hooks.compare(model, calibration, architecture, ours, token_ids(snapshot, recipe)))
+
+
+def token_ids(snapshot: Snapshot, recipe: Recipe) -> tuple[tuple[int, ...], ...]:
+    """The samples that calibration runs."""
+    spec = recipe.calibration
+    tokenizer = tokenizer_of(snapshot.path, trust_remote_code=False)
+    return choose_samples(spec, load_rows(spec, ""), tokenizer, context_of(snapshot.path)).token_ids
+
+
+def _note_ranges(cell: Cell, found: hooks.Compared) -> None:
+    cell.inputs, cell.input_error = found.inputs, found.input_error
+    cell.kv, cell.kv_error = found.kv, found.kv_error
+    cell.unseen = list(found.unseen)
+    cell.worst_range = found.worst
 
 
 def examine(snapshot: Snapshot) -> Architecture:
@@ -147,3 +183,21 @@ def linear_parameters(model: PreTrainedModel) -> dict[str, int]:
             if inside and (is_weight or is_experts):
                 found[f"{name}.{leaf}"] = parameter.numel()
     return found
+
+
+WORST_WEIGHT, WORST_RANGE, WORST_LOGITS = 0.06, 0.01, 0.25
+"""Largest relative errors that are right: of a weight (E4M3 costs 0.026), of a static range, of logits."""
+
+
+def wrong(cell: Cell) -> str:
+    """Why the cell is wrong; empty if it is right, or refused with a reason."""
+    if cell.exit_code:
+        return cell.message if cell.exit_code != 2 else ""
+    found = [*cell.errors, *cell.faults, *(f"{name}: its product was not seen" for name in cell.unseen)]
+    if not cell.weight_error <= WORST_WEIGHT or cell.kept_error:
+        found.append(f"weights differ by {max(cell.weight_error, cell.kept_error):.3g}")
+    if not max(cell.input_error, cell.kv_error) <= WORST_RANGE:
+        found.append(f"{cell.worst_range}: its range differs by {max(cell.input_error, cell.kv_error):.1%}")
+    if cell.logits_error is not None and not cell.logits_error <= WORST_LOGITS:
+        found.append(f"logits differ by {cell.logits_error:.2f}")
+    return found[0] if found else ""

@@ -89,6 +89,10 @@ class Side:
         """Parameters and persistent buffers, in the model's order."""
         return list(self._meta)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter."""
+        return tuple(self._meta[name].shape)
+
     def _groups(self) -> dict[str, list[str]]:
         groups: dict[str, list[str]] = defaultdict(list)
         for name, target in self.targets.items():
