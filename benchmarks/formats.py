@@ -111,7 +111,9 @@ def outcome(scheme: str, method: str, to: Any, module: str) -> str:
         TensorInfo(name, dtype, shape, "model.safetensors", 0, math.prod(shape) * ITEM_BYTES[dtype])
         for name, dtype, shape in tensors(recipe, module)
     ]
-    config = formats.format_of(recipe).quantization_config(recipe, ["lm_head"], [], with_kv=recipe.kv_cache is not None)
+    config = formats.format_of(recipe).quantization_config(
+        recipe, formats.kept_of(["lm_head"], (), ()), with_kv=recipe.kv_cache is not None
+    )
     meaning = read_scheme(config)
     assert meaning is not None, scheme
     draft = Draft(method=recipe.checkpoint_format, tensors=unchanged(infos), quantization=config)

@@ -85,12 +85,12 @@ BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", 
 def llama_70b(folder: Path, *, shrink: int = 1) -> Path:
     """Llama 3 70B under the recipe fp8-dynamic, every width divided by `shrink`."""
     from fp8pipe.config import load_recipe
-    from fp8pipe.quantize.formats import format_of
+    from fp8pipe.quantize.formats import format_of, kept_of
 
     recipe = load_recipe("fp8-dynamic")
     widths = ("vocab_size", "hidden_size", "intermediate_size", "head_dim")
     config = LLAMA_70B | {name: LLAMA_70B[name] // shrink for name in widths}
-    quantization = format_of(recipe).quantization_config(recipe, ["lm_head"], [], with_kv=False)
+    quantization = format_of(recipe).quantization_config(recipe, kept_of(["lm_head"], (), ()), with_kv=False)
     tensors = dict(_quantized(llama_tensors(config), block=None))
     return _write(folder, config | {"quantization_config": quantization}, tensors, SHARD_BYTES // shrink**2)
 

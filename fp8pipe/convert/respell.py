@@ -39,8 +39,7 @@ def respell(draft: Draft, scheme: Scheme, to: Method, settings: Recipe | None) -
     tensors = tuple(_respelled(tensor, draft, spec, recipe) for tensor in draft.tensors)
     _require_scales(draft, tensors, spec, recipe)
     with_kv = any(tensor.leaf == "k_scale" for tensor in tensors)
-    modules, experts = _ignored(draft, scheme)
-    config = formats.format_of(recipe).quantization_config(recipe, modules, experts, with_kv=with_kv)
+    config = formats.format_of(recipe).quantization_config(recipe, _kept(draft, scheme), with_kv=with_kv)
     if settings is None and to == "compressed-tensors":
         _forget_observers(config)
     config_changes = (*draft.config_changes, f"quantization_config {draft.method} -> {to}")
@@ -216,7 +215,7 @@ def _require_scales(draft: Draft, tensors: tuple[DraftTensor, ...], spec: Spec, 
 # ---------------------------------------------------------------------------------------------- config
 
 
-def _ignored(draft: Draft, scheme: Scheme) -> tuple[list[str], list[str]]:
+def _kept(draft: Draft, scheme: Scheme) -> formats.Kept:
     """Kept modules and holders of kept experts, as the weights have them.
 
     Plain entries of the config's own list come first, because it may also hold transformers' names."""
@@ -227,7 +226,7 @@ def _ignored(draft: Draft, scheme: Scheme) -> tuple[list[str], list[str]]:
 
     entries = dict.fromkeys(filter(is_plain, scheme.ignore))
     head = {} if "lm_head" in entries else {"lm_head": None}
-    return list(head | entries | dict.fromkeys(draft.kept)), list(draft.kept_experts)
+    return formats.kept_of(head | entries | dict.fromkeys(draft.kept), draft.kept_experts, draft.quantized)
 
 
 def _forget_observers(config: dict[str, Any]) -> None:

@@ -22,11 +22,19 @@ FUSED_GATE_UP = frozenset(("gate_up_proj", "dense_h_to_4h", "input_linear"))
 """Leaf names of Linears that are one tensor on disk and several shards in vLLM."""
 
 FUSED_NAMES: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj", "query", "key", "value", "wq", "wk", "wv", "qkv"),
+    "qkv": ("q_proj", "k_proj", "v_proj", "query", "key", "value"),
+    "gate_up_proj": ("gate_proj", "up_proj", "w1", "w3", "c_fc_0", "c_fc_1"),
+    "w13": ("w1", "w3"),
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
 """Leaf names that vLLM gives fused matrices, which an ignore list may hold instead of their members' names."""
+
+
+def fused_names(module: str) -> Iterator[str]:
+    """Names that vLLM may give the matrix into which it fuses `module`."""
+    parent, _, leaf = module.rpartition(".")
+    yield from (f"{parent}.{fused}" for fused, members in FUSED_NAMES.items() if leaf in members)
 
 
 def fused_siblings(modules: Iterable[str]) -> Iterator[tuple[str, ...]]:

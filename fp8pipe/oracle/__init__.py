@@ -4,6 +4,8 @@ transformers        asks for the role of every tensor; `transformers_probe` answ
 vllm                asks where vLLM's loader puts every tensor; `vllm_probe` answers
 configs             asks both what differs between two config.json; `configs_probe` answers
 limits              errors that tell of the way of asking, not of the checkpoint
+asked               notes the names that vLLM looks for in an ignore list
+stand_ins           kernels and torchvision, which vLLM only needs to be there
 landing             follows tensors through a loader without data
 compressed_tensors  that library's own opinion of a quantization_config
 cache               where answers are kept

@@ -62,6 +62,9 @@ class Mismatch:
     """Name in vLLM; empty if the tensor reaches no parameter."""
     expected: str
     found: str
+    asked: str = ""
+    """The name under which the parameter's module asked for a quantization method, which is the one that vLLM looks for
+    in an ignore list; empty if it did not ask."""
 
     def sentence(self) -> str:
         """The disagreement in one line, for people."""

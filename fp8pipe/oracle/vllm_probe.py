@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.evaluate.environment import import_architecture, prepare_process
-from fp8pipe.oracle import limits
+from fp8pipe.oracle import asked, limits, stand_ins
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +52,8 @@ _KV_LEAVES = frozenset(("k_scale", "v_scale"))
 
 
 def main() -> None:
-    asked, path = Path(sys.argv[1]), Path(sys.argv[2])
-    requests = [json.loads(line) for line in asked.read_text().splitlines()]
+    path = Path(sys.argv[2])
+    requests = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
     prepare(path.with_name("store"))
     with path.open("w") as answers:
         for request in requests:
@@ -64,7 +64,7 @@ def main() -> None:
 def prepare(store: Path) -> None:
     """Make this process one that can build vLLM's models; `store` is a file that this creates."""
     prepare_process()
-    _offer_stand_in_kernels()
+    stand_ins.offer()
     _enter_world(store)
 
 
@@ -78,10 +78,14 @@ def _examine(folder: Path, tensors: dict[str, tuple[str, list[int]]]) -> dict[st
     texts = dict.fromkeys(("refusal", "lacks", "limit"), "")
     answer: dict[str, Any] = {"parameters": [], "landings": [], "mismatches": []} | texts
     try:
-        with built(folder) as model:
+        layers: asked.Asked = {}
+        with built(folder, layers) as model:
             answer["parameters"] = _parameters(model)
             if tensors:
                 follow_loader(model, tensors, answer)
+            asked_as = asked.by_module(model, layers)
+            for mismatch in answer["mismatches"]:
+                mismatch.append(asked_as.get(mismatch[2].rpartition(".")[0], ""))
     except ImportError as error:
         answer["lacks"] = getattr(error, "name", None) or _words(error)
     except MemoryError:
@@ -95,35 +99,10 @@ def _examine(folder: Path, tensors: dict[str, tuple[str, list[int]]]) -> dict[st
 # ---------------------------------------------------------------------------------------------- building
 
 
-def _offer_stand_in_kernels() -> None:
-    """Add a stand-in, which is never run, to the end of each of vLLM's lists, so that every FP8 scheme has a kernel."""
-    from vllm.model_executor.kernels import linear
-    from vllm.platforms import current_platform
-
-    for kernels in (linear._POSSIBLE_FP8_KERNELS, linear._POSSIBLE_FP8_BLOCK_KERNELS, linear._POSSIBLE_WFP8A16_KERNELS):
-        kernels.setdefault(current_platform._enum, []).append(StandInKernel)  # type: ignore[arg-type] # never run
-
-
-class StandInKernel:
-    """A kernel that accepts any layer and computes nothing."""
-
-    @classmethod
-    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        return True, None
-
-    @classmethod
-    def can_implement(cls, config: object) -> tuple[bool, str | None]:
-        return True, None
-
-    def __init__(self, config: object, layer_param_names: object = None) -> None: ...
-
-    def input_quant_key(self) -> None:
-        return None
-
-
 @contextlib.contextmanager
-def built(folder: Path) -> Iterator[nn.Module]:
-    """vLLM's model for the config.json in `folder`, on the meta device, for a single process."""
+def built(folder: Path, layers: asked.Asked | None = None) -> Iterator[nn.Module]:
+    """vLLM's model for the config.json in `folder`, on the meta device, for a single process. `layers` gets those that
+    asked for a quantization method."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import destroy_model_parallel, initialize_model_parallel
@@ -137,7 +116,8 @@ def built(folder: Path) -> Iterator[nn.Module]:
     with set_current_vllm_config(config):
         initialize_model_parallel(1)  # for each model, since experts have a group of their own
         try:
-            with torch.device("meta"), set_default_torch_dtype(config.model_config.dtype):
+            noting = asked.noted(config.quant_config, {} if layers is None else layers)
+            with torch.device("meta"), set_default_torch_dtype(config.model_config.dtype), noting:
                 model = initialize_model(config)
             yield model
         finally:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +18,17 @@ from torch import Tensor
 from benchmarks.giants import DEEPSEEK_V3, deepseek_tensors, deepseek_v3
 from fp8pipe.errors import EngineFailed
 from fp8pipe.hub.source import resolve
-from fp8pipe.model.headers import Headers, TensorInfo
+from fp8pipe.model.headers import Headers, TensorInfo, read_folder_headers
 from fp8pipe.oracle.landing import Follower, Piece, Region, covered, first_gap, overlapping, region_of
 from fp8pipe.oracle.transformers import inspect
-from fp8pipe.oracle.vllm import Answer, EngineIncomplete, ask_vllm, parity
+from fp8pipe.oracle.vllm import Answer, Mismatch, Verdict, ask_vllm, parity
 from fp8pipe.oracle.vllm_probe import MAX_REFUSALS, run_loader
 from fp8pipe.quantize import quantize
 from fp8pipe.validate import validate
+from fp8pipe.validate.asking import Asked
+from fp8pipe.validate.checks.r_runtime import vllm_reads_every_tensor
+from fp8pipe.validate.meaning.layout import layout_from_names
+from fp8pipe.validate.subject import Subject
 
 # ---------------------------------------------------------------------------------------------- following copies
 
@@ -224,6 +228,8 @@ SOUND: dict[str, tuple[str, dict[str, Any], str]] = {
     "phi3": ("phi3", {}, "autofp8-dynamic"),
     "deepseek-v2": ("deepseek-v2", {}, "fp8-dynamic"),
     "opt": ("opt", {}, "autofp8-dynamic"),
+    "tower": ("glm4v", {}, "fp8-dynamic"),
+    "tower, exact names": ("glm4v", {}, "autofp8-dynamic"),
 }
 
 
@@ -236,6 +242,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
     folders["kv"] = with_kv_scales(folders["llama"], root / "kv")
     for name, (origin, damage, _) in BROKEN.items():
         folders[name] = rewritten(folders[origin], root / name.replace(" ", "-"), damage)
+    folders["named"] = rewritten(folders["tower"], root / "named", lambda tensors: None)
+    config = json.loads((folders["named"] / "config.json").read_text())["quantization_config"]
+    change_config(
+        folders["named"], quantization_config=config | {"ignore": ["lm_head", *names_in_tower(folders["tower"])]}
+    )
     folders["unknown"] = rewritten(folders["llama"], root / "unknown", lambda tensors: None)
     change_config(folders["unknown"], architectures=["NoSuchForCausalLM"])
     found = ask_vllm(list(folders.values()))
@@ -271,6 +282,11 @@ def with_kv_scales(folder: Path, copy: Path) -> Path:
     scheme = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor"}
     change_config(copy, quantization_config=config | {"kv_cache_scheme": scheme})
     return copy
+
+
+def names_in_tower(folder: Path) -> list[str]:
+    """Names on disk of the Linears of the vision tower."""
+    return [name.removesuffix(".weight") for name in read_folder_headers(folder).tensors if ".visual." in name]
 
 
 def change_config(folder: Path, **changes: Any) -> None:
@@ -338,9 +354,23 @@ def test_an_architecture_that_vllm_does_not_know_is_refused_in_its_words(answers
     assert answers["unknown"].parameters == ()
 
 
-@pytest.mark.skipif(find_spec("torchvision") is not None, reason="vLLM has all packages that this model needs")
-def test_a_package_that_vllm_lacks_is_no_fault_of_the_checkpoint(model_folder: Callable[..., Path]) -> None:
-    folder = model_folder("qwen3-vl-moe")
-    with pytest.raises(EngineIncomplete, match="needs the Python package torchvision") as error:
-        validate(folder, depth="headers", oracles=True)
-    assert error.value.exit_code == 4
+@pytest.mark.vllm
+def test_an_ignore_list_with_names_on_disk_misses_what_vllm_fuses_in_a_tower(answers: dict[str, Answer]):
+    found = {(mismatch.tensor, mismatch.asked) for mismatch in answers["named"].mismatches if mismatch.kind == "dtype"}
+    assert {
+        (f"model.visual.blocks.0.mlp.{leaf}_proj.weight", "visual.blocks.0.mlp.gate_up_proj") for leaf in ("gate", "up")
+    } <= found
+    assert all(asked.startswith("visual.") for _, asked in found)
+
+
+@pytest.mark.parametrize(
+    ("method", "entry"), [("compressed-tensors", r"re:visual\.0\.gate_up_proj$"), ("fp8", "visual.0.gate_up_proj")]
+)
+def test_a_finding_on_an_ignore_list_says_which_entry_is_missing(method: str, entry: str):
+    mismatch = Mismatch("dtype", "visual.0.up_proj.weight", "x", "F8_E4M3", "BF16", "visual.0.gate_up_proj")
+    layout = layout_from_names({}, {})
+    files: Any = SimpleNamespace(tensors={})
+    asked = Asked(version="0", verdict=Verdict((mismatch,)))
+    subject = Subject(files, {}, None, {"quant_method": method}, "config.json", None, layout, vllm=asked)
+    (fault,) = vllm_reads_every_tensor.run(subject)
+    assert f"add {entry}" in (fault.remedy or "")

@@ -118,6 +118,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "glm4v": (
+        "Glm4vConfig",
+        {
+            "text_config": SIZES
+            | {
+                "rope_parameters": MROPE | {"mrope_section": [2, 3, 3], "partial_rotary_factor": 1.0},
+                "attention_bias": True,
+                "pad_token_id": 0,
+            },
+            "vision_config": VISION | {"depth": 2, "num_heads": 2, "out_hidden_size": 64},
+        },
+    ),
     "step3p7": (
         "Step3p7Config",
         {

@@ -2,18 +2,21 @@
 
     compressed_tensors    what llm-compressor writes; vLLM and transformers load it
     fp8                   what AutoFP8 and DeepSeek write (quant_method: fp8); vLLM loads it
+    kept                  what an ignore list names
 
-Each of the two modules has the functions of `Format`.
+Each of the first two modules has the functions of `Format`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 from fp8pipe.config import Recipe
 from fp8pipe.quantize.formats import compressed_tensors, fp8
+from fp8pipe.quantize.formats.kept import Kept, kept_of
+
+__all__ = ["Format", "Kept", "format_of", "kept_of", "weight_scale_shape"]
 
 
 class Format(Protocol):
@@ -34,11 +37,8 @@ class Format(Protocol):
         """Shape of k_scale and v_scale."""
         ...
 
-    def quantization_config(
-        self, recipe: Recipe, modules: Sequence[str], experts: Sequence[str], *, with_kv: bool
-    ) -> dict[str, Any]:
-        """`quantization_config` of config.json. `modules`: names of kept modules; `experts`: of kept experts' holders;
-        `with_kv`: whether the checkpoint has KV scales."""
+    def quantization_config(self, recipe: Recipe, kept: Kept, *, with_kv: bool) -> dict[str, Any]:
+        """`quantization_config` of config.json. `with_kv`: whether the checkpoint has KV scales."""
         ...
 
     def refuse_experts(self, recipe: Recipe) -> str | None:

@@ -6,11 +6,11 @@ Scales: `weight_scale` [1], [out, 1] or [blocks, blocks]; `input_scale` [1]; `k_
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe, WeightScheme
 from fp8pipe.model.names import UE8M0
+from fp8pipe.quantize.formats.kept import Kept
 
 NAME = "compressed-tensors"
 VERSION = "0.17.0"
@@ -41,9 +41,7 @@ def refuse_experts(recipe: Recipe) -> str | None:
     )
 
 
-def quantization_config(
-    recipe: Recipe, modules: Sequence[str], experts: Sequence[str], *, with_kv: bool
-) -> dict[str, Any]:
+def quantization_config(recipe: Recipe, kept: Kept, *, with_kv: bool) -> dict[str, Any]:
     weight_only = recipe.activations is None
     format_name = "naive-quantized" if weight_only else "float-quantized"
     group = {
@@ -60,7 +58,7 @@ def quantization_config(
         "version": VERSION,
         "global_compression_ratio": None,
         "config_groups": {"group_0": group},
-        "ignore": [*modules, *map(_experts_pattern, experts)],
+        "ignore": [*kept.modules, *kept.patterns, *map(_experts_pattern, kept.experts)],
         "kv_cache_scheme": _kv(recipe.kv_cache) if recipe.kv_cache is not None and with_kv else None,
         "sparsity_config": {},
         "transform_config": {},

@@ -5,11 +5,11 @@ Scales: `weight_scale` [] per tensor, `weight_scale_inv` [blocks, blocks] (a mul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from fp8pipe.config import Recipe
 from fp8pipe.model.names import UE8M0
+from fp8pipe.quantize.formats.kept import Kept
 
 NAME = "fp8"
 
@@ -31,16 +31,14 @@ def refuse_experts(recipe: Recipe) -> str | None:
     return None
 
 
-def quantization_config(
-    recipe: Recipe, modules: Sequence[str], experts: Sequence[str], *, with_kv: bool
-) -> dict[str, Any]:
+def quantization_config(recipe: Recipe, kept: Kept, *, with_kv: bool) -> dict[str, Any]:
     # vLLM takes ignored_layers as exact names; a holder's name covers its experts. kv_cache_scheme is for readers only:
     # vLLM follows --kv-cache-dtype.
     assert recipe.activations is not None, "Recipe forbids weight-only in this format"
     config: dict[str, Any] = {
         "quant_method": NAME,
         "activation_scheme": recipe.activations.mode,
-        "ignored_layers": [*modules, *experts],
+        "ignored_layers": [*kept.exact(), *kept.experts],
     }
     if recipe.weights.strategy == "block":
         config["weight_block_size"] = list(recipe.weights.block_shape)

@@ -173,17 +173,20 @@ def quantization_config(
     choices: Mapping[str, Choice],
     outputs: Iterable[OutputTensor],
 ) -> dict[str, Any]:
-    """`quantization_config` of config.json. Kept modules are named exactly, as on disk and as in transformers."""
+    """`quantization_config` of config.json. Kept modules are named as on disk and as in transformers."""
     modules: dict[str, None] = {"lm_head": None}
     experts: dict[str, None] = {}
+    quantized: dict[str, None] = {}
     for name, role in architecture.tensors.items():
+        own = [module for module in (name.removesuffix(".weight"), role.module) if module]
+        if choices[name].action == "quantize":
+            quantized |= dict.fromkeys([experts_holder(name, role), role.module] if role.kind in EXPERT_KINDS else own)
         if choices[name].action != "keep" or len(headers.tensors[name].shape) < 2 or role.kind in _NEVER_LINEAR:
             continue
         if role.kind in EXPERT_KINDS or role.kind == "kept_experts":
             experts[experts_holder(name, role)] = None
         elif name.endswith(".weight"):
-            modules[name.removesuffix(".weight")] = None
-            if role.module:
-                modules[role.module] = None
+            modules |= dict.fromkeys(own)
     with_kv = any(output.role == "k_scale" for output in outputs)
-    return formats.format_of(recipe).quantization_config(recipe, list(modules), list(experts), with_kv=with_kv)
+    kept = formats.kept_of(modules, experts, quantized)
+    return formats.format_of(recipe).quantization_config(recipe, kept, with_kv=with_kv)

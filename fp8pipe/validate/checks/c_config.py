@@ -26,7 +26,7 @@ from fp8pipe.validate.meaning.config import (
 )
 from fp8pipe.validate.meaning.formats import FORMAT_NAMES, MIXED, Spec
 from fp8pipe.validate.meaning.names import expert_of, layer_of, split_name
-from fp8pipe.validate.meaning.scheme import METHODS, fused_names
+from fp8pipe.validate.meaning.scheme import METHODS, names_in_vllm
 from fp8pipe.validate.subject import Subject
 
 SPELLINGS = (*METHODS, "modelopt_fp4", "modelopt_mxfp8", "compressed_tensors")
@@ -269,7 +269,7 @@ def _unmatched(subject: Subject) -> Iterator[Fault]:
     matched = {
         entry for module in modules for entry in scheme.patterns.matching(module)
     } | scheme.patterns.refused.keys()
-    known = {*modules, *(fused for module in modules for fused in fused_names(module))}  # vLLM looks for both
+    known = {*modules, *(fused for module in modules for fused in names_in_vllm(module))}  # vLLM looks for both
     kin = set() if subject.layout.from_record else {(layer_of(f"{m}."), split_name(m)[1]) for m in modules}
     for entry in scheme.ignore:
         is_readable = not entry.startswith("re:") or scheme.method != "fp8"

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from fp8pipe.model.headers import TensorInfo
+from fp8pipe.model.names import FP8
 from fp8pipe.model.untrusted import clip
 from fp8pipe.validate.checks.check import check
 from fp8pipe.validate.faults import Fault
+from fp8pipe.validate.meaning.config import method_of
 from fp8pipe.validate.meaning.names import WEIGHTS, holds_codes, is_companion, is_in_predictor, split_name
 from fp8pipe.validate.subject import Subject
+
+if TYPE_CHECKING:
+    from fp8pipe.oracle.vllm import Mismatch
 
 CONSEQUENCES = {
     "refused": "vLLM stops with this message",
@@ -46,6 +53,7 @@ def vllm_reads_every_tensor(subject: Subject) -> Iterator[Fault]:
             file=tensors[name].shard if name in tensors else None,
             tensor=name or mismatch.parameter or None,
             consequence=CONSEQUENCES[mismatch.kind],
+            remedy=_remedy(mismatch, subject.quantization),
         )
         yield _of_vllm(fault, version) if mismatch in verdict.in_source else fault
 
@@ -86,3 +94,17 @@ def _of_vllm(fault: Fault, version: str) -> Fault:
         consequence=f"vLLM {version} {what}",
         remedy="serve and measure it with a version of vLLM that loads the source",
     )
+
+
+def _remedy(mismatch: Mismatch, quantization: dict[str, Any]) -> str | None:
+    """What to do about an ignore list that says of a layer something else than its weights; None for other faults."""
+    if mismatch.kind != "dtype" or not mismatch.asked:
+        return None
+    name = clip(mismatch.asked)
+    if mismatch.found == FP8:
+        return f"vLLM looks for {name} in the ignore list, and finds it there: remove the entry, or keep the weight"
+    if method_of(quantization) == "compressed-tensors":
+        entry = f"re:{re.escape(name)}$, or one pattern for all that stays around it,"
+    else:
+        entry = name
+    return f"vLLM looks for {name} in the ignore list: add {entry} to it"

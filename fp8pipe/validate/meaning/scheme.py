@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
 
-from fp8pipe.model.fused import FUSED_NAMES
+from fp8pipe.model.fused import fused_names
 from fp8pipe.model.patterns import Patterns
 from fp8pipe.validate.meaning.formats import Spec
 from fp8pipe.validate.meaning.names import expert_of
@@ -49,7 +49,7 @@ class Scheme:
         """Whether `module` is in the ignore list, as the method reads it."""
         if self.method == "modelopt":
             return module in self._exact or any(e in module or fnmatchcase(module, e) for e in self.ignore)
-        if any(self._lists(name) for name in (module, *fused_names(module))):
+        if any(self._lists(name) for name in (module, *names_in_vllm(module))):
             return True
         place = expert_of(module)
         return self.method == "fp8" and place is not None and place[0] in self._experts
@@ -103,8 +103,7 @@ class Scheme:
         return frozenset(self.ignore)
 
 
-def fused_names(module: str) -> Iterator[str]:
+def names_in_vllm(module: str) -> Iterator[str]:
     """Names of the matrix that vLLM fuses `module` into. Experts have none: vLLM has one layer for all of them."""
-    parent, _, leaf = module.rpartition(".")
     if expert_of(module) is None:
-        yield from (f"{parent}.{fused}" for fused, members in FUSED_NAMES.items() if leaf in members)
+        yield from fused_names(module)

@@ -1,0 +1,82 @@
+"""What an ignore list names: modules that stay unquantized, and whole parts of a model of which nothing is quantized.
+
+vLLM builds a vision tower or a projector with the quantization config, as it builds the decoder, and looks the ignore
+list up under names of its own, in which projections are fused: `visual.blocks.0.attn.qkv_proj`. For the decoder it
+knows which names on disk those stand for (`packed_modules_mapping`), for towers often not. A pattern for the whole
+tower covers whatever vLLM builds in it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+
+from fp8pipe.model.fused import fused_names
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Modules that stay unquantized. A name may be that on disk or that in transformers; lists may hold both."""
+
+    modules: tuple[str, ...]
+    """Modules beside which others are quantized."""
+    within: tuple[str, ...]
+    """Modules inside the parts that `patterns` name."""
+    patterns: tuple[str, ...]
+    """`re:` entries for parts of which nothing is quantized, whatever the model around them is called."""
+    experts: tuple[str, ...]
+    """Holders of kept experts."""
+
+    def exact(self) -> Iterator[str]:
+        """All names, for a list without patterns: with those of the matrices that vLLM fuses in towers."""
+        yield from self.modules
+        yield from dict.fromkeys(name for module in self.within for name in (module, *fused_names(module)))
+
+
+def kept_of(modules: Iterable[str], experts: Iterable[str], quantized: Iterable[str]) -> Kept:
+    """The kept `modules` and holders of kept `experts` of a model in which the modules `quantized` are quantized."""
+    holding = _with_ancestors(quantized)
+    ends = {end for name in holding for end in _ends(name)}
+    alone: list[str] = []
+    within: list[str] = []
+    patterns: dict[str, None] = {}
+    for module in modules:
+        part = _whole_part(module, holding)
+        if part == module:
+            alone.append(module)
+        else:
+            within.append(module)
+            patterns[_pattern(part, ends)] = None
+    return Kept(tuple(alone), tuple(within), tuple(patterns), tuple(experts))
+
+
+def _whole_part(module: str, holding: Collection[str]) -> str:
+    """The largest module around `module`, or it itself, that holds nothing quantized."""
+    parts = module.split(".")
+    around = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((name for name in around if name not in holding), module)
+
+
+def _pattern(part: str, ends: Collection[str]) -> str:
+    """The pattern of the shortest end of a part's name that is no end of the name of anything that holds quantized
+    modules. vLLM's names may begin differently, or not begin at all."""
+    known = (end for end in _ends(part) if end not in ends and not end[0].isdigit())
+    shortest = min(known, key=len, default=None)
+    return f"re:{re.escape(part)}\\." if shortest is None else f"re:(.*\\.)?{re.escape(shortest)}\\."
+
+
+def _with_ancestors(names: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for name in names:
+        while name and name not in found:
+            found.add(name)
+            name = name.rpartition(".")[0]
+    return found
+
+
+def _ends(name: str) -> Iterator[str]:
+    """`visual.blocks.0`: itself, `blocks.0` and `0`."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
