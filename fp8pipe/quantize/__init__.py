@@ -51,7 +51,7 @@ def preload() -> None:
     collects = gc.isenabled()
     gc.disable()
     try:
-        import fp8pipe.quantize.engine.run
+        import fp8pipe.quantize.engine.run  # noqa: F401
         from fp8pipe.quantize.numerics import kernels
 
         kernels.load()
