@@ -144,7 +144,7 @@ def plan(
     """Show what would become of every tensor, from headers alone: no weight is read."""
     from fp8pipe import stages
     from fp8pipe.config import load_recipe
-    from fp8pipe.ui.sheets import plan_sheet, terminal
+    from fp8pipe.ui.sheets import plan_sheet, serving_sheet, terminal
 
     chosen = load_recipe(recipe)
     made = stages.plan(stages.pin(model), chosen, trust_remote_code=trust_remote_code)
@@ -152,6 +152,8 @@ def plan(
         emit_json(made.model_dump(mode="json"))
     else:
         out.print(terminal(plan_sheet(made)))
+        if made.serving is not None:
+            out.print(terminal(serving_sheet(made.serving)))
 
 
 @app.command()
@@ -215,7 +217,7 @@ def validate(
 ) -> int:
     """Check the structure and values of any FP8 checkpoint, also on the Hub; with its source, compare the weights."""
     from fp8pipe import stages
-    from fp8pipe.ui.sheets import findings_sheet, terminal
+    from fp8pipe.ui.sheets import findings_sheet, serving_sheet, terminal
 
     with _stage_display("validate") as display:
         report = stages.validate_model(model, source=source, depth=depth, oracles=oracles, progress=display)
@@ -225,6 +227,8 @@ def validate(
         emit_json(report.model_dump(mode="json"))
     else:
         out.print(terminal(findings_sheet(report)))
+        if report.serving is not None:
+            out.print(terminal(serving_sheet(report.serving)))
     return 0 if report.sound else 1
 
 

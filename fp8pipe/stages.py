@@ -8,13 +8,14 @@ same for a model that a person names.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fp8pipe.config import EvalSuite, GatePolicy, Recipe
-from fp8pipe.errors import InputError, SourceChanged
+from fp8pipe.errors import ConfigError, InputError, NoSuitableDevice, SourceChanged
 from fp8pipe.files import write_atomically
 from fp8pipe.progress import Overlap, Progress, quiet
 from fp8pipe.records import (
@@ -26,6 +27,7 @@ from fp8pipe.records import (
     EvalReport,
     GateDecision,
     Release,
+    Serving,
     Snapshot,
     ValidationReport,
 )
@@ -75,7 +77,42 @@ def plan(
 
     headers = read_headers(snapshot)
     architecture = inspect(snapshot, headers=headers, trust_remote_code=trust_remote_code, meanwhile=meanwhile)
-    return make_plan(snapshot, headers, recipe, architecture, keep=calibration.kept if calibration else None)
+    made = make_plan(snapshot, headers, recipe, architecture, keep=calibration.kept if calibration else None)
+    return made.model_copy(update={"serving": _serving(snapshot, made)})
+
+
+def _serving(snapshot: Snapshot, plan: Plan) -> Serving | None:
+    """What will serve the checkpoint of `plan`."""
+    from fp8pipe.hub.source import read_file
+    from fp8pipe.validate.meaning.config import read_scheme
+    from fp8pipe.validate.serving import what_serves
+
+    config = json.loads(read_file(snapshot, "config.json"))
+    tensors = {output.name: output.info for output in plan.outputs}
+    return what_serves(config, read_scheme(plan.quantization_config), tensors)
+
+
+def require_counted(plan: Plan, policy: GatePolicy, device_class: str) -> tuple[str, ...]:
+    """A warning for each device class of the policy on which no verdict would count, because vLLM serves the plan's
+    checkpoint by another kernel than its scheme asks for, or not at all.
+
+    device_class: that of this machine. Raises NoSuitableDevice if it is one of them, and ConfigError if all are: two
+    evaluations would end in a veto.
+    """
+    known = plan.serving.on_one_gpu(policy.device_classes) if plan.serving is not None else ()
+    useless: dict[str, str] = {answer.device: answer.reason for answer in known if not answer.counts}
+    warnings = tuple(f"recipe {plan.recipe}: no verdict counts on {name}: {why}" for name, why in useless.items())
+    if useless and useless.keys() >= set(policy.device_classes):
+        raise ConfigError(
+            f"{'; '.join(warnings)}; choose another recipe, or a policy with another device class than {policy.name}'s"
+        )
+    if device_class in useless:
+        others = ", ".join(name for name in policy.device_classes if name not in useless)
+        raise NoSuitableDevice(
+            f"recipe {plan.recipe}: no verdict counts on {device_class}, which this machine has: "
+            f"{useless[device_class]}; run it on {others}, or choose another recipe"
+        )
+    return warnings
 
 
 # ------------------------------------------------------------------------------------------ calibrate, quantize

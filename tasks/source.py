@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact
+from prefect.logging import get_run_logger
 
 from fp8pipe import stages
-from fp8pipe.config import Recipe
+from fp8pipe.config import GatePolicy, Recipe
+from fp8pipe.machine.device import detect
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Snapshot
 from fp8pipe.records.calibration import Calibration
@@ -37,8 +39,16 @@ def plan(snapshot: Snapshot, recipe: Recipe, trust_remote_code: bool, calibratio
     made = stages.plan(snapshot, recipe, calibration=calibration, trust_remote_code=trust_remote_code)
     key = artifact_key("plan", snapshot.model_id, recipe.name)
     table = sheets.markdown(sheets.plan_sheet(made))
+    if made.serving is not None:
+        table += "\n" + sheets.markdown(sheets.serving_sheet(made.serving))
     create_markdown_artifact(table, key=key, description=f"Plan: {snapshot.model_id}, {recipe.name}")
     return made
+
+
+def require_counted(plan: Plan, policy: GatePolicy) -> None:
+    """Refuse before anything is quantized what no verdict on this machine could release; warn of other devices."""
+    for warning in stages.require_counted(plan, policy, detect().device_class):
+        get_run_logger().warning("%s", warning)
 
 
 @task(

@@ -20,5 +20,7 @@ def validate(folder: Path, source: Snapshot, recipe: str, oracles: bool) -> Vali
     report = stages.validate(folder, source=source, oracles=oracles, progress=reporter("validate", source.model_id))
     key = artifact_key("findings", source.model_id, recipe)
     table = sheets.markdown(sheets.findings_sheet(report))
+    if report.serving is not None:
+        table += "\n" + sheets.markdown(sheets.serving_sheet(report.serving))
     create_markdown_artifact(table, key=key, description=f"Findings: {source.model_id}, {recipe}")
     return report

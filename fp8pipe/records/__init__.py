@@ -39,6 +39,7 @@ from fp8pipe.records.release import (
     Outcome,
     Release,
 )
+from fp8pipe.records.serving import Serves, Serving
 from fp8pipe.records.source import Snapshot, SourceFile
 from fp8pipe.records.validation import (
     DEPTHS,
@@ -73,6 +74,8 @@ __all__ = [
     "Retry",
     "RuleOutcome",
     "SampleText",
+    "Serves",
+    "Serving",
     "ServingFigures",
     "Severity",
     "Snapshot",

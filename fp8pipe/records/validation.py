@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fp8pipe.records.base import Record
+from fp8pipe.records.serving import Serving
 
 Severity = Literal["error", "warning"]
 Depth = Literal["headers", "values", "fidelity", "loaded"]
@@ -49,6 +50,8 @@ class ValidationReport(Record):
     """Version of the vLLM whose own model and loader were asked about the checkpoint (R1); empty if none was."""
     vllm_silent: str = "vLLM was not asked"
     """Why vLLM gave no answer, and R1 did not run; empty if it did."""
+    serving: Serving | None = None
+    """What will serve it; None if its scheme is not understood, or vLLM's kernels for it are not known here."""
 
     @property
     def errors(self) -> tuple[Finding, ...]:

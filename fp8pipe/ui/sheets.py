@@ -19,6 +19,7 @@ from fp8pipe.records import (
     GateDecision,
     Outcome,
     Release,
+    Serving,
     ValidationReport,
     metric_label,
 )
@@ -377,6 +378,13 @@ def _common_stem(names: Sequence[str]) -> str:
 
 def _decibels(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+def serving_sheet(serving: Serving) -> Sheet:
+    """What serves a checkpoint, on how many GPUs, and why it does not elsewhere."""
+    rows, reasons = serving.table()
+    columns = tuple(rows[0])
+    return Sheet("What serves it", columns, tuple(tuple(row.values()) for row in rows), tuple(reasons))
 
 
 def plan_sheet(plan: Plan) -> Sheet:

@@ -15,6 +15,7 @@ what vLLM would do, and the remedy.
     meaning/    what config and names say it should be: formats, scheme, layout
     measuring/  the pass over the bytes
     asking      vLLM's own model and loader, asked about a checkpoint
+    serving/    what will serve the checkpoint, and as what
     subject     all of that, as a check sees it; `prepare` reads it, `runner` runs the checks on it
 """
 
@@ -76,6 +77,8 @@ def validate(
     reach = DEPTHS[: DEPTHS.index(depth) + 1]
     known = header_checks() if depth == "headers" else all_checks()
     checks = [check for check in known if check.depth in reach and all(map(subject.supplies, check.needs))]
+    from fp8pipe.validate.serving import what_serves
+
     return ValidationReport(
         folder_identity=place.identity(),
         depth=depth,
@@ -86,6 +89,7 @@ def validate(
         bytes_read=subject.measured.bytes_read if depth != "headers" else 0,
         vllm=subject.vllm.version,
         vllm_silent=subject.vllm.silent,
+        serving=what_serves(subject.config, subject.scheme_or_none, subject.files.tensors),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from fp8pipe.config import Recipe
 from fp8pipe.errors import ConfigError, InputError, UnmatchedEntry, UnsupportedArchitecture
-from fp8pipe.model import fp8_source
+from fp8pipe.model import fp8_source, predictor
 from fp8pipe.model.architecture import QUANTIZABLE, Architecture, TensorRole
 from fp8pipe.model.headers import Headers, TensorInfo
 from fp8pipe.model.names import ABSORBED_LEAF, EXPERT_KINDS, FLOATS, FP8, SPENT_NAMES, experts_holder
@@ -71,6 +71,8 @@ def _why_not(
 ) -> str:
     """Why no recipe can quantize this tensor; empty if one can."""
     role, dtype = architecture.tensors[name], headers.tensors[name].dtype
+    if role.kind == "unused" and predictor.predictor_of(name, architecture.num_layers):
+        return predictor.REASON
     if role.kind not in QUANTIZABLE:
         return role.reason
     if dtype not in FLOATS and name not in scales:

@@ -9,9 +9,10 @@ from typing import Any
 
 from fp8pipe.config import Recipe
 from fp8pipe.errors import ConfigError, InputError, UnsupportedArchitecture
+from fp8pipe.model import predictor
 from fp8pipe.model.architecture import Architecture, AttentionLayer, TensorRole
 from fp8pipe.model.headers import SINGLE_NAME, Headers, TensorInfo, lay_out
-from fp8pipe.model.names import EXPERT_KINDS, FP8, PROJECTIONS, experts_holder
+from fp8pipe.model.names import EXPERT_KINDS, FP8, PROJECTIONS, experts_holder, experts_holder_from_name
 from fp8pipe.quantize import formats
 from fp8pipe.quantize.plan.choose import Choice
 from fp8pipe.quantize.plan.record import OutputTensor, Role, Slice
@@ -185,8 +186,17 @@ def quantization_config(
             continue
         if role.kind in EXPERT_KINDS or role.kind == "kept_experts":
             experts[experts_holder(name, role)] = None
+        elif role.kind == "unused" and predictor.predictor_of(name, architecture.num_layers):
+            modules |= dict.fromkeys(_names_of_predictor(name, architecture.num_layers))
         elif name.endswith(".weight"):
             modules |= dict.fromkeys(own)
     with_kv = any(output.role == "k_scale" for output in outputs)
     kept = formats.kept_of(modules, experts, quantized)
     return formats.format_of(recipe).quantization_config(recipe, kept, with_kv=with_kv)
+
+
+def _names_of_predictor(name: str, num_layers: int) -> tuple[str, str]:
+    """The names by which vLLM asks for the module of a tensor in a layer that predicts a second token: experts are one
+    module, and the layer has a number of its own."""
+    module = experts_holder_from_name(name) or name.removesuffix(".weight")
+    return module, predictor.renumbered(module, num_layers)

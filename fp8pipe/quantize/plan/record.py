@@ -11,7 +11,7 @@ from pydantic import field_validator
 
 from fp8pipe.config import Recipe
 from fp8pipe.model.headers import TensorInfo
-from fp8pipe.records import Record
+from fp8pipe.records import Record, Serving
 
 Role = Literal["copy", "dequantize", "weight", "weight_scale", "input_scale", "k_scale", "v_scale"]
 """copy: the source's bytes. dequantize: an FP8 weight of the source, kept as BF16. The others: what their name says."""
@@ -110,6 +110,8 @@ class Plan(Record):
     """The model's own code was run to find its architecture, and is copied to the checkpoint."""
     notes: tuple[str, ...] = ()
     """What a user should know but need not act on."""
+    serving: Serving | None = None
+    """What will serve the checkpoint; None for a plan that was not asked."""
 
     @field_validator("settings", mode="before")
     @classmethod

@@ -51,6 +51,8 @@ def render_card(facts: CardFacts) -> str:
 def _context(facts: CardFacts) -> dict[str, Any]:
     """What the template names."""
     decision, candidate = facts.decision, facts.candidate
+    serving = facts.validation.serving
+    served = serving.table() if serving is not None else ([], [])
     return {
         "front_matter": card_front_matter(facts),
         "name": facts.repo_id.rsplit("/", 1)[-1],
@@ -65,6 +67,9 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "serve_command": serve_command(facts),
         "tag": facts.checkpoint.release_tag,
         "fp8_cache": facts.fp8_cache,
+        "served_table": markdown.table(served[0]),
+        "served_notes": served[1],
+        "served_rules": " and ".join(map(" ".join, serving.rules.items())) if serving is not None else "",
         "engine_rows": engine_rows(candidate),
         "accuracy_table": markdown.table(summary_rows(decision, facts.baseline, candidate)),
         "noise": list(noise_lines(facts.baseline)),

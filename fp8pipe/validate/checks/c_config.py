@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fp8pipe.model.fp8_source import as_block
+from fp8pipe.model.predictor import renumbered
 from fp8pipe.model.untrusted import clip
 from fp8pipe.validate.checks.check import check
 from fp8pipe.validate.faults import Fault
@@ -266,6 +267,8 @@ def _unmatched(subject: Subject) -> Iterator[Fault]:
     """Entries that match no module; lm_head always counts as matched. Experts in one 3-D tensor count by its name."""
     experts = {name for name, t in subject.files.tensors.items() if len(t.shape) == 3 and not name.endswith(".weight")}
     scheme, modules = subject.scheme, subject.layout.modules | experts
+    modules |= {name.rpartition(".")[0] for name in experts}
+    modules |= {renumbered(module, subject.layout.num_layers or 0) for module in modules}
     matched = {
         entry for module in modules for entry in scheme.patterns.matching(module)
     } | scheme.patterns.refused.keys()

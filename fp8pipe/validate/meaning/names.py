@@ -6,8 +6,10 @@ Names alone are enough for the layer names that nearly all released models use.
 from __future__ import annotations
 
 import re
+import sys
 
 from fp8pipe.model.headers import TensorInfo
+from fp8pipe.model.predictor import predictor_of
 
 SCALES = (
     *("weight_scale", "weight_scale_inv", "input_scale"),
@@ -30,8 +32,6 @@ _STAYS = re.compile(
     r"in_proj_ba|in_proj_a|in_proj_b|x_proj|dt_proj|weights_proj|patch_embed\w*|rel\w*|eh_proj|shared_head)(\.|$)"
 )
 _TOWER = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|speech\w*|sam_model|\w*projector)(\.|$)")
-_PREDICTOR = re.compile(r"(^|\.)mtp(\.|$)")
-"""Layers that predict a second token, unless they continue the numbers of the decoder's layers."""
 _NUMBERED = re.compile(r"\.\d+\.")
 _ROUTER = re.compile(r"\.(gate|\w*router\w*|shared_expert_gate)$")
 _LAYER = re.compile(r"(^|\.)(?:layers|transformer\.(?:h|blocks))\.(\d+)\.")
@@ -118,7 +118,7 @@ def layer_of(name: str) -> int | None:
 def place_in_decoder(name: str) -> tuple[int, str] | None:
     """(number of the decoder's layer, name within the layer); None for names outside the decoder's layers."""
     match = _LAYER.search(name)
-    if match is None or len(match[2]) >= 8 or is_beside_decoder(name) or _PREDICTOR.search(name):
+    if match is None or len(match[2]) >= 8 or is_beside_decoder(name) or is_in_predictor(name, None):
         return None
     return int(match[2]), name[match.end() :]
 
@@ -136,7 +136,5 @@ def is_in_tower(module: str) -> bool:
 
 
 def is_in_predictor(module: str, num_layers: int | None) -> bool:
-    """Whether a module is in the layers that predict a second token: behind the decoder's `num_layers`, or in `mtp`."""
-    layer = layer_of(f"{module}.")
-    is_behind = num_layers is not None and layer is not None and layer >= num_layers
-    return is_behind or _PREDICTOR.search(module) is not None
+    """Whether a module is in the layers that predict a second token; by its number only if `num_layers` are known."""
+    return bool(predictor_of(f"{module}.", sys.maxsize if num_layers is None else num_layers))
