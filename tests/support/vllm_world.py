@@ -3,7 +3,7 @@
     python vllm_world.py REQUEST ANSWER
 
 REQUEST: {"folders": [folder with config.json, ...], "linears": [...], "experts": [...], "kernels": [...]}, lists of the
-arguments of `ask_linear`, `ask_experts` and `kernels_on`. The ranks are a number in vLLM's parallel state: nothing is
+arguments of `ask_linear`, `ask_experts` and `kernel_for`. The ranks are a number in vLLM's parallel state: nothing is
 communicated and nothing computed.
 """
 
@@ -28,7 +28,7 @@ def main() -> None:
 
     prepare_process()
     request, path = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    answer = {"kernels": in_forks(kernels_on, request["kernels"])}
+    answer: dict[str, Any] = {"kernels": on_devices(request["kernels"])}
     _offer_stand_in_kernels()
     _enter_world(path.with_name("store"))
     answer["folders"] = {folder: ask_model(Path(folder)) for folder in request["folders"]}
@@ -68,12 +68,15 @@ def world_of(folder: Path, *, expert_parallel: bool = False, ranks: int = 1) -> 
 def ask_model(folder: Path) -> dict[str, str]:
     """Number of ranks, with `e` for experts in parallel -> vLLM's message as it builds the model; empty if it does."""
     import torch
+    import torch.fx.experimental._config
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
+    torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True  # for the map of experts to ranks
+    sparse = "num_experts" in json.loads((folder / "config.json").read_text())
     answers = {}
     for ranks in RANKS:
-        for parallel in (False, True) if ranks > 1 and "experts" in (folder / "config.json").read_text() else (False,):
+        for parallel in (False, True) if ranks > 1 and sparse else (False,):
             try:
                 with world_of(folder, expert_parallel=parallel, ranks=ranks) as group:
                     dtype = group.config.model_config.dtype
@@ -148,7 +151,9 @@ def rank_loads_right(rank: int, ranks: int, kind: str, config: Any, rows: list[i
             parameter.weight_loader(*arguments)
         spread = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1) if by_block else scales
         whole = codes * (spread[:count, :columns] if by_block else spread)
-        if kind == "row":
+        if kind == "whole":
+            wanted.append(whole)
+        elif kind == "row":
             wanted.append(whole[:, columns // ranks * rank :][:, : columns // ranks])
         else:
             heads = count // size if kind == "qkv" and index else ranks
@@ -208,20 +213,23 @@ def ask_experts(group: Any, method: str, width: int, hidden: int, expert_paralle
 # ---------------------------------------------------------------------------------------------- kernels
 
 
-def in_forks(function: Any, cases: list[Any]) -> list[Any]:
-    """Each call in a process of its own: vLLM caches what it finds out about a device."""
-    answers = []
-    for case in cases:
+def on_devices(cases: list[dict[str, Any]]) -> list[str]:
+    """What vLLM chooses for each case; one process per device, since vLLM caches what it finds out about it."""
+    import vllm.model_executor.kernels.linear  # noqa: F401  # once, for all of them
+
+    chosen: dict[int, list[str]] = {}
+    for capability in {case["capability"] for case in cases}:
         reader, writer = os.pipe()
         if (child := os.fork()) == 0:
             with os.fdopen(writer, "w") as out:
-                out.write(json.dumps(function(**case)))
+                pretend(capability)
+                out.write(json.dumps([kernel_for(**case) for case in cases if case["capability"] == capability]))
             os._exit(0)
         os.close(writer)
         with os.fdopen(reader) as answer:
-            answers.append(json.loads(answer.read() or '"the child died"'))
+            chosen[capability] = json.loads(answer.read() or "[]")
         os.waitpid(child, 0)
-    return answers
+    return [chosen[case["capability"]].pop(0) for case in cases]
 
 
 def pretend(capability: int) -> None:
@@ -273,15 +281,14 @@ def as_number(capability: Any) -> int:
     return capability if isinstance(capability, int) else capability[0] * 10 + capability[1]
 
 
-def kernels_on(capability: int, weights: str, inputs: str, shape: list[int], model_type: str, dtype: str) -> str:
+def kernel_for(capability: int, weights: str, inputs: str, shape: list[int], model_type: str, dtype: str) -> str:
     """Name of the class that vLLM chooses for one Linear."""
     import torch
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config import vllm as current
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.layers.quantization.utils import quant_utils as keys
 
-    config = VllmConfig()
-    pretend(capability)
+    config = SimpleNamespace(kernel_config=SimpleNamespace(linear_backend_per_quant=None, linear_backend="auto"))
     config.model_config = SimpleNamespace(hf_text_config=SimpleNamespace(model_type=model_type), dtype=None)
     weight_key = {
         "tensor": keys.kFp8StaticTensorSym,
@@ -300,10 +307,10 @@ def kernels_on(capability: int, weights: str, inputs: str, shape: list[int], mod
         weight_shape=(shape[0], shape[1]),
     )
     known = linear._POSSIBLE_FP8_BLOCK_KERNELS if weights == "block" else linear._POSSIBLE_FP8_KERNELS
-    with set_current_vllm_config(config):
-        kind = linear.choose_scaled_mm_linear_kernel(
-            layer, known, compute_capability=capability, quantization="fp8_block_w8a8"
-        )
+    current._current_vllm_config = config
+    kind = linear.choose_scaled_mm_linear_kernel(
+        layer, known, compute_capability=capability, quantization="fp8_block_w8a8"
+    )
     return kind.__name__
 
 
