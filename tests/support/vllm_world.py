@@ -68,11 +68,9 @@ def world_of(folder: Path, *, expert_parallel: bool = False, ranks: int = 1) -> 
 def ask_model(folder: Path) -> dict[str, str]:
     """Number of ranks, with `e` for experts in parallel -> vLLM's message as it builds the model; empty if it does."""
     import torch
-    import torch.fx.experimental._config
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    torch.fx.experimental._config.meta_nonzero_assume_all_nonzero = True  # for the map of experts to ranks
     sparse = "num_experts" in json.loads((folder / "config.json").read_text())
     answers = {}
     for ranks in RANKS:
@@ -80,7 +78,8 @@ def ask_model(folder: Path) -> dict[str, str]:
             try:
                 with world_of(folder, expert_parallel=parallel, ranks=ranks) as group:
                     dtype = group.config.model_config.dtype
-                    with torch.device("meta"), set_default_torch_dtype(dtype):
+                    place = "cpu" if parallel else "meta"  # the map of experts to ranks is looked at
+                    with torch.device(place), set_default_torch_dtype(dtype):
                         initialize_model(group.config)
                     words = ""
             except Exception as error:
