@@ -336,8 +336,8 @@ def test_issue_58157_deepgemm_quantizes_float_block_scales_again() -> None:
         for device in ("hopper", "blackwell"):
             rounded = serving(dense(), scheme(method, "block")).of("vLLM", device, 1)
             assert (rounded.verdict, rounded.word) == ("otherwise", "requantized")
-    exact = serving(dense(), scheme("fp8", "block") | {"scale_fmt": "ue8m0"})
-    assert exact.of("vLLM", "hopper", 1).verdict == exact.of("vLLM", "blackwell", 1).verdict == "w8a8"
+        exact = serving(dense(), scheme(method, "block") | {"scale_fmt": "ue8m0"})
+        assert exact.of("vLLM", "hopper", 1).verdict == exact.of("vLLM", "blackwell", 1).verdict == "w8a8"
 
 
 def test_blocks_on_ada_are_served_with_16_bit_inputs() -> None:

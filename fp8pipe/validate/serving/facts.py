@@ -19,7 +19,7 @@ from typing import Any, Literal
 from fp8pipe.model.fused import FUSED, FUSED_GATE_UP, FUSED_QKV, fused_siblings
 from fp8pipe.model.headers import TensorInfo
 from fp8pipe.validate.meaning.config import text_config
-from fp8pipe.validate.meaning.formats import FP8, FP8_BY_POWERS, Spec
+from fp8pipe.validate.meaning.formats import FP8, Spec
 from fp8pipe.validate.meaning.names import expert_of, is_in_predictor, place_in_decoder, stays_unquantized
 from fp8pipe.validate.meaning.scheme import Scheme
 
@@ -102,7 +102,7 @@ class Facts:
     @property
     def powers_of_two(self) -> bool:
         """All block scales are powers of two, by quantization_config."""
-        return self.spec.format == FP8_BY_POWERS
+        return self.spec.format.by_powers
 
 
 def read_facts(config: Mapping[str, Any], scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> Facts | None:
