@@ -10,6 +10,7 @@ files say `model.mtp_layers.0` or `model.mtp_block.0`), or below `mtp`.
 from __future__ import annotations
 
 import re
+
 from fp8pipe.model.architecture import Architecture
 
 REASON = "multi-token prediction: only drafts, which the model checks"
