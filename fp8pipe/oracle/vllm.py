@@ -110,6 +110,11 @@ def version() -> str | None:
         return None
 
 
+def is_available() -> bool:
+    """Whether vLLM is installed."""
+    return version() is not None
+
+
 def ask_vllm(folders: Sequence[Path]) -> dict[Path, Answer]:
     """vLLM's view of each checkpoint folder, from one child process.
 
@@ -242,7 +247,7 @@ class _Ended(EngineFailed):
 
 
 def _require_vllm() -> None:
-    if version() is None:
+    if not is_available():
         raise EngineFailed("vLLM is not installed, so it cannot check the checkpoint; install the cpu or gpu extra")
 
 
