@@ -25,6 +25,7 @@ import typer
 from rich.console import Console
 
 from fp8pipe.errors import Fp8PipeError
+from fp8pipe.model.untrusted import printable
 from fp8pipe.records import VERDICT_EXIT_CODES
 
 if TYPE_CHECKING:
@@ -64,12 +65,14 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
             code = command(*args, **kwargs) or 0
         except Fp8PipeError as error:
             err.print(f"[red]error[/red] ({type(error).__name__}):", end=" ")
-            err.print(str(error), markup=False)
+            err.print("\n".join(map(printable, str(error).split("\n"))), markup=False)
             code = error.exit_code
         except KeyboardInterrupt:
             err.print("interrupted; run the same command again to resume")
             code = 130
-        except Exception:  # the outermost frame: an unforeseen error is a defect, so say where its trace is
+        except SystemExit:
+            raise
+        except BaseException:  # the outermost frame: an unforeseen error, such as a panic in Rust, is a defect
             code = 5
             err.print(f"[red]internal error[/red]: {_store_trace()}")
         raise typer.Exit(code)

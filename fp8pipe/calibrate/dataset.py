@@ -124,7 +124,7 @@ def _read(path: Path) -> Rows:
         if suffix == ".txt":
             return [{"text": line} for line in lines]
         rows = [json.loads(line) for line in lines if line.strip()] if suffix == ".jsonl" else json.loads(text)
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise CalibrationDataError(f"{path}: not valid {suffix.lstrip('.')}: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise CalibrationDataError(f"{path}: expected a list of objects with a `messages` or `text` key")

@@ -74,8 +74,7 @@ def plan_conversion(snapshot: Snapshot, headers: Headers, *, to: Method | None) 
 
     Raises InputError for a model that is not an FP8 checkpoint, whose tensors contradict its config, or that `to`
     cannot express."""
-    content = source.read_file(snapshot, "config.json")
-    config = _parsed(snapshot, content)
+    content, config = source.read_file(snapshot, "config.json"), source.read_config(snapshot)
     quantization = quantization_config(config)
     method = _method(snapshot, quantization)
     assert quantization is not None
@@ -93,16 +92,6 @@ def plan_conversion(snapshot: Snapshot, headers: Headers, *, to: Method | None) 
         record=record,
         own_records=theirs and _records_of_result(theirs, draft, outputs, record.fingerprint),
     )
-
-
-def _parsed(snapshot: Snapshot, content: bytes) -> dict[str, Any]:
-    try:
-        config = json.loads(content)
-    except ValueError as error:
-        raise InputError(f"{snapshot.model_id}: config.json is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{snapshot.model_id}: config.json is not a JSON object")
-    return config
 
 
 def _method(snapshot: Snapshot, quantization: dict[str, Any] | None) -> Method:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
+from fp8pipe.model.untrusted import parse_json
+
 MAX_RETRIES = 2
+_USUAL_CONTEXT = 4096
+"""Tokens, for a config that does not say."""
 
 _SIGNS = re.compile(
     r"^.*(?:out of memory|OutOfMemoryError|DefaultCPUAllocator: can't allocate|\bMemoryError\b"
@@ -47,7 +50,9 @@ def smaller(engine: dict[str, Any], cause: str, attempt: int, model: Path) -> di
 
 
 def _context(engine: dict[str, Any], model: Path) -> int:
-    """Tokens of context that were requested; by default what the model's config allows."""
-    config = json.loads((model / "config.json").read_text())
-    own = (config.get("text_config") or config).get("max_position_embeddings", 4096)
+    """Tokens of context that were requested; by default what the model's config allows, if it says so in a number."""
+    config, _ = parse_json((model / "config.json").read_bytes(), constants=True)
+    places = [config.get("text_config"), config] if isinstance(config, dict) else []
+    found = [place.get("max_position_embeddings") for place in places if isinstance(place, dict)]
+    own = next((number for number in found if isinstance(number, int)), _USUAL_CONTEXT)
     return int(engine.get("max_model_len") or own)

@@ -80,7 +80,7 @@ def _last_results(folder: Path) -> Path:
 def _json(path: Path) -> Any:  # Any: the file's content
     try:
         return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
 
 
@@ -162,7 +162,7 @@ def _leaf(name: str, results: Results, path: Path) -> TaskResult:
 def _rows(path: Path) -> list[Row]:
     try:  # not splitlines(): texts may contain other line separators unescaped
         return [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path}: not one JSON object per line: {error}; the file is cut off or not lm-eval's"
         ) from error

@@ -30,8 +30,7 @@ def read_headers(snapshot: Snapshot) -> Headers:
     names = source.weight_files(snapshot)
     sizes = {file.name: file.size for file in snapshot.files}
     with ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="headers") as pool:  # on the Hub, each is a round trip
-        shards = tuple(pool.map(lambda name: _read_header(snapshot, name, sizes[name]), names))
-    headers = join_headers(shards)
+        headers = join_headers(pool.map(lambda name: _read_header(snapshot, name, sizes[name]), names))
     if INDEX_NAME in sizes and list(names) != [SINGLE_NAME]:
         require_index(source.read_file(snapshot, INDEX_NAME), headers)
     return headers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from fp8pipe.errors import (
     InputError,
@@ -19,6 +20,7 @@ from fp8pipe.errors import (
 from fp8pipe.hub.client import client, translated
 from fp8pipe.model.headers import INDEX_NAME, read_index
 from fp8pipe.model.identity import folder_identity
+from fp8pipe.model.untrusted import MAX_FILE_BYTES, parse_config, too_long
 from fp8pipe.records import Snapshot, SourceFile
 
 COMPANIONS = (
@@ -120,7 +122,10 @@ def _require_inside(link: Path, folder: Path) -> None:
     """
     in_hub_cache = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
     fence = folder.parents[2] if in_hub_cache else folder
-    target = link.resolve()
+    try:
+        target = link.resolve()
+    except RuntimeError:  # a loop
+        raise InputError(f"{link}: a link that leads back to itself; replace it by a copy of the file") from None
     if not target.exists():
         raise InputError(f"{link}: broken link, {target} does not exist; download the model again")
     if not target.is_relative_to(fence):
@@ -204,8 +209,22 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def read_file(snapshot: Snapshot, name: str) -> bytes:
-    """A whole small file, such as config.json."""
-    return read_range(snapshot, name, 0, _entry(snapshot, name).size)
+    """A whole small file, such as config.json. Raises MalformedCheckpoint if it is too large to be one."""
+    size = _entry(snapshot, name).size
+    if size > MAX_FILE_BYTES:
+        raise MalformedCheckpoint(f"{snapshot.model_id}: {name}: {too_long(size)}; remove it from the model")
+    return read_range(snapshot, name, 0, size)
+
+
+def read_config(snapshot: Snapshot) -> dict[str, Any]:
+    """The object in config.json. Raises MalformedCheckpoint if there is none that every reader reads alike."""
+    value, problem = parse_config(read_file(snapshot, "config.json"))
+    if problem or value is None:
+        raise MalformedCheckpoint(
+            f"{snapshot.model_id}: config.json: expected a JSON object, found {problem or 'null'}; download it again "
+            "or mend it"
+        )
+    return value
 
 
 def read_range(snapshot: Snapshot, name: str, begin: int, end: int) -> bytes:

@@ -17,6 +17,7 @@ import ctypes
 import io
 import json
 import os
+import resource
 import selectors
 import signal
 import subprocess
@@ -76,11 +77,13 @@ def supervise(
     on_message: Callable[[Message], None] = lambda message: None,
     timeout_s: float | None = None,
     stall_s: float | None = None,
+    memory_bytes: int | None = None,
 ) -> Ending:
     """Run `command`, without standard input, until it ends or has to be ended.
 
     It is ended after `timeout_s`, or when it has neither logged nor sent a message for `stall_s`, or has sent none for
     four times `stall_s`; all in seconds. `env` replaces the environment. `on_message` runs in the calling thread.
+    memory_bytes: private memory of each of its processes; beyond it the kernel refuses them more.
 
     However this function ends, even by an exception (KeyboardInterrupt, a cancelled task), no process of the group
     survives, not even a stopped one, and none of their shared memory: TERM first, KILL after GRACE_S.
@@ -91,9 +94,10 @@ def supervise(
         lifeline, _held_open = _pipe(stack)
         messages, messages_end = _pipe(stack)
         channel = str(messages_end.fileno())
+        orders = [str(lifeline.fileno()), channel, str(GRACE_S), str(memory_bytes or 0)]
         started = time.monotonic()
         guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, str(lifeline.fileno()), channel, str(GRACE_S), *command],
+            [sys.executable, "-I", "-S", __file__, *orders, *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -238,10 +242,10 @@ def _members(group: int) -> list[tuple[int, bytes]]:
 # ---------------------------------------------------------------------------------------------- the guard
 
 
-def _guard(lifeline: int, channel: int, grace_s: float, command: list[str]) -> int:
+def _guard(lifeline: int, channel: int, grace_s: float, memory_bytes: int, command: list[str]) -> int:
     """Run the command and return its exit status; end the group if the parent's end of the lifeline closes."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # TERM to the group is for the command; the guard outlives it
-    child = subprocess.Popen(command, pass_fds=(channel,), preexec_fn=_prepare_command)
+    child = subprocess.Popen(command, pass_fds=(channel,), preexec_fn=lambda: _prepare_command(memory_bytes))
     os.close(channel)
     orphaned = threading.Event()
     threading.Thread(target=_watch, args=(lifeline, grace_s, orphaned), daemon=True).start()
@@ -251,8 +255,10 @@ def _guard(lifeline: int, channel: int, grace_s: float, command: list[str]) -> i
     return code if code >= 0 else 128 - code
 
 
-def _prepare_command() -> None:
-    """Between fork and exec: die with the guard, and react to TERM again."""
+def _prepare_command(memory_bytes: int) -> None:
+    """Between fork and exec: die with the guard, react to TERM again, and have no more memory than is allowed."""
+    if memory_bytes:  # private memory: what is only reserved, as by CUDA, does not count
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -266,4 +272,4 @@ def _watch(lifeline: int, grace_s: float, orphaned: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_guard(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]))
+    sys.exit(_guard(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fp8pipe.errors import MalformedCheckpoint
-from fp8pipe.model.untrusted import clip, parse_json
+from fp8pipe.model.untrusted import MAX_NAME, clip, is_plain, parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -32,8 +32,11 @@ MAX_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format itself."""
 MAX_TENSORS = 2_000_000
 """More than any model has, over all files; each costs half a kilobyte of memory."""
+MAX_SHARDS = 10_000
+"""More files than any model has."""
 MAX_FAULTS = 10_000
 """Of one file. More are not kept: a header may hold millions."""
+_A_NAME = f"a name of at most {MAX_NAME} printable characters"
 _MAX_DIMS = 16
 """More dimensions than any tensor of a model has."""
 
@@ -133,7 +136,7 @@ class HeaderReading:
 def read_folder_headers(folder: Path) -> Headers:
     """Headers of every safetensors file at the top of `folder`, without consulting an index."""
     shards = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(path for path in folder.glob("*.safetensors") if path.is_file()):
         with path.open("rb") as file:
             head = file.read(8)
             head += file.read(min(int.from_bytes(head, "little"), MAX_HEADER))
@@ -141,15 +144,19 @@ def read_folder_headers(folder: Path) -> Headers:
     return join_headers(shards)
 
 
-def join_headers(shards: Sequence[ShardHeader]) -> Headers:
-    """All of them together; raises MalformedCheckpoint if a tensor is in two files."""
+def join_headers(shards: Iterable[ShardHeader]) -> Headers:
+    """All of them together; raises MalformedCheckpoint if a tensor is in two files, or there are too many."""
     tensors: dict[str, TensorInfo] = {}
+    taken: list[ShardHeader] = []
     for shard in shards:
+        taken.append(shard)
+        if len(tensors) + len(shard.tensors) > MAX_TENSORS:
+            raise HeaderFault(shard.name, f"at most {MAX_TENSORS} tensors in all files", "more").error()
         for info in shard.tensors:
             if info.name in tensors:
                 raise stored_twice(info, tensors[info.name].shard).error()
             tensors[info.name] = info
-    return Headers(tuple(shards), tensors)
+    return Headers(tuple(taken), tensors)
 
 
 def stored_twice(info: TensorInfo, other: str) -> HeaderFault:
@@ -183,7 +190,7 @@ def read_header(name: str, size: int, head: bytes, *, max_tensors: int = MAX_TEN
         return reading
     header, problem = parse_json(head[8:end])
     if problem is None and isinstance(header, dict) and len(header) > max_tensors:
-        header, problem = None, f"more than {MAX_TENSORS} tensors"
+        header, problem = None, f"more than {MAX_TENSORS} tensors in all files"
     if problem or not isinstance(header, dict):
         reading.fault("a JSON object as header", problem or type(header).__name__)
     if not isinstance(header, dict):
@@ -216,6 +223,8 @@ def _tensor(reading: HeaderReading, name: str, row: Any) -> TensorInfo | None:
         reading.lost.append(name)
         reading.fault(expected, clip(found), name)
 
+    if not is_plain(name):
+        return wrong(_A_NAME, repr(name))
     if not isinstance(row, dict) or set(row) != {"dtype", "shape", "data_offsets"}:
         return wrong("dtype, shape and data_offsets", sorted(row) if isinstance(row, dict) else type(row).__name__)
     dtype, shape, offsets = row["dtype"], row["shape"], row["data_offsets"]
@@ -291,7 +300,11 @@ def read_index(content: bytes) -> IndexReading:
         return reading
     metadata = value.get("metadata")
     reading.total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
-    reading.weight_map = {name: file for name, file in rows.items() if _names_a_file(reading, name, file)}
+    weight_map = {name: file for name, file in rows.items() if _names_a_file(reading, name, file)}
+    if (count := len(set(weight_map.values()))) > MAX_SHARDS:
+        reading.fault("index", f"at most {MAX_SHARDS} files", f"{count}")
+    else:
+        reading.weight_map = weight_map
     return reading
 
 
@@ -300,6 +313,8 @@ def _names_a_file(reading: IndexReading, tensor: str, file: Any) -> bool:
         reading.fault("row", "a file name", clip(repr(file)), tensor)
     elif not is_plain_name(file):
         reading.fault("name", "a file name without folders", clip(repr(file)), tensor)
+    elif not (is_plain(tensor) and is_plain(file)):
+        reading.fault("name", _A_NAME, clip(repr(tensor if is_plain(file) else file)), tensor)
     else:
         return True
     reading.lost.append(tensor)

@@ -6,6 +6,7 @@ configs             asks both what differs between two config.json; `configs_pro
 limits              errors that tell of the way of asking, not of the checkpoint
 asked               notes the names that vLLM looks for in an ignore list
 stand_ins           kernels and torchvision, which vLLM only needs to be there
+bounds              how much a config may make a library build, by what lies on disk
 landing             follows tensors through a loader without data
 compressed_tensors  that library's own opinion of a quantization_config
 cache               where answers are kept

@@ -4,7 +4,7 @@ In: a parsed JSON object. Out: (expected, found) for each thing that it refuses.
 seconds and 400 MB of imports, so it runs in a child process, and its answer is kept as a record under $FP8PIPE_CACHE. A
 process that has the parser loaded asks it directly.
 
-    python -m fp8pipe.oracle.compressed_tensors ANSWER < QUANTIZATION_CONFIG
+    python -m fp8pipe.oracle.compressed_tensors QUANTIZATION_CONFIG ANSWER
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -21,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from fp8pipe.errors import EnvironmentFault
+from fp8pipe.machine.supervise import supervise
 from fp8pipe.model.untrusted import clip
-from fp8pipe.oracle import cache
+from fp8pipe.oracle import bounds, cache
 from fp8pipe.oracle.lean import without
 
 RULES_VERSION = 1
 """Increase it when `ask_here` answers differently: records of another version are not used."""
-_TIMEOUT_S = 300
 _PARSER = "compressed_tensors.quantization"
 _KIND = "parsed"
 
@@ -69,19 +68,23 @@ def ask_here(quant: dict[str, Any]) -> Problems:
 
 def _ask_child(text: str) -> Problems:
     with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:
-        answer = Path(name) / "answer.json"
+        asked, answer = Path(name) / "asked.json", Path(name) / "answer.json"
+        asked.write_text(text)
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "fp8pipe.oracle.compressed_tensors", str(answer)]
-        environment = os.environ | quiet
-        try:
-            child = subprocess.run(
-                command, input=text.encode(), capture_output=True, env=environment, timeout=_TIMEOUT_S
-            )
-        except subprocess.TimeoutExpired:
-            raise EnvironmentFault(f"compressed-tensors' parser gave no answer within {_TIMEOUT_S} s") from None
-        if child.returncode or not answer.exists():
-            tail = child.stderr.decode(errors="replace").strip().splitlines()[-3:]
-            raise EnvironmentFault(f"compressed-tensors' parser gave no answer: {' | '.join(tail)}")
+        command = [sys.executable, "-m", "fp8pipe.oracle.compressed_tensors", str(asked), str(answer)]
+        limit = bounds.timeout_s(0)
+        ending = supervise(
+            command,
+            log=Path(name) / "log",
+            env=os.environ | quiet,
+            timeout_s=limit,
+            memory_bytes=bounds.memory_bytes(0),
+        )
+        if ending.reason == "timeout":
+            raise EnvironmentFault(f"compressed-tensors' parser gave no answer within {limit:.0f} s")
+        if not ending.succeeded or not answer.exists():
+            tail = clip(ending.tail(3).replace("\n", " | "), 1000)
+            raise EnvironmentFault(f"compressed-tensors' parser gave no answer: {tail}")
         return [(expected, found) for expected, found in json.loads(answer.read_text())]
 
 
@@ -90,7 +93,7 @@ def main() -> None:
     # transformers imports these where they are installed, which takes seconds
     with without("sklearn", "scipy"):
         import compressed_tensors.quantization  # noqa: F401
-    Path(sys.argv[1]).write_text(json.dumps(ask_here(json.load(sys.stdin))))
+    Path(sys.argv[2]).write_text(json.dumps(ask_here(json.loads(Path(sys.argv[1]).read_bytes()))))
 
 
 if __name__ == "__main__":

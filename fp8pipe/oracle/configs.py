@@ -58,7 +58,8 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], *, dtype: str | None) 
     known. The model's own code is never run: for a class that no library has, no library can read the config.
     """
     versions = [PROBE_VERSION, version("transformers"), _vllm_version()]
-    path = cache_dir().with_name("configs") / f"{digest_of([ours, theirs, dtype, versions])}.json"
+    text = json.dumps([ours, theirs], sort_keys=True)  # they may hold NaN, which no digest takes
+    path = cache_dir().with_name("configs") / f"{digest_of([text, dtype, versions])}.json"
     known = Comparison.load_if_present(path)
     if known is not None:
         return known

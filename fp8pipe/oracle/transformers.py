@@ -17,19 +17,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.errors import InputError, UnsupportedArchitecture
+from fp8pipe.errors import UnsupportedArchitecture
 from fp8pipe.files import digest_of
 from fp8pipe.hub import source
 from fp8pipe.hub.headers import read_headers
 from fp8pipe.machine.supervise import supervise
 from fp8pipe.model.architecture import Architecture
 from fp8pipe.model.headers import Headers
+from fp8pipe.model.untrusted import clip
+from fp8pipe.oracle import bounds
 from fp8pipe.oracle.cache import cache_dir
 from fp8pipe.records import Snapshot
 
 PROBE_VERSION = 7
 """Increase it when the probe or its rules answer differently: cached answers of other versions are not used."""
-_PROBE_TIMEOUT_S = 600
 
 
 def inspect(
@@ -45,6 +46,7 @@ def inspect(
     cached, it does not run. Raises UnsupportedArchitecture, with transformers' reason, if it cannot build the model.
     """
     headers = headers or read_headers(snapshot)
+    source.read_config(snapshot)  # what is no config never reaches a library
     config = source.read_file(snapshot, "config.json")
     path = cache_dir() / f"{_key(config, headers, trust_remote_code)}.json"
     known = Architecture.load_if_present(path)
@@ -68,8 +70,6 @@ def _key(config: bytes, headers: Headers, trust_remote_code: bool) -> str:
 
 
 def _probe(snapshot: Snapshot, config: bytes, headers: Headers, trust_remote_code: bool) -> Architecture:
-    if not isinstance(_json(config), dict):
-        raise InputError(f"{snapshot.model_id}: config.json is not a JSON object, so it names no architecture")
     with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:
         folder = Path(name)
         (folder / "config.json").write_bytes(config)
@@ -84,7 +84,7 @@ def _probe(snapshot: Snapshot, config: bytes, headers: Headers, trust_remote_cod
         }
         answer = _ask(request, folder)
     if "unsupported" in answer:
-        raise UnsupportedArchitecture(f"{snapshot.model_id}: {answer['unsupported']}")
+        raise UnsupportedArchitecture(f"{snapshot.model_id}: {clip(answer['unsupported'], 1000)}")
     return Architecture.model_validate(answer)
 
 
@@ -94,17 +94,12 @@ def _ask(request: dict[str, Any], scratch: Path) -> dict[str, Any]:
     asked.write_text(json.dumps(request))
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "fp8pipe.oracle.transformers_probe", str(asked), str(answer)]
-    ending = supervise(command, log=scratch / "log", env=os.environ | quiet, timeout_s=_PROBE_TIMEOUT_S)
+    count = len(request["tensors"])
+    limit, memory = bounds.timeout_s(count), bounds.memory_bytes(count)
+    ending = supervise(command, log=scratch / "log", env=os.environ | quiet, timeout_s=limit, memory_bytes=memory)
     if ending.reason == "timeout":
-        raise UnsupportedArchitecture(f"transformers did not build this model within {_PROBE_TIMEOUT_S} s")
+        raise UnsupportedArchitecture(f"transformers did not build this model within {limit:.0f} s; {bounds.ADVICE}")
     if not ending.succeeded or not answer.exists():
-        tail = ending.tail(3).replace("\n", " | ")
+        tail = clip(ending.tail(3).replace("\n", " | "), 1000)
         raise UnsupportedArchitecture(f"transformers could not build this model: {tail}")
     return json.loads(answer.read_bytes())
-
-
-def _json(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError:
-        return None

@@ -33,6 +33,7 @@ with without("sklearn", "scipy") if __name__ == "__main__" else nullcontext():
 from fp8pipe.model import fused
 from fp8pipe.model import names as rules
 from fp8pipe.model.architecture import AttentionLayer, TensorRole
+from fp8pipe.oracle import bounds
 from fp8pipe.oracle.disk import Target, Unsupported, follow
 from fp8pipe.oracle.experts import ExpertTensors, is_experts
 
@@ -51,7 +52,7 @@ def main() -> None:
 
 def examine(folder: Path, shapes: Mapping[str, list[int]], trust_remote_code: bool) -> dict[str, Any]:
     """The fields of `Architecture` for the config.json in `folder` and tensors on disk with these shapes."""
-    model, source_quantization = build(folder, trust_remote_code)
+    model, source_quantization = build(folder, trust_remote_code, tensors=len(shapes))
     survey = Survey(model, shapes, follow(model, shapes))
     roles = {name: survey.role(name) for name in shapes}
     roles = _with_groups(roles)
@@ -77,14 +78,21 @@ def examine(folder: Path, shapes: Mapping[str, list[int]], trust_remote_code: bo
 # ---------------------------------------------------------------------------------------------- building
 
 
-def build(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, dict[str, Any] | None]:
-    """The model on the meta device, as its own class, and the quantization_config, which is left out of the model."""
+def build(
+    folder: Path, trust_remote_code: bool, *, tensors: int = bounds.UNKNOWN_TENSORS
+) -> tuple[PreTrainedModel, dict[str, Any] | None]:
+    """The model on the meta device, as its own class, and the quantization_config, which is left out of the model.
+
+    tensors: how many lie on disk, which bounds the model's parts."""
     source_quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        vars(config).pop("quantization_config", None)
-        with torch.device("meta"):
-            return _model_class(config, trust_remote_code), source_quantization
+        with bounds.building(tensors):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            vars(config).pop("quantization_config", None)
+            with torch.device("meta"):
+                return _model_class(config, trust_remote_code), source_quantization
+    except bounds.TooLarge as error:
+        raise Unsupported(str(error)) from error
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError) as error:
         hint = "" if trust_remote_code else "; if it has code of its own, --trust-remote-code allows it"
         raise Unsupported(f"transformers cannot build it: {error}{hint}") from error

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fp8pipe.errors import EngineFailed
 from fp8pipe.files import digest_of
 from fp8pipe.machine.supervise import supervise
-from fp8pipe.oracle import cache
+from fp8pipe.oracle import bounds, cache
 
 if TYPE_CHECKING:
     from fp8pipe.model.headers import TensorInfo
@@ -273,7 +273,8 @@ def run_probe(requests: list[dict[str, Any]], scratch: Path) -> list[dict[str, A
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "fp8pipe.oracle.vllm_probe", str(asked), str(answers)]
     limit = _START_S + sum(_MODEL_S + _TENSOR_S * len(one["tensors"]) for one in _models(requests))
-    ending = supervise(command, log=scratch / "log", env=os.environ | quiet, timeout_s=limit)
+    memory = max(bounds.memory_bytes(len(one["tensors"])) for one in _models(requests))
+    ending = supervise(command, log=scratch / "log", env=os.environ | quiet, timeout_s=limit, memory_bytes=memory)
     if ending.reason == "timeout":
         raise EngineFailed(f"vLLM did not build the model within {limit:.0f} s")
     lines = answers.read_text().splitlines() if answers.exists() else []

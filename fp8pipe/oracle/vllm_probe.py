@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.evaluate.environment import import_architecture, prepare_process
-from fp8pipe.oracle import asked, limits, stand_ins
+from fp8pipe.oracle import asked, bounds, limits, stand_ins
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ def _examine(folder: Path, tensors: dict[str, tuple[str, list[int]]]) -> dict[st
     answer: dict[str, Any] = {"parameters": [], "landings": [], "mismatches": []} | texts
     try:
         layers: asked.Asked = {}
-        with built(folder, layers) as model:
+        with built(folder, layers, tensors=len(tensors)) as model:
             answer["parameters"] = _parameters(model)
             if tensors:
                 follow_loader(model, tensors, answer)
@@ -100,9 +100,11 @@ def _examine(folder: Path, tensors: dict[str, tuple[str, list[int]]]) -> dict[st
 
 
 @contextlib.contextmanager
-def built(folder: Path, layers: asked.Asked | None = None) -> Iterator[nn.Module]:
+def built(
+    folder: Path, layers: asked.Asked | None = None, *, tensors: int = bounds.UNKNOWN_TENSORS
+) -> Iterator[nn.Module]:
     """vLLM's model for the config.json in `folder`, on the meta device, for a single process. `layers` gets those that
-    asked for a quantization method."""
+    asked for a quantization method. `tensors`, of which so many lie on disk, bound the model's parts."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import destroy_model_parallel, initialize_model_parallel
@@ -112,12 +114,14 @@ def built(folder: Path, layers: asked.Asked | None = None) -> Iterator[nn.Module
 
     import_architecture(str(folder), False)
     arguments = EngineArgs(model=str(folder), load_format="dummy", enforce_eager=True, skip_tokenizer_init=True)
-    config = arguments.create_engine_config()
+    with bounds.building(tensors):
+        config = arguments.create_engine_config()
     with set_current_vllm_config(config):
         initialize_model_parallel(1)  # for each model, since experts have a group of their own
         try:
             noting = asked.noted(config.quant_config, {} if layers is None else layers)
-            with torch.device("meta"), set_default_torch_dtype(config.model_config.dtype), noting:
+            dtype = set_default_torch_dtype(config.model_config.dtype)
+            with bounds.building(tensors), torch.device("meta"), dtype, noting:
                 model = initialize_model(config)
             yield model
         finally:

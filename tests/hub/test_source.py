@@ -25,7 +25,7 @@ from fp8pipe.errors import (
 )
 from fp8pipe.hub.client import client
 from fp8pipe.hub.download import download, download_iter
-from fp8pipe.hub.source import needed_files, read_file, read_range, resolve, weight_files
+from fp8pipe.hub.source import needed_files, read_config, read_file, read_range, resolve, weight_files
 from fp8pipe.progress import ProgressEvent
 from fp8pipe.rehearsal.localhub import Disruption, LocalHub
 
@@ -311,6 +311,29 @@ def test_pickles_of_the_training_are_no_weights(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="found no weights") as error:
         resolve(str(tmp_path))
     assert not isinstance(error.value, UnsafeWeights)
+
+
+def test_link_that_leads_back_to_itself_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    (folder / "notes.txt").symlink_to("notes.txt")
+    with pytest.raises(InputError, match="leads back to itself"):
+        resolve(str(folder))
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a":' * 500 + b"1" + b"}" * 500, b'{"a": 1, "a": 2}', b"[]"])
+def test_config_that_readers_may_not_agree_on_is_refused(tmp_path: Path, content: bytes) -> None:
+    folder = write_model(tmp_path)
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(MalformedCheckpoint, match=r"config\.json: expected a JSON object, found"):
+        read_config(resolve(str(folder)))
+
+
+def test_file_too_large_for_its_kind_is_not_read(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    with (folder / "LICENSE").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(MalformedCheckpoint, match="LICENSE: 1099511627776 bytes"):
+        read_file(resolve(str(folder)), "LICENSE")
 
 
 def test_link_that_leaves_the_folder_is_refused_but_not_inside_the_hub_cache(tmp_path: Path) -> None:

@@ -315,6 +315,24 @@ def test_hostile_json_becomes_findings_that_can_be_saved(good: Path, tmp_path: P
     assert ValidationReport.load(report.save(tmp_path / "validation.json")) == report
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("file", ["config.json", INDEX, "model-00001-of-00002.safetensors", "README.md"])
+def test_pipe_in_the_place_of_a_file_is_no_file(good: Path, tmp_path: Path, file: str) -> None:
+    """A read of it would wait for a writer for ever."""
+    folder = reference.copy(good, tmp_path / "checkpoint")
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / file)
+    assert validate(folder).sound is (file == "README.md")
+
+
+def test_link_to_itself_is_no_weight_file(good: Path, tmp_path: Path) -> None:
+    folder = reference.copy(good, tmp_path / "checkpoint")
+    shard = shards_of(folder)[0]
+    shard.unlink()
+    shard.symlink_to(shard.name)
+    assert "F9" in ids(validate(folder))
+
+
 # ---------------------------------------------------------------------------------------------- oracles
 
 

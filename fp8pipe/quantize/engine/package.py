@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from fp8pipe.errors import InputError
 from fp8pipe.files import write_atomically
 from fp8pipe.hub import source
 from fp8pipe.model.headers import INDEX_NAME, index_bytes
@@ -42,13 +41,9 @@ def write_companions(snapshot: Snapshot, plan: Plan, folder: Path) -> None:
 
 def write_config(snapshot: Snapshot, plan: Plan, folder: Path) -> None:
     """Write the source's config.json with another quantization_config and no other change, and before it, among the
-    records, the source's own: later edits are found by it. Raises InputError."""
-    content = source.read_file(snapshot, "config.json")
-    try:
-        config = json.loads(content)
-    except ValueError as error:
-        raise InputError(f"{snapshot.model_id}: config.json is not JSON: {error}") from error
-    write_atomically(record_path(folder, "source_config"), content)
+    records, the source's own: later edits are found by it. Raises MalformedCheckpoint."""
+    config = source.read_config(snapshot)
+    write_atomically(record_path(folder, "source_config"), source.read_file(snapshot, "config.json"))
     for section in (config, config.get("text_config")):
         if isinstance(section, dict):
             section.pop("quantization_config", None)

@@ -9,30 +9,38 @@ import yaml
 
 from fp8pipe.config import Recipe, is_local_data
 from fp8pipe.hub.model_card import front_matter
+from fp8pipe.model.untrusted import is_plain
 from fp8pipe.release.card.facts import CardFacts
 
 _INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 """Front matter that holds for a quantized copy too."""
+MAX_FRONT_MATTER = 100_000
+"""Characters of a card that are searched for front matter."""
+MAX_VALUES = 1000
+"""Entries of one list; there are 200 languages."""
 
 
 def inherited_metadata(card: str | None) -> dict[str, Any]:
     """The front matter that a copy inherits from the source's README.md; empty if there is none, or it is not YAML."""
-    found = re.match(r"\A\ufeff?---\s*\n(.*?)\n---\s*(?:\n|\Z)", card or "", re.DOTALL)
+    start = (card or "")[:MAX_FRONT_MATTER].replace("\r\n", "\n")
+    found = re.match(r"\A\ufeff?---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", start, re.DOTALL)
     if found is None:
         return {}
     try:
         content = yaml.safe_load(found.group(1))
-    except yaml.YAMLError:  # it is somebody else's card: what it does not say clearly is not repeated
-        return {}
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}  # it is somebody else's card: what it does not say clearly is not repeated
     if not isinstance(content, dict):
         return {}
     return {key: content[key] for key in _INHERITED if _is_text(content.get(key))}
 
 
 def _is_text(value: object) -> bool:
-    """A text, or a list of texts."""
+    """A text, or a list of texts, of a length that a person may have written."""
     listed = value if isinstance(value, list) else [value]
-    return bool(listed) and all(isinstance(item, str) and item.strip() for item in listed)
+    return 0 < len(listed) <= MAX_VALUES and all(
+        isinstance(item, str) and is_plain(item) and item.strip() for item in listed
+    )
 
 
 def card_front_matter(facts: CardFacts) -> str:

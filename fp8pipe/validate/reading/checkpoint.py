@@ -24,7 +24,7 @@ from fp8pipe.model.headers import (
     read_index,
     stored_twice,
 )
-from fp8pipe.model.untrusted import MAX_JSON_BYTES, clip, parse_json, too_long
+from fp8pipe.model.untrusted import MAX_JSON_BYTES, clip, parse_config, too_long
 from fp8pipe.validate.faults import MAX_FINDINGS_PER_CHECK, Fault
 from fp8pipe.validate.reading.place import Place
 
@@ -81,10 +81,7 @@ class CheckpointFiles:
         size = self.sizes[name]
         if size > MAX_JSON_BYTES:
             return None, too_long(size)
-        content, problem = parse_json(self.place.read(name, 0, size))
-        if content is not None and not isinstance(content, dict):
-            return None, f"a {type(content).__name__}"
-        return content, problem
+        return parse_config(self.place.read(name, 0, size))
 
     def shards(self) -> list[str]:
         """Names of the files that hold the tensors found."""

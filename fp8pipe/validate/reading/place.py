@@ -74,10 +74,12 @@ class FolderPlace:
 
     def trouble(self, name: str) -> str | None:
         path = self._root / name
+        if path.is_symlink() and not path.exists():
+            return "a link to nothing"
         if path.is_symlink() and not self._stays_inside(path):
             return f"a link to {path.readlink()}, outside the folder"
         if self.sizes[name] == 0:
-            return "an empty file" if path.exists() else "a link to nothing"
+            return "an empty file"
         return "a Git LFS pointer" if self.read(name, 0, len(_LFS)) == _LFS else None
 
     def _stays_inside(self, link: Path) -> bool:
@@ -97,12 +99,13 @@ def _read(path: Path, begin: int, end: int) -> bytes:
 
 
 def _list_files(root: Path) -> dict[str, int]:
+    """Files and links; no pipe or device, since a read of one may never end."""
     found = {}
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(folder) / name
-            found[path.relative_to(root).as_posix()] = path.stat().st_size if path.exists() else 0
+        for path in (Path(folder) / name for name in sorted(names)):
+            if path.is_file() or (path.is_symlink() and not path.exists()):
+                found[path.relative_to(root).as_posix()] = path.stat().st_size if path.exists() else 0
     return found
 
 
