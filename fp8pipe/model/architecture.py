@@ -102,12 +102,17 @@ class Architecture(Record):
     """transformers' name of the ModuleList of decoder layers, `model.layers`."""
     tied_embeddings: bool
     """lm_head is the embedding and has no tensor of its own."""
+    head: str = ""
+    """transformers' name of the output head, `lm_head`, tied or not; empty if it is no Linear."""
     trust_remote_code: bool = False
     """Whether the model's own code was run to find all this."""
     source_quantization: dict[str, Any] | None = None
     """`quantization_config` of the source; None for an unquantized model."""
     experts: dict[str, int] = Field(default_factory=dict)
     """Experts module, by the name under which vLLM's loaders look for its experts -> how many the model has."""
+    unread_experts: tuple[str, ...] = ()
+    """Experts modules that transformers would leave as it initialised them if each expert had tensors of its own, as
+    vLLM's loaders want them: it has no such names for this model."""
     misfits: tuple[str, ...] = ()
     """Tensors whose shape is not that of the model's parameter, and parameters of decoder layers that no tensor
     fills."""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from fp8pipe.model import names as rules
 from fp8pipe.model.architecture import ExpertLayout, TensorRole
-from fp8pipe.oracle.disk import Target, Unsupported
+from fp8pipe.oracle.disk import Target, Unsupported, follow
 
 _Stack = dict[str, tuple[str, int]]
 """Matrix on disk -> the parameter that it is stacked into, and its index there."""
@@ -128,6 +128,24 @@ class ExpertTensors:
             modules = {place.rpartition(".")[0]: self._model.get_parameter(place).shape[0] for place in places}
             counts[holder] = sum(modules.values())
         return counts
+
+    def unread(self, roles: Mapping[str, TensorRole]) -> list[str]:
+        """Experts modules on disk whose experts transformers would not read one by one, under the names that vLLM's
+        loaders want; and modules that no tensor on disk fills."""
+        split = {
+            f"{holder}.0.{projection}.weight": holder
+            for name, role in roles.items()
+            if role.layout is not None and (holder := rules.experts_holder(name, role))
+            for projection in role.layout.projections
+        }
+        read = follow(self._model, split)
+        unread = [holder for name, holder in split.items() if name not in read or read[name].converter is None]
+        filled = {place for target in self._targets.values() for place in target.all_names()}
+        for name, module in self._model.named_modules():
+            weights = {leaf for leaf, _ in module.named_parameters(recurse=False)} & rules.PROJECTIONS.keys()
+            if is_experts(module) and not filled.issuperset(f"{name}.{leaf}" for leaf in weights):
+                unread.append(name)
+        return list(dict.fromkeys(unread))
 
     def misfits(self) -> Iterator[str]:
         """Parameters of experts into which fewer or more matrices are stacked than they hold."""

@@ -68,9 +68,11 @@ def examine(folder: Path, shapes: Mapping[str, list[int]], trust_remote_code: bo
         "layers_module": survey.layers_name,
         "tied_embeddings": bool(getattr(text, "tie_word_embeddings", False))
         and not any(role.kind == "lm_head" for role in roles.values()),
+        "head": survey.head_name(),
         "trust_remote_code": trust_remote_code,
         "source_quantization": source_quantization,
         "experts": survey.experts.counts(roles),
+        "unread_experts": survey.experts.unread(roles),
         "misfits": survey.misfits(),
     }
 
@@ -216,6 +218,11 @@ class Survey:
                 if f"{parent}.{child}" != name:
                     yield f"{parent}.{child}", module
             name = parent
+
+    def head_name(self) -> str:
+        """Name of the output head's Linear; empty if it has none."""
+        is_linear = isinstance(self.head, nn.Linear)
+        return next((name for name, module in self.modules.items() if is_linear and module is self.head), "")
 
     def misfits(self) -> list[str]:
         """What does not fit between the files and config.json: tensors of another shape than their parameter's, decoder

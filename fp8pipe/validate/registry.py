@@ -57,6 +57,7 @@ _PACKAGE_AND_RUNTIME: tuple[Check, ...] = (
     p_package.sizes_are_as_planned,
     p_package.files_are_those_of_the_manifest,
     r_runtime.vllm_reads_every_tensor,
+    r_runtime.transformers_reads_the_experts,
 )
 
 

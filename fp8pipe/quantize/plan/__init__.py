@@ -18,6 +18,7 @@ from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
 from fp8pipe.model.architecture import Architecture
 from fp8pipe.model.fp8_source import block_shape
 from fp8pipe.model.headers import Headers, TensorInfo
+from fp8pipe.model.names import experts_holder
 from fp8pipe.model.shards import require_disk
 from fp8pipe.quantize.plan.choose import Choice, choose, unmatched_ignore
 from fp8pipe.quantize.plan.layout import file_sizes, output_tensors, quantization_config
@@ -102,6 +103,16 @@ def _notes(
         notes.append(f"keep_bf16: calibration will keep the worst {100 * recipe.keep_bf16.worst:g} % of these Linears")
     if recipe.kv_cache is not None and not all(layer.has_kv_scales for layer in architecture.attention):
         notes.append("latent attention (MLA) gets no KV scales: vLLM would drop them")
+    split = {
+        experts_holder(name, role)
+        for name, role in architecture.tensors.items()
+        if role.kind == "fused_experts" and choices[name].action == "quantize"
+    }
+    if unread := sorted(split.intersection(architecture.unread_experts)):
+        notes.append(
+            f"for vLLM only: transformers {architecture.transformers_version} has no names for the experts of this "
+            f"model one by one, and would initialise them at random ({unread[0]}, {len(unread)} in all)"
+        )
     if any(choice.scale for choice in choices.values()):
         notes.append("the source is FP8: its weights are dequantized and quantized again, which rounds them twice")
     return tuple(notes)

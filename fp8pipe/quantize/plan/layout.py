@@ -175,7 +175,7 @@ def quantization_config(
     outputs: Iterable[OutputTensor],
 ) -> dict[str, Any]:
     """`quantization_config` of config.json. Kept modules are named as on disk and as in transformers."""
-    modules: dict[str, None] = {"lm_head": None}
+    modules = dict.fromkeys(["lm_head", *filter(None, [architecture.head])])  # a tied head has no tensor
     experts: dict[str, None] = {}
     quantized: dict[str, None] = {}
     for name, role in architecture.tensors.items():

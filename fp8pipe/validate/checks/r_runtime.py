@@ -1,4 +1,4 @@
-"""R1: what vLLM's own model and loader make of the tensors."""
+"""R: what the readers' own loaders make of the tensors, vLLM (R1) and transformers (R2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fp8pipe.model.untrusted import clip
 from fp8pipe.validate.checks.check import check
 from fp8pipe.validate.faults import Fault
 from fp8pipe.validate.meaning.config import method_of
-from fp8pipe.validate.meaning.names import WEIGHTS, holds_codes, is_companion, is_in_predictor, split_name
+from fp8pipe.validate.meaning.names import WEIGHTS, expert_of, holds_codes, is_companion, is_in_predictor, split_name
 from fp8pipe.validate.subject import Subject
 
 if TYPE_CHECKING:
@@ -94,6 +94,20 @@ def _of_vllm(fault: Fault, version: str) -> Fault:
         consequence=f"vLLM {version} {what}",
         remedy="serve and measure it with a version of vLLM that loads the source",
     )
+
+
+@check(
+    "R2",
+    "transformers reads the experts as well as vLLM does.",
+    severity="warning",
+    consequence="transformers initialises these experts at random, and only mentions missing keys; vLLM reads them",
+    remedy="nothing for vLLM, which has no other names for them; do not load this checkpoint with transformers",
+)
+def transformers_reads_the_experts(subject: Subject) -> Iterator[Fault]:
+    layout = subject.layout
+    if layout.unread_experts and any(map(expert_of, subject.specs)):
+        first, count = layout.unread_experts[0], len(layout.unread_experts)
+        yield Fault("names of experts that transformers knows", f"none for {first} and {count - 1} more", tensor=first)
 
 
 def _remedy(mismatch: Mismatch, quantization: dict[str, Any]) -> str | None:

@@ -91,6 +91,8 @@ class Layout:
     """Tensors that the record says every checkpoint of this model has, under their unquantized names."""
     experts: Mapping[str, int] = field(default_factory=dict)
     """Experts module -> how many experts it has, where the record says so."""
+    unread_experts: tuple[str, ...] = ()
+    """Experts modules that transformers does not read expert by expert, where the record says so."""
     kv_heads: Mapping[str, int] = field(default_factory=dict)
     """Attention module -> heads that it caches, where the record says so."""
 
@@ -191,11 +193,14 @@ def layout_from_architecture(
         tied=architecture.tied_embeddings,
         num_layers=architecture.num_layers,
         from_record=True,
-        other_names=frozenset(role.module for role in architecture.tensors.values() if role.module),
+        other_names=frozenset(
+            filter(None, (architecture.head, *(role.module for role in architecture.tensors.values())))
+        ),
         pieces=pieces,
         heads=tuple(name for name, role in architecture.tensors.items() if role.kind == "lm_head") or HEADS,
         required=frozenset(required),
         experts=architecture.experts,
+        unread_experts=architecture.unread_experts,
         kv_heads={layer.name: layer.num_kv_heads for layer in architecture.attention},
     )
 
