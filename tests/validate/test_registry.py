@@ -9,14 +9,14 @@ from fp8pipe.validate import all_checks
 from fp8pipe.validate.checks.check import Check
 from fp8pipe.validate.registry import header_checks
 
-FAMILIES = "FCKSVDPR"
+FAMILIES = "FCKSVDLPR"
 
 
 def test_checks_are_numbered_without_gaps_in_the_order_of_their_families() -> None:
     ids = [check.id for check in all_checks()]
     counts = {letter: sum(name[0] == letter for name in ids) for letter in FAMILIES}
     assert ids == [f"{letter}{number}" for letter in FAMILIES for number in range(1, counts[letter] + 1)]
-    assert len(ids) == 64
+    assert len(ids) == 68
 
 
 def test_letter_of_an_id_is_the_file_of_its_check() -> None:
