@@ -91,7 +91,7 @@ def _layers(config: Any) -> int:  # Any: JSON
     if not isinstance(config, dict):
         return 0
     counts = (config.get(name) for name in _LAYER_COUNTS)
-    return max(0, *(count for count in counts if isinstance(count, int)), *map(_layers, config.values()))
+    return max((0, *(count for count in counts if isinstance(count, int)), *map(_layers, config.values())))
 
 
 def _asked(version: str, verdict: Verdict, files: CheckpointFiles) -> Asked:
