@@ -2,7 +2,8 @@
 
     plan/        which tensors are quantized, their bytes in the checkpoint, and config.json
     formats/     how a scheme is written on disk: names and shapes of scales, quantization_config
-    numerics/    the arithmetic of FP8: amax, scales, codes, observers
+    numerics/    the arithmetic of FP8: amax, scales, codes, observers, for tensors on any device
+    kernels      the same on the CPU, as compiled loops over numpy arrays
     engine/      the run itself:
       run          one run over one folder, from lock to record
       folder       whose folder it is: the lock, and what may be removed
@@ -10,10 +11,11 @@
       scales       ranges of a calibration -> input_scale, k_scale, v_scale
       work         what is left to do, started as source shards arrive
       weights      units of weights: measured, encoded, written
+      shrinking    the mse observer on stripes
       kept         tensors that stay unquantized
       units        weights that share a range: a fused group, or one weight
       views        how a weight is stored in the source, and how a stripe of it is read
-      workbench    a thread's buffers and its stream on a GPU
+      workbench    a thread's buffers, and arithmetic on the CPU; gpu_bench: the same on a GPU
       context      what all tasks share
       finite       refusal of NaN and Inf, by tensor and index
       meter        progress in bytes and tensors
@@ -22,12 +24,14 @@
       package      the files beside the weights: tokenizer, licence, index, and config.json last
     identity     the fingerprint of a checkpoint, and the device that makes it
 
-Importing this costs nothing; torch is loaded when `quantize` has work to do.
+Importing this costs nothing: numba is loaded when `quantize` has work to do, and torch for a GPU, the mse observer, an
+FP8 source or a calibration.
 """
 
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,16 +50,17 @@ __all__ = ["ENGINE_VERSION", "device_for", "fingerprint", "preload", "quantize"]
 def preload() -> None:
     """Load the code of a run. It takes seconds, which a caller can use while it waits for something else.
 
-    Code is no garbage, yet Python's collector looks through all of torch and numba again and again while they load, and
-    once more when the process ends: a third of the time of a short run. So it pauses, then leaves alone what it has."""
+    Code is no garbage, yet Python's collector looks through all of it again and again while it loads, and once more
+    when the process ends. So it pauses, then leaves alone what it has."""
     collects = gc.isenabled()
     gc.disable()
     try:
         import fp8pipe.quantize.engine.run  # noqa: F401
-        from fp8pipe.quantize.numerics import kernels
+        from fp8pipe.quantize import kernels
 
         kernels.load()
-        gc.freeze()
+        if "torch" not in sys.modules:  # triton, which comes with it, prints at exit what was not collected
+            gc.freeze()
     finally:
         if collects:
             gc.enable()

@@ -5,40 +5,43 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fp8pipe.errors import NonFiniteWeight
-from fp8pipe.model.dtypes import DTYPES
 from fp8pipe.model.headers import ITEM_BYTES, TensorInfo
 from fp8pipe.model.names import FLOATS
-from fp8pipe.quantize import numerics
+from fp8pipe.quantize import kernels
 from fp8pipe.quantize.engine.views import WeightView
+from fp8pipe.quantize.kernels import Array
 
 _EXPERTS = ("_proj", "_proj_bias")
 """Endings of tensors that hold all experts: `experts.gate_up_proj`."""
 
 
-def refuse_nonfinite(view: WeightView, stripe: Tensor, start: int, amax: Tensor) -> None:
+def refuse_nonfinite(view: WeightView, stripe: Array, start: int, amax: Array) -> None:
     """Raise NonFiniteWeight if `amax` of `stripe`, which begins at row `start` of the view, is not finite."""
-    if bool(torch.isfinite(amax).all()):
+    if np.isfinite(amax).all():
         return
-    found = numerics.first_nonfinite(stripe)
-    assert found is not None
-    raise _nonfinite(view.info, view.index_of(start + found[0], found[1]), float(stripe[found]))
+    row, column, value = _first_nonfinite(stripe)
+    raise _nonfinite(view.info, view.index_of(start + row, column), value)
 
 
 def refuse_nonfinite_bytes(info: TensorInfo, raw: memoryview, begin: int) -> None:
     """The same for bytes of a tensor from byte `begin` on, if it is a tensor that must be finite."""
     if not _must_be_finite(info):
         return
-    values = torch.frombuffer(raw, dtype=torch.uint8).view(DTYPES[info.dtype])
-    if bool(torch.isfinite(numerics.tensor_amax(values.view(1, -1)))):
+    values = np.frombuffer(raw, kernels.ARRAYS[info.dtype]).reshape(1, -1)
+    if np.isfinite(kernels.amax_blocks(values, values.shape)).all():
         return
-    found = numerics.first_nonfinite(values)
-    assert found is not None
-    index = np.unravel_index(begin // ITEM_BYTES[info.dtype] + found[0], info.shape)
-    raise _nonfinite(info, map(int, index), float(values[found]))
+    _, place, value = _first_nonfinite(values)
+    index = np.unravel_index(begin // ITEM_BYTES[info.dtype] + place, info.shape)
+    raise _nonfinite(info, map(int, index), value)
+
+
+def _first_nonfinite(weight: Array) -> tuple[int, int, float]:
+    """Row, column and value of the first NaN or Inf, of which there is one."""
+    values = kernels.widened(weight)
+    row, column = np.argwhere(~np.isfinite(values))[0]
+    return int(row), int(column), float(values[row, column])
 
 
 def _must_be_finite(info: TensorInfo) -> bool:

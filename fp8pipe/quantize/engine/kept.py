@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
+import numpy as np
 
-from fp8pipe.model.dtypes import DTYPES
 from fp8pipe.model.headers import ITEM_BYTES, TensorInfo
-from fp8pipe.quantize import numerics
+from fp8pipe.quantize import kernels
 from fp8pipe.quantize.engine.context import Context
 from fp8pipe.quantize.engine.finite import refuse_nonfinite, refuse_nonfinite_bytes
 from fp8pipe.quantize.engine.views import STRIPE_BYTES, WeightView
+from fp8pipe.quantize.kernels import Array
 from fp8pipe.quantize.plan import OutputTensor
 
 
@@ -44,9 +44,9 @@ class KeptTensors:
 
     def _dequantize_stripe(self, view: WeightView, output: OutputTensor, start: int, end: int) -> None:
         context = self._context
-        stripe = view.read(context.files, start, end, context.bench).to(DTYPES[output.dtype])
-        refuse_nonfinite(view, stripe, start, numerics.tensor_amax(stripe))
-        raw = stripe.view(torch.uint8).numpy().reshape(-1).data
+        stripe = _cast(view.read(context.files, start, end, context.bench), output.dtype)
+        refuse_nonfinite(view, stripe, start, kernels.amax_blocks(stripe, stripe.shape))
+        raw = stripe.reshape(-1).view(np.uint8).data
         place = output.begin + start * view.columns * ITEM_BYTES[output.dtype]
         context.shards[output.shard].write_at(place, raw, output.name)
         context.meter.add((end - start) * view.row_bytes)
@@ -54,3 +54,13 @@ class KeptTensors:
     def _finish(self, info: TensorInfo, output: OutputTensor) -> None:
         self._context.files.check_unchanged(info.shard)
         self._context.finish(output, [])
+
+
+def _cast(stripe: Array, dtype: str) -> Array:
+    """`stripe`, float32, in another dtype."""
+    import torch
+
+    from fp8pipe.model.dtypes import DTYPES
+    from fp8pipe.quantize import numerics
+
+    return numerics.array_of(torch.from_numpy(stripe).to(DTYPES[dtype]))

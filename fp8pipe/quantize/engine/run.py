@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from fp8pipe.errors import EnvironmentFault, Fp8PipeError, InputError, NoSuitableDevice
 from fp8pipe.hub import source
 from fp8pipe.model.shards import OutputShard, SourceFiles, sync_folder
@@ -22,7 +20,7 @@ from fp8pipe.quantize.engine.folder import FolderLock, begin, require_own_folder
 from fp8pipe.quantize.engine.journal import Journal
 from fp8pipe.quantize.engine.meter import Meter
 from fp8pipe.quantize.engine.package import write_companions, write_config
-from fp8pipe.quantize.engine.pool import Pool
+from fp8pipe.quantize.engine.pool import Pool, Task
 from fp8pipe.quantize.engine.scales import calibrated_scales
 from fp8pipe.quantize.engine.work import Work
 from fp8pipe.quantize.engine.workbench import Workbench
@@ -74,10 +72,13 @@ def run(
 
 def _present(asked: str) -> str:
     """The device to quantize on. Raises NoSuitableDevice if this machine does not have it."""
-    device = torch.device(device_for(asked))
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if (device := device_for(asked)) == "cpu":
+        return device
+    import torch
+
+    if (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise NoSuitableDevice(f"device {asked}: torch finds {torch.cuda.device_count()} GPUs here; use --device cpu")
-    return str(device)
+    return device
 
 
 def _write_shards(
@@ -92,16 +93,15 @@ def _write_shards(
     progress: Progress,
 ) -> None:
     """Write all safetensors files; they are complete and on disk when this returns."""
-    threads_before = torch.get_num_threads()
     with ExitStack() as stack:
         files = SourceFiles(snapshot.path, stack)
         shards = _open_shards(plan, folder, scales, stack)
-        pool = Pool(threads or len(os.sched_getaffinity(0)), prepare=partial(torch.set_num_threads, 1))
-        stack.callback(torch.set_num_threads, threads_before)
+        bench, prepare = _bench(plan, device, stack)
+        pool = Pool(threads or len(os.sched_getaffinity(0)), prepare)
         stack.callback(pool.close)
         finisher = Finisher(plan, shards, journal, stack)
         meter = Meter(plan, journal.finished, progress)
-        work = Work(plan, Context(files, shards, journal, pool, Workbench(device), meter, finisher.count_down))
+        work = Work(plan, Context(files, shards, journal, pool, bench, meter, finisher.count_down))
         finisher.start()
         wanted = {tensor.shard for tensor in plan.tensors}
         try:
@@ -119,6 +119,19 @@ def _write_shards(
             )
         finisher.wait()
     sync_folder(folder)
+
+
+def _bench(plan: Plan, device: str, stack: ExitStack) -> tuple[Workbench, Task]:
+    """The workbench of all threads, and what each thread does first: its share of torch, if torch is needed."""
+    if device == "cpu" and plan.settings.weights.observer == "minmax" and not any(t.scale for t in plan.tensors):
+        return Workbench(), lambda: None
+    import torch
+
+    from fp8pipe.quantize.engine.gpu_bench import GpuBench
+
+    stack.callback(torch.set_num_threads, torch.get_num_threads())
+    bench = Workbench() if device == "cpu" else GpuBench(device)
+    return bench, partial(torch.set_num_threads, 1)
 
 
 def _open_shards(plan: Plan, folder: Path, scales: dict[str, bytes], stack: ExitStack) -> dict[str, OutputShard]:

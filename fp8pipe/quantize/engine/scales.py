@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-import torch
+import numpy as np
 
 from fp8pipe.errors import InputError
-from fp8pipe.quantize.numerics import weight_scale
+from fp8pipe.quantize.kernels import scale_of
 from fp8pipe.quantize.plan import OutputTensor, Plan
 from fp8pipe.records.calibration import Calibration
 
@@ -97,4 +97,5 @@ def _refuse_unusable(amax: Mapping[str, tuple[float, ...]], wanted: Iterable[Out
 
 
 def _scale_bytes(amax: tuple[float, ...], output: OutputTensor) -> bytes:
-    return weight_scale(torch.tensor(amax, dtype=torch.float32)).reshape(output.shape).numpy().tobytes()
+    assert len(amax) == math.prod(output.shape), output.name
+    return scale_of(np.array(amax, np.float32)).tobytes()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fp8pipe.quantize.engine.views import Views, WeightView
+from fp8pipe.quantize.kernels import Array
 from fp8pipe.quantize.plan import OutputTensor, Plan
 
 
@@ -18,9 +18,9 @@ class Weight:
     view: WeightView
     output: OutputTensor
     scale_output: OutputTensor
-    scale: Tensor
-    """float32; [] per tensor, [out, 1] per channel, [blocks, blocks]."""
-    zeros: Tensor
+    scale: Array
+    """float32; [1, 1] per tensor, [out, 1] per channel, [blocks, blocks]."""
+    zeros: Array
     """bool, shape of `scale`: whether all weights under that scale are zero."""
 
 
@@ -33,7 +33,7 @@ class Unit:
     """Per-tensor scales: the range, as the observer has chosen it."""
     measured: list[float] = field(default_factory=list)
     """Per-tensor scales: amax of each stripe."""
-    errors: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    errors: dict[tuple[str, int], Array] = field(default_factory=dict)
     """Per-tensor scales, mse observer: squared errors of each stripe, float64 [shrinks], by weight and first row."""
 
     @property
@@ -59,23 +59,23 @@ def units_of(plan: Plan, views: Views) -> list[Unit]:
         if output.role != "weight":
             continue
         shape = _scale_shape(scales[output.module].shape, scheme.strategy)
-        zeros = torch.zeros(shape, dtype=torch.bool)
-        weight = Weight(views.of(output), output, scales[output.module], torch.empty(shape), zeros)
+        scale, zeros = np.empty(shape, np.float32), np.zeros(shape, np.bool_)
+        weight = Weight(views.of(output), output, scales[output.module], scale, zeros)
         together = scheme.strategy == "tensor" and scheme.share_scales and output.group
         units.setdefault(output.group if together else output.name, Unit([])).weights.append(weight)
     return list(units.values())
 
 
 def _scale_shape(on_disk: tuple[int, ...], strategy: str) -> tuple[int, ...]:
-    return () if strategy == "tensor" else on_disk
+    return (1, 1) if strategy == "tensor" else on_disk
 
 
 def zero_units(weight: Weight) -> list[str]:
     """Names of what holds only zeros: `tensor` itself, or its `tensor[row]` or `tensor[row, column]` of scales."""
-    if not bool(weight.zeros.any()):
+    if not weight.zeros.any():
         return []
-    if bool(weight.zeros.all()):
+    if weight.zeros.all():
         return [weight.output.name]
-    places = weight.zeros.nonzero().tolist()
+    places = np.argwhere(weight.zeros).tolist()
     keep = 1 if weight.zeros.shape[-1] == 1 else 2
     return [f"{weight.output.name}[{', '.join(map(str, place[:keep]))}]" for place in places]

@@ -7,17 +7,21 @@ of very wide weights."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fp8pipe.model import fp8_source
-from fp8pipe.model.dtypes import DTYPES
 from fp8pipe.model.fp8_source import ScaleGrid
 from fp8pipe.model.headers import ITEM_BYTES, TensorInfo
+from fp8pipe.model.names import FP8
 from fp8pipe.model.shards import SourceFiles
 from fp8pipe.quantize.engine.workbench import Workbench
+from fp8pipe.quantize.kernels import ARRAYS, Array
 from fp8pipe.quantize.plan import OutputTensor, Plan, PlannedTensor, Slice
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STRIPE_BYTES = 4 << 20
 """Source bytes of a stripe: small enough for the last-level cache, large enough that Python's overhead does not
@@ -78,48 +82,51 @@ class WeightView:
         height = max(1, budget // max(1, self.row_bytes * multiple)) * multiple
         return [(start, min(start + height, self.rows)) for start in range(0, self.rows, height)]
 
-    def read(self, files: SourceFiles, start: int, end: int, bench: Workbench) -> Tensor:
-        """Rows [start, end) as [end - start, in] in the source's dtype, dequantized to float32 if that is FP8.
+    def read(self, files: SourceFiles, start: int, end: int, bench: Workbench) -> Array:
+        """Rows [start, end) as [end - start, in], an array of ../kernels.py; float32 where the source is FP8.
 
         Valid until the thread's next read."""
         stripe = self._read(files, start, end, bench)
         if self.scales is None:
             return stripe
-        return fp8_source.dequantize(stripe, self.scales.read(files), self.scales.grid.unit, first_row=start)
+        import torch
 
-    def _read(self, files: SourceFiles, start: int, end: int, bench: Workbench) -> Tensor:
-        dtype = DTYPES[self.info.dtype]
+        codes = torch.from_numpy(stripe).view(torch.float8_e4m3fn)
+        scales = self.scales.read(files)
+        return fp8_source.dequantize(codes, scales, self.scales.grid.unit, first_row=start).numpy()
+
+    def _read(self, files: SourceFiles, start: int, end: int, bench: Workbench) -> Array:
         if self.slice is None and self.columns < self.info.shape[1]:
             return self._read_panel(files, start, end, bench)
         if self.slice is None:
             raw = bench.raw((end - start) * self.row_bytes)
             files.read_into(self.info.shard, self.info.begin + start * self.row_bytes, raw, self.info.name)
-            return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).view(end - start, self.columns)
+            return self._array(raw, end - start, self.columns)
         part = self.slice
         first, last = part.start + part.step * start, part.start + part.step * (end - 1) + 1
         if part.transposed:
             block = self._read_columns(files, part, first, last, bench)  # [in, last - first]
-            return block[:, :: part.step].T.contiguous()
+            return np.ascontiguousarray(block[:, :: part.step].T)
         raw = bench.raw((last - first) * self.row_bytes)
         all_rows = self.info.shape[1]
         offset = self.info.begin + (part.expert * all_rows + first) * self.row_bytes
         files.read_into(self.info.shard, offset, raw, self.info.name)
-        return (
-            torch.frombuffer(raw, dtype=torch.uint8)
-            .view(dtype)
-            .view(last - first, self.columns)[:: part.step]
-            .contiguous()
+        return np.ascontiguousarray(self._array(raw, last - first, self.columns)[:: part.step])
+
+    def _array(self, raw: memoryview, rows: int, columns: int) -> Array:
+        return np.frombuffer(raw, np.uint8 if self.info.dtype == FP8 else ARRAYS[self.info.dtype]).reshape(
+            rows, columns
         )
 
-    def _read_panel(self, files: SourceFiles, start: int, end: int, bench: Workbench) -> Tensor:
+    def _read_panel(self, files: SourceFiles, start: int, end: int, bench: Workbench) -> Array:
         item, run = ITEM_BYTES[self.info.dtype], self.row_bytes
         raw = bench.raw((end - start) * run)
         for row in range(start, end):
             offset = self.info.begin + (row * self.info.shape[1] + self.left) * item
             files.read_into(self.info.shard, offset, raw[(row - start) * run : (row - start + 1) * run], self.info.name)
-        return torch.frombuffer(raw, dtype=torch.uint8).view(DTYPES[self.info.dtype]).view(end - start, self.columns)
+        return self._array(raw, end - start, self.columns)
 
-    def _read_columns(self, files: SourceFiles, part: Slice, first: int, last: int, bench: Workbench) -> Tensor:
+    def _read_columns(self, files: SourceFiles, part: Slice, first: int, last: int, bench: Workbench) -> Array:
         item = ITEM_BYTES[self.info.dtype]
         width, run = self.info.shape[2], (last - first) * item
         raw = bench.raw(self.columns * run)
@@ -127,7 +134,7 @@ class WeightView:
         for row in range(self.columns):
             piece = raw[row * run : (row + 1) * run]
             files.read_into(self.info.shard, base + row * width * item, piece, self.info.name)
-        return torch.frombuffer(raw, dtype=torch.uint8).view(DTYPES[self.info.dtype]).view(self.columns, last - first)
+        return self._array(raw, self.columns, last - first)
 
     @property
     def shards(self) -> set[str]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from fp8pipe.config import WeightScheme
-from fp8pipe.quantize import numerics
 from fp8pipe.quantize.engine.context import Context
 from fp8pipe.quantize.engine.finite import refuse_nonfinite
 from fp8pipe.quantize.engine.units import Unit, Weight, zero_units
 from fp8pipe.quantize.engine.views import WeightView
+from fp8pipe.quantize.engine.workbench import Stripe
+from fp8pipe.quantize.kernels import Array, scale_of
 
 
 class QuantizedWeights:
@@ -43,10 +43,9 @@ class QuantizedWeights:
     def _measure_stripe(self, unit: Unit, weight: Weight, start: int, end: int) -> None:
         bench = self._context.bench
         stripe = weight.view.read(self._context.files, start, end, bench)
-        with bench.stream():
-            amax = numerics.tensor_amax(bench.to_device(stripe)).cpu()
+        amax = bench.amax(bench.take(stripe), stripe.shape)
         refuse_nonfinite(weight.view, stripe, start, amax)
-        unit.measured.append(float(amax))
+        unit.measured.append(float(amax.max(initial=0)))
 
     def _after_measuring(self, unit: Unit) -> None:
         unit.amax = max(unit.measured, default=0.0)
@@ -58,14 +57,17 @@ class QuantizedWeights:
 
     def _measure_errors(self, unit: Unit, weight: Weight, start: int, end: int) -> None:
         assert unit.amax is not None
+        from fp8pipe.quantize.engine.shrinking import errors_of  # imports torch
+
         stripe = weight.view.read(self._context.files, start, end, self._context.bench)
-        errors = numerics.shrink_errors(stripe, torch.tensor(unit.amax))  # [shrinks, rows, 1]
-        unit.errors[weight.output.name, start] = errors.sum((1, 2))
+        unit.errors[weight.output.name, start] = errors_of(stripe, unit.amax)
 
     def _after_errors(self, unit: Unit) -> None:
         assert unit.amax is not None
+        from fp8pipe.quantize.engine.shrinking import shrunk  # imports torch
+
         in_order = [unit.errors[weight.output.name, start] for weight, start, _ in unit.stripes()]
-        unit.amax = float(numerics.best_amax(torch.tensor(unit.amax), torch.stack(in_order).sum(0)))
+        unit.amax = shrunk(unit.amax, in_order)
         self._settle(unit)
 
     def _settle(self, unit: Unit) -> None:
@@ -81,8 +83,8 @@ class QuantizedWeights:
             if self._context.is_finished(weight.output):
                 continue
             if unit.amax is not None:
-                weight.scale.copy_(numerics.weight_scale(torch.tensor(unit.amax)))
-                weight.zeros.fill_(unit.amax == 0)
+                weight.scale[...] = scale_of(np.array(unit.amax, np.float32))
+                weight.zeros[...] = unit.amax == 0
             panels = weight.view.panels(block) if block else [weight.view]
             multiple = block[0] if block else 1
             stripes = [(panel, *rows) for panel in panels for rows in panel.stripes(multiple)]
@@ -92,17 +94,20 @@ class QuantizedWeights:
     def _encode_stripe(self, weight: Weight, view: WeightView, start: int, end: int) -> None:
         bench = self._context.bench
         stripe = view.read(self._context.files, start, end, bench)
-        block = self._scheme.block_shape if self._scheme.strategy == "block" else None
-        with bench.stream():
-            on_device, codes = bench.to_device(stripe), bench.codes(end - start, view.columns)
-            scale = self._stripe_scale(weight, view, stripe, on_device, start)
-            numerics.encode(on_device, bench.to_device(scale), codes, block=block)
-            codes = bench.to_host(codes)
-        self._write(weight, view, codes, start)
+        taken = bench.take(stripe)
+        scale = self._stripe_scale(weight, view, stripe, taken, start)
+        self._write(weight, view, bench.encode(taken, scale, self._unit(stripe)), start)
         self._context.meter.add((end - start) * view.row_bytes)
 
-    def _write(self, weight: Weight, view: WeightView, codes: Tensor, start: int) -> None:
-        raw = codes.view(torch.uint8).numpy().reshape(-1).data
+    def _unit(self, stripe: Array) -> tuple[int, int]:
+        """Rows and columns of `stripe` under one scale, at most all."""
+        if self._scheme.strategy == "block":
+            return self._scheme.block_shape
+        rows, columns = stripe.shape
+        return (1 if self._scheme.strategy == "channel" else rows), columns
+
+    def _write(self, weight: Weight, view: WeightView, codes: Array, start: int) -> None:
+        raw = codes.reshape(-1).data
         shard, width = self._context.shards[weight.output.shard], weight.view.columns
         place = weight.output.begin + start * width + view.left
         if view.columns == width:
@@ -112,40 +117,28 @@ class QuantizedWeights:
             piece = raw[row * view.columns : (row + 1) * view.columns]
             shard.write_at(place + row * width, piece, weight.output.name)
 
-    def _stripe_scale(self, weight: Weight, view: WeightView, stripe: Tensor, on_device: Tensor, start: int) -> Tensor:
+    def _stripe_scale(self, weight: Weight, view: WeightView, stripe: Array, taken: Stripe, start: int) -> Array:
         """The stripe's scales, measured now unless one scale serves the whole tensor.
 
         Only amax is measured on the device. Scales are computed on the CPU, since a GPU might round divisions and sums
         differently."""
         if self._scheme.strategy == "tensor":
             return weight.scale
-        if self._scheme.strategy == "channel":
-            amax = numerics.channel_amax(on_device).cpu()
-            top, left = start, 0
-        else:
-            amax = numerics.block_amax(on_device, self._scheme.block_shape).cpu()
-            top, left = start // self._scheme.block_shape[0], view.left // self._scheme.block_shape[1]
+        rows, columns = unit = self._unit(stripe)
+        amax = self._context.bench.amax(taken, unit)
+        top, left = start // rows, view.left // columns
         refuse_nonfinite(view, stripe, start, amax)
         place = slice(top, top + amax.shape[0]), slice(left, left + amax.shape[1])
         weight.zeros[place] = amax == 0
         if self._scheme.observer == "mse":
-            amax = self._shrunk(stripe, amax)
-        weight.scale[place] = numerics.weight_scale(amax, power_of_two=self._scheme.power_of_two)
-        return weight.scale[place]
+            from fp8pipe.quantize.engine.shrinking import shrunk_units  # imports torch
 
-    def _shrunk(self, stripe: Tensor, amax: Tensor) -> Tensor:
-        """`amax` of each row or block after the mse observer."""
-        if self._scheme.strategy == "channel":
-            return numerics.best_amax(amax, numerics.shrink_errors(stripe, amax))
-        rows, columns = self._scheme.block_shape
-        per_row = amax.repeat_interleave(rows, 0)[: len(stripe)]
-        powers = self._scheme.power_of_two
-        errors = numerics.shrink_errors(stripe, per_row, columns=columns, power_of_two=powers)  # [shrinks, rows, runs]
-        return numerics.best_amax(amax, torch.stack([band.sum(1) for band in errors.split(rows, dim=1)], dim=1))
+            amax = shrunk_units(stripe, amax, self._scheme)
+        weight.scale[place] = scale_of(amax, power_of_two=self._scheme.power_of_two)
+        return weight.scale[place]
 
     def _finish(self, weight: Weight) -> None:
         self._context.files.check_unchanged(weight.view.info.shard)
         shard = self._context.shards[weight.output.shard]
-        scale = weight.scale.reshape(-1).view(torch.uint8).numpy().data
-        shard.write_at(weight.scale_output.begin, scale, weight.scale_output.name)
+        shard.write_at(weight.scale_output.begin, memoryview(weight.scale.tobytes()), weight.scale_output.name)
         self._context.finish(weight.output, zero_units(weight))

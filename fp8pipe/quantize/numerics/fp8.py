@@ -12,17 +12,25 @@ Measured on one core, in bytes of bf16: amax 20 GB/s, encode 5 GB/s (kernels.py)
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0
-"""Largest finite float8_e4m3fn."""
+from fp8pipe.quantize.kernels import E4M3_MAX, Array, amax_blocks, encode_blocks, scale_of
 
-MIN_AMAX = 1e-12
-"""Floor of amax, so that weights which are all zero get a scale that can divide."""
+_BITS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
+"""As kernels.ARRAYS."""
 
-_MANTISSA = 0x7FFFFF
-"""The mantissa bits of a float32."""
+
+def array_of(weight: Tensor) -> Array:
+    """The array of a weight on the CPU, as the kernels take it, without a copy."""
+    return weight.detach().view(_BITS[weight.dtype]).numpy()
+
+
+def tensor_of(weight: Array) -> Tensor:
+    """The weight of such an array, without a copy."""
+    dtype = {np.dtype(np.uint16): torch.bfloat16, np.dtype(np.int16): torch.float16}.get(weight.dtype, torch.float32)
+    return torch.from_numpy(weight).view(dtype)
 
 
 def tensor_amax(weight: Tensor) -> Tensor:
@@ -41,12 +49,9 @@ def block_amax(weight: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def weight_scale(amax: Tensor, *, power_of_two: bool = False) -> Tensor:
-    """max(amax, 1e-12) / 448, the multiplier from codes to weights: float32, shape of `amax`.
-
-    power_of_two: rounded up to one. Codes then lie between 224 and 448 at the top of each unit, and dividing by the
-    scale is exact. vLLM's own rounding for DeepGEMM (`requant_weight_ue8m0_inplace`) then changes no weight."""
-    scale = amax.float().clamp(min=MIN_AMAX) / E4M3_MAX
-    return _power_of_two_from(scale) if power_of_two else scale
+    """`kernels.scale_of` a range: float32, shape of `amax`. It is made on the CPU, since a GPU may divide otherwise."""
+    scale = scale_of(amax.detach().cpu().float().numpy(), power_of_two=power_of_two)
+    return torch.from_numpy(np.asarray(scale)).to(amax.device)
 
 
 def encode(weight: Tensor, scale: Tensor, out: Tensor, *, block: tuple[int, int] | None = None) -> None:
@@ -54,10 +59,10 @@ def encode(weight: Tensor, scale: Tensor, out: Tensor, *, block: tuple[int, int]
 
     `scale`: float32, [] or [1] per tensor, [out, 1] per channel, [ceil(out/rows), ceil(in/columns)] with `block`."""
     if weight.is_cpu:
-        from fp8pipe.quantize.numerics.kernels import encode_blocks  # numba takes a second to import
-
         height = 1 if scale.dim() == 2 else max(1, len(weight))
-        encode_blocks(weight, scale.reshape(-1, 1) if block is None else scale, out, block or (height, weight.shape[1]))
+        scales = scale.detach().reshape(-1, 1) if block is None else scale.detach()
+        codes = out.view(torch.uint8).numpy()
+        encode_blocks(array_of(weight), scales.numpy(), codes, block or (height, weight.shape[1]))
         return
     if block is not None:
         scale = expand_scale(scale, block, (weight.shape[0], weight.shape[1]))
@@ -85,16 +90,9 @@ def first_nonfinite(weight: Tensor) -> tuple[int, ...] | None:
     return tuple(int(i) for i in torch.unravel_index(flat[0, 0], weight.shape))
 
 
-def _power_of_two_from(scale: Tensor) -> Tensor:
-    """The least power of two that is not below `scale`, float32, normal and finite: a carry out of the mantissa."""
-    return ((scale.view(torch.int32) + _MANTISSA) & ~_MANTISSA).view(torch.float32)
-
-
 def _amax(weight: Tensor, block: tuple[int, int]) -> Tensor:
     if weight.is_cpu:
-        from fp8pipe.quantize.numerics.kernels import amax_blocks  # numba takes a second to import
-
-        return amax_blocks(weight, block)
+        return torch.from_numpy(amax_blocks(array_of(weight), block))
     (rows, columns), (height, width) = block, weight.shape
     whole = torch.nn.functional.pad(weight.abs(), (0, -width % columns, 0, -height % rows))
     return whole.view(len(whole) // rows, rows, -1, columns).amax((1, 3)).float()

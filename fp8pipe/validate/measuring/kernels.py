@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fp8pipe.quantize.numerics.kernels import bits_of, float_of
+from fp8pipe.quantize.kernels import bits_of, float_of
 
 LANES = 128
 """Columns at a time. Their sums are kept apart, since without fast-math a single sum cannot be made in parallel."""

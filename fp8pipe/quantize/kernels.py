@@ -1,59 +1,79 @@
-"""Loops for which torch needs several passes, compiled by numba for this machine's CPU.
+"""E4M3 on the CPU: scales and codes of weights in numpy arrays, by loops that numba compiles for this machine.
 
-They take one pass over a weight instead of four (widen, divide, clamp, convert), and round by one addition: measured
-on one core, 5 GB/s of bf16 against torch's 1.4 GB/s in cache tiles. Every operation is the IEEE one (no fast-math), so
-the bytes are those of torch, of the reference in the tests, and of a GPU. numba caches what it compiles beside this
-file, or in the user's cache folder if that is not writable.
+They take one pass over a weight where torch needs four (widen, divide, clamp, convert), and round by one addition:
+measured on one core, 5 GB/s of bf16 against torch's 1.4 GB/s in cache tiles. Every operation is the IEEE one (no
+fast-math), so the bytes are those of torch, of the reference in the tests, and of a GPU. numba caches what it compiles
+beside this file, or in the user's cache folder if that is not writable.
 
-numba has no bf16 and no fp16, so their bits are passed as integers: bf16 as uint16, fp16 as int16."""
+numpy and numba have no bf16, and numba no fp16, so a weight is an array of its bits: bf16 as uint16, fp16 as int16,
+fp32 as float32. On a CPU the engine needs no torch, whose import takes longer than all others together."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
-from torch import Tensor
 
+Array = np.ndarray[Any, Any]
 _intrinsic: Any = intrinsic  # numba annotates the generator, not the function that it makes
 
-_BITS_AS = {torch.bfloat16: torch.uint16, torch.float16: torch.int16, torch.float32: torch.float32}
+ARRAYS = {"BF16": np.uint16, "F16": np.int16, "F32": np.float32}
+"""Type of the array for each dtype of a weight."""
+
+E4M3_MAX = 448.0
+"""Largest finite float8_e4m3fn."""
+MIN_AMAX = 1e-12
+"""Floor of amax, so that weights which are all zero get a scale that can divide."""
+
+_MANTISSA = np.int32(0x7FFFFF)
+"""The mantissa bits of a float32."""
 
 
-_INTEGER = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
-"""Integer types of the bits. Without the sign bit they are ordered like the magnitudes: numbers, then Inf, then NaN."""
+def widened(weight: Array) -> Array:
+    """The values of a weight, float32."""
+    if weight.dtype == np.uint16:
+        return (weight.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return weight.view(np.float16).astype(np.float32) if weight.dtype == np.int16 else weight
 
 
-def amax_blocks(weight: Tensor, block: tuple[int, int]) -> Tensor:
+def amax_blocks(weight: Array, block: tuple[int, int]) -> Array:
     """Largest magnitude in each block of `weight` [out, in], float32 [ceil(out/rows), ceil(in/columns)].
 
-    `weight`: bf16, fp16 or fp32, on the CPU; `block`: (rows, columns). NaN is kept. Releases the GIL."""
+    `block`: (rows, columns). Inf and NaN are kept. Releases the GIL."""
     rows, columns = block
-    shape = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
-    tops = torch.zeros(shape, dtype=_INTEGER[weight.dtype])
-    bits = weight.detach().contiguous().view(tops.dtype).numpy()
-    mask = bits.dtype.type(torch.iinfo(tops.dtype).max >> 1)
-    _amax_blocks(bits, mask, tops.numpy(), rows, columns)
-    return tops.view(weight.dtype).float()
+    # Without the sign bit, bits are ordered like the magnitudes: numbers, then Inf, then NaN.
+    bits = np.ascontiguousarray(weight).view(np.uint16 if weight.itemsize == 2 else np.uint32)
+    tops = np.zeros((-(-weight.shape[0] // rows), -(-weight.shape[1] // columns)), bits.dtype)
+    _amax_blocks(bits, bits.dtype.type(np.iinfo(bits.dtype).max >> 1), tops, rows, columns)
+    return widened(tops.view(weight.dtype))
 
 
-def encode_blocks(weight: Tensor, scale: Tensor, codes: Tensor, block: tuple[int, int]) -> None:
-    """Write the E4M3 codes of `weight` [out, in] (bf16, fp16 or fp32) to `codes` (float8_e4m3fn, same shape).
+def scale_of(amax: Array, *, power_of_two: bool = False) -> Array:
+    """max(amax, 1e-12) / 448, the multiplier from codes to weights: float32, shape of `amax`, which is finite.
 
-    Both are on the CPU. `scale`: float32 [ceil(out/rows), ceil(in/columns)], one per block of (rows, columns).
-    Releases the GIL."""
-    assert codes.is_contiguous(), "codes are written in place"
-    values = weight.detach().contiguous().view(_BITS_AS[weight.dtype]).numpy()
-    _encode_blocks(values, scale.detach().contiguous().numpy(), codes.view(torch.uint8).numpy(), *block)
+    power_of_two: rounded up to one. Codes then lie between 224 and 448 at the top of each unit, and dividing by the
+    scale is exact. vLLM's own rounding for DeepGEMM (`requant_weight_ue8m0_inplace`) then changes no weight."""
+    scale = np.maximum(amax, np.float32(MIN_AMAX), dtype=np.float32) / np.float32(E4M3_MAX)
+    if not power_of_two:
+        return scale
+    return ((scale.view(np.int32) + _MANTISSA) & ~_MANTISSA).view(np.float32)  # a carry out of the mantissa
+
+
+def encode_blocks(weight: Array, scale: Array, codes: Array, block: tuple[int, int]) -> None:
+    """Write the E4M3 codes of `weight` [out, in] to `codes` (uint8, same shape, contiguous).
+
+    `scale`: float32 [ceil(out/rows), ceil(in/columns)], one per block of (rows, columns). Releases the GIL."""
+    assert codes.flags.c_contiguous, "codes are written in place"
+    _encode_blocks(np.ascontiguousarray(weight), np.ascontiguousarray(scale), codes, *block)
 
 
 def load() -> None:
-    """Compile the loops for bf16, or load them from the cache, which takes half a second once per process."""
-    weight, codes = torch.zeros(1, 1, dtype=torch.bfloat16), torch.empty(1, 1, dtype=torch.float8_e4m3fn)
-    encode_blocks(weight, torch.ones(1, 1), codes, (1, 1))
+    """Compile the loops for bf16, or load them from the cache, which takes a third of a second once per process."""
+    weight = np.zeros((1, 1), np.uint16)
+    encode_blocks(weight, np.ones((1, 1), np.float32), np.zeros((1, 1), np.uint8), (1, 1))
     amax_blocks(weight, (1, 1))
 
 
