@@ -23,14 +23,11 @@ BLOCK = 128
 
 
 def main() -> None:
-    from fp8pipe.evaluate.environment import prepare_process
-    from fp8pipe.oracle.vllm_probe import _enter_world, _offer_stand_in_kernels
+    from fp8pipe.oracle import vllm_probe
 
-    prepare_process()
     request, path = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    vllm_probe.prepare(path.with_name("store"))
     answer: dict[str, Any] = {"kernels": on_devices(request["kernels"])}
-    _offer_stand_in_kernels()
-    _enter_world(path.with_name("store"))
     answer["folders"] = {folder: ask_model(Path(folder)) for folder in request["folders"]}
     with world_of(Path(request["folders"][0])) as group:
         answer["linears"] = [ask_linear(group, **case) for case in request["linears"]]
