@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from fp8pipe.convert.draft import Draft, DraftTensor, renamed
-from fp8pipe.model.names import experts_holder_from_name
+from fp8pipe.model.names import experts_holder_from_name, kv_scale_holder
 from fp8pipe.model.patterns import Patterns
 
 _IN_PROJECTION = re.compile(r"\.(?:[kv]_proj|qk(?:qk)?v_proj|attn)\.([qkv])_scale$")
@@ -42,7 +42,7 @@ def _migrated(tensor: DraftTensor, draft: Draft, per_tensor: bool) -> Iterator[D
         yield renamed(tensor, "k_scale")
         yield renamed(tensor, "v_scale")
     elif match := _IN_PROJECTION.search(tensor.name) or _OUTPUT.search(tensor.name):
-        yield replace(tensor, name=f"{tensor.name[: match.start()]}.{match[1]}_scale")
+        yield replace(tensor, name=f"{kv_scale_holder(tensor.name[: match.start()])}.{match[1]}_scale")
     else:
         yield tensor
 

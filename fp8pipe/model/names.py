@@ -28,6 +28,15 @@ SCALE_NAMES = ("weight_scale_inv", "weight_scale")
 SPENT_NAMES = (*SCALE_NAMES, "input_scale", "activation_scale", "k_scale", "v_scale", "kv_scale")
 """Leaf names of all scales of an FP8 source; new ones replace them when it is quantized again."""
 
+
+def kv_scale_holder(attention: str) -> str:
+    """The module in whose name vLLM's loaders take the KV scales of the module `attention`.
+
+    Its own, to which they append the `attn` that holds the cache in vLLM. They do not where the name ends in `attn`
+    already (`transformer.h.0.attn`), so there it is written."""
+    return f"{attention}.attn" if attention.endswith(".attn") else attention
+
+
 # ---------------------------------------------------------------------------------------------- experts
 
 EXPERT_KINDS: frozenset[Kind] = frozenset(("expert", "fused_experts"))

@@ -14,8 +14,11 @@ from support.quantizing import tensors_of
 from typer.testing import CliRunner
 
 from fp8pipe.cli import app
+from fp8pipe.convert.draft import Draft, unchanged
+from fp8pipe.convert.legacy import migrate
 from fp8pipe.errors import InputError
 from fp8pipe.hub.source import resolve
+from fp8pipe.model.headers import TensorInfo
 from fp8pipe.validate import validate
 
 
@@ -27,6 +30,18 @@ def old_autofp8(tensors: Tensors, config: dict[str, Any]) -> None:
         tensors[name] = tensors[name].reshape(())
     for layer in (0, 1):
         del tensors[f"model.layers.{layer}.self_attn.v_scale"]
+
+
+def test_kv_scales_stay_where_vllm_looks_for_them() -> None:
+    """To a name that ends in attn vLLM appends none of its own, so the second attn is no legacy."""
+    names = ("transformer.h.0.attn.attn.k_scale", "transformer.h.0.attn.k_proj.v_scale", "a.self_attn.attn.k_scale")
+    tensors = unchanged(TensorInfo(name, "F32", (1,), "x", 0, 4) for name in names)
+    migrated = migrate(Draft("compressed-tensors", tensors, {}))
+    assert [tensor.name for tensor in migrated.tensors] == [
+        "transformer.h.0.attn.attn.k_scale",
+        "transformer.h.0.attn.attn.v_scale",
+        "a.self_attn.k_scale",
+    ]
 
 
 @pytest.mark.parametrize("shards", [1, 2])

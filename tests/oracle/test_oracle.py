@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.tiny_models import make_model, plan_of, recipe
+from support.quantizing import make
+from support.tiny_models import make_model, recipe
 from torch import Tensor
 
 from benchmarks.giants import DEEPSEEK_V3, deepseek_tensors, deepseek_v3
@@ -23,7 +24,6 @@ from fp8pipe.oracle.landing import Follower, Piece, Region, covered, first_gap, 
 from fp8pipe.oracle.transformers import inspect
 from fp8pipe.oracle.vllm import Answer, Mismatch, Verdict, ask_vllm, parity
 from fp8pipe.oracle.vllm_probe import MAX_REFUSALS, run_loader
-from fp8pipe.quantize import quantize
 from fp8pipe.validate import validate
 from fp8pipe.validate.asking import Asked
 from fp8pipe.validate.checks.r_runtime import vllm_reads_every_tensor
@@ -228,6 +228,7 @@ SOUND: dict[str, tuple[str, dict[str, Any], str]] = {
     "phi3": ("phi3", {}, "autofp8-dynamic"),
     "deepseek-v2": ("deepseek-v2", {}, "fp8-dynamic"),
     "opt": ("opt", {}, "autofp8-dynamic"),
+    "attn, with KV scales": ("gptj", {}, "fp8-static-kv"),
     "tower": ("glm4v", {}, "fp8-dynamic"),
     "tower, exact names": ("glm4v", {}, "autofp8-dynamic"),
 }
@@ -255,7 +256,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
 
 def quantized(folder: Path, model: str, sizes: dict[str, Any], recipe_name: str) -> Path:
     source = make_model(folder.with_name(f"{folder.name}-source"), model, **sizes)
-    quantize(resolve(str(source)), plan_of(source, recipe(recipe_name)), folder)
+    make(source, recipe(recipe_name), folder)
     return folder
 
 

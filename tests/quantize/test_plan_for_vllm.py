@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.quantizing import Models, edit_tensors, kept
+from support.quantizing import Models, edit_tensors, kept, make
 from support.tiny_models import architecture_of, plan_of, recipe
 from torch import Tensor
 
@@ -84,6 +84,18 @@ def test_kv_scales_are_in_the_shard_of_their_attention(model_folder: Models) -> 
     shards = {shard_of[f"model.layers.0.self_attn.{leaf}_proj.weight"] for leaf in "qkvo"}
     assert scales["model.layers.0.self_attn.k_scale"].shard in shards
     assert scales["model.layers.0.self_attn.k_scale"].shape == (1,)
+
+
+def test_kv_scales_of_an_attention_called_attn_are_where_vllm_looks_for_them(
+    model_folder: Models, tmp_path: Path
+) -> None:
+    source = model_folder("gptj")
+    plan, _ = make(source, recipe("fp8-static-kv"), tmp_path)
+    names = {output.name for output in plan.outputs if output.role == "k_scale"}
+    assert names == {f"transformer.h.{layer}.attn.attn.k_scale" for layer in (0, 1)}
+    assert plan.calibrated_attention() == tuple(f"transformer.h.{layer}.attn" for layer in (0, 1))
+    report = validate(tmp_path, source=resolve(str(source)), architecture=architecture_of(source), depth="headers")
+    assert not [finding.sentence() for finding in report.findings]
 
 
 def test_kv_scales_per_head_have_one_entry_per_kv_head(model_folder: Models) -> None:

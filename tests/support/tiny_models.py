@@ -51,6 +51,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {"ffn_dim": 160, "word_embed_proj_dim": 64, "pad_token_id": 1}),
     "gpt-neox": ("GPTNeoXConfig", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
     "biogpt": ("BioGptConfig", {}),
+    "gptj": ("GPTJConfig", {"rotary_dim": 16, "n_inner": 160}),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
     "gpt-oss": ("GptOssConfig", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "granitemoe": ("GraniteMoeConfig", {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}),

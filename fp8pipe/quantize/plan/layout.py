@@ -12,7 +12,14 @@ from fp8pipe.errors import ConfigError, InputError, UnsupportedArchitecture
 from fp8pipe.model import predictor
 from fp8pipe.model.architecture import Architecture, AttentionLayer, TensorRole
 from fp8pipe.model.headers import SINGLE_NAME, Headers, TensorInfo, lay_out
-from fp8pipe.model.names import EXPERT_KINDS, FP8, PROJECTIONS, experts_holder, experts_holder_from_name
+from fp8pipe.model.names import (
+    EXPERT_KINDS,
+    FP8,
+    PROJECTIONS,
+    experts_holder,
+    experts_holder_from_name,
+    kv_scale_holder,
+)
 from fp8pipe.quantize import formats
 from fp8pipe.quantize.plan.choose import Choice
 from fp8pipe.quantize.plan.record import OutputTensor, Role, Slice
@@ -118,8 +125,9 @@ def _kv_scales(headers: Headers, recipe: Recipe, architecture: Architecture) -> 
         shape = shape_of(recipe.kv_cache.strategy, layer.num_kv_heads)
         shard = _shard_of(layer, headers)
         observed = layer.lender or layer.name
-        yield UnplacedTensor(f"{layer.name}.k_scale", "F32", shape, shard, "k_scale", observed)
-        yield UnplacedTensor(f"{layer.name}.v_scale", "F32", shape, shard, "v_scale", observed)
+        holder = kv_scale_holder(layer.name)
+        yield UnplacedTensor(f"{holder}.k_scale", "F32", shape, shard, "k_scale", observed)
+        yield UnplacedTensor(f"{holder}.v_scale", "F32", shape, shard, "v_scale", observed)
 
 
 def _shard_of(layer: AttentionLayer, headers: Headers) -> str:

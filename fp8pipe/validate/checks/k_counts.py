@@ -6,6 +6,7 @@ import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
+from fp8pipe.model.names import kv_scale_holder
 from fp8pipe.validate.checks.check import check
 from fp8pipe.validate.checks.k_coverage import missing_companions
 from fp8pipe.validate.faults import Fault
@@ -129,9 +130,9 @@ def _missing_kv(subject: Subject) -> Iterator[Fault]:
     have = {(module, split_name(name)[1]) for name, module in subject.kv_scales.items()}
     for module in subject.layout.attention:
         for leaf in ("k_scale", "v_scale"):
-            is_there = have & {(module, leaf), (module, "kv_scale")} or subject.files.may_have(f"{module}.{leaf}")
-            if not is_there:
-                yield Fault("the KV scale", "missing", tensor=f"{module}.{leaf}")
+            name = f"{kv_scale_holder(module)}.{leaf}"
+            if not (have & {(module, leaf), (module, "kv_scale")} or subject.files.may_have(name)):
+                yield Fault("the KV scale", "missing", tensor=name)
 
 
 def _legacy_kv(subject: Subject, file: str, name: str) -> Fault:

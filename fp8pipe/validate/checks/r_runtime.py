@@ -13,7 +13,15 @@ from fp8pipe.model.untrusted import clip
 from fp8pipe.validate.checks.check import check
 from fp8pipe.validate.faults import Fault
 from fp8pipe.validate.meaning.config import method_of
-from fp8pipe.validate.meaning.names import WEIGHTS, expert_of, holds_codes, is_companion, is_in_predictor, split_name
+from fp8pipe.validate.meaning.names import (
+    KV_SCALES,
+    WEIGHTS,
+    expert_of,
+    holds_codes,
+    is_companion,
+    is_in_predictor,
+    split_name,
+)
 from fp8pipe.validate.subject import Subject
 
 if TYPE_CHECKING:
@@ -111,7 +119,10 @@ def transformers_reads_the_experts(subject: Subject) -> Iterator[Fault]:
 
 
 def _remedy(mismatch: Mismatch, quantization: dict[str, Any]) -> str | None:
-    """What to do about an ignore list that says of a layer something else than its weights; None for other faults."""
+    """What to do about KV scales that vLLM does not take, and about an ignore list that says of a layer something else
+    than its weights; None for other faults."""
+    if mismatch.kind in ("refused", "unread") and split_name(mismatch.tensor)[1] in KV_SCALES:
+        return "vLLM keeps no scales for this attention's cache: quantize with a recipe without kv_cache"
     if mismatch.kind != "dtype" or not mismatch.asked:
         return None
     name = clip(mismatch.asked)
