@@ -83,14 +83,25 @@ def _recipe(name: str, data: Path) -> Recipe:
 
 
 def ask_vllm(rows: Iterable[Row]) -> None:
-    """Fill in what vLLM's loader says of every checkpoint, from one child process."""
-    from fp8pipe.oracle.vllm import ask_vllm
+    """Fill in what vLLM's loader says of every checkpoint; a model that ends vLLM's process is asked about alone."""
+    from fp8pipe.errors import EngineFailed
+    from fp8pipe.oracle.vllm import Answer, ask_vllm
 
     cells = {Path(cell.folder): cell for row in rows for cell in row.cells.values() if not cell.exit_code}
-    for folder, answer in ask_vllm(list(cells)).items():
-        problems = [f"vLLM lacks {answer.lacks}"] if answer.lacks else [answer.refusal] if answer.refusal else []
-        problems += [found.sentence() for found in answer.mismatches]
-        cells[folder].vllm = problems[0] if problems else "ok"
+
+    def ask(folders: list[Path]) -> dict[Path, Answer]:
+        try:
+            return ask_vllm(folders)
+        except EngineFailed as error:
+            if len(folders) == 1:
+                return {folders[0]: Answer((), (), (), refusal=str(error))}
+            half = len(folders) // 2
+            return ask(folders[:half]) | ask(folders[half:])
+
+    for folder, answer in ask(list(cells)).items() if cells else ():
+        cell, limit = cells[folder], answer.refusal or answer.limit or (answer.lacks and f"vLLM lacks {answer.lacks}")
+        cell.vllm_builds = not limit
+        cell.vllm = limit or next((found.sentence() for found in answer.mismatches), "ok")
 
 
 def read(path: Path) -> list[Row]:

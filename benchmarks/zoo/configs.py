@@ -112,6 +112,12 @@ def small(kind: type[PreTrainedConfig], own: Mapping[str, Any], role: str) -> di
     chosen |= {key: sizes[key] for key, value in fields.items() if key in sizes and type(value) is int and value}
     if role == "text" and not parts and fields.get("head_dim", 0) is None:
         chosen["head_dim"] = HEAD
+    if {
+        "kv_lora_rank",
+        "num_key_value_heads",
+        "num_attention_heads",
+    } <= chosen.keys():  # latent attention has no groups
+        chosen["num_key_value_heads"] = chosen["num_attention_heads"]
     chosen |= {key: value for key, value in _token_ids(fields).items() if key not in own}
     chosen |= {key: value for key, value in own.items() if key not in parts}
     layers = next((key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in fields), None)

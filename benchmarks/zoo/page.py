@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from benchmarks.zoo.rows import Cell, Row, wrong
+from fp8pipe.oracle import vllm
 
 _HEAD = """# Architectures
 
@@ -51,19 +52,13 @@ def page(rows: Sequence[Row]) -> str:
     bad = [row.name for row in built if any(wrong(cell) for cell in row.cells.values())]
     head = _HEAD.format(
         transformers=version("transformers"),
-        vllm=version("vllm").partition("+")[0] if _has_vllm() else "",
+        vllm=(vllm.version() or "").partition("+")[0],
         right=len(built) - len(bad),
         built=len(built),
         wrong=f"; not {', '.join(bad)}" if bad else "",
     )
     parts = [head + "\n".join(lines), f"## Reasons\n\n{reasons}", f"## Not built\n\n{missing}"]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
-
-
-def _has_vllm() -> bool:
-    from fp8pipe.oracle.vllm import is_available
-
-    return is_available()
 
 
 def _cells(row: Row, legend: dict[str, int]) -> list[str]:
@@ -79,8 +74,8 @@ def _cells(row: Row, legend: dict[str, int]) -> list[str]:
     weight = note(f"not comparable: {plain.incomparable[0]}") if plain.incomparable and not plain.faults else weight
     errors = f"{len(plain.errors)} {note(_short(plain.errors[0]))}" if plain.errors else "0"
     shown = "-" if plain.logits_error is None else f"{plain.logits_error:.2f}"
-    vllm = plain.vllm if plain.vllm in ("ok", "") else note(_short(plain.vllm))
-    return ["ok", errors, share, weight, shown, _other(block, note), _other(static, note), vllm or "?"]
+    lands = plain.vllm if plain.vllm in ("ok", "") else note(_short(plain.vllm))
+    return ["ok", errors, share, weight, shown, _other(block, note), _other(static, note), lands or "?"]
 
 
 def _other(cell: Cell | None, note: Callable[[str], str]) -> str:

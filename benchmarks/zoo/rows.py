@@ -32,6 +32,7 @@ from fp8pipe.oracle.loaded_probe import Side, compare_loaded
 from fp8pipe.quantize import quantize
 from fp8pipe.quantize.plan import make_plan
 from fp8pipe.records import Snapshot
+from fp8pipe.records.calibration import Calibration
 from fp8pipe.validate import validate
 
 
@@ -65,7 +66,9 @@ class Cell:
     unseen: list[str] = field(default_factory=list)
     """Modules with a static range whose product no hook saw."""
     vllm: str = ""
-    """ok, or what vLLM's loader says."""
+    """ok, or what vLLM's loader says; empty if it was not asked."""
+    vllm_builds: bool = True
+    """False if vLLM does not build the model at all, which is no fault of the checkpoint."""
     folder: str = ""
 
 
@@ -115,11 +118,7 @@ def _fill(cell: Cell, model: PreTrainedModel, source: Path, folder: Path, recipe
     snapshot = resolve(str(source))
     architecture = examine(snapshot)
     plan = make_plan(snapshot, read_headers(snapshot), recipe, architecture)
-    calibration = None
-    if recipe.needs_calibration:
-        calibration = calibrate(
-            snapshot, plan, recipe, folder.with_name(f"{folder.name}.work"), architecture=architecture
-        )
+    calibration = _calibration(cell, model, source, recipe) if recipe.needs_calibration else None
     quantize(snapshot, plan, folder, calibration=calibration)
     report = validate(folder, source=snapshot, architecture=architecture)
     cell.errors = [finding.sentence() for finding in report.errors]
@@ -129,9 +128,24 @@ def _fill(cell: Cell, model: PreTrainedModel, source: Path, folder: Path, recipe
         _note_weights(cell, list(compare_loaded(ours, theirs)), model)
         if calibration is None:
             cell.logits_error = logits.error(model, ours, theirs)
-        else:
-            logits.put(model.bfloat16(), theirs)
-            _note_ranges(cell, hooks.compare(model, calibration, architecture, ours, token_ids(snapshot, recipe)))
+
+
+def _calibration(cell: Cell, model: PreTrainedModel, source: Path, recipe: Recipe) -> Calibration:
+    """The ranges of the source, held against plain hooks.
+
+    Both run in float32: in bfloat16 two orders of the same sums differ by several percent after a few layers."""
+    precise = source.with_name(f"{recipe.name}.float32")
+    with ExitStack() as stack:
+        theirs = Side(source, read_headers(resolve(str(source))), stack)
+        logits.put(model.float(), theirs)
+        models.save(model, precise)
+        snapshot = resolve(str(precise))
+        architecture = examine(snapshot)
+        plan = make_plan(snapshot, read_headers(snapshot), recipe, architecture)
+        made = calibrate(snapshot, plan, recipe, precise / "calibration", architecture=architecture)
+        _note_ranges(cell, hooks.compare(model, made, architecture, theirs, token_ids(snapshot, recipe)))
+    shutil.rmtree(precise)
+    return made.model_copy(update={"source_commit": resolve(str(source)).commit})
 
 
 def token_ids(snapshot: Snapshot, recipe: Recipe) -> tuple[tuple[int, ...], ...]:
@@ -200,4 +214,6 @@ def wrong(cell: Cell) -> str:
         found.append(f"{cell.worst_range}: its range differs by {max(cell.input_error, cell.kv_error):.1%}")
     if cell.logits_error is not None and not cell.logits_error <= WORST_LOGITS:
         found.append(f"logits differ by {cell.logits_error:.2f}")
+    if cell.vllm_builds and cell.vllm not in ("", "ok"):
+        found.append(f"vLLM: {cell.vllm}")
     return found[0] if found else ""

@@ -237,10 +237,12 @@ class Survey:
         )
         found += self.experts.misfits()
         filled = {name for target in targets.values() for name in target.all_names()}
+        every = self.model.named_parameters(remove_duplicate=False)
+        held = {id(parameter) for name, parameter in every if name in filled}  # under any of its names, where it is tied
         optional = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
         for name, parameter in self.model.named_parameters():  # a tied parameter is listed once
             is_head = isinstance(self.head, nn.Linear) and parameter is self.head.weight
-            wanted = (name.startswith(f"{self.layers_name}.") or is_head) and name not in filled
+            wanted = (name.startswith(f"{self.layers_name}.") or is_head) and id(parameter) not in held
             if wanted and not any(pattern.search(name) for pattern in optional):
                 found.append(f"{name}: not on disk")
         return found

@@ -52,6 +52,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("GPTNeoXConfig", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
     "biogpt": ("BioGptConfig", {}),
     "gptj": ("GPTJConfig", {"rotary_dim": 16, "n_inner": 160}),
+    "camembert": ("CamembertConfig", {"is_decoder": True, "pad_token_id": 0}),
+    "bert": ("BertConfig", {"is_decoder": True}),
     "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
     "gpt-oss": ("GptOssConfig", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "granitemoe": ("GraniteMoeConfig", {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}),

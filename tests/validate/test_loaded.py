@@ -72,3 +72,14 @@ def test_a_tensor_without_a_place_and_an_empty_place_are_findings(model_folder: 
 def test_without_a_source_it_is_a_wrong_request(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--source"):
         validate(tmp_path, depth="loaded")
+
+
+def test_layers_that_are_not_numbered_like_a_decoders_have_no_gaps(model_folder: Models, tmp_path: Path) -> None:
+    source = model_folder("bert")
+    architecture = architecture_of(source)
+    folder = _made(source, tmp_path / "out", architecture)
+    assert not validate(folder, source=resolve(str(source)), architecture=architecture).errors
+
+
+def test_a_tied_head_that_stands_before_its_embedding_is_not_missed(model_folder: Models) -> None:
+    assert architecture_of(model_folder("camembert")).misfits == ()

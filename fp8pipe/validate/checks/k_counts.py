@@ -32,17 +32,16 @@ def layers_and_experts_are_complete(subject: Subject) -> Iterator[Fault]:
 
 def _layer_gaps(subject: Subject) -> Iterator[Fault]:
     layout = subject.layout
-    if layout.num_layers is None or subject.files.blind or subject.files.lost:
-        return
+    if layout.num_layers is None or subject.files.blind or subject.files.lost or subject.source_or_none is not None:
+        return  # a source tells by name what must be there, also where layers are not numbered as in most decoders
     expected = f"layers 0 to {layout.num_layers - 1}"
     found = _decoder_layers(subject.files.tensors)
-    known = _decoder_layers(subject.source.tensors if subject.source_or_none else ())
     missing = next(layer for layer in itertools.count() if layer not in found)  # the number in config.json may be huge
-    if missing < layout.num_layers and not known:
+    if missing < layout.num_layers:
         yield Fault(expected, f"layer {missing} has no tensor")
-    extra = sorted(layer for layer in found - known if layer >= layout.num_layers + layout.num_predictors)
+    extra = sorted(layer for layer in found if layer >= layout.num_layers + layout.num_predictors)
     severity = "warning" if extra and extra[0] == layout.num_layers else None
-    yield from (Fault(expected, f"layer {layer}", severity=severity) for layer in (extra if not known else ()))
+    yield from (Fault(expected, f"layer {layer}", severity=severity) for layer in extra)
 
 
 def _decoder_layers(names: Iterable[str]) -> set[int]:
