@@ -54,6 +54,7 @@ def main() -> None:
 
 def make(names: Iterable[str], recipe_names: Iterable[str], work: Path) -> list[Row]:
     """A row for each name. Checkpoints stay in `work`, their sources do not."""
+    import compressed_tensors.quantization  # noqa: F401  validate then asks its parser in this process
     import transformers
 
     from benchmarks.zoo.models import write_rows

@@ -238,7 +238,9 @@ class Survey:
         found += self.experts.misfits()
         filled = {name for target in targets.values() for name in target.all_names()}
         every = self.model.named_parameters(remove_duplicate=False)
-        held = {id(parameter) for name, parameter in every if name in filled}  # under any of its names, where it is tied
+        held = {
+            id(parameter) for name, parameter in every if name in filled
+        }  # under any of its names, where it is tied
         optional = [re.compile(pattern) for pattern in self.model._keys_to_ignore_on_load_missing or ()]
         for name, parameter in self.model.named_parameters():  # a tied parameter is listed once
             is_head = isinstance(self.head, nn.Linear) and parameter is self.head.weight
