@@ -45,6 +45,11 @@ def plan(snapshot: Snapshot, recipe: Recipe, trust_remote_code: bool, calibratio
     return made
 
 
+@task(
+    name="require-counted",
+    task_run_name="require-counted {plan.model_id} {plan.recipe}",
+    **STAGE,
+)
 def require_counted(plan: Plan, policy: GatePolicy) -> None:
     """Refuse before anything is quantized what no verdict on this machine could release; warn of other devices."""
     for warning in stages.require_counted(plan, policy, detect().device_class):
