@@ -9,7 +9,7 @@ from fp8pipe.errors import InputError
 from fp8pipe.files import digest_of
 from fp8pipe.records import Snapshot
 
-ENGINE_VERSION = 4
+ENGINE_VERSION = 5
 """Increase it when the same input gives different bytes."""
 JOURNAL_NAME = "quantize.journal"
 LOCK_NAME = "quantize.lock"

@@ -25,6 +25,9 @@ ARRAYS = {"BF16": np.uint16, "F16": np.int16, "F32": np.float32}
 
 E4M3_MAX = 448.0
 """Largest finite float8_e4m3fn."""
+E4M3_SMALLEST = 2.0**-9
+"""Smallest float8_e4m3fn above zero."""
+
 MIN_AMAX = 1e-12
 """Floor of amax, so that weights which are all zero get a scale that can divide."""
 
@@ -60,6 +63,13 @@ def scale_of(amax: Array, *, power_of_two: bool = False) -> Array:
     if not power_of_two:
         return scale
     return ((scale.view(np.int32) + _MANTISSA) & ~_MANTISSA).view(np.float32)  # a carry out of the mantissa
+
+
+def without_codes(amax: Array, scale: Array) -> Array:
+    """Whether all codes under these scales are zero: amax is at most half the smallest code, a tie that rounds to zero.
+
+    bool, shape of `amax` and `scale`. Under scales of their own that is true of units up to 2.2e-18."""
+    return amax / scale <= np.float32(E4M3_SMALLEST / 2)
 
 
 def encode_blocks(weight: Array, scale: Array, codes: Array, block: tuple[int, int]) -> None:

@@ -24,6 +24,8 @@ class Checkpoint(Record):
     kept_tensors: int
     zero_units: tuple[str, ...] = ()
     """Units that share a scale (`tensor` or `tensor[index]`) and have only zeros as weights."""
+    faint_units: tuple[str, ...] = ()
+    """Units whose weights are not zero and so small that all their codes are: they became zeros."""
     seconds: float
     """From plan to fsynced files, without work of earlier runs. For people; not part of any identity."""
 

@@ -101,6 +101,7 @@ class Comparison:
     """Codes more than one step from the nearest."""
     zero_codes: int = 0
     zero_source: int = 0
+    """Source weights that are zero, or below the least range of a scale."""
     error_sq: float = 0.0
     source_sq: float = 0.0
     worst_cosine: float = 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fp8pipe.model.shards import OutputShard, SourceFiles
@@ -31,9 +31,10 @@ class Context:
         """Whether an earlier run wrote it."""
         return output.name in self.journal.finished
 
-    def finish(self, output: OutputTensor, zeros: list[str]) -> None:
-        """Note that all bytes of `output` are written; `zeros`: its scale units that hold only zeros."""
+    def finish(self, output: OutputTensor, zeros: Sequence[str] = (), faint: Sequence[str] = ()) -> None:
+        """Note that all bytes of `output` are written; `zeros`: its scale units that hold only zeros; `faint`: those
+        whose weights are too small for any code but zero."""
         self.shards[output.shard].start_flush(output.begin, output.end)
-        self.journal.add_finished(output.name, zeros)
+        self.journal.add_finished(output.name, zeros, faint)
         self.meter.finish_tensor()
         self.on_finished(output)

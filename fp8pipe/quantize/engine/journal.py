@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,18 +29,25 @@ class Journal:
         self.finished: set[str] = {entry["weight"] for entry in entries if "weight" in entry}
         """Names of the output tensors that earlier runs wrote completely."""
         self.zero_units: list[str] = [unit for entry in entries for unit in entry.get("zeros", ())]
-        self.amax: dict[str, float] = {e["unit"]: float.fromhex(e["amax"]) for e in entries if "amax" in e}
-        """Range of each measured unit, by the name of its first weight."""
+        self.faint_units: list[str] = [unit for entry in entries for unit in entry.get("faint", ())]
+        self.ranges: dict[str, tuple[float, list[float]]] = {
+            e["unit"]: (float.fromhex(e["amax"]), [float.fromhex(own) for own in e["own"]])
+            for e in entries
+            if "amax" in e
+        }
+        """Range of each measured unit, and amax of each of its weights, by the name of its first weight."""
 
-    def add_finished(self, name: str, zeros: list[str]) -> None:
-        """Note that output tensor `name` is written; `zeros`: its scale units that hold only zeros."""
+    def add_finished(self, name: str, zeros: Sequence[str], faint: Sequence[str]) -> None:
+        """Note that output tensor `name` is written; `zeros`, `faint`: its scale units that hold only zeros, and those
+        too small for any code but zero."""
         with self._lock:
             self.zero_units += zeros
-        self._append({"weight": name, "zeros": zeros})
+            self.faint_units += faint
+        self._append({"weight": name, "zeros": [*zeros], "faint": [*faint]})
 
-    def add_amax(self, unit: str, amax: float) -> None:
-        """Note the range of `unit`, as the observer has chosen it."""
-        self._append({"unit": unit, "amax": amax.hex()})
+    def add_range(self, unit: str, amax: float, own: Sequence[float]) -> None:
+        """Note the range of `unit`, as the observer has chosen it, and the largest magnitude of each of its weights."""
+        self._append({"unit": unit, "amax": amax.hex(), "own": [one.hex() for one in own]})
 
     def _append(self, entry: dict[str, Any]) -> None:
         line = json.dumps(entry).encode() + b"\n"

@@ -181,5 +181,6 @@ def _record(
         quantized_tensors=actions["quantize"],
         kept_tensors=actions["keep"],
         zero_units=tuple(sorted(journal.zero_units)),
+        faint_units=tuple(sorted(journal.faint_units)),
         seconds=round(seconds, 3),
     )

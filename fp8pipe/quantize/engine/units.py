@@ -22,6 +22,10 @@ class Weight:
     """float32; [1, 1] per tensor, [out, 1] per channel, [blocks, blocks]."""
     zeros: Array
     """bool, shape of `scale`: whether all weights under that scale are zero."""
+    faint: Array
+    """bool, shape of `scale`: whether all codes under that scale are zero, although a weight is not."""
+    amax: float = 0.0
+    """Per-tensor scales: its own largest magnitude, as far as it is measured."""
 
 
 @dataclass(slots=True)
@@ -29,10 +33,12 @@ class Unit:
     """Weights that share one range, or one weight with ranges of its own."""
 
     weights: list[Weight]
+    is_alone: bool
+    """Whether vLLM takes its scales as they are, and not the largest of those of a fused group."""
     amax: float | None = None
     """Per-tensor scales: the range, as the observer has chosen it."""
-    measured: list[float] = field(default_factory=list)
-    """Per-tensor scales: amax of each stripe."""
+    measured: list[tuple[str, float]] = field(default_factory=list)
+    """Per-tensor scales: weight and amax of each stripe."""
     errors: dict[tuple[str, int], Array] = field(default_factory=dict)
     """Per-tensor scales, mse observer: squared errors of each stripe, float64 [shrinks], by weight and first row."""
 
@@ -59,10 +65,11 @@ def units_of(plan: Plan, views: Views) -> list[Unit]:
         if output.role != "weight":
             continue
         shape = _scale_shape(scales[output.module].shape, scheme.strategy)
-        scale, zeros = np.empty(shape, np.float32), np.zeros(shape, np.bool_)
-        weight = Weight(views.of(output), output, scales[output.module], scale, zeros)
-        together = scheme.strategy == "tensor" and scheme.share_scales and output.group
-        units.setdefault(output.group if together else output.name, Unit([])).weights.append(weight)
+        scale, zeros, faint = np.empty(shape, np.float32), np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+        weight = Weight(views.of(output), output, scales[output.module], scale, zeros, faint)
+        joined = scheme.strategy == "tensor" and output.group != ""
+        name = output.group if joined and scheme.share_scales else output.name
+        units.setdefault(name, Unit([], is_alone=scheme.share_scales or not joined)).weights.append(weight)
     return list(units.values())
 
 
@@ -70,12 +77,12 @@ def _scale_shape(on_disk: tuple[int, ...], strategy: str) -> tuple[int, ...]:
     return (1, 1) if strategy == "tensor" else on_disk
 
 
-def zero_units(weight: Weight) -> list[str]:
-    """Names of what holds only zeros: `tensor` itself, or its `tensor[row]` or `tensor[row, column]` of scales."""
-    if not weight.zeros.any():
+def names_of(flags: Array, name: str) -> list[str]:
+    """Names of the flagged units of tensor `name`: itself, or its `name[row]` or `name[row, column]` of scales."""
+    if not flags.any():
         return []
-    if weight.zeros.all():
-        return [weight.output.name]
-    places = np.argwhere(weight.zeros).tolist()
-    keep = 1 if weight.zeros.shape[-1] == 1 else 2
-    return [f"{weight.output.name}[{', '.join(map(str, place[:keep]))}]" for place in places]
+    if flags.all():
+        return [name]
+    places = np.argwhere(flags).tolist()
+    keep = 1 if flags.shape[-1] == 1 else 2
+    return [f"{name}[{', '.join(map(str, place[:keep]))}]" for place in places]

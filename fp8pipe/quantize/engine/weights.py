@@ -13,10 +13,10 @@ import numpy as np
 from fp8pipe.config import WeightScheme
 from fp8pipe.quantize.engine.context import Context
 from fp8pipe.quantize.engine.finite import refuse_nonfinite
-from fp8pipe.quantize.engine.units import Unit, Weight, zero_units
+from fp8pipe.quantize.engine.units import Unit, Weight, names_of
 from fp8pipe.quantize.engine.views import WeightView
 from fp8pipe.quantize.engine.workbench import Stripe
-from fp8pipe.quantize.kernels import Array, scale_of
+from fp8pipe.quantize.kernels import Array, scale_of, without_codes
 
 
 class QuantizedWeights:
@@ -31,8 +31,11 @@ class QuantizedWeights:
         if self._scheme.strategy != "tensor":
             self._encode(unit)
             return
-        unit.amax = self._context.journal.amax.get(unit.name)
-        if unit.amax is not None:
+        known = self._context.journal.ranges.get(unit.name)
+        if known is not None:
+            unit.amax, of_weights = known
+            for weight, amax in zip(unit.weights, of_weights, strict=True):
+                weight.amax = amax
             self._encode(unit)
             return
         tasks = [partial(self._measure_stripe, unit, *part) for part in unit.stripes()]
@@ -45,10 +48,12 @@ class QuantizedWeights:
         stripe = weight.view.read(self._context.files, start, end, bench)
         amax = bench.amax(bench.take(stripe), stripe.shape)
         refuse_nonfinite(weight.view, stripe, start, amax)
-        unit.measured.append(float(amax.max(initial=0)))
+        unit.measured.append((weight.output.name, float(amax.max(initial=0))))
 
     def _after_measuring(self, unit: Unit) -> None:
-        unit.amax = max(unit.measured, default=0.0)
+        for weight in unit.weights:
+            weight.amax = max((amax for name, amax in unit.measured if name == weight.output.name), default=0.0)
+        unit.amax = max(weight.amax for weight in unit.weights)
         if self._scheme.observer == "minmax":
             self._settle(unit)
             return
@@ -72,7 +77,7 @@ class QuantizedWeights:
 
     def _settle(self, unit: Unit) -> None:
         assert unit.amax is not None
-        self._context.journal.add_amax(unit.name, unit.amax)
+        self._context.journal.add_range(unit.name, unit.amax, [weight.amax for weight in unit.weights])
         self._encode(unit)
 
     # ------------------------------------------------------------------------------------------ codes
@@ -83,8 +88,7 @@ class QuantizedWeights:
             if self._context.is_finished(weight.output):
                 continue
             if unit.amax is not None:
-                weight.scale[...] = scale_of(np.array(unit.amax, np.float32))
-                weight.zeros[...] = unit.amax == 0
+                _use_range(unit, weight, scale_of(np.array(unit.amax, np.float32)))
             panels = weight.view.panels(block) if block else [weight.view]
             multiple = block[0] if block else 1
             stripes = [(panel, *rows) for panel in panels for rows in panel.stripes(multiple)]
@@ -129,16 +133,28 @@ class QuantizedWeights:
         top, left = start // rows, view.left // columns
         refuse_nonfinite(view, stripe, start, amax)
         place = slice(top, top + amax.shape[0]), slice(left, left + amax.shape[1])
-        weight.zeros[place] = amax == 0
+        covered = amax
         if self._scheme.observer == "mse":
             from fp8pipe.quantize.engine.shrinking import shrunk_units  # imports torch
 
-            amax = shrunk_units(stripe, amax, self._scheme)
-        weight.scale[place] = scale_of(amax, power_of_two=self._scheme.power_of_two)
+            covered = shrunk_units(stripe, amax, self._scheme)
+        scale = scale_of(covered, power_of_two=self._scheme.power_of_two)
+        blank = without_codes(amax, scale)
+        weight.zeros[place], weight.faint[place] = amax == 0, blank & (amax > 0)
+        weight.scale[place] = np.where(blank, np.float32(1), scale)
         return weight.scale[place]
 
     def _finish(self, weight: Weight) -> None:
         self._context.files.check_unchanged(weight.view.info.shard)
         shard = self._context.shards[weight.output.shard]
         shard.write_at(weight.scale_output.begin, memoryview(weight.scale.tobytes()), weight.scale_output.name)
-        self._context.finish(weight.output, zero_units(weight))
+        zeros, faint = (names_of(flags, weight.output.name) for flags in (weight.zeros, weight.faint))
+        self._context.finish(weight.output, zeros, faint)
+
+
+def _use_range(unit: Unit, weight: Weight, scale: Array) -> None:
+    """Give a weight the scale of its unit's range: 1 if no weight of the unit has a code but zero."""
+    own, whole = (np.array(amax, np.float32) for amax in (weight.amax, max(one.amax for one in unit.weights)))
+    weight.zeros[...] = own == 0
+    weight.faint[...] = without_codes(own, scale) & (own > 0)
+    weight.scale[...] = np.float32(1) if unit.is_alone and without_codes(whole, scale) else scale

@@ -38,3 +38,7 @@ def known_limits(facts: CardFacts) -> Iterator[str]:
     if facts.checkpoint.zero_units:
         count = len(facts.checkpoint.zero_units)
         yield f"All weights behind {count} of the scales are zero; the first is {facts.checkpoint.zero_units[0]}."
+    if facts.checkpoint.faint_units:
+        count = len(facts.checkpoint.faint_units)
+        first = facts.checkpoint.faint_units[0]
+        yield f"Weights too small for FP8 became zero, all those behind {count} of the scales; the first is {first}."

@@ -199,7 +199,12 @@ def _inexact_units(subject: Subject, output: OutputTensor, comparison: Compariso
     """Units whose scale the engine would not have chosen."""
     if comparison.spec.strategy != "tensor":
         return comparison.foreign_scales
-    weights = [other for other in subject.plan.outputs if other.role == "weight" and _share_a_scale(other, output)]
+    shares = subject.plan.settings.weights.share_scales
+    weights = [
+        other
+        for other in subject.plan.outputs
+        if other.role == "weight" and (other.name == output.name or (shares and _are_fused(other, output)))
+    ]
     amax = _joint_amax(subject, [other.name for other in weights])
     scale = weight_scale_of(subject, output.module)
     if scale is None or amax is None:
@@ -207,8 +212,8 @@ def _inexact_units(subject: Subject, output: OutputTensor, comparison: Compariso
     return int(np.float32(scale) not in engine_scales(np.float32(amax), comparison.spec))
 
 
-def _share_a_scale(one: OutputTensor, other: OutputTensor) -> bool:
-    return one.name == other.name or (one.group != "" and one.group == other.group)
+def _are_fused(one: OutputTensor, other: OutputTensor) -> bool:
+    return one.group != "" and one.group == other.group
 
 
 @check(

@@ -15,7 +15,7 @@ from fp8pipe.validate.faults import Fault
 from fp8pipe.validate.meaning.formats import Spec
 from fp8pipe.validate.meaning.names import expert_of, split_name
 from fp8pipe.validate.measured import Magnitudes, Scale
-from fp8pipe.validate.measuring.units import top_value
+from fp8pipe.validate.measuring.units import FAINT, FAINT_SCALE, top_value
 from fp8pipe.validate.subject import Subject
 
 FP16_SAFE = (3.1e-5, 146.0)
@@ -96,7 +96,7 @@ def scales_survive_fp16(subject: Subject) -> Iterator[Fault]:
             continue
         weight = subject.measured.tensors.get(f"{module}.{spec.weight}")
         is_used = weight is not None and weight.spec is not None and not weight.is_zero
-        if is_used and value > 0 and not FP16_SAFE[0] <= value <= FP16_SAFE[1]:
+        if is_used and value > FAINT_SCALE and not FP16_SAFE[0] <= value <= FP16_SAFE[1]:
             yield Fault(f"{FP16_SAFE[0]} to {FP16_SAFE[1]}", f"{value:.3g}", scale.entry.shard, scale.entry.name)
 
 
@@ -114,7 +114,9 @@ def scales_are_real(subject: Subject) -> Iterator[Fault]:
     for scale in subject.measured.scales.values():
         if scale.placeholder is not None:
             yield Fault("a scale", f"{scale.placeholder:.4g}", scale.entry.shard, scale.entry.name)
-        if scale.entry.name in assumed or _is_of_zeros(subject, scale):
+        if scale.entry.name in assumed or (
+            scale.kind == "weight" and _is_blank(subject, split_name(scale.entry.name)[0])
+        ):
             continue
         by_kind[scale.kind].append(scale)
         if scale.kind == "kv" and scale.all_one:
@@ -139,12 +141,11 @@ def _assumed(subject: Subject) -> set[str]:
     }
 
 
-def _is_of_zeros(subject: Subject, scale: Scale) -> bool:
-    """Whether a scale is that of a weight without a code that is not zero, for which any will do."""
-    module = split_name(scale.entry.name)[0]
+def _is_blank(subject: Subject, module: str) -> bool:
+    """Whether all codes of a weight are zero, so that any scale will do."""
     spec = subject.specs.get(module)
     weight = subject.measured.tensors.get(f"{module}.{spec.weight}") if spec is not None else None
-    return scale.kind == "weight" and weight is not None and weight.is_zero
+    return weight is not None and weight.is_zero
 
 
 def _experts_at_one(inputs: list[Scale]) -> Iterator[Fault]:
@@ -178,7 +179,8 @@ def _experts_at_one(inputs: list[Scale]) -> Iterator[Fault]:
 )
 def weights_are_not_blank(subject: Subject) -> Iterator[Fault]:
     for name, comparison in subject.measured.comparisons.items():
-        if subject.measured.tensors[name].is_zero and comparison.amax > 0:
+        is_faint = comparison.amax < FAINT and not comparison.unequal  # rounding gives nothing else
+        if subject.measured.tensors[name].is_zero and comparison.amax > 0 and not is_faint:
             yield Fault(f"codes for weights up to {comparison.amax:.3g}", "all zero", comparison.entry.shard, name)
 
 
@@ -284,7 +286,9 @@ def fused_scales_are_equal(subject: Subject) -> Iterator[Fault]:
     for group in subject.layout.fused:
         where = split_name(group[0])[0]
         known = {module: weight_scale_of(subject, module) for module in group}
-        values = {module: value for module, value in known.items() if value is not None and 0 < value < math.inf}
+        used = {module for module in known if not _is_blank(subject, module)}  # of zeros any scale is right
+        values = {m: value for m, value in known.items() if value is not None and FAINT_SCALE < value < math.inf}
+        values = {module: value for module, value in values.items() if module in used}
         if len(set(values.values())) > 1:
             ratio = max(values.values()) / min(values.values())
             severity = "error" if ratio > MAX_RATIO else None

@@ -17,6 +17,8 @@ from fp8pipe.quantize.numerics import SHRINKS
 from fp8pipe.validate.meaning.formats import E4M3, FP8, Spec
 from fp8pipe.validate.measured import Array, Comparison, Share
 from fp8pipe.validate.measuring.units import (
+    FAINT,
+    NOTHING,
     amax_of,
     is_coarse,
     magnitudes,
@@ -167,6 +169,9 @@ class Comparer:
     def _note_rows(self, row: int, norms: torch.Tensor) -> None:
         """Sums for rel-L2, and the cosine of the worst row. `norms`: as `_add_compiled` returns them."""
         source, restored, error = norms
+        limit = FAINT**2 * self._found.shape[1]
+        faint = (source > 0) & (source < limit) & (restored < 4 * limit)
+        source, restored, error = (part.masked_fill(faint, 0) for part in norms)
         self._found.error_sq += float(error.nan_to_num().sum())
         self._found.source_sq += float(source.nan_to_num().sum())
         # law of cosines: the norms are known already
@@ -197,12 +202,20 @@ def hold_to_amax(
     `begin`: number of the first unit."""
     low, high = spec.format.amax_ratio
     ratio = scale * spec.format.codes.maximum / amax
-    wrong = (amax > 0) & torch.isfinite(amax) & torch.isfinite(scale) & ~((ratio >= low) & (ratio <= high))
+    floor = _own_scale(torch.tensor(FAINT), 1.0, spec)
+    blank = amax <= NOTHING * floor  # zeros, or no code but zero: any scale is right
+    wrong = (
+        ~blank
+        & ~((amax < FAINT) & (scale == floor))
+        & torch.isfinite(amax)
+        & torch.isfinite(scale)
+        & ~((ratio >= low) & (ratio <= high))
+    )
     if spec.format.name == "NVFP4":
         wrong &= ~is_coarse(scale)
     _note(bad, wrong, begin, ratio, amax)
     if spec.format == FP8:
-        is_known = amax != 0  # of zeros any scale is right; compressed-tensors writes the epsilon of its dtype
+        is_known = ~blank  # compressed-tensors writes the epsilon of its dtype there, this engine 1
         for name, exact in ARITHMETICS.items():
             expected = exact(amax)
             _note(inexact.setdefault(name, Share()), is_known & (scale != expected), begin, scale, expected)
@@ -245,12 +258,26 @@ def _shrinks(spec: Spec) -> tuple[float, ...]:
 
 def engine_scales(amax: np.float32, spec: Spec) -> list[np.float32]:
     """Every scale that this engine may give a unit of this range: one under absmax, one per shrink under mse."""
-    shrunk = (max(amax * np.float32(shrink), np.float32(1e-12)) for shrink in _shrinks(spec))
-    return [np.float32(value / np.float32(448)) for value in shrunk]
+    found = _scales_of(torch.tensor(amax), spec)
+    return [np.float32(scale.item()) for scale in found]
 
 
 def _foreign_scales(scale: torch.Tensor, amax: torch.Tensor, spec: Spec) -> int:
     known = torch.zeros(scale.shape, dtype=torch.bool)
-    for shrink in _shrinks(spec):
-        known |= scale == (_power_above(_divided(amax * shrink)) if spec.format.by_powers else _divided(amax * shrink))
+    for own in _scales_of(amax, spec):
+        known |= scale == own
     return int((~known).sum())
+
+
+def _scales_of(amax: torch.Tensor, spec: Spec) -> Iterator[torch.Tensor]:
+    """The scales that this engine may give units of these ranges. Where it leaves no code but zero that is 1, and in
+    its former versions, or beside a fused sibling, the floor."""
+    for shrink in _shrinks(spec):
+        scale = _own_scale(amax, shrink, spec)
+        yield scale
+        yield torch.where(amax / scale <= NOTHING, 1.0, scale)
+
+
+def _own_scale(amax: torch.Tensor, shrink: float, spec: Spec) -> torch.Tensor:
+    scale = _divided(amax * shrink)
+    return _power_above(scale) if spec.format.by_powers else scale

@@ -27,6 +27,8 @@ _REACH = _U32(0x43E8_0000)
 """Bits of 464, half a step above it: beyond, a weight is clipped."""
 _NORMAL = _U32(0x3C80_0000)
 """Bits of 2^-6, E4M3's smallest normal number."""
+_FAINT = _U32(0x2B8C_BCCC)
+"""Bits of 1e-12 (`units.FAINT`). A weight below it counts as zero, for it is lost under any scale but the least."""
 _STEADY = _F32(16384)
 """Of float32 numbers about 2^14 the last bit is worth 2^-9, E4M3's step below its normal numbers."""
 _STEADY_BITS = _U32(0x4680_0000)
@@ -61,7 +63,8 @@ def compare(
 
     Fills, per unit: int32 `tops`, bits of the largest source magnitude; int64 `clipped`, clipped sources. Per
     row: float64 `norms` [3, rows], squared norms of source, restored weight and error. int32 `differs`: flat indices of
-    the codes that rounding does not give. Returns how many those are, zero codes, and zero sources.
+    the codes that rounding does not give. Returns how many those are, zero codes, and zero or
+    faint sources.
     """
     rows, columns = codes.shape
     lanes = np.zeros(3 * LANES, np.float32)
@@ -117,7 +120,7 @@ def _compare_run(source: Any, codes: Any, scale: Any, share: Any, lanes: Any, wa
         difference = _U32(difference | _U32(best ^ code))
         beyond = _U32(beyond + _U32((magnitude > _REACH) & (magnitude <= _INFINITY)))
         zero_codes = _U32(zero_codes + _U32(short == _U32(0)))
-        zero_source = _U32(zero_source + _U32(_U32(bits & _MAGNITUDE) == _U32(0)))
+        zero_source = _U32(zero_source + _U32(_U32(bits & _MAGNITUDE) < _FAINT))
         sign = _U32(_U32(code & _U32(0x80)) << _U32(24))
         restored = float_of(_U32(bits_of(_value(short)) | sign))
         weight = scaled * share

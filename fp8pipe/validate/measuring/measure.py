@@ -24,7 +24,15 @@ from fp8pipe.validate.meaning.formats import Spec
 from fp8pipe.validate.meaning.names import FLOAT_SCALES, FLOATS, KV_SCALES, split_name
 from fp8pipe.validate.measured import Array, Magnitudes, Measured, Scale
 from fp8pipe.validate.measuring.compare import KINDS, TILE, Comparer
-from fp8pipe.validate.measuring.units import FLOAT_BITS, is_coarse, magnitudes, scale_values, unit_tops, unpack
+from fp8pipe.validate.measuring.units import (
+    FAINT_SCALE,
+    FLOAT_BITS,
+    is_coarse,
+    magnitudes,
+    scale_values,
+    unit_tops,
+    unpack,
+)
 from fp8pipe.validate.measuring.weights import Fp8Weight, PlainWeight, Scales, TensorBytes
 from fp8pipe.validate.subject import Subject
 
@@ -289,7 +297,7 @@ def _note_units(seen: Magnitudes, tops: torch.Tensor, scale: torch.Tensor | None
     assert seen.spec is not None
     if scale is None:
         return
-    low = (tops > 0) & (tops < seen.spec.format.top)
+    low = (tops > 0) & (tops < seen.spec.format.top) & ~(scale <= FAINT_SCALE)
     if seen.spec.format.name == "NVFP4":
         low &= ~is_coarse(scale)
     seen.units += tops.numel()

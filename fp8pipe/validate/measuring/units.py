@@ -15,6 +15,14 @@ import torch
 from fp8pipe.validate.meaning.formats import Codes, Spec
 from fp8pipe.validate.measured import Array
 
+FAINT = 1e-12
+"""The least range that a scale of this engine covers. Of a unit below it, codes are few or none: they are held to the
+last bit (D1, D6, D7), but no relative error is asked of them."""
+FAINT_SCALE = 2.0**-48
+"""No scale of this engine is smaller but that of FAINT, be it rounded up to a power of two."""
+NOTHING = 2.0**-10
+"""Half of the smallest E4M3 code above zero: source / scale up to it becomes zero."""
+
 FLOAT_BITS: dict[str, tuple[torch.dtype, int, int]] = {
     "F8_E4M3": (torch.uint8, 0x7F, 0x7F),
     "F8_E5M2": (torch.uint8, 0x7F, 0x7C),
