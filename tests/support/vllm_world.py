@@ -2,14 +2,15 @@
 
     python vllm_world.py REQUEST ANSWER
 
-REQUEST: {"folders": [folder with config.json, ...], "linears": [...], "experts": [...], "kernels": [...]}, lists of the
-arguments of `ask_linear`, `ask_experts` and `kernel_for`. The ranks are a number in vLLM's parallel state: nothing is
-communicated and nothing computed.
+REQUEST: {"folders": [folder with config.json, ...]}, and lists of the arguments of `ask_linear`, `ask_experts`,
+`quantized_drafts` and `kernel_for` as "linears", "experts", "drafts" and "kernels". The ranks are a number in vLLM's
+parallel state: nothing is communicated and nothing computed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ def main() -> None:
     vllm_probe.prepare(path.with_name("store"))
     answer: dict[str, Any] = {"kernels": on_devices(request["kernels"])}
     answer["folders"] = {folder: ask_model(Path(folder)) for folder in request["folders"]}
+    answer["drafts"] = [quantized_drafts(**case) for case in request["drafts"]]
     with world_of(Path(request["folders"][0])) as group:
         answer["linears"] = [ask_linear(group, **case) for case in request["linears"]]
         answer["experts"] = [ask_experts(group, **case) for case in request["experts"]]
@@ -83,6 +85,30 @@ def ask_model(folder: Path) -> dict[str, str]:
                 words = f"{type(error).__name__}: {error}"
             answers[f"{ranks}{'e' * parallel}"] = words
     return answers
+
+
+class Speculation:
+    """As much of vLLM's SpeculativeConfig as a draft model asks for: every feature of it is off."""
+
+    def __init__(self, draft_model_config: Any) -> None:
+        self.draft_model_config = draft_model_config
+
+    def __getattr__(self, name: str) -> bool:
+        return False
+
+
+def quantized_drafts(folder: str, module: str, kind: str) -> list[str]:
+    """Names of the FP8 parameters of vLLM's model for the layers that predict a second token."""
+    import torch
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with world_of(Path(folder)) as group:
+        config = group.config
+        config.speculative_config = Speculation(SimpleNamespace(hf_config=config.model_config.hf_config))
+        build = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), kind)
+        with torch.device("meta"), set_default_torch_dtype(config.model_config.dtype):
+            model = build(vllm_config=config)
+    return [name for name, parameter in model.named_parameters() if parameter.dtype == torch.float8_e4m3fn]
 
 
 # ---------------------------------------------------------------------------------------------- single layers

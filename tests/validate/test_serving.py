@@ -19,6 +19,7 @@ from fp8pipe import stages
 from fp8pipe.config import load_policy, load_recipe
 from fp8pipe.errors import ConfigError, NoSuitableDevice
 from fp8pipe.model.headers import TensorInfo
+from fp8pipe.quantize.formats import kept_of
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.records.serving import DEVICES, RANKS, Serving
 from fp8pipe.ui.sheets import serving_sheet, terminal
@@ -225,6 +226,29 @@ KERNELS = [
 ]
 
 
+DRAFTS = {
+    "deepseek": (
+        latent() | {"num_nextn_predict_layers": 1},
+        "deepseek_mtp",
+        "DeepSeekMTP",
+        ["model.layers.1.eh_proj", "model.layers.1.self_attn.o_proj"],
+    ),
+    "qwen": (
+        sparse(kv=4)
+        | {
+            "architectures": ["Qwen3NextForCausalLM"],
+            "model_type": "qwen3_next",
+            "layer_types": ["full_attention"],
+            "shared_expert_intermediate_size": 128,
+        },
+        "qwen3_next_mtp",
+        "Qwen3NextMTP",
+        ["mtp.fc", "mtp.layers.0.mlp.experts"],
+    ),
+}
+"""Models with a predicting layer: config, vLLM's class for that layer, names of its modules that the plan keeps."""
+
+
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What vLLM's classes answer, from one child process."""
@@ -235,6 +259,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     request = {"folders": list(map(str, folders.values())), "linears": LINEARS, "experts": EXPERTS, "kernels": KERNELS}
+    request["drafts"] = [case for name in DRAFTS for case in draft_cases(root, name)]
     (root / "request.json").write_text(json.dumps(request))
     command = [
         sys.executable,
@@ -246,6 +271,19 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-4000:]
     answer = json.loads((root / "answer.json").read_text())
     return answer | {"models": {name: answer["folders"][str(folder)] for name, folder in folders.items()}}
+
+
+def draft_cases(root: Path, name: str) -> Iterator[dict[str, str]]:
+    """The model with and without the entries by which the plan ignores its predicting layers."""
+    config, module, kind, names = DRAFTS[name]
+    kept = kept_of(names, (), ["model.layers.0.mlp.down_proj"])
+    for index, entries in enumerate(((), (*kept.modules, *kept.patterns))):
+        folder = root / f"{module}-{index}"
+        folder.mkdir()
+        quantization = scheme("compressed-tensors", "channel")
+        quantization["ignore"] += entries
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+        yield {"folder": str(folder), "module": module, "kind": kind}
 
 
 pytest_vllm = pytest.mark.vllm
@@ -295,6 +333,14 @@ def test_kernels_are_those_that_vllm_chooses(vllm: dict[str, Any]) -> None:
         known = _facts("fp8", "block", model_type=case["model_type"], half=case["dtype"] == "float16")
         kernel = linear_kernel(known, devices[case["capability"]], (case["shape"][0], case["shape"][1]))
         assert words[kernel].lower() in name.lower(), (case, name)
+
+
+@pytest_vllm
+def test_vllm_builds_predicting_layers_unquantized_by_the_entries_of_the_plan(vllm: dict[str, Any]) -> None:
+    """What vLLM's issues on heads that do not load have in common: the draft model is built with the model's scheme."""
+    without, ignored = vllm["drafts"][::2], vllm["drafts"][1::2]
+    assert ignored == [[] for _ in DRAFTS]
+    assert all(without), "without these entries vLLM wants FP8 weights"
 
 
 def _facts(method: str, strategy: str, **changes: Any) -> Facts:
