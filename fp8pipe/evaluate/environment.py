@@ -110,10 +110,10 @@ def import_architecture(model: str, trust_remote_code: bool) -> None:
     Otherwise vLLM inspects the class in a subprocess, to keep CUDA uninitialised in this one, and so imports itself a
     second time (15 s and more) for every architecture that is new to this machine.
     """
-    from transformers import AutoConfig
     from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.transformers_utils.config import get_config
 
-    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+    config = get_config(model, trust_remote_code=trust_remote_code)  # it knows more configs than transformers does
     for name in config.architectures or ():
         if name in ModelRegistry.models:
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())

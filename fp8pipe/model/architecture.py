@@ -2,6 +2,7 @@
 
 An `Architecture` is not guessed from names: `oracle/transformers.py` has transformers build the model on the meta
 device and follows its own mapping from tensors on disk to modules; `model/names.py` adds what vLLM's loaders forbid.
+For a model that transformers does not know, vLLM builds its own, and its loader is followed.
 """
 
 from __future__ import annotations
@@ -88,15 +89,18 @@ class AttentionLayer(Record):
 
 
 class Architecture(Record):
-    """What transformers makes of a checkpoint. Keys and names are those on disk unless a field says otherwise."""
+    """What transformers, or else vLLM, makes of a checkpoint. Keys and names are those on disk unless a field says
+    otherwise. Where vLLM answered, the names that fields call transformers' are vLLM's."""
 
     model_class: str
     model_type: str
     transformers_version: str
+    answered_by: Literal["transformers", "vLLM"] = "transformers"
+    """Whose model this is. What transformers does not know it cannot run, so that no range can be measured."""
     tensors: dict[str, TensorRole]
     """Every tensor of the checkpoint."""
     attention: tuple[AttentionLayer, ...]
-    """In layer order, without linear attention."""
+    """In layer order, without linear attention; empty where vLLM answered."""
     num_layers: int
     layers_module: str
     """transformers' name of the ModuleList of decoder layers, `model.layers`."""

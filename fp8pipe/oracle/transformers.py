@@ -1,7 +1,8 @@
 """The transformers oracle: a snapshot in, its Architecture out, as transformers itself builds the model.
 
 A supervised child process builds it on the meta device (`transformers_probe.py`), because importing transformers takes
-seconds and 550 MB. Its answers are cached.
+seconds and 550 MB. A model that transformers does not know is asked of vLLM (`vllm_roles.py`), where new ones come out
+first. Answers are cached.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fp8pipe.machine.supervise import supervise
 from fp8pipe.model.architecture import Architecture
 from fp8pipe.model.headers import Headers
 from fp8pipe.model.untrusted import clip
-from fp8pipe.oracle import bounds
+from fp8pipe.oracle import bounds, vllm_roles
 from fp8pipe.oracle.cache import cache_dir
 from fp8pipe.records import Snapshot
 
@@ -43,21 +44,23 @@ def inspect(
     """The architecture of `snapshot`, from the cache or from a child process.
 
     `headers` default to those of the snapshot. `meanwhile` runs in a thread while the child works; if the answer is
-    cached, it does not run. Raises UnsupportedArchitecture, with transformers' reason, if it cannot build the model.
+    cached, it does not run. Raises UnsupportedArchitecture, with the libraries' reasons, if none can build the model.
     """
     headers = headers or read_headers(snapshot)
     source.read_config(snapshot)  # what is no config never reaches a library
     config = source.read_file(snapshot, "config.json")
-    path = cache_dir() / f"{_key(config, headers, trust_remote_code)}.json"
-    known = Architecture.load_if_present(path)
-    if known is not None:
-        return known
+    key = _key(config, headers, trust_remote_code)
+    for name in (key, vllm_roles.key(key)):
+        known = Architecture.load_if_present(cache_dir() / f"{name}.json")
+        if known is not None:
+            return known
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(meanwhile) if meanwhile is not None else None
         architecture = _probe(snapshot, config, headers, trust_remote_code)
         if future is not None:
             future.result()
-    architecture.save(path)
+    name = key if architecture.answered_by == "transformers" else vllm_roles.key(key)
+    architecture.save(cache_dir() / f"{name}.json")
     return architecture
 
 
@@ -77,12 +80,14 @@ def _probe(snapshot: Snapshot, config: bytes, headers: Headers, trust_remote_cod
             for file in snapshot.files:
                 if file.name.endswith(".py") and "/" not in file.name:
                     (folder / file.name).write_bytes(source.read_file(snapshot, file.name))
-        request = {
-            "folder": name,
-            "tensors": {info.name: info.shape for info in headers.tensors.values()},
-            "trust_remote_code": trust_remote_code,
-        }
-        answer = _ask(request, folder)
+        request: dict[str, Any] = {"folder": name, "trust_remote_code": trust_remote_code}
+        shapes = {info.name: info.shape for info in headers.tensors.values()}
+        answer = _ask(request | {"tensors": shapes}, folder)
+        if answer.get("unknown"):
+            kinds = {info.name: [info.dtype, info.shape] for info in headers.tensors.values()}
+            (known,) = vllm_roles.ask([request | {"tensors": kinds}], folder)
+            reasons = [found["unsupported"] for found in (answer, known) if "unsupported" in found]
+            answer = known if len(reasons) < 2 else {"unsupported": "; ".join(reasons)}
     if "unsupported" in answer:
         raise UnsupportedArchitecture(f"{snapshot.model_id}: {clip(answer['unsupported'], 1000)}")
     return Architecture.model_validate(answer)

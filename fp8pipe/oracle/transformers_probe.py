@@ -3,8 +3,8 @@
     python -m fp8pipe.oracle.transformers_probe REQUEST ANSWER
 
 REQUEST: {"folder": path with config.json, "tensors": {name: shape}, "trust_remote_code": bool}. ANSWER: the fields of
-Architecture, or {"unsupported": reason}. Names on disk are mapped to modules as transformers' own loader maps them: all
-renamings, then at most one converter, then the base model's prefix.
+Architecture, or {"unsupported": reason, "unknown": whether transformers has no such model}. Names on disk are mapped to
+modules as transformers' own loader maps them: all renamings, then at most one converter, then the base model's prefix.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ with without("sklearn", "scipy") if __name__ == "__main__" else nullcontext():
     import torch
     import transformers
     from torch import nn
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+    from transformers import (
+        CONFIG_MAPPING,
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        PreTrainedModel,
+    )
     from transformers.core_model_loading import dot_natural_key
     from transformers.pytorch_utils import Conv1D
 
@@ -41,12 +48,16 @@ _CACHES = frozenset(("past_key_values", "past_key_value", "layer_past"))
 """Names of the cache among the arguments of an attention module."""
 
 
+class Unknown(Unsupported):
+    """transformers has no class for this model; another library may."""
+
+
 def main() -> None:
     request, answer_path = json.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2])
     try:
         answer = examine(Path(request["folder"]), request["tensors"], request["trust_remote_code"])
     except Unsupported as reason:
-        answer = {"unsupported": str(reason)}
+        answer = {"unsupported": str(reason), "unknown": isinstance(reason, Unknown)}
     answer_path.write_text(json.dumps(answer))
 
 
@@ -86,7 +97,8 @@ def build(
     """The model on the meta device, as its own class, and the quantization_config, which is left out of the model.
 
     tensors: how many lie on disk, which bounds the model's parts."""
-    source_quantization = json.loads((folder / "config.json").read_text()).get("quantization_config")
+    plain = json.loads((folder / "config.json").read_text())
+    source_quantization = plain.get("quantization_config")
     try:
         with bounds.building(tensors):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -97,7 +109,9 @@ def build(
         raise Unsupported(str(error)) from error
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError, RuntimeError) as error:
         hint = "" if trust_remote_code else "; if it has code of its own, --trust-remote-code allows it"
-        raise Unsupported(f"transformers cannot build it: {error}{hint}") from error
+        kind = Unsupported if str(plain.get("model_type")) in CONFIG_MAPPING else Unknown
+        words = " ".join(str(error).partition("\n\n")[0].split())  # behind it, advice on installing
+        raise kind(f"transformers cannot build it: {words}{hint}") from error
 
 
 def _model_class(config: Any, trust_remote_code: bool) -> PreTrainedModel:  # Any: config classes share no typed base
@@ -109,9 +123,7 @@ def _model_class(config: Any, trust_remote_code: bool) -> PreTrainedModel:  # An
         auto_map = getattr(config, "auto_map", {})
         if type(config) in auto._model_mapping or (trust_remote_code and auto.__name__ in auto_map):
             return auto.from_config(config, trust_remote_code=trust_remote_code)
-    raise Unsupported(
-        f"transformers {transformers.__version__} has no class {names[0] if names else config.model_type}"
-    )
+    raise Unknown(f"transformers {transformers.__version__} has no class {names[0] if names else config.model_type}")
 
 
 # ---------------------------------------------------------------------------------------------- the model's parts

@@ -26,6 +26,7 @@ from fp8pipe.oracle import asked, bounds, limits, stand_ins
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+    from vllm.model_executor.layers.quantization import QuantizationConfig
 
     from fp8pipe.oracle.landing import Follower, Write
 
@@ -101,10 +102,16 @@ def _examine(folder: Path, tensors: dict[str, tuple[str, list[int]]]) -> dict[st
 
 @contextlib.contextmanager
 def built(
-    folder: Path, layers: asked.Asked | None = None, *, tensors: int = bounds.UNKNOWN_TENSORS
+    folder: Path,
+    layers: asked.Asked | None = None,
+    *,
+    tensors: int = bounds.UNKNOWN_TENSORS,
+    quant_config: QuantizationConfig | None = None,
+    trust_remote_code: bool = False,
 ) -> Iterator[nn.Module]:
     """vLLM's model for the config.json in `folder`, on the meta device, for a single process. `layers` gets those that
-    asked for a quantization method. `tensors`, of which so many lie on disk, bound the model's parts."""
+    asked for a quantization method. `tensors`, of which so many lie on disk, bound the model's parts. `quant_config`
+    stands in for the quantization that an unquantized config lacks."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.distributed import destroy_model_parallel, initialize_model_parallel
@@ -112,10 +119,17 @@ def built(
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    import_architecture(str(folder), False)
-    arguments = EngineArgs(model=str(folder), load_format="dummy", enforce_eager=True, skip_tokenizer_init=True)
+    import_architecture(str(folder), trust_remote_code)
+    arguments = EngineArgs(
+        model=str(folder),
+        load_format="dummy",
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        trust_remote_code=trust_remote_code,
+    )
     with bounds.building(tensors):
         config = arguments.create_engine_config()
+    config.quant_config = quant_config or config.quant_config
     with set_current_vllm_config(config):
         initialize_model_parallel(1)  # for each model, since experts have a group of their own
         try:
@@ -237,13 +251,14 @@ def _landings(writes: list[Write], tensors: Mapping[str, Any]) -> list[list[Any]
 def _unsettled(model: nn.Module, writes: list[Write], tensors: Mapping[str, tuple[str, list[int]]]) -> list[list[Any]]:
     """Everything wrong with the tensors that vLLM accepted."""
     return [
-        *_parameters_not_whole(model, writes),
+        *parameters_not_whole(model, writes),
         *_tensors_not_whole(writes, tensors),
         *_wrong_dtypes(model, writes, tensors),
     ]
 
 
-def _parameters_not_whole(model: nn.Module, writes: list[Write]) -> Iterator[list[Any]]:
+def parameters_not_whole(model: nn.Module, writes: list[Write]) -> Iterator[list[Any]]:
+    """A row for each parameter that is not filled, or is filled twice."""
     from fp8pipe.oracle.landing import Region, covered, first_gap, overlapping
 
     regions: dict[str, list[Region]] = {}

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fp8pipe.config import Recipe
-from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
+from fp8pipe.errors import ConfigError, MalformedCheckpoint, UnsupportedArchitecture
 from fp8pipe.model.architecture import Architecture
 from fp8pipe.model.fp8_source import block_shape
 from fp8pipe.model.headers import Headers, TensorInfo
@@ -52,6 +52,12 @@ def make_plan(
     recipe that vLLM could not serve on this model, UnsupportedArchitecture if nothing can be quantized,
     MalformedCheckpoint if tensors of the model's layers are missing or have another shape.
     """
+    if recipe.needs_calibration and architecture.answered_by != "transformers":
+        raise ConfigError(
+            f"{snapshot.model_id}: recipe {recipe.name} measures ranges, for which transformers must run the model, "
+            f"but only {architecture.answered_by} knows {architecture.model_class}; choose a recipe with dynamic "
+            "activations and no KV cache scheme, such as fp8-dynamic or fp8-block"
+        )
     choices = choose(headers, recipe, architecture, keep)
     if architecture.misfits:
         more = f" and {len(architecture.misfits) - 3} more" if len(architecture.misfits) > 3 else ""

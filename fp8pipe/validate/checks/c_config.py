@@ -264,8 +264,10 @@ def ignore_entries_work(subject: Subject) -> Iterator[Fault]:
 
 
 def _unmatched(subject: Subject) -> Iterator[Fault]:
-    """Entries that match no module; lm_head always counts as matched. Experts in one 3-D tensor count by its name."""
+    """Entries that match no module; lm_head always counts as matched. Experts in one 3-D tensor count by its name, and
+    as vLLM asks for them: by the name of the first of them."""
     experts = {name for name, t in subject.files.tensors.items() if len(t.shape) == 3 and not name.endswith(".weight")}
+    experts |= {f"{name}.0" for name in subject.layout.other_names if name.endswith(".experts")}
     scheme, modules = subject.scheme, subject.layout.modules | experts
     modules |= {name.rpartition(".")[0] for name in experts}
     modules |= {renumbered(module, subject.layout.num_layers or 0) for module in modules}
