@@ -118,6 +118,8 @@ def small(kind: type[PreTrainedConfig], own: Mapping[str, Any], role: str) -> di
         "num_attention_heads",
     } <= chosen.keys():  # latent attention has no groups
         chosen["num_key_value_heads"] = chosen["num_attention_heads"]
+    if "attention_multiplier" in fields:  # Granite's default of 1 makes attention a hard choice, unlike any release
+        chosen["attention_multiplier"] = 1 / HEAD
     chosen |= {key: value for key, value in _token_ids(fields).items() if key not in own}
     chosen |= {key: value for key, value in own.items() if key not in parts}
     layers = next((key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in fields), None)

@@ -30,7 +30,7 @@ def test_every_tenth_architecture_is_right_or_refused_with_a_reason(tmp_path: Pa
     assert _wrong(rows) == {}
     right = [row for row in rows if not row.not_built and not row.cells["fp8-dynamic"].exit_code]
     assert len(right) > 0.7 * len(rows)
-    assert all(cell.weight_error > 0.02 and cell.share > 0.5 for row in right for cell in row.cells.values())
+    assert all(cell.weight_error > 0.02 and cell.share > 0 for row in right for cell in row.cells.values())
 
 
 def test_static_ranges_are_those_of_plain_hooks(tmp_path: Path) -> None:
