@@ -28,6 +28,7 @@ from fp8pipe.model.headers import TensorInfo
 from fp8pipe.quantize import quantize
 from fp8pipe.validate import validate
 from fp8pipe.validate.meaning.layout import Layout, layout_from_names
+from fp8pipe.validate.meaning.names import attention_of_kv_scale
 
 pytestmark = pytest.mark.usefixtures("architecture_cache")
 
@@ -287,3 +288,16 @@ def test_experts_of_two_kinds_in_one_row_are_counted_together(
 
 
 NAMES, LEAVES = ("gate", "up", "down"), ("weight", "weight_scale")
+
+
+@pytest.mark.parametrize(
+    ("module", "attention"),
+    [
+        ("model.layers.0.self_attn", "model.layers.0.self_attn"),
+        ("model.layers.0.self_attn.attn", "model.layers.0.self_attn"),
+        ("model.layers.0.self_attn.k_proj", "model.layers.0.self_attn"),
+        ("transformer.blocks.0.norm_attn_norm.attn", "transformer.blocks.0.norm_attn_norm.attn"),
+    ],
+)
+def test_a_kv_scale_belongs_to_the_attention_that_it_names(module: str, attention: str) -> None:
+    assert attention_of_kv_scale(module) == attention

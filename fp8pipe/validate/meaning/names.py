@@ -106,7 +106,8 @@ def attention_of(module: str) -> str | None:
 
 def attention_of_kv_scale(module: str) -> str:
     """The module to which vLLM maps the KV scales stored in `module`: its attention layer, if it knows the place."""
-    return re.sub(r"\.(attn|[qkv]_proj|qkv_proj)$", "", module) if _KV_PLACE.search(module) else module
+    match = _KV_PLACE.search(module)
+    return module[: match.start(2)] if match is not None and match[2] else module
 
 
 def layer_of(name: str) -> int | None:
