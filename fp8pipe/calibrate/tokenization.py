@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from fp8pipe.calibrate.dataset import Rows
 from fp8pipe.config import CalibrationSpec
 from fp8pipe.errors import CalibrationDataError
+from fp8pipe.model.untrusted import clip
 
 Encode = Callable[[dict[str, Any]], list[int]]
 
@@ -21,9 +22,11 @@ def tokenizer_of(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except BaseException as error:
+        if not _is_of_library(error):
+            raise
         raise CalibrationDataError(
-            f"{folder}: cannot load the tokenizer ({error}); its files must be in the same folder as the weights"
+            f"{folder}: cannot load the tokenizer ({clip(error)}); its files must be in the same folder as the weights"
         ) from error
 
 
@@ -60,9 +63,9 @@ def _chat_encoder(spec: CalibrationSpec, tokenizer: Any) -> Encode:
         messages = _field(spec, row, "messages")
         try:  # the template writes the special tokens itself
             text = tokenizer.apply_chat_template(messages, tokenize=False) if messages else ""
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except (TemplateError, TypeError, KeyError, ValueError, RecursionError, ArithmeticError) as error:
             raise CalibrationDataError(
-                f"{spec.dataset}: the model's chat template rejects a row ({error}) with the roles "
+                f"{spec.dataset}: the model's chat template rejects a row ({clip(error)}) with the roles "
                 f"{[_role(message) for message in messages][:8]}; give data that it accepts, or set "
                 "calibration.chat_template: none to join the contents of the messages"
             ) from error
@@ -73,7 +76,22 @@ def _chat_encoder(spec: CalibrationSpec, tokenizer: Any) -> Encode:
 
 def _encode(tokenizer: Any, text: str, special_tokens: bool) -> list[int]:
     """Token ids; none for blank text, so that a lone BOS never becomes a sample."""
-    return tokenizer(text, add_special_tokens=special_tokens)["input_ids"] if text.strip() else []
+    if not text.strip():
+        return []
+    try:
+        return tokenizer(text, add_special_tokens=special_tokens)["input_ids"]
+    except BaseException as error:
+        if not _is_of_library(error):
+            raise
+        raise CalibrationDataError(
+            f"the model's tokenizer fails on a row ({clip(error)}); mend its files, or download the model again"
+        ) from error
+
+
+def _is_of_library(error: BaseException) -> bool:
+    """Whether a tokenizer's own code raised the error. It raises plain Exceptions, and a panic in Rust is not even one;
+    it is known by its name alone, since no module exports it."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _joined(spec: CalibrationSpec, messages: list[Any]) -> str:
