@@ -154,7 +154,7 @@ def _recipe(draft: Draft, scheme: Scheme, spec: Spec, to: Method, settings: Reci
     """A recipe that would have made this checkpoint, for the functions that write a spelling."""
     scales = "power_of_two" if spec.format.by_powers else "exact"
     if settings is not None:
-        content = settings.model_dump() | {"checkpoint_format": to}
+        content: dict[str, Any] = settings.model_dump() | {"checkpoint_format": to}
         content["weights"] |= {"scales": scales}  # what config.json says, for that is what loaders read
         return validated(Recipe, content, "recipe of the checkpoint")
     strategy = {"tensor": "tensor", "block": "group", "channel": "token"}[spec.strategy]
