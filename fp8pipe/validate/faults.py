@@ -7,9 +7,9 @@ from typing import Literal
 
 from fp8pipe.records import Severity
 
-Need = Literal["config", "scheme", "source", "files", "records", "calibration", "manifest", "vllm", "loaded"]
+Need = Literal["config", "scheme", "source", "tensors", "files", "records", "calibration", "manifest", "vllm", "loaded"]
 """What a check cannot run without: a config.json that parses, a quantization_config that is understood, a source,
-the list of its files at least, the engine's plan, ..."""
+the list of its tensors or of its files at least, the engine's plan, ..."""
 
 MAX_FINDINGS_PER_CHECK = 1000
 """A hostile checkpoint must not fill the memory with its faults: further ones are counted in one last finding."""

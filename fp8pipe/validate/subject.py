@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -105,12 +105,14 @@ class Subject:
     def supplies(self, need: Need) -> bool:
         """Whether a check that needs `need` can run."""
         records = self.records_or_none
+        is_planned = records is not None and records.plan is not None
         return {
             "config": bool(self.config) or self.config_problem is None,
             "scheme": self.scheme_or_none is not None,
             "source": self.source_or_none is not None,
+            "tensors": self.source_or_none is not None or is_planned,
             "files": self.source_or_none is not None or (records is not None and records.source is not None),
-            "records": records is not None and records.plan is not None,
+            "records": is_planned,
             "calibration": records is not None and records.calibration is not None,
             "manifest": records is not None and records.manifest is not None,
             "vllm": self.vllm.verdict is not None,
@@ -206,15 +208,19 @@ class Subject:
         theirs = self.source_or_none
         return theirs.sizes if theirs is not None else {file.name: file.size for file in self.source_record.files}
 
+    @cached_property
+    def source_tensors(self) -> Mapping[str, TensorInfo] | None:
+        """The source's tensors by name: its own, else what the plan recorded of them; None if neither is there."""
+        if self.source_or_none is not None:
+            return self.source_or_none.tensors
+        return {tensor.name: tensor.info for tensor in self.plan.tensors} if self.supplies("records") else None
+
     @property
     def source_dtype(self) -> str | None:
         """The dtype of most of the source's weights, which is what a config without a dtype means; None if unknown."""
-        if self.source_or_none is not None:
-            found = Counter(info.dtype for info in self.source_or_none.tensors.values())
-        elif self.supplies("records"):
-            found = Counter(tensor.dtype for tensor in self.plan.tensors)
-        else:
+        if self.source_tensors is None:
             return None
+        found = Counter(info.dtype for info in self.source_tensors.values())
         most = next((dtype for dtype, _ in found.most_common() if dtype in FLOATS), "")
         return {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}.get(most)
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import reference_checkpoints as reference
 from support.findings import ids
-from support.malformed import alter, drop, edit_tensors, shards_of
+from support.malformed import add, alter, drop, edit_tensors, shards_of
 from support.tiny_models import architecture_of, calibration_for, plan_of, recipe
 
 from fp8pipe.config import CalibrationSpec, Recipe
@@ -141,6 +141,18 @@ def test_lowest_bit_of_a_scale_is_known(made: tuple[Path, Path], leaf: str, expe
     report = judge(folder, source)
     assert expected in {finding.check for finding in report.errors}
     assert all(finding.tensor and leaf.split(".")[-2] in finding.tensor for finding in report.errors)
+
+
+def test_tensor_unknown_to_the_source_is_an_error_whether_the_source_is_named_or_only_recorded(
+    made: tuple[Path, Path],
+) -> None:
+    source, folder = made
+    add(folder, "model.layers.0.extra.weight", torch.ones(2, 2, dtype=torch.bfloat16))
+    named, recorded = (
+        [(finding.severity, finding.tensor) for finding in report.findings if finding.check == "K8"]
+        for report in (judge(folder, source), validate(folder, architecture=architecture_of(source)))
+    )
+    assert named == recorded == [("error", "model.layers.0.extra.weight")]
 
 
 def test_calibration_that_was_altered_is_not_the_one_of_the_record(made: tuple[Path, Path]) -> None:

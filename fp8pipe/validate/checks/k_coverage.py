@@ -329,16 +329,17 @@ def _claims(subject: Subject, module: str) -> tuple[str, ...]:
 @check(
     "K8",
     "No tensor that the source does not have, except scales.",
-    needs=("config", "source"),
+    needs=("config", "tensors"),
     yields_to=("K6",),
     consequence="vLLM stops: there is no module or parameter of that name",
     remedy="remove the tensor",
 )
 def no_unknown_tensors(subject: Subject) -> Iterator[Fault]:
+    known = subject.source_tensors or {}
     for name, entry in subject.files.tensors.items():
         module, leaf = split_name(name)
         is_weight = leaf in WEIGHTS and module in subject.layout.is_quantizable  # packed, or split from a larger tensor
-        if name in subject.source.tensors or is_companion(name) or is_weight:
+        if name in known or is_companion(name) or is_weight:
             continue
         if leaf == "inv_freq":
             yield Fault("a tensor of the source", "a buffer", entry.shard, name, "warning", "vLLM skips it")
