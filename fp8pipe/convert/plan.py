@@ -23,6 +23,7 @@ from fp8pipe.records import RECORD_DIR, Checkpoint, Snapshot
 from fp8pipe.validate import validate
 from fp8pipe.validate.meaning.config import method_of, quantization_config, read_scheme
 from fp8pipe.validate.meaning.scheme import Scheme
+from fp8pipe.validate.serving import why_unloadable
 
 CONVERSION_VERSION = 2
 """Increase it when the same input gives different bytes."""
@@ -72,8 +73,8 @@ class ConversionPlan:
 def plan_conversion(snapshot: Snapshot, headers: Headers, *, to: Method | None) -> ConversionPlan:
     """The conversion of `snapshot` to the spelling `to`; None keeps the spelling and replaces only legacy names.
 
-    Raises InputError for a model that is not an FP8 checkpoint, whose tensors contradict its config, or that `to`
-    cannot express."""
+    Raises InputError for a model that is not an FP8 checkpoint, whose tensors contradict its config, that `to` cannot
+    express, or that vLLM would not load."""
     content, config = source.read_file(snapshot, "config.json"), source.read_config(snapshot)
     quantization = quantization_config(config)
     method = _method(snapshot, quantization)
@@ -85,6 +86,8 @@ def plan_conversion(snapshot: Snapshot, headers: Headers, *, to: Method | None) 
         draft = respell(draft, scheme, to, theirs.plan.settings if theirs else None)
     outputs = _placed(headers, draft.tensors)
     record = _record(snapshot, method, quantization, draft, theirs)
+    if record.changes:
+        _refuse_unloadable(snapshot, config, draft, outputs)
     return ConversionPlan(
         snapshot=snapshot,
         outputs=outputs,
@@ -114,6 +117,16 @@ def _scheme(snapshot: Snapshot, quantization: dict[str, Any]) -> Scheme:
         reasons = [f"expected {f.expected}, found {f.found}" for f in findings if f.file == "config.json"]
         raise InputError(f"{snapshot.model_id}: not an FP8 scheme that vLLM serves: {'; '.join(reasons)}")
     return scheme
+
+
+def _refuse_unloadable(snapshot: Snapshot, config: dict[str, Any], draft: Draft, outputs: Iterable[Placed]) -> None:
+    """Raise InputError for a result that vLLM would refuse or misread, by the rules of what serves it."""
+    tensors = {placed.info.name: placed.info for placed in outputs}
+    if why := why_unloadable(config, read_scheme(draft.quantization), tensors):
+        raise InputError(
+            f"{snapshot.model_id}: vLLM does not load it as {draft.method}: {why}; quantize its source with "
+            "recipe fp8-block, which keeps such weights unquantized"
+        )
 
 
 def _with(config: dict[str, Any], quantization: dict[str, Any]) -> bytes:

@@ -11,8 +11,10 @@ import pytest
 import torch
 from support import reference_checkpoints as reference
 from support.conversions import AT, Tensors, config_of, edit, rename, to
+from support.findings import ids
 
 from fp8pipe.errors import InputError
+from fp8pipe.validate import validate
 
 Change = Callable[[Tensors, dict[str, Any]], None]
 
@@ -113,6 +115,52 @@ def test_experts_that_compressed_tensors_has_no_kernel_for_stay_fp8(moe: Path, t
     source = reference.quantize(moe, tmp_path / "source", method="fp8", static=False)
     with pytest.raises(InputError, match=r"vLLM serves experts with .* not tensor weights with dynamic activations"):
         to("compressed-tensors", source, tmp_path / "out")
+
+
+OTHER = {"compressed-tensors": "fp8", "fp8": "compressed-tensors"}
+
+
+@pytest.mark.parametrize("method", OTHER)
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"intermediate": 176}, r"mlp\.\(gate_proj\+up_proj\): 176 rows fused with others are not whole blocks of 32"),
+        ({"kv_heads": 1}, r"self_attn\.\(q_proj\+k_proj\+v_proj\): 16 rows fused with others"),
+    ],
+)
+def test_blocks_that_vllm_cannot_cut_are_refused_in_both_directions(
+    tmp_path: Path, method: Any, sizes: dict[str, int], reason: str
+) -> None:
+    model = reference.llama(tmp_path / "model", **sizes)
+    source = reference.quantize(model, tmp_path / "source", method=method, strategy="block", static=False)
+    assert "S5" in ids(validate(source, oracles=False))
+    with pytest.raises(InputError, match=reason):
+        to(OTHER[method], source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_fused_tensors_and_experts_that_blocks_do_not_fit_are_refused(llama: Path, moe: Path, tmp_path: Path) -> None:
+    def fuse(tensors: Tensors, _: dict[str, Any]) -> None:
+        for layer in range(2):
+            at = f"model.layers.{layer}.mlp"
+            for leaf, rows in (("weight", 352), ("weight_scale_inv", 11)):
+                both = [tensors.pop(f"{at}.{name}.{leaf}") for name in ("gate_proj", "up_proj")]
+                tensors[f"{at}.gate_up_proj.{leaf}"] = torch.cat(both)[:rows]
+
+    def narrow(tensors: Tensors, _: dict[str, Any]) -> None:
+        for name, value in tensors.items():
+            if ".experts." in name and name.endswith("weight"):
+                tensors[name] = (value[:, :24] if "down_proj" in name else value[:24]).contiguous()
+
+    how: dict[str, Any] = {"method": "fp8", "strategy": "block", "static": False}
+    wide = reference.llama(tmp_path / "wide", intermediate=176)
+    fused = edit(reference.quantize(wide, tmp_path / "fused", **how), fuse)
+    with pytest.raises(InputError, match=r"gate_up_proj: 176 rows fused with others are not whole blocks"):
+        to("compressed-tensors", fused, tmp_path / "out")
+    experts = edit(reference.quantize(moe, tmp_path / "experts", **how), narrow)
+    with pytest.raises(InputError, match=r"experts: 24 wide per GPU are not whole blocks of 32x32"):
+        to("compressed-tensors", experts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_absorbed_mla_projection_with_a_static_scale_stays_fp8(llama: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from fp8pipe.validate.serving.kernels import effect, serves_block
 from fp8pipe.validate.serving.loaders import transformers_serves
 from fp8pipe.validate.serving.shards import objections
 
-__all__ = ["what_serves"]
+__all__ = ["what_serves", "why_unloadable"]
 
 RULES: dict[Engine, str] = {"vLLM": "0.32", "transformers": "5.19"}
 
@@ -34,6 +34,13 @@ def what_serves(config: Mapping[str, Any], scheme: Scheme | None, tensors: Mappi
     """
     facts = read_facts(config, scheme, tensors) if scheme is not None else None
     return None if facts is None else Serving(answers=tuple(_answers(facts)), rules=RULES)
+
+
+def why_unloadable(config: Mapping[str, Any], scheme: Scheme | None, tensors: Mapping[str, TensorInfo]) -> str:
+    """Why vLLM does not load the checkpoint on any device, not even on one GPU, such as fused shards that do not end
+    with a block; empty if no reason is known. Arguments as in `what_serves`."""
+    facts = read_facts(config, scheme, tensors) if scheme is not None else None
+    return next(objections(facts, 1), "") if facts is not None else ""
 
 
 def _answers(facts: Facts) -> Iterator[Serves]:
