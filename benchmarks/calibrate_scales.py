@@ -125,7 +125,7 @@ def _distance(model: Path, recipe: Recipe, judge: Path, scratch: Path) -> tuple[
 
     from fp8pipe import stages
     from fp8pipe.calibrate import calibrate
-    from fp8pipe.calibrate.dataset import load_rows
+    from fp8pipe.calibrate.dataset import files_of, read_rows
     from fp8pipe.calibrate.samples import choose_samples
     from fp8pipe.calibrate.tokenization import tokenizer_of
 
@@ -133,7 +133,7 @@ def _distance(model: Path, recipe: Recipe, judge: Path, scratch: Path) -> tuple[
     ranges = calibrate(snapshot, stages.plan(snapshot, recipe), recipe, scratch)
     count = len(judge.read_text().splitlines())
     spec = recipe.calibration.model_copy(update={"dataset": str(judge), "num_samples": count})
-    samples = choose_samples(spec, load_rows(spec, ""), tokenizer_of(model), None).token_ids
+    samples = choose_samples(spec, read_rows(files_of(spec, "")), tokenizer_of(model), None).token_ids
     plain: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     rounded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     in_fp8(rounded, recipe, ranges)

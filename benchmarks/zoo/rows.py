@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.zoo import hooks, logits, models
 from fp8pipe.calibrate import calibrate
-from fp8pipe.calibrate.dataset import load_rows
+from fp8pipe.calibrate.dataset import files_of, read_rows
 from fp8pipe.calibrate.samples import choose_samples, context_of
 from fp8pipe.calibrate.tokenization import tokenizer_of
 from fp8pipe.config import Recipe
@@ -152,7 +152,7 @@ def token_ids(snapshot: Snapshot, recipe: Recipe) -> tuple[tuple[int, ...], ...]
     """The samples that calibration runs."""
     spec = recipe.calibration
     tokenizer = tokenizer_of(snapshot.path, trust_remote_code=False)
-    return choose_samples(spec, load_rows(spec, ""), tokenizer, context_of(snapshot.path)).token_ids
+    return choose_samples(spec, read_rows(files_of(spec, "")), tokenizer, context_of(snapshot.path)).token_ids
 
 
 def _note_ranges(cell: Cell, found: hooks.Compared) -> None:

@@ -14,8 +14,10 @@ ranges        ranges that are measured, or taken        memory       samples sha
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,22 +46,20 @@ def calibrate(
     folder: Path,
     *,
     architecture: Architecture | None = None,
+    samples: Samples | None = None,
     device: str = "cpu",
     progress: Progress = quiet,
 ) -> Calibration:
     """Ranges of every module and cache that `plan` writes scales for, saved as `folder`/calibration.json.
 
-    snapshot: downloaded. architecture: transformers is asked unless it is given. device: cpu, cuda, cuda:<n>, or auto.
+    snapshot: downloaded. architecture: transformers is asked unless it is given. samples: those that the recipe
+    chooses, if they are known. device: cpu, cuda, cuda:<n>, or auto.
     An existing record is returned when its key matches, and a run that was killed resumes behind its last finished
     layer. Raises CalibrationDataError for unfit data (before any weight is read) and for an input whose range is 0;
     NonFiniteActivation, UnsupportedArchitecture, MalformedCheckpoint, SourceChanged, HubUnreachable; EnvironmentFault
     when a single sample does not fit into memory.
     """
     from fp8pipe.calibrate.dataset import pin
-    from fp8pipe.calibrate.forward import run
-    from fp8pipe.calibrate.resume import Bookmark
-    from fp8pipe.calibrate.sensitivity import kept_by
-    from fp8pipe.calibrate.targets import Schemes, targets_of
     from fp8pipe.oracle.transformers import inspect
 
     start = time.monotonic()
@@ -70,7 +70,12 @@ def calibrate(
     if done is not None and done.key == key and _covers(done, plan):
         return done
 
-    samples = _samples(snapshot, plan, recipe, revision)
+    samples = samples or _samples(snapshot, plan, recipe, revision)
+    from fp8pipe.calibrate.forward import run
+    from fp8pipe.calibrate.resume import Bookmark
+    from fp8pipe.calibrate.sensitivity import kept_by
+    from fp8pipe.calibrate.targets import Schemes, targets_of
+
     architecture = architecture or inspect(snapshot, trust_remote_code=plan.trust_remote_code)
     targets = targets_of(plan, architecture)
     identity = digest_of([key, *targets.linears, *targets.experts])
@@ -114,14 +119,15 @@ def calibration_key(snapshot: Snapshot, recipe: Recipe, *, device: str = "cpu") 
 
 def _samples(snapshot: Snapshot, plan: Plan, recipe: Recipe, revision: str) -> Samples:
     """Token ids of the recipe's data under the model's own tokenizer."""
-    from fp8pipe.calibrate.dataset import load_rows
-    from fp8pipe.calibrate.samples import choose_samples, context_of
-    from fp8pipe.calibrate.tokenization import tokenizer_of
+    from fp8pipe.calibrate.dataset import files_of
+    from fp8pipe.calibrate.samples import find_samples
 
-    trusted = plan.trust_remote_code
-    tokenizer = tokenizer_of(snapshot.path, trust_remote_code=trusted)
-    context = context_of(snapshot.path, trust_remote_code=trusted)
-    return choose_samples(recipe.calibration, load_rows(recipe.calibration, revision), tokenizer, context)
+    files = files_of(recipe.calibration, revision)
+    with ThreadPoolExecutor(1) as pool:  # importing the libraries that come next takes as long as the child does
+        importing = pool.submit(import_module, "fp8pipe.calibrate.forward")
+        samples = find_samples(recipe.calibration, files, snapshot.path, trust_remote_code=plan.trust_remote_code)
+        importing.result()
+    return samples
 
 
 def _skeleton(snapshot: Snapshot, plan: Plan, device: str, stack: ExitStack) -> Skeleton:

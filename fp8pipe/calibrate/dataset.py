@@ -43,12 +43,16 @@ def pin(spec: CalibrationSpec) -> str:
     return _info(spec, spec.revision).commit
 
 
-def load_rows(spec: CalibrationSpec, revision: str) -> Rows:
-    """All rows of the dataset at `revision`. Raises CalibrationDataError when its files cannot be read."""
+def files_of(spec: CalibrationSpec, revision: str) -> list[Path]:
+    """The dataset's files at `revision`, downloaded. Raises CalibrationDataError when it has none, HubUnreachable."""
     if is_local_data(spec.dataset):
-        return _read(_local_path(spec))
-    names = _files_of_split(spec, revision)
-    return _Joined([_read(dataset_file(spec.dataset, name, revision)) for name in names])
+        return [_local_path(spec)]
+    return [dataset_file(spec.dataset, name, revision) for name in _files_of_split(spec, revision)]
+
+
+def read_rows(files: Sequence[Path]) -> Rows:
+    """All rows of the files, one file after the other. Raises CalibrationDataError when one cannot be read."""
+    return _Joined([_read(path) for path in files])
 
 
 # ---------------------------------------------------------------------------------------------- the Hub

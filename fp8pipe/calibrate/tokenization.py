@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
 from fp8pipe.calibrate.dataset import Rows
 from fp8pipe.config import CalibrationSpec
 from fp8pipe.errors import CalibrationDataError
@@ -26,7 +24,8 @@ def tokenizer_of(folder: Path, *, trust_remote_code: bool = False) -> Any:
         if not _is_of_library(error):
             raise
         raise CalibrationDataError(
-            f"{folder}: cannot load the tokenizer ({clip(error)}); its files must be in the same folder as the weights"
+            f"{folder}: cannot load the tokenizer ({_reason(error)}); its files must be in the same folder as the "
+            "weights"
         ) from error
 
 
@@ -63,9 +62,9 @@ def _chat_encoder(spec: CalibrationSpec, tokenizer: Any) -> Encode:
         messages = _field(spec, row, "messages")
         try:  # the template writes the special tokens itself
             text = tokenizer.apply_chat_template(messages, tokenize=False) if messages else ""
-        except (TemplateError, TypeError, KeyError, ValueError, RecursionError, ArithmeticError) as error:
+        except Exception as error:
             raise CalibrationDataError(
-                f"{spec.dataset}: the model's chat template rejects a row ({clip(error)}) with the roles "
+                f"{spec.dataset}: the model's chat template rejects a row ({_reason(error)}) with the roles "
                 f"{[_role(message) for message in messages][:8]}; give data that it accepts, or set "
                 "calibration.chat_template: none to join the contents of the messages"
             ) from error
@@ -84,7 +83,7 @@ def _encode(tokenizer: Any, text: str, special_tokens: bool) -> list[int]:
         if not _is_of_library(error):
             raise
         raise CalibrationDataError(
-            f"the model's tokenizer fails on a row ({clip(error)}); mend its files, or download the model again"
+            f"the model's tokenizer fails on a row ({_reason(error)}); mend its files, or download the model again"
         ) from error
 
 
@@ -92,6 +91,10 @@ def _is_of_library(error: BaseException) -> bool:
     """Whether a tokenizer's own code raised the error. It raises plain Exceptions, and a panic in Rust is not even one;
     it is known by its name alone, since no module exports it."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _reason(error: BaseException) -> str:
+    return clip(error) or type(error).__name__  # a MemoryError says nothing
 
 
 def _joined(spec: CalibrationSpec, messages: list[Any]) -> str:

@@ -57,7 +57,7 @@ def building(tensors: int = UNKNOWN_TENSORS) -> Iterator[None]:
     )
     before = resource.getrlimit(resource.RLIMIT_DATA)
     memory = _BUILD_BYTES + _BUILD_BYTES_EACH * tensors
-    resource.setrlimit(resource.RLIMIT_DATA, (_private_bytes() + memory, before[1]))
+    resource.setrlimit(resource.RLIMIT_DATA, (private_bytes() + memory, before[1]))
     try:
         yield
     except MemoryError as error:
@@ -71,8 +71,8 @@ def building(tensors: int = UNKNOWN_TENSORS) -> Iterator[None]:
             hook.remove()
 
 
-def _private_bytes() -> int:
-    """What RLIMIT_DATA counts of this process."""
+def private_bytes() -> int:
+    """What RLIMIT_DATA counts of this process, in bytes."""
     return int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
 
 

@@ -16,8 +16,7 @@ from pyarrow import parquet
 from support.calibration import STATIC_KV, TEXTS, planned, run_calibration, samples_of, with_data, write_dataset
 
 from fp8pipe.calibrate import calibrate
-from fp8pipe.calibrate.dataset import load_rows
-from fp8pipe.config import CalibrationSpec
+from fp8pipe.calibrate.dataset import read_rows
 from fp8pipe.errors import CalibrationDataError
 from fp8pipe.hub.client import client
 from fp8pipe.rehearsal.localhub import LocalHub
@@ -31,7 +30,8 @@ def data_error(llama: Path, tmp_path: Path, dataset: Path | str, **changes: Any)
     for path in model.glob("*.safetensors"):
         path.unlink()
     with pytest.raises(CalibrationDataError) as caught:
-        calibrate(snapshot, plan, recipe, tmp_path / "out", architecture=architecture)
+        samples = samples_of(model, recipe)  # in this process, which is faster than in a child
+        calibrate(snapshot, plan, recipe, tmp_path / "out", architecture=architecture, samples=samples)
     return str(caught.value)
 
 
@@ -80,7 +80,7 @@ def test_only_a_line_feed_ends_a_line_of_jsonl(tmp_path: Path) -> None:
     texts = [f"one\u2028two\u0085{index}" for index in range(5)]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    rows = load_rows(CalibrationSpec(dataset=str(tmp_path / "data.jsonl")), "")
+    rows = read_rows([tmp_path / "data.jsonl"])
     assert [rows[index]["text"] for index in range(len(rows))] == texts
 
 
@@ -90,10 +90,7 @@ def test_a_final_line_feed_makes_no_row(tmp_path: Path, suffix: str) -> None:
     for name, end in (("without", ""), ("with", "\n")):
         (tmp_path / f"{name}{suffix}").write_text("\n".join(written) + end)
     (tmp_path / f"empty{suffix}").write_text("")
-    rows = [
-        load_rows(CalibrationSpec(dataset=str(tmp_path / f"{name}{suffix}")), "")
-        for name in ("without", "with", "empty")
-    ]
+    rows = [read_rows([tmp_path / f"{name}{suffix}"]) for name in ("without", "with", "empty")]
     assert [len(found) for found in rows] == [len(TEXTS), len(TEXTS), 0]
 
 

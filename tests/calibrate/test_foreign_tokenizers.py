@@ -43,8 +43,19 @@ def test_tokenizer_that_panics_is_refused() -> None:
         encode({"text": "a"})
 
 
-@pytest.mark.parametrize("template", ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ 1 / 0 }}"])
-def test_template_that_never_returns_or_divides_by_zero_is_refused(template: str) -> None:
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 1 / 0 }}",
+        "{% for i in range(10**12) %}{% endfor %}",
+        "{{ 'a'.encode('utf-8').decode.nothing() }}",
+        "{{ ''.join(messages[0].content, 1, 2) }}",
+        "{{ namespace().update.x() }}",
+        "{{ 'a'.encode('no-such-codec') }}",
+    ],
+)
+def test_template_that_raises_is_refused_whatever_it_raises(template: str) -> None:
     tokenizer, rows = Panicking(), [{"messages": [{"role": "user", "content": "a"}]}]
     tokenizer.chat_template = template
     encode = encoder_for(CalibrationSpec(dataset="rows.jsonl"), rows, tokenizer)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from fp8pipe.calibrate import calibrate
-from fp8pipe.calibrate.dataset import load_rows, pin
+from fp8pipe.calibrate.dataset import files_of, pin, read_rows
 from fp8pipe.calibrate.samples import Samples, choose_samples, context_of
 from fp8pipe.calibrate.tokenization import tokenizer_of
 from fp8pipe.config import ActivationScheme, CalibrationSpec, KVCacheScheme, Recipe, WeightScheme
@@ -177,7 +177,7 @@ def with_data(recipe: Recipe, dataset: Path | str, **changes: Any) -> Recipe:
 def samples_of(model: Path, recipe: Recipe) -> Samples:
     """What calibration would run through `model`."""
     spec = recipe.calibration
-    return choose_samples(spec, load_rows(spec, pin(spec)), tokenizer_of(model), context_of(model))
+    return choose_samples(spec, read_rows(files_of(spec, pin(spec))), tokenizer_of(model), context_of(model))
 
 
 def planned(model: Path, recipe: Recipe, *, trust_remote_code: bool = False) -> tuple[Snapshot, Plan, Architecture]:
@@ -190,9 +190,10 @@ def planned(model: Path, recipe: Recipe, *, trust_remote_code: bool = False) -> 
 
 
 def run_calibration(model: Path, recipe: Recipe, output: Path, progress: Any = quiet) -> Calibration:
-    """Plan and calibrate."""
+    """Plan and calibrate, with samples that are chosen in this process, which is faster than in a child."""
     snapshot, plan, architecture = planned(model, recipe)
-    return calibrate(snapshot, plan, recipe, output, architecture=architecture, progress=progress)
+    samples = samples_of(model, recipe)
+    return calibrate(snapshot, plan, recipe, output, architecture=architecture, samples=samples, progress=progress)
 
 
 def calibrated(root: Path, recipe: Recipe) -> Calibration:
