@@ -68,17 +68,21 @@ def plan(
 ) -> Plan:
     """What becomes of every tensor, decided from headers alone (read by HTTP ranges when the snapshot is on the Hub).
 
+    Raises UnsupportedArchitecture for a model that the installed vLLM could not serve, and as `make_plan` does.
+
     calibration: under a recipe with `keep_bf16`, the modules that it found too sensitive stay unquantized. Without it
     the plan says what to calibrate. meanwhile: runs in a thread while an unknown architecture is examined.
     """
     from fp8pipe.hub.headers import read_headers
     from fp8pipe.oracle.transformers import inspect
+    from fp8pipe.oracle.vllm_registry import require_class
     from fp8pipe.quantize.plan import make_plan
 
     headers = read_headers(snapshot)
     architecture = inspect(snapshot, headers=headers, trust_remote_code=trust_remote_code, meanwhile=meanwhile)
+    notes = require_class(snapshot, architecture)
     made = make_plan(snapshot, headers, recipe, architecture, keep=calibration.kept if calibration else None)
-    return made.model_copy(update={"serving": _serving(snapshot, made)})
+    return made.model_copy(update={"serving": _serving(snapshot, made), "notes": (*made.notes, *notes)})
 
 
 def _serving(snapshot: Snapshot, plan: Plan) -> Serving | None:

@@ -108,6 +108,8 @@ class Architecture(Record):
     """lm_head is the embedding and has no tensor of its own."""
     head: str = ""
     """transformers' name of the output head, `lm_head`, tied or not; empty if it is no Linear."""
+    backend_compatible: bool = False
+    """Whether transformers' class takes attention from outside, as vLLM's Transformers backend needs it to."""
     trust_remote_code: bool = False
     """Whether the model's own code was run to find all this."""
     source_quantization: dict[str, Any] | None = None

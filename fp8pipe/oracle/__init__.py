@@ -3,6 +3,7 @@
 transformers        asks for the role of every tensor; `transformers_probe` answers
 vllm                asks where vLLM's loader puts every tensor; `vllm_probe` answers
 vllm_roles          asks vLLM for the roles where transformers lacks the model; `vllm_roles_probe` answers
+vllm_registry       says whether vLLM has a class for a model at all, without a child process
 configs             asks both what differs between two config.json; `configs_probe` answers
 limits              errors that tell of the way of asking, not of the checkpoint
 asked               notes the names that vLLM looks for in an ignore list

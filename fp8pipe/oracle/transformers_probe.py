@@ -80,6 +80,7 @@ def examine(folder: Path, shapes: Mapping[str, list[int]], trust_remote_code: bo
         "tied_embeddings": bool(getattr(text, "tie_word_embeddings", False))
         and not any(role.kind == "lm_head" for role in roles.values()),
         "head": survey.head_name(),
+        "backend_compatible": is_backend_compatible(type(model)),
         "trust_remote_code": trust_remote_code,
         "source_quantization": source_quantization,
         "experts": survey.experts.counts(roles),
@@ -124,6 +125,11 @@ def _model_class(config: Any, trust_remote_code: bool) -> PreTrainedModel:  # An
         if type(config) in auto._model_mapping or (trust_remote_code and auto.__name__ in auto_map):
             return auto.from_config(config, trust_remote_code=trust_remote_code)
     raise Unknown(f"transformers {transformers.__version__} has no class {names[0] if names else config.model_type}")
+
+
+def is_backend_compatible(model_class: type[PreTrainedModel]) -> bool:
+    """Whether vLLM's Transformers backend takes the class: vLLM 0.32, `_ModelRegistry._try_resolve_transformers`."""
+    return model_class.is_backend_compatible() or model_class._can_set_attn_implementation()
 
 
 # ---------------------------------------------------------------------------------------------- the model's parts

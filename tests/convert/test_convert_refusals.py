@@ -129,7 +129,7 @@ OTHER = {"compressed-tensors": "fp8", "fp8": "compressed-tensors"}
     ],
 )
 def test_blocks_that_vllm_cannot_cut_are_refused_in_both_directions(
-    tmp_path: Path, method: Any, sizes: dict[str, int], reason: str
+    tmp_path: Path, method: Any, sizes: Any, reason: str
 ) -> None:
     model = reference.llama(tmp_path / "model", **sizes)
     source = reference.quantize(model, tmp_path / "source", method=method, strategy="block", static=False)
