@@ -226,7 +226,9 @@ def _kept(draft: Draft, scheme: Scheme) -> formats.Kept:
 
     entries = dict.fromkeys(filter(is_plain, scheme.ignore))
     head = {} if "lm_head" in entries else {"lm_head": None}
-    return formats.kept_of(head | entries | dict.fromkeys(draft.kept), draft.kept_experts, draft.quantized)
+    modules = head | entries | dict.fromkeys(draft.kept)
+    unknown = formats.foreign_parents(entries, [*draft.kept, *draft.quantized])  # taken to hold quantized modules too
+    return formats.kept_of(modules, draft.kept_experts, [*draft.quantized, *unknown])
 
 
 def _forget_observers(config: dict[str, Any]) -> None:

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from fp8pipe.config import Recipe
 from fp8pipe.quantize.formats import compressed_tensors, fp8
-from fp8pipe.quantize.formats.kept import Kept, kept_of
+from fp8pipe.quantize.formats.kept import Kept, foreign_parents, kept_of
 
-__all__ = ["Format", "Kept", "format_of", "kept_of", "weight_scale_shape"]
+__all__ = ["Format", "Kept", "foreign_parents", "format_of", "kept_of", "weight_scale_shape"]
 
 
 class Format(Protocol):

@@ -51,6 +51,20 @@ def kept_of(modules: Iterable[str], experts: Iterable[str], quantized: Iterable[
     return Kept(tuple(alone), tuple(within), tuple(patterns), tuple(experts))
 
 
+def foreign_parents(modules: Iterable[str], on_disk: Iterable[str]) -> Iterator[str]:
+    """Parents of those `modules` whose surroundings bear no name of the modules `on_disk`, with or without a prefix.
+
+    A list may hold names that only transformers knows: `mlp.gate` for what is `block_sparse_moe.gate` on disk. What
+    else such a parent holds, and whether it is quantized, the names on disk do not tell.
+    """
+    names = _with_ancestors(on_disk)
+    ends = {end for name in names for end in _ends(name)}
+    for module in modules:
+        parent = module.rpartition(".")[0]
+        if parent and parent not in ends and names.isdisjoint(_ends(parent)):
+            yield parent
+
+
 def _whole_part(module: str, holding: Collection[str]) -> str:
     """The largest module around `module`, or it itself, that holds nothing quantized."""
     parts = module.split(".")
