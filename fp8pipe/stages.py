@@ -68,7 +68,8 @@ def plan(
 ) -> Plan:
     """What becomes of every tensor, decided from headers alone (read by HTTP ranges when the snapshot is on the Hub).
 
-    Raises UnsupportedArchitecture for a model that the installed vLLM could not serve, and as `make_plan` does.
+    Raises UnsupportedArchitecture for a model that the installed vLLM could not serve, ConfigError for a recipe whose
+    checkpoint the loader of a model that vLLM alone knows would not read, and as `make_plan` does.
 
     calibration: under a recipe with `keep_bf16`, the modules that it found too sensitive stay unquantized. Without it
     the plan says what to calibrate. meanwhile: runs in a thread while an unknown architecture is examined.
@@ -77,11 +78,14 @@ def plan(
     from fp8pipe.oracle.transformers import inspect
     from fp8pipe.oracle.vllm_registry import require_class
     from fp8pipe.quantize.plan import make_plan
+    from fp8pipe.validate.planned import require_read
 
     headers = read_headers(snapshot)
     architecture = inspect(snapshot, headers=headers, trust_remote_code=trust_remote_code, meanwhile=meanwhile)
     notes = require_class(snapshot, architecture)
     made = make_plan(snapshot, headers, recipe, architecture, keep=calibration.kept if calibration else None)
+    if architecture.answered_by == "vLLM":  # it is started for such a model anyway, and its loader is the only one
+        notes += require_read(snapshot, headers, made)
     return made.model_copy(update={"serving": _serving(snapshot, made), "notes": (*made.notes, *notes)})
 
 

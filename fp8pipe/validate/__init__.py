@@ -15,6 +15,7 @@ what vLLM would do, and the remedy.
     meaning/    what config and names say it should be: formats, scheme, layout
     measuring/  the pass over the bytes
     asking      vLLM's own model and loader, asked about a checkpoint
+    planned     the same, about a checkpoint that is only planned
     serving/    what will serve the checkpoint, and as what
     subject     all of that, as a check sees it; `prepare` reads it, `runner` runs the checks on it
 """

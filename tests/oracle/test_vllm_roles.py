@@ -9,6 +9,7 @@ from support.findings import ids
 from support.tiny_models import recipe
 from support.vllm_only import MODELS, make_vllm_only
 
+from fp8pipe import stages
 from fp8pipe.errors import ConfigError, UnsupportedArchitecture
 from fp8pipe.hub.headers import read_headers
 from fp8pipe.hub.source import resolve
@@ -94,6 +95,17 @@ def test_what_comes_of_it_lies_whole_in_vllms_own_model(
     # Step 3's loader does not rename compressed-tensors' block scales, and the oracle says so before they are served.
     found = at_fault["step3-fp8-block"]
     assert all(one.kind == "refused" and one.tensor.endswith(".weight_scale") for one in found)
+
+
+def test_recipe_that_vllms_loader_does_not_read_is_refused_by_the_plan(
+    sources: dict[str, Path], architectures: dict[str, Architecture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path))
+    monkeypatch.setattr(transformers, "inspect", lambda *_, **__: architectures["step3"])
+    snapshot = resolve(str(sources["step3"]))
+    with pytest.raises(ConfigError, match=r"does not read what recipe fp8-block would write: .*weight_scale.*fp8-dyn"):
+        stages.plan(snapshot, recipe("fp8-block"))
+    assert not any("asked" in note or "cannot tell" in note for note in stages.plan(snapshot, recipe()).notes)
 
 
 def test_recipe_that_measures_ranges_is_refused(

@@ -40,12 +40,18 @@ def write_companions(snapshot: Snapshot, plan: Plan, folder: Path) -> None:
 
 
 def write_config(snapshot: Snapshot, plan: Plan, folder: Path) -> None:
-    """Write the source's config.json with another quantization_config and no other change, and before it, among the
-    records, the source's own: later edits are found by it. Raises MalformedCheckpoint."""
-    config = source.read_config(snapshot)
+    """Write config.json, and before it, among the records, the source's own: later edits are found by it. Raises
+    MalformedCheckpoint."""
+    config = config_bytes(snapshot, plan)
     write_atomically(record_path(folder, "source_config"), source.read_file(snapshot, "config.json"))
+    write_atomically(folder / "config.json", config)
+
+
+def config_bytes(snapshot: Snapshot, plan: Plan) -> bytes:
+    """The source's config.json with another quantization_config and no other change. Raises MalformedCheckpoint."""
+    config = source.read_config(snapshot)
     for section in (config, config.get("text_config")):
         if isinstance(section, dict):
             section.pop("quantization_config", None)
     config["quantization_config"] = plan.quantization_config
-    write_atomically(folder / "config.json", json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n")
+    return json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,53 @@
+"""Asks vLLM's loader about a checkpoint that is only planned, so that a recipe which it cannot read is refused first.
+
+In: a snapshot, its headers, a plan. Out: notes, or an error. It starts vLLM, whose answer is kept for check R1.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from fp8pipe.errors import ConfigError, EngineFailed
+from fp8pipe.hub import source
+from fp8pipe.model.headers import Headers
+from fp8pipe.model.untrusted import clip
+from fp8pipe.quantize.engine.package import config_bytes
+from fp8pipe.quantize.plan import Plan
+from fp8pipe.records import Snapshot
+
+
+def require_read(snapshot: Snapshot, headers: Headers, plan: Plan) -> tuple[str, ...]:
+    """A note if vLLM could not be asked. Raises ConfigError if its loader does not read what the plan would write,
+    as it reads the source: a tensor that is refused or reaches nothing, or a parameter that none fills."""
+    from fp8pipe.oracle.vllm import parity, version
+
+    with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:
+        ours, theirs = Path(name) / "planned", Path(name) / "source"
+        for folder, config in (
+            (ours, config_bytes(snapshot, plan)),
+            (theirs, source.read_file(snapshot, "config.json")),
+        ):
+            folder.mkdir()
+            (folder / "config.json").write_bytes(config)
+        tensors = {output.name: output.info for output in plan.outputs}
+        try:
+            verdict = parity(ours, tensors, source=(theirs, headers.tensors))
+        except EngineFailed as error:
+            return (f"vLLM was not asked whether its loader reads this checkpoint: {clip(str(error), 300)}",)
+    if verdict.limit:
+        return (f"vLLM cannot tell here whether its loader reads this checkpoint: {clip(verdict.limit, 300)}",)
+    made = {output.name for output in plan.outputs if output.role not in ("copy", "dequantize")}
+    faults = [
+        one
+        for one in verdict.mismatches
+        if one not in verdict.in_source and (one.kind != "unread" or one.tensor in made)
+    ]
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise ConfigError(
+            f"{snapshot.model_id}: the loader that vLLM {version()} has for this model does not read what recipe "
+            f"{plan.recipe} would write: {clip(faults[0].sentence(), 400)}{more}; choose another recipe, such as "
+            "fp8-dynamic"
+        )
+    return ()
