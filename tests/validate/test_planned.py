@@ -1,0 +1,58 @@
+"""A plan is held against vLLM's loader, whose answer the validator then finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny_models import architecture_of, make_model, plan_of, recipe
+
+from fp8pipe.errors import ConfigError
+from fp8pipe.hub.headers import read_headers
+from fp8pipe.hub.source import resolve
+from fp8pipe.oracle import vllm
+from fp8pipe.quantize import quantize
+from fp8pipe.validate import validate
+from fp8pipe.validate.planned import require_read
+
+
+@pytest.fixture
+def answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What vLLM's child answers, which a test may change, and how often it was asked."""
+    found: dict[str, Any] = {"refusal": "", "mismatches": [], "lacks": "", "limit": "", "source": None, "asked": 0}
+
+    def run_probe(requests: Any, scratch: Path) -> list[dict[str, Any]]:
+        found["asked"] += 1
+        return [dict(found)]
+
+    monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(vllm, "run_probe", run_probe)
+    return found
+
+
+def test_vllm_is_asked_about_a_plan_and_not_again_about_its_checkpoint(answer: dict[str, Any], tmp_path: Path) -> None:
+    source = resolve(str(make_model(tmp_path / "source")))
+    plan = plan_of(source.path, recipe("fp8-block"))
+    assert require_read(source, read_headers(source), plan) == () and answer["asked"] == 1
+    quantize(source, plan, tmp_path / "out")
+    report = validate(tmp_path / "out", source=source, architecture=architecture_of(source.path), oracles=None)
+    assert report.vllm and answer["asked"] == 1
+
+
+def test_only_tensors_that_the_plan_makes_must_be_read(answer: dict[str, Any], tmp_path: Path) -> None:
+    source = resolve(str(make_model(tmp_path / "source")))
+    plan, headers = plan_of(source.path, recipe()), read_headers(source)
+    copied = next(output.name for output in plan.outputs if output.role == "copy")
+    answer["mismatches"] = [["unread", copied, "", "a parameter for it", "none", ""]]
+    assert require_read(source, headers, plan) == ()
+    other = plan_of(source.path, recipe("fp8-block"))
+    scale = next(output.name for output in other.outputs if output.role == "weight_scale")
+    answer["mismatches"] += [["unread", scale, "", "a parameter for it", "none", ""]]
+    with pytest.raises(ConfigError, match=r"does not read what recipe fp8-block would write: .*weight_scale: unread"):
+        require_read(source, headers, other)
+    answer["limit"] = "no such device"
+    narrow = plan_of(source.path, recipe("autofp8-dynamic"))
+    assert require_read(source, headers, narrow) == (
+        "vLLM cannot tell here whether its loader reads this checkpoint: no such device",
+    )
