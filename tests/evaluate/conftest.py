@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from support.evaluation import ask, evaluate_by, make_fp8_kv_twin, make_full_suite, make_tasks, make_tiny_llama
+from support.machine import require_fp8_kv_cache
 
 from fp8pipe.config import EvalSuite
 from fp8pipe.progress import ProgressEvent
@@ -40,6 +41,7 @@ def candidate(
     warm_python: str, tiny_llama: Path, full_suite: EvalSuite, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[EvalReport, list[ProgressEvent]]:
     """The FP8 twin's report, and the progress on the way to it."""
+    require_fp8_kv_cache()
     folder = tmp_path_factory.mktemp("candidate")
     fp8, events = make_fp8_kv_twin(tiny_llama, folder / "fp8"), []
     request = ask(fp8, full_suite, role="candidate", kv_cache_dtype="fp8")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.evaluation import ask, evaluate_by, make_suite, make_tiny_llama
+from support.machine import require_fp8_kv_cache
 
 from fp8pipe import stages
 from fp8pipe.config import EvalSuite, TaskSpec
@@ -100,6 +101,7 @@ def test_baseline_reports_its_own_noise_and_its_timings(
 def test_online_quantization_and_its_cache_are_named_in_the_report(
     warm_python: str, tiny_llama: Path, task_dir: Path, tmp_path: Path
 ) -> None:
+    require_fp8_kv_cache()
     suite = make_suite(task_dir, tiny_choose=TaskSpec(samples=4))
     request = ask(tiny_llama, suite, role="candidate", kv_cache_dtype="fp8_e4m3", online="fp8")
     engine = evaluate_by(warm_python, request, tmp_path).engine
@@ -117,6 +119,7 @@ def test_context_that_does_not_fit_is_halved_and_the_report_says_so(
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    require_fp8_kv_cache()
     wide = make_tiny_llama(tmp_path / "wide")
     config = LlamaConfig.from_pretrained(wide)
     sizes = {"head_dim": 128, "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 400_000}

@@ -15,6 +15,7 @@ from fp8pipe.records import Outcome
 from fp8pipe.rehearsal import localhub
 from fp8pipe.rehearsal.demo.model import BASE_ID
 from fp8pipe.release.workspace import Workspace
+from support.machine import require_fp8_kv_cache
 from support.processes import FP8PIPE
 
 RELEASED = f"{BASE_ID}-FP8-KV"
@@ -45,6 +46,8 @@ class Demo:
 
 
 def run_demo(folder: Path, *arguments: str) -> Demo:
+    """`fp8pipe demo`, which serves an FP8 KV cache."""
+    require_fp8_kv_cache()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PREFECT_"))}
     answer = subprocess.run(
         [str(FP8PIPE), "demo", "--workdir", str(folder), *arguments],

@@ -61,6 +61,8 @@ def test_flip_is_an_error_or_changes_no_value_or_is_a_code_that_rounding_allows(
     try:
         report = validate(folder, source=source, architecture=architecture)
         is_harmless = same_content(path, whole, changed) or is_allowed_code(whole, changed)
+        # A key of config.json that holds its default may change its name: no library builds another model for that.
+        is_harmless |= path.name == "config.json" and {finding.check for finding in report.findings} == {"C7"}
         assert not report.sound or is_harmless, [finding.sentence() for finding in report.findings]
     finally:
         path.write_bytes(whole)

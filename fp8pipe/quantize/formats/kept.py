@@ -20,7 +20,7 @@ class Kept:
     """Modules that stay unquantized. A name may be that on disk or that in transformers; lists may hold both."""
 
     modules: tuple[str, ...]
-    """Modules beside which others are quantized."""
+    """Modules beside which others are quantized, or in a layer in which others are."""
     within: tuple[str, ...]
     """Modules inside the parts that `patterns` name."""
     patterns: tuple[str, ...]
@@ -43,7 +43,7 @@ def kept_of(modules: Iterable[str], experts: Iterable[str], quantized: Iterable[
     patterns: dict[str, None] = {}
     for module in modules:
         part = _whole_part(module, holding)
-        if part == module:
+        if part == module or _is_in_a_layer(part):
             alone.append(module)
         else:
             within.append(module)
@@ -70,6 +70,11 @@ def _whole_part(module: str, holding: Collection[str]) -> str:
     parts = module.split(".")
     around = (".".join(parts[:end]) for end in range(1, len(parts)))
     return next((name for name in around if name not in holding), module)
+
+
+def _is_in_a_layer(part: str) -> bool:
+    """Whether a part lies in a numbered module that holds quantized ones: a decoder layer, whose names vLLM knows."""
+    return any(name.isdigit() for name in part.split(".")[:-1])
 
 
 def _pattern(part: str, ends: Collection[str]) -> str:
