@@ -118,10 +118,15 @@ def _failure(ending: Ending, step: str) -> Fp8PipeError:
 
 
 def context_of(folder: Path, *, trust_remote_code: bool = False) -> int | None:
-    """The longest sequence that the model takes, in tokens; None when its config does not say."""
+    """The longest sequence that the model takes, in tokens; None when its config does not say.
+
+    Raises CalibrationDataError when transformers does not read the config, or has to run code that is not trusted."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a library, or the model's own code, raises
+        raise CalibrationDataError(f"{folder}: transformers cannot read config.json ({clip(error, 1000)})") from error
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 

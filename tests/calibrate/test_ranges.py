@@ -23,7 +23,7 @@ from support.calibration import (
 from support.whole_model import CLOSE, cache_reference, expert_reference, linear_reference, token_ids_of
 
 from fp8pipe.calibrate import calibrate
-from fp8pipe.errors import UnsupportedArchitecture
+from fp8pipe.errors import InputError
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -101,7 +101,7 @@ def test_a_model_with_remote_code_is_calibrated_only_when_trusted(tmp_path: Path
     found = calibrate(snapshot, plan, recipe, tmp_path / "out", architecture=architecture)
     assert found.inputs == expected.inputs
     untrusted = plan.model_copy(update={"trust_remote_code": False})
-    with pytest.raises((UnsupportedArchitecture, ValueError), match="trust"):
+    with pytest.raises(InputError, match="trust"):
         calibrate(snapshot, untrusted, recipe, tmp_path / "other", architecture=architecture)
 
 
