@@ -50,7 +50,7 @@ def configurations(texts: Path) -> dict[str, Recipe]:
     data = {"dataset": str(texts.resolve()), "split": "train", "num_samples": CALIBRATION_TEXTS, "max_seq_len": 512}
     recipes = {name: load_recipe(name) for name in RECIPES}
     for observer in OBSERVERS:
-        changed = recipes[OBSERVED].model_dump() | {"name": f"{OBSERVED}-{observer}"}
+        changed: dict[str, Any] = recipes[OBSERVED].model_dump() | {"name": f"{OBSERVED}-{observer}"}
         changed["activations"] |= {"observer": observer}
         changed["kv_cache"] |= {"observer": observer}
         recipes[f"{OBSERVED}, {observer}"] = Recipe.model_validate(changed)
@@ -147,9 +147,9 @@ def _intro(accuracy: float) -> str:
         f"Gemma 3 270M, {QUESTIONS:,} questions from WordNet (which of four words has this definition), scored in vLLM "
         f"on a CPU ({page.machine()}). The bf16 model answers {accuracy:.4f} of them. Static ranges come from "
         f"{CALIBRATION_TEXTS} texts. KL is in 1e-3 nats per token, from the bf16 model, on other texts, as "
-        "transformers serves the checkpoint; `same` is how often the best token is the same. Drops have 95 % intervals. "
-        "The weights come from a 4-bit file, so they lie on few values: what activations and KV cache cost is real, "
-        "what weights cost may be less than on other models. Made by `python -m benchmarks.real_model`."
+        "transformers serves the checkpoint; `same` is how often the best token is the same. Drops have 95 % "
+        "intervals. The weights come from a 4-bit file, so they lie on few values: what activations and KV cache cost "
+        "is real, what weights cost may be less than on other models. Made by `python -m benchmarks.real_model`."
     )
 
 

@@ -64,7 +64,8 @@ def write_model(folder: Path) -> None:
     del weights["lm_head.weight"]  # tied to the embedding
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = loaded.config.to_dict() | {"architectures": [type(loaded).__name__], "dtype": "bfloat16"}
-    config.pop("quantization_config", None)
+    for key in ("quantization_config", "_name_or_path"):  # of the package's file, and where it was
+        config.pop(key, None)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     loaded.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
