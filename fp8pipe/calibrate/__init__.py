@@ -19,10 +19,10 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8pipe.calibrate.key import environment, key_of, observers_of, resolved
-from fp8pipe.config import Recipe, dataset_name
+from fp8pipe.config import CalibrationSpec, Recipe, dataset_name
 from fp8pipe.files import digest_of
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.records import Snapshot
@@ -90,14 +90,7 @@ def calibrate(
         key=key,
         model_id=snapshot.model_id,
         source_commit=snapshot.commit,
-        dataset=dataset_name(recipe.calibration.dataset),
-        dataset_revision=revision,
-        dataset_split=recipe.calibration.split,
-        sample_indices=samples.indices,
-        token_ids_sha256=samples.sha256(),
-        tokens=samples.tokens,
-        max_seq_len=recipe.calibration.max_seq_len,
-        seed=recipe.calibration.seed,
+        **_data(recipe.calibration, revision, samples),
         observers=observers_of(recipe),
         **asdict(environment(device)),
         seconds=time.monotonic() - start,
@@ -105,6 +98,20 @@ def calibrate(
     record.save(folder / RECORD_NAME)
     bookmark.remove()
     return record
+
+
+def _data(spec: CalibrationSpec, revision: str | None, samples: Samples) -> dict[str, Any]:
+    """The fields of the record that name the data: the dataset, its commit, the rows and their tokens."""
+    return {
+        "dataset": dataset_name(spec.dataset),
+        "dataset_revision": revision,
+        "dataset_split": spec.split,
+        "sample_indices": samples.indices,
+        "token_ids_sha256": samples.sha256(),
+        "tokens": samples.tokens,
+        "max_seq_len": spec.max_seq_len,
+        "seed": spec.seed,
+    }
 
 
 def calibration_key(snapshot: Snapshot, recipe: Recipe, *, device: str = "cpu") -> str:

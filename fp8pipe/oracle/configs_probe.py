@@ -136,7 +136,7 @@ def compare(ours: Path, theirs: Path, dtype: str | None, readers: list[Reader]) 
     for reader in readers:
         try:
             wanted = facts(reader.read(theirs), dtype, _keys(theirs))
-        except Exception:  # huggingface_hub's checks of values raise a class of their own
+        except Exception:  # huggingface_hub validates values by error classes that share no base with other libraries'
             continue  # the library does not know this model
         asked.append(reader.name)
         for key, expected, found, matters in _differing(reader, ours, theirs, wanted, dtype):
@@ -184,7 +184,7 @@ _CLASS = "model_type"
 def facts(config: PreTrainedConfig, dtype: str | None, keys: frozenset[str], prefix: str = "") -> dict[str, Fact]:
     """Every value in a config and in the configs inside it, by dotted key. A missing dtype is `dtype`.
 
-    `keys`: those of config.json. An attribute that is none of them was made by the class.
+    `keys`: the keys of config.json. Any other attribute was set by the config class, not read from the file.
     """
     dtype = str(config.dtype).removeprefix("torch.") if config.dtype is not None else dtype
     known = {field.name for field in fields(config)} | inspect.signature(type(config).__init__).parameters.keys()

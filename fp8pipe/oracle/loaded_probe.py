@@ -35,6 +35,8 @@ from fp8pipe.oracle import transformers_probe as probe
 from fp8pipe.oracle.loaded import Loaded
 from fp8pipe.oracle.loading import OnDisk, get_tensor, load_into, set_tensor
 
+_TINY = 1e-12
+"""Below this magnitude weights may be coarser than FP8's error: scales do not become smaller than that of 1e-12."""
 _EXPERT = re.compile(r"(.+)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 _STACKED: Mapping[str, tuple[str, ...]] = {
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -208,6 +210,9 @@ def _compared(name: str, mine: Tensor | None, source: Tensor | None, *, quantize
     ours, theirs = (tensor.float().reshape(rows, -1) for tensor in (mine, source))
     difference, size = (ours - theirs).norm(dim=1), theirs.norm(dim=1)
     errors = torch.where(size > 0, difference / size, torch.where(difference > 0, torch.inf, 0.0))
+    if quantized and errors.numel():
+        tiny = torch.maximum(ours.abs().amax(dim=1), theirs.abs().amax(dim=1)) < _TINY
+        errors = torch.where(tiny, 0.0, errors)
     return Loaded(name, quantized, float(errors.nan_to_num(nan=torch.inf).max()) if errors.numel() else 0.0)
 
 

@@ -149,8 +149,8 @@ def test_identity_ignores_names_and_unused_calibration():
 
 @pytest.mark.parametrize("name", ["fp8-dynamic", "fp8-static"])
 def test_a_folder_of_the_machine_is_no_identity_and_is_not_published(name):
-    data = config.CalibrationSpec(dataset="/home/someone/secret/data.jsonl")
-    steps = ("/home/someone/mine.yaml", {"calibration": {"dataset": "~/secret/more.txt"}}, "fp8-block")
+    data = config.CalibrationSpec(dataset="/srv/secret/data.jsonl")
+    steps = ("/srv/mine.yaml", {"calibration": {"dataset": "~/secret/more.txt"}}, "fp8-block")
     recipe = config.load_recipe(name).model_copy(update={"calibration": data, "fallback": steps})
     elsewhere = recipe.model_copy(update={"calibration": config.CalibrationSpec(dataset="data.jsonl")})
     assert recipe.identity() == elsewhere.identity()

@@ -1,4 +1,4 @@
-"""vLLM is asked by default: what its answer means, how long it is kept, and what is said when there is none.
+"""vLLM is asked by default: what its answer means, how long it is kept, and what the report says without one.
 
 The child that asks vLLM is replaced by answers of the kinds that it gives; tests/oracle has the real one.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_every_parameter_is_the_sources_within_the_error_of_fp8(
     errors = [one.error for one in found if one.quantized]
     assert errors and all(0.02 < error < 0.03 for error in errors)
     assert {one.error for one in found if not one.quantized} == {0.0}
+
+
+def test_an_expert_too_small_for_codes_is_no_wrong_weight(model_folder: Models, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model_folder("mixtral", shard_size="1GB"), source)
+    tiny = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    edit_tensors(source, lambda tensors: tensors.update({tiny: tensors[tiny] * 1e-21}))
+    folder = _made(source, tmp_path / "out", architecture_of(source))
+    assert max(one.error for one in compare_folders(folder, source)) < 0.03
 
 
 @pytest.mark.parametrize("wrong", [{"interleaved": True}, {"transposed": True}], ids=str)

@@ -1,4 +1,4 @@
-"""What will serve a checkpoint is said before it is measured, and vLLM's own classes agree at every number of GPUs."""
+"""The serving rules: they answer before anything is measured, and vLLM's own classes agree at every number of GPUs."""
 
 from __future__ import annotations
 
@@ -425,7 +425,7 @@ def test_the_largest_models_are_answered_quickly_by_their_distinct_matrices() ->
     assert (len(found.matrices), len(found.experts)) == (2, 1), "61 equal layers are one"
 
 
-# ---------------------------------------------------------------------------------------------- where it is said
+# ---------------------------------------------------------------------------------------------- where people see it
 
 
 def planned(quantization: dict[str, Any]) -> Plan:
