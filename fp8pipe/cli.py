@@ -206,7 +206,10 @@ def validate(
     source: Annotated[str | None, typer.Option(help="Source model, for fidelity checks")] = None,
     depth: Annotated[
         Literal["headers", "values", "fidelity", "loaded"] | None,
-        typer.Option(help="How much to read. On the Hub, more than headers is downloaded", show_default="deepest"),
+        typer.Option(
+            help="How much to read. On the Hub, more than headers is downloaded",
+            show_default="as deep as the files at hand allow, without loaded",
+        ),
     ] = None,
     oracles: Annotated[
         bool | None,

@@ -14,7 +14,9 @@ _NO_DATA = re.compile(r"\bmeta'? (tensor|device|backend)|doesn't have storage", 
 _PLATFORM = re.compile(r"[/\\](vllm[/\\]platforms|torch[/\\]cuda)[/\\]")
 """Code that speaks for a device: vLLM's platform (`Sparse Attention is not supported on CPU.`) and CUDA's absence."""
 _TORCH = re.compile(r"[/\\]torch[/\\]")
-"""torch itself: a build lacks an operator (AttributeError), or an operator needs data (NotImplementedError)."""
+"""torch itself, where an operator is not made for tensors without data."""
+_OPERATORS = re.compile(r"[/\\]torch[/\\]_ops\.py$")
+"""Where torch looks operators up. An attribute that a module lacks is torch's error too, but the model's fault."""
 _OWN_CODE = "trust_remote_code"
 """What is named where a model cannot be built without its own Python code, which is not run to check a checkpoint."""
 
@@ -27,5 +29,6 @@ def is_limit(error: BaseException) -> bool:
     if isinstance(error, NotImplementedError | RuntimeError | TypeError) and _NO_DATA.search(str(error)):
         return True
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    lacking = isinstance(error, AttributeError | NotImplementedError) and _TORCH.search(raised_in) is not None
-    return lacking or _PLATFORM.search(raised_in) is not None
+    absent = isinstance(error, AttributeError) and _OPERATORS.search(raised_in) is not None
+    unfit = isinstance(error, NotImplementedError) and _TORCH.search(raised_in) is not None
+    return absent or unfit or _PLATFORM.search(raised_in) is not None

@@ -209,11 +209,13 @@ def _compared(name: str, mine: Tensor | None, source: Tensor | None, *, quantize
     rows = max(1, mine.shape[0]) if mine.dim() == 3 else 1  # each expert by itself
     ours, theirs = (tensor.float().reshape(rows, -1) for tensor in (mine, source))
     difference, size = (ours - theirs).norm(dim=1), theirs.norm(dim=1)
-    errors = torch.where(size > 0, difference / size, torch.where(difference > 0, torch.inf, 0.0))
+    errors = torch.where(difference == 0, 0.0, difference / size)  # NaN, on either side, stays NaN
     if quantized and errors.numel():
         tiny = torch.maximum(ours.abs().amax(dim=1), theirs.abs().amax(dim=1)) < _TINY
         errors = torch.where(tiny, 0.0, errors)
-    return Loaded(name, quantized, float(errors.nan_to_num(nan=torch.inf).max()) if errors.numel() else 0.0)
+    return Loaded(
+        name, quantized, float(errors.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if errors.numel() else 0.0
+    )
 
 
 def group_of(name: str) -> str:

@@ -176,7 +176,13 @@ def follow_loader(model: nn.Module, tensors: Mapping[str, tuple[str, list[int]]]
     while True:
         follower = Follower(dict(model.named_buffers()) | dict(model.named_parameters()))
         remaining = {name: entry for name, entry in tensors.items() if name not in refused}
-        found = run_loader(model, follower, remaining, MAX_REFUSALS - len(refused))
+        try:
+            found = run_loader(model, follower, remaining, MAX_REFUSALS - len(refused))
+        except FOREIGN:  # a limit: what was refused before it stays refused
+            if not refused:
+                raise
+            answer["mismatches"] = list(refused.values())
+            return
         refused |= found
         if "" in found or len(refused) >= MAX_REFUSALS:
             answer["mismatches"] = list(refused.values())
@@ -205,6 +211,8 @@ def run_loader(
             break
         except FOREIGN as error:
             if limits.is_limit(error):
+                if refused:
+                    break
                 raise
             if not stand_ins.drawn and refused:
                 break

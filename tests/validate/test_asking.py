@@ -260,5 +260,6 @@ def test_a_model_that_needs_its_own_code_is_a_limit() -> None:
 
 def test_operators_that_a_build_lacks_are_a_limit_and_shapes_that_do_not_fit_are_none() -> None:
     assert is_limit(raised(lambda: torch.ops._C.no_such_operator))
+    assert not is_limit(raised(lambda: torch.nn.Linear(1, 1).weight_scale))
     assert not is_limit(raised(lambda: torch.empty(2).copy_(torch.empty(3))))
     assert not is_limit(raised(lambda: EMPTY.copy_(torch.empty(3, device="meta"))))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from support.quantizing import Models, edit_tensors
 from support.tiny_models import architecture_of, recipe
 
@@ -13,7 +15,7 @@ from fp8pipe.errors import InputError
 from fp8pipe.hub.headers import read_headers
 from fp8pipe.hub.source import resolve
 from fp8pipe.model.architecture import Architecture
-from fp8pipe.oracle.loaded_probe import compare_folders
+from fp8pipe.oracle.loaded_probe import _compared, compare_folders
 from fp8pipe.quantize import quantize
 from fp8pipe.quantize.plan import make_plan
 from fp8pipe.validate import validate
@@ -53,6 +55,13 @@ def test_an_expert_too_small_for_codes_is_no_wrong_weight(model_folder: Models, 
     edit_tensors(source, lambda tensors: tensors.update({tiny: tensors[tiny] * 1e-21}))
     folder = _made(source, tmp_path / "out", architecture_of(source))
     assert max(one.error for one in compare_folders(folder, source)) < 0.03
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1.0])
+def test_a_parameter_of_zeros_is_no_excuse_for_what_the_checkpoint_holds(value: float) -> None:
+    zeros, ours = torch.zeros(2, 2), torch.full((2, 2), value)
+    assert _compared("weight", ours, zeros, quantized=False).error == math.inf
+    assert _compared("weight", zeros, zeros, quantized=False).error == 0.0
 
 
 @pytest.mark.parametrize("wrong", [{"interleaved": True}, {"transposed": True}], ids=str)

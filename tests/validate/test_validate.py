@@ -179,6 +179,13 @@ SPOKEN_FOR_ELSEWHERE = {"K10", "V7", "D5", "D8", "P7"} | OF_OUR_ENGINE | OF_TRAN
 """Checks whose corruption is not one of the table's, with a test of their own here."""
 
 
+def test_scale_smaller_than_any_of_the_engine_is_no_excuse(shelf: Path, tmp_path: Path) -> None:
+    folder = reference.quantize(shelf / "dense", tmp_path / "fp8", strategy="tensor", static=False)
+    name = next(name for name in reference.read(folder)[0] if name.endswith("down_proj.weight_scale"))
+    edit_tensors(folder, lambda tensors: tensors.update({name: torch.full_like(tensors[name], 1e-20)}))
+    assert "V3" in ids(validate(folder))
+
+
 def test_per_tensor_fp8_method_does_not_load_in_transformers(checkpoint: Callable[[Model, Base], Path]) -> None:
     assert ids(validate(checkpoint("dense", "fp8"))) == {"C9"}
 

@@ -15,7 +15,7 @@ from fp8pipe.validate.faults import Fault
 from fp8pipe.validate.meaning.formats import Spec
 from fp8pipe.validate.meaning.names import expert_of, split_name
 from fp8pipe.validate.measured import Magnitudes, Scale
-from fp8pipe.validate.measuring.units import FAINT, FAINT_SCALE, top_value
+from fp8pipe.validate.measuring.units import FAINT, FAINT_SCALES, top_value
 from fp8pipe.validate.subject import Subject
 
 FP16_SAFE = (3.1e-5, 146.0)
@@ -96,7 +96,7 @@ def scales_survive_fp16(subject: Subject) -> Iterator[Fault]:
             continue
         weight = subject.measured.tensors.get(f"{module}.{spec.weight}")
         is_used = weight is not None and weight.spec is not None and not weight.is_zero
-        if is_used and value > FAINT_SCALE and not FP16_SAFE[0] <= value <= FP16_SAFE[1]:
+        if is_used and not _is_faint(value) and not FP16_SAFE[0] <= value <= FP16_SAFE[1]:
             yield Fault(f"{FP16_SAFE[0]} to {FP16_SAFE[1]}", f"{value:.3g}", scale.entry.shard, scale.entry.name)
 
 
@@ -287,8 +287,8 @@ def fused_scales_are_equal(subject: Subject) -> Iterator[Fault]:
         where = split_name(group[0])[0]
         known = {module: weight_scale_of(subject, module) for module in group}
         used = {module for module in known if not _is_blank(subject, module)}  # of zeros any scale is right
-        values = {m: value for m, value in known.items() if value is not None and FAINT_SCALE < value < math.inf}
-        values = {module: value for module, value in values.items() if module in used}
+        present = {module: value for module, value in known.items() if module in used and value is not None}
+        values = {module: value for module, value in present.items() if value < math.inf and not _is_faint(value)}
         if len(set(values.values())) > 1:
             ratio = max(values.values()) / min(values.values())
             severity = "error" if ratio > MAX_RATIO else None
@@ -373,3 +373,8 @@ def _calibrated(subject: Subject) -> Iterator[tuple[OutputTensor, tuple[float, .
             yield output, (largest[output.group or output.module],)
         elif output.role in ("k_scale", "v_scale") and (ranges := calibration.kv.get(output.source)) is not None:
             yield output, ranges.k_amax if output.role == "k_scale" else ranges.v_amax
+
+
+def _is_faint(scale: float) -> bool:
+    """Whether it is the scale that the engine gives a unit with hardly any codes."""
+    return FAINT_SCALES[0] <= scale <= FAINT_SCALES[1]

@@ -25,7 +25,7 @@ from fp8pipe.validate.meaning.names import FLOAT_SCALES, FLOATS, KV_SCALES, spli
 from fp8pipe.validate.measured import Array, Magnitudes, Measured, Scale
 from fp8pipe.validate.measuring.compare import KINDS, TILE, Comparer
 from fp8pipe.validate.measuring.units import (
-    FAINT_SCALE,
+    FAINT_SCALES,
     FLOAT_BITS,
     is_coarse,
     magnitudes,
@@ -297,7 +297,7 @@ def _note_units(seen: Magnitudes, tops: torch.Tensor, scale: torch.Tensor | None
     assert seen.spec is not None
     if scale is None:
         return
-    low = (tops > 0) & (tops < seen.spec.format.top) & ~(scale <= FAINT_SCALE)
+    low = (tops > 0) & (tops < seen.spec.format.top) & ~((scale >= FAINT_SCALES[0]) & (scale <= FAINT_SCALES[1]))
     if seen.spec.format.name == "NVFP4":
         low &= ~is_coarse(scale)
     seen.units += tops.numel()

@@ -18,8 +18,9 @@ from fp8pipe.validate.measured import Array
 FAINT = 1e-12
 """The least range that a scale of this engine covers. Of a unit below it, codes are few or none: they are held to the
 last bit (D1, D6, D7), but no relative error is asked of them."""
-FAINT_SCALE = 2.0**-48
-"""No scale of this engine is smaller but that of FAINT, be it rounded up to a power of two."""
+FAINT_SCALES = (2.0**-49, 2.0**-48)
+"""The scale of FAINT, 2.2e-15, lies between them, also when it is rounded up to a power of two. The engine writes none
+that is smaller, and every other is larger."""
 NOTHING = 2.0**-10
 """Half of the smallest E4M3 code above zero: source / scale up to it becomes zero."""
 
