@@ -56,8 +56,8 @@ def ask_vllm(
     """What vLLM thinks of the checkpoint, and if that is not good, of its source. `config`: config.json, empty if it
     does not parse; `config_problem`: what is wrong with it as a file.
 
-    If vLLM cannot answer, the checkpoint is not at fault: the report gives the reason, and no finding. With `must`, a
-    vLLM or a package of its that is not installed raises EngineFailed."""
+    If vLLM cannot answer, the checkpoint is not at fault: the report gives the reason, and no finding. With `must`,
+    EngineFailed is raised if vLLM, or a package that it needs, is not installed."""
     from fp8pipe.oracle.vllm import EngineIncomplete, parity, version
 
     found = version()
