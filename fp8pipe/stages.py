@@ -214,8 +214,8 @@ def validate(
 ) -> ValidationReport:
     """The report on `folder` as it is now, for which the vLLM that is installed was asked unless `oracles` is False.
 
-    An earlier report on the same state is returned if it read and asked as much and found no error; an error may have
-    been the fault of a wrong source, so what was found unsound is read again."""
+    An earlier report on the same state is returned if it read as much, that vLLM answered, and it found no error. An
+    error may have been the fault of a wrong source, and silence that of the machine: both are looked into again."""
     from fp8pipe.model.identity import folder_identity
     from fp8pipe.oracle.vllm import version
     from fp8pipe.validate import validate
@@ -224,7 +224,7 @@ def validate(
     depth = "fidelity" if source is not None else "values"
     known = ValidationReport.load_if_present(path)
     vllm = version() if oracles else None
-    covered = known is not None and known.sound and known.covers(depth) and (vllm is None or known.vllm == vllm)
+    covered = known is not None and known.sound and known.covers(depth) and (vllm is None or known.heard(vllm))
     if known is not None and covered and known.folder_identity == folder_identity(folder):
         return known
     report = validate(folder, source=source, oracles=None if oracles else False, progress=progress)

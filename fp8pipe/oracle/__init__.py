@@ -12,5 +12,6 @@ bounds              how much a config may make a library build, by what lies on 
 landing             follows tensors through a loader without data
 compressed_tensors  that library's own opinion of a quantization_config
 cache               where answers are kept
+basis               what answers depend on besides the models
 lean                imports a library without its optional packages
 """

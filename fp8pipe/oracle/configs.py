@@ -13,20 +13,20 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.evaluate.environment import vllm_version
+from pydantic import Field
+
 from fp8pipe.files import digest_of
 from fp8pipe.machine.supervise import supervise
+from fp8pipe.oracle.basis import basis
 from fp8pipe.oracle.cache import cache_dir
+from fp8pipe.oracle.vllm import version as vllm_version
 from fp8pipe.records import Record
 
 log = logging.getLogger(__name__)
 
-PROBE_VERSION = 1
-"""Increase it when the probe answers differently: cached answers of other versions are not used."""
 _TIMEOUT_S = 150
 """To start, and for each config."""
 
@@ -40,7 +40,7 @@ class Difference(Record):
     """What it is in the source's config, as Python writes it."""
     found: str
     readers: tuple[str, ...]
-    """The libraries that ask for it when they build the model; empty if none does."""
+    """The libraries that ask for it when they build the model, or may ask, being `unheard`; empty if none does."""
 
 
 class Comparison(Record):
@@ -49,6 +49,13 @@ class Comparison(Record):
     readers: tuple[str, ...]
     """The libraries that can read the source's config; empty if none can, and then there is no difference to see."""
     differences: tuple[Difference, ...]
+    unheard: dict[str, str] = Field(default_factory=dict)
+    """Library -> why it did not say all of this, although another machine or set of packages might let it."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it depends on the configs and versions alone. What a config could not be read for may be memory."""
+        return not self.unheard and all(difference.key for difference in self.differences)
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any], *, dtype: str | None) -> Comparison:
@@ -57,9 +64,8 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], *, dtype: str | None) 
     `dtype`: that of the source's weights (`bfloat16`), which is what a config without a dtype means; None if it is not
     known. The model's own code is never run: for a class that no library has, no library can read the config.
     """
-    versions = [PROBE_VERSION, version("transformers"), _vllm_version()]
     text = json.dumps([ours, theirs], sort_keys=True)  # they may hold NaN, which no digest takes
-    path = cache_dir().with_name("configs") / f"{digest_of([text, dtype, versions])}.json"
+    path = cache_dir("configs") / f"{digest_of([text, dtype, basis(vllm_version())])}.json"
     known = Comparison.load_if_present(path)
     if known is not None:
         return known
@@ -68,13 +74,14 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any], *, dtype: str | None) 
     except _NoAnswer as reason:
         log.warning("no library compared config.json with the source's, their text decides: %s", reason)
         return Comparison(readers=(), differences=())
-    answer.save(path)
+    if answer.is_settled:
+        answer.save(path)
     return answer
 
 
 def compare_each(ours: Sequence[dict[str, Any]], theirs: dict[str, Any], *, dtype: str | None) -> list[Comparison]:
     """The same for several configs beside one source's, in one child process and without the cache."""
-    request = {"ours": ours, "theirs": theirs, "dtype": dtype, "vllm": _vllm_version() is not None}
+    request = {"ours": ours, "theirs": theirs, "dtype": dtype, "vllm": vllm_version() is not None}
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:  # answers are files: libraries print on stdout
         asked, answer = Path(name) / "request.json", Path(name) / "answer.json"
@@ -89,11 +96,3 @@ def compare_each(ours: Sequence[dict[str, Any]], theirs: dict[str, Any], *, dtyp
 
 class _NoAnswer(Exception):
     """The child gave no answer, for the reason in the message."""
-
-
-def _vllm_version() -> str | None:
-    """Version of the vLLM that is installed; None if there is none."""
-    try:
-        return vllm_version()
-    except PackageNotFoundError:
-        return None

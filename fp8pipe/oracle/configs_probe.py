@@ -12,12 +12,11 @@ recorded.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import json
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -86,10 +85,9 @@ class _Transformers:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
     def build(self, folder: Path) -> None:
-        from fp8pipe.oracle.transformers_probe import Unsupported, build
+        from fp8pipe.oracle.transformers_probe import build
 
-        with contextlib.suppress(Unsupported):
-            build(folder, trust_remote_code=False)
+        build(folder, trust_remote_code=False)
 
 
 class _Vllm:
@@ -129,43 +127,45 @@ class Fact:
 _ABSENT = Fact("", True, "nothing")
 
 
-def compare(ours: Path, theirs: Path, dtype: str | None, readers: list[Reader]) -> dict[str, Any]:
+def compare(ours: Path, theirs: Path, dtype: str | None, readers: Sequence[Reader]) -> dict[str, Any]:
     """The fields of `Comparison` for two folders with config.json."""
     asked: list[str] = []
     rows: dict[str, dict[str, Any]] = {}
+    unheard: dict[str, str] = {}
     for reader in readers:
         try:
             wanted = facts(reader.read(theirs), dtype, _keys(theirs))
+        except (ImportError, MemoryError) as error:
+            unheard[reader.name] = f"it could not read the source's config here: {_words(error)}"
+            continue
         except Exception:  # huggingface_hub validates values by error classes that share no base with other libraries'
             continue  # the library does not know this model
         asked.append(reader.name)
-        for key, expected, found, matters in _differing(reader, ours, theirs, wanted, dtype):
+        for key, expected, found, matters in _differing(reader, ours, theirs, wanted, dtype, unheard):
             row = rows.setdefault(key, {"key": key, "expected": expected, "found": found, "readers": []})
             row["readers"] += [reader.name] if matters else []
-    return {"readers": asked, "differences": list(rows.values())}
+    return {"readers": asked, "differences": list(rows.values()), "unheard": unheard}
 
 
 def _differing(
-    reader: Reader, ours: Path, theirs: Path, wanted: Mapping[str, Fact], dtype: str | None
+    reader: Reader, ours: Path, theirs: Path, wanted: Mapping[str, Fact], dtype: str | None, unheard: dict[str, str]
 ) -> Iterator[tuple[str, str, str, bool]]:
-    """(key, expected, found, whether the model depends on it) for each value that differs."""
+    """(key, expected, found, whether the model depends on it) for each value that differs. `unheard` gets the library
+    if it could build neither model: then the model may depend on any key that its class does not declare."""
     try:
         found = facts(reader.read(ours), dtype, _keys(ours))
     except Exception as error:
-        yield (
-            "",
-            f"a config that {reader.name} reads, like the source's",
-            clip(f"{type(error).__name__}: {error}"),
-            True,
-        )
+        yield "", f"a config that {reader.name} reads, like the source's", _words(error), True
         return
     keys = [key for key in sorted(wanted.keys() | found.keys()) if wanted.get(key) != found.get(key)]
     keys = [_CLASS] if _CLASS in keys else keys
     pairs = {key: (wanted.get(key, _ABSENT), found.get(key, _ABSENT)) for key in keys}
     loose = {fact.attribute for pair in pairs.values() for fact in pair if not fact.declared}
-    asked_for = _asked_for(reader, (theirs, ours)) if loose else frozenset[str]()
+    asked_for, problem = _asked_for(reader, (theirs, ours)) if loose else (frozenset[str](), "")
+    if problem:
+        unheard[reader.name] = f"it could build neither model here: {problem}"
     for key, pair in pairs.items():
-        matters = all(fact.declared or fact.attribute in asked_for for fact in pair)
+        matters = bool(problem) or all(fact.declared or fact.attribute in asked_for for fact in pair)
         expected, value = ("absent" if fact is _ABSENT else clip(repr(fact.value)) for fact in pair)
         yield key, expected, value, matters
 
@@ -214,24 +214,37 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, list(value) if isinstance(value, tuple) else value
 
 
-def _asked_for(reader: Reader, folders: tuple[Path, ...]) -> frozenset[str]:
-    """The attributes that a library asks a config for while it builds the model: the first that can be built."""
+def _asked_for(reader: Reader, folders: tuple[Path, ...]) -> tuple[frozenset[str], str]:
+    """The attributes that a library asks a config for while it builds the model: the first that can be built. If none
+    can, the second value says why, and the first holds no more than it asked for until then.
+
+    What the base of all configs asks itself does not count: it goes through whatever attributes there are."""
     plain = PreTrainedConfig.__getattribute__
+    base = inspect.getfile(PreTrainedConfig)
     seen: set[str] = set()
+    problem = ""
 
     def watched(self: PreTrainedConfig, key: str) -> Any:
-        seen.add(key)
+        if sys._getframe(1).f_code.co_filename != base:
+            seen.add(key)
         return plain(self, key)
 
     PreTrainedConfig.__getattribute__ = watched
     try:
         for folder in folders:
-            with contextlib.suppress(Exception):
+            try:
                 reader.build(folder)
-                break
+            except Exception as error:  # the libraries raise whatever they stumble on
+                problem = problem or _words(error)
+            else:
+                return frozenset(seen), ""
     finally:
         PreTrainedConfig.__getattribute__ = plain
-    return frozenset(seen)
+    return frozenset(seen), problem
+
+
+def _words(error: Exception) -> str:
+    return clip(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from fp8pipe.errors import EngineFailed
 from fp8pipe.files import digest_of
 from fp8pipe.machine.supervise import supervise
 from fp8pipe.oracle import bounds, cache
+from fp8pipe.oracle.basis import basis
 
 if TYPE_CHECKING:
     from fp8pipe.model.headers import TensorInfo
@@ -216,13 +217,9 @@ def _without_quantization(value: Any) -> Any:
 
 
 def _key(request: dict[str, Any]) -> str:
-    """What the answer depends on: both models' configs and headers, and every version that has a say."""
-    code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(path.read_bytes())
-    versions = {name: importlib.metadata.version(name) for name in ("transformers", "torch")} | {"vllm": version()}
+    """What the answer depends on: both models' configs and headers, and all that has a say in every answer."""
     models = [[_content(Path(one["folder"])), one["tensors"]] for one in (request, request["source"])]
-    return digest_of([code.hexdigest(), versions, models])
+    return digest_of([basis(version()), models])
 
 
 def _content(folder: Path) -> list[str]:

@@ -69,3 +69,7 @@ class ValidationReport(Record):
     def covers(self, depth: Depth) -> bool:
         """Whether it read all that `depth` reads."""
         return DEPTHS.index(self.depth) >= DEPTHS.index(depth)
+
+    def heard(self, vllm: str) -> bool:
+        """Whether vLLM of that version said what it makes of the checkpoint."""
+        return self.vllm == vllm and not self.vllm_silent

@@ -228,6 +228,20 @@ def test_stages_ask_unless_told_not_to_and_reuse_only_what_was_asked(
     assert json.loads(record_path(folder, "validation").read_bytes())["vllm"] == "9.9"
 
 
+def test_stages_ask_again_where_vllm_was_silent(
+    answer: Callable[..., Child], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shelf: Path
+) -> None:
+    from fp8pipe.config import load_recipe
+
+    folder, source = tmp_path / "made", str(shelf / "dense")
+    stages.quantize_model(source, load_recipe("fp8-dynamic"), folder)
+    child = answer(said(limit="not supported on CPU."), said(lacks="torchaudio"), said())
+    reports = [stages.validate(folder, source=None) for _ in range(4)]
+    assert [bool(report.vllm_silent) for report in reports] == [True, True, False, False] and len(child.asked) == 3
+    monkeypatch.setattr(oracle, "version", lambda: None)
+    assert not stages.validate(folder, source=None).vllm_silent, "what was heard is kept where vLLM is not installed"
+
+
 # ---------------------------------------------------------------------------------------------- limits
 
 

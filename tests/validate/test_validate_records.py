@@ -232,6 +232,20 @@ def test_nobody_is_asked_about_a_config_that_nobody_edited(
     assert "C7" in validate(folder, depth="headers").checks and not judge(folder, source).findings
 
 
+def test_library_that_could_not_be_asked_about_a_key_is_named_and_the_key_stays_an_error(
+    made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = made
+    smell = configs.Difference(key="smell", expected="absent", found="'sweet'", readers=("vLLM",))
+    silent = {"vLLM": "it could build neither model here: RuntimeError: not supported on CPU."}
+    answer = configs.Comparison(readers=("transformers", "vLLM"), differences=(smell,), unheard=silent)
+    monkeypatch.setattr(configs, "compare", lambda *_, **__: answer)
+    _edit(folder, lambda config: config.update(smell="sweet"))
+    found = [finding for finding in validate(folder, depth="headers").findings if finding.check == "C7"]
+    assert [finding.severity for finding in found] == ["warning", "error"]
+    assert "not supported on CPU" in found[0].found and "perhaps" in found[1].consequence
+
+
 @pytest.mark.parametrize(
     "change",
     [

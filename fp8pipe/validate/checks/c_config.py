@@ -352,12 +352,27 @@ def config_makes_the_source_s_model(subject: Subject) -> Iterator[Fault]:
     comparison = compare(subject.config, theirs, dtype=subject.source_dtype)
     if not comparison.readers:
         yield from _differing_texts(_texts(subject.config), _texts(theirs))
+    for reader, reason in comparison.unheard.items():
+        consequence = f"none known: {reader} did not say what it makes of the difference"
+        remedy = "validate where it can, or copy config.json from the source and add the quantization_config alone"
+        yield Fault(
+            f"{reader}'s own reading of both configs",
+            reason,
+            file=CONFIG,
+            severity="warning",
+            consequence=consequence,
+            remedy=remedy,
+        )
     for difference in comparison.differences:
         expected, found = f"{difference.key} = {difference.expected}", difference.found
         if not difference.key:
             yield Fault(difference.expected, found, file=CONFIG)
         elif difference.readers:
-            consequence = f"{' and '.join(difference.readers)}: another model than the one that was quantized"
+            sure = [reader for reader in difference.readers if reader not in comparison.unheard]
+            perhaps = "" if sure else "perhaps, since it could not be asked, "
+            consequence = (
+                f"{' and '.join(sure or difference.readers)}: {perhaps}another model than the one that was quantized"
+            )
             yield Fault(clip(expected), found, file=CONFIG, consequence=consequence)
         else:
             consequence = f"none: {' and '.join(comparison.readers)} never asks for it"
