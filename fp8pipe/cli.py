@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
 import typer
 from rich.console import Console
 
-from fp8pipe.errors import Fp8PipeError
+from fp8pipe.errors import EnvironmentFault, Fp8PipeError
 from fp8pipe.model.untrusted import printable
 from fp8pipe.records import VERDICT_EXIT_CODES
 
@@ -227,7 +227,7 @@ def validate(
 
     with _stage_display("validate") as display:
         report = stages.validate_model(model, source=source, depth=depth, oracles=oracles, progress=display)
-    if depth is not None and report.depth != depth:
+    if depth is not None and report.depth != depth and not report.loaded_silent:
         err.print(f"depth {report.depth} only: the checkpoint is incomplete, so nothing more was downloaded")
     if as_json:
         emit_json(report.model_dump(mode="json"))
@@ -235,6 +235,8 @@ def validate(
         out.print(terminal(findings_sheet(report)))
         if report.serving is not None:
             out.print(terminal(serving_sheet(report.serving)))
+    if report.sound and report.loaded_silent:
+        raise EnvironmentFault(report.loaded_silent)
     return 0 if report.sound else 1
 
 

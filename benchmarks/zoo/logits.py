@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.zoo.models import prompts
-from fp8pipe.oracle.loaded_probe import Side, group_of
+from fp8pipe.oracle.loaded import group_of
+from fp8pipe.oracle.loaded_probe import Side
 
 
 @torch.inference_mode()

@@ -13,11 +13,12 @@ from torch import nn
 from fp8pipe.calibrate.cpu_linear import fast_products
 from fp8pipe.calibrate.hooks import LayerWatch, ObservingCache
 from fp8pipe.calibrate.lockstep import Lockstep, Step
-from fp8pipe.calibrate.memory import Batches, is_out_of_memory, return_freed_memory, with_smaller_batches
+from fp8pipe.calibrate.memory import Batches, return_freed_memory, with_smaller_batches
 from fp8pipe.calibrate.resume import Bookmark, Handover, restore
 from fp8pipe.calibrate.skeleton import Skeleton
 from fp8pipe.calibrate.targets import LayerModules, Schemes, Targets, check_observed, kv_absent, modules_by_layer
 from fp8pipe.errors import Fp8PipeError, UnsupportedArchitecture
+from fp8pipe.oracle.loading import is_out_of_memory
 from fp8pipe.progress import Progress, ProgressEvent, quiet
 from fp8pipe.records.calibration import Ranges
 

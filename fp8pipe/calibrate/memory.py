@@ -1,7 +1,7 @@
 """Which samples share a forward pass, and smaller passes when memory runs out.
 
 Samples of equal length share a pass, so that weights are read once for many tokens and nothing is padded. Out of memory
-looks different on a GPU, on a CPU and in each library; `is_out_of_memory` knows them all.
+looks different on a GPU, on a CPU and in each library; `oracle.loading.is_out_of_memory` knows them all.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from fp8pipe.errors import EnvironmentFault
+from fp8pipe.oracle.loading import is_out_of_memory
 
 TOKENS = {"cpu": 1024, "cuda": 16384}
 """Largest pass by kind of device, in tokens; a longer sample is a pass of its own. On a CPU, passes of twice the size
@@ -77,14 +78,6 @@ def _fewer_tokens(batches: Batches, token_ids: Sequence[Sequence[int]], error: B
         fewer,
     )
     return fewer
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch has an error for GPUs, but its CPU allocator raises a plain RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = ("can't allocate memory", "out of memory", "status_alloc_failed")  # the last is cuBLAS's and cuDNN's
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 def _release(device: torch.device) -> None:

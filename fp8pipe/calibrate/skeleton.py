@@ -18,7 +18,6 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from fp8pipe.calibrate.memory import is_out_of_memory
 from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
 from fp8pipe.model import fp8_source
 from fp8pipe.model.headers import Headers
@@ -143,9 +142,6 @@ class Skeleton:
 
     def _convert(self, tensors: dict[str, Any]) -> None:
         problems = load_into(self.model, tensors, self.device, self.dtype)
-        short = [text for text in problems if is_out_of_memory(RuntimeError(text))]
-        if short:
-            raise MemoryError(short[0])
         if problems:
             raise MalformedCheckpoint(
                 f"{self.folder}: weights do not fit the model ({'; '.join(problems[:3])}); download it again"

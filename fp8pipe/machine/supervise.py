@@ -62,6 +62,11 @@ class Ending:
         """Whether it ended by itself with status 0."""
         return self.reason == "exited" and self.returncode == 0
 
+    @property
+    def killed(self) -> bool:
+        """Whether a signal ended it, or this function did."""
+        return not 0 <= self.returncode < 128
+
     def tail(self, lines: int = 25) -> str:
         """The last non-empty lines of the log, each cut to 400 characters."""
         text = self.log.read_bytes()[-100_000:].decode(errors="replace").replace("\r", "\n")

@@ -3,10 +3,10 @@
     python -m fp8pipe.oracle.loaded_probe REQUEST ANSWER
 
 REQUEST: {"checkpoint": folder, "source": folder}. ANSWER: {"loaded": the fields of `loaded.Loaded`, for each
-parameter of transformers' model and each tensor that cannot be compared}, or {"unsupported": reason}. The checkpoint is
-dequantized by its own quantization_config and scales, and transformers maps the names of both sides. What the plan
-believed about names, layouts and experts plays no part, so a belief that is wrong shows as an error. One layer of each
-side is in memory at a time.
+parameter of transformers' model and each tensor that cannot be compared}, or {"unsupported": reason}, or if memory ran
+out {"memory": the allocator's words}. The checkpoint is dequantized by its own quantization_config and scales, and
+transformers maps the names of both sides. What the plan believed about names, layouts and experts plays no part, so a
+belief that is wrong shows as an error. One layer of each side is in memory at a time.
 
 Experts: a checkpoint may hold one matrix for each where transformers knows no such name. Those are stacked as vLLM's
 per-expert names mean them, gate above up, each [out, in], into the parameter of the module that they stand in.
@@ -32,8 +32,8 @@ from fp8pipe.model.headers import Headers, TensorInfo, read_folder_headers
 from fp8pipe.model.names import FP8, SPENT_NAMES
 from fp8pipe.model.shards import SourceFiles
 from fp8pipe.oracle import transformers_probe as probe
-from fp8pipe.oracle.loaded import Loaded
-from fp8pipe.oracle.loading import OnDisk, get_tensor, load_into, set_tensor
+from fp8pipe.oracle.loaded import Loaded, group_of
+from fp8pipe.oracle.loading import OnDisk, get_tensor, is_out_of_memory, load_into, set_tensor
 
 _TINY = 1e-12
 """Below this magnitude weights may be coarser than FP8's error: scales do not become smaller than that of 1e-12."""
@@ -55,6 +55,10 @@ def main() -> None:
         answer["loaded"] = [astuple(one) for one in compare_folders(*folders)]
     except probe.Unsupported as reason:
         answer["unsupported"] = str(reason)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        answer["memory"] = str(error).partition("\n")[0] or type(error).__name__
     answer_path.write_text(json.dumps(answer))
 
 
@@ -70,7 +74,7 @@ class Side:
 
     def __init__(self, folder: Path, headers: Headers, stack: ExitStack) -> None:
         """Raises probe.Unsupported if transformers cannot build the model."""
-        self.model, quantization = probe.build(folder, trust_remote_code=False)
+        self.model, quantization = probe.build(folder, trust_remote_code=False, tensors=len(headers.tensors))
         self.tensors = headers.tensors
         self._block = _block(quantization)
         self._files = SourceFiles(folder, stack)
@@ -216,12 +220,6 @@ def _compared(name: str, mine: Tensor | None, source: Tensor | None, *, quantize
     return Loaded(
         name, quantized, float(errors.nan_to_num(nan=torch.inf, posinf=torch.inf).max()) if errors.numel() else 0.0
     )
-
-
-def group_of(name: str) -> str:
-    """What is loaded together: the outermost entry of a module list, `model.layers.0`, or a parameter outside lists."""
-    match = re.match(r"(.*?\.\d+)\.", name)
-    return match[1] if match else name
 
 
 def _joined(matrices: Sequence[Tensor], *, alternating: bool) -> Tensor:

@@ -29,7 +29,7 @@ from fp8pipe.model.shards import SourceFiles
 
 def load_into(model: PreTrainedModel, tensors: dict[str, Any], device: torch.device, dtype: torch.dtype) -> list[str]:
     """Convert `tensors` (name on disk -> Tensor or OnDisk) and put them into `model`. What went wrong, in words: the
-    loader catches every error, the allocator's too, and keeps only its text."""
+    loader catches every error and keeps only its text. Raises MemoryError if it is the allocator's."""
     config = LoadStateDictConfig(
         device_map={"": device},
         dtype=dtype,
@@ -38,7 +38,18 @@ def load_into(model: PreTrainedModel, tensors: dict[str, Any], device: torch.dev
     )
     with _no_bars():
         info, _ = convert_and_load_state_dict_in_model(model, tensors, config)
-    return sorted([*map(str, info.mismatched_keys), *map(str, info.conversion_errors.items()), *info.error_msgs])
+    problems = sorted([*map(str, info.mismatched_keys), *map(str, info.conversion_errors.items()), *info.error_msgs])
+    if short := [text for text in problems if is_out_of_memory(RuntimeError(text))]:
+        raise MemoryError(short[0])
+    return problems
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch has an error for GPUs, but its CPU allocator raises a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("can't allocate memory", "out of memory", "status_alloc_failed")  # the last is cuBLAS's and cuDNN's
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor:

@@ -50,6 +50,9 @@ class ValidationReport(Record):
     """Version of the vLLM whose own model and loader were asked about the checkpoint (R1); empty if none was."""
     vllm_silent: str = "vLLM was not asked"
     """Why vLLM gave no answer, and R1 did not run; empty if it did."""
+    loaded_silent: str = ""
+    """Why transformers gave no answer although depth loaded was wanted, so that the report's depth is less, and L1 and
+    L2 did not run; empty if it did, or was not asked."""
     serving: Serving | None = None
     """What will serve it; None if its scheme is not understood, or vLLM's kernels for it are not known here."""
 

@@ -124,6 +124,7 @@ def findings_sheet(report: ValidationReport) -> Sheet:
         f"{report.tensors} tensors, {len(report.checks)} checks",
         f"depth {report.depth}, {human_bytes(report.bytes_read)} read",
         report.vllm_silent or f"vLLM {report.vllm} was asked",
+        *filter(None, (report.loaded_silent,)),
     )
     return Sheet("Validation", ("check", "severity", "where", "expected", "found"), rows, notes, names=frozenset({2}))
 
@@ -276,7 +277,7 @@ def outcome_sheet(outcome: Outcome) -> Sheet:
         rows += list(release_sheet(outcome.release).rows)  # type: ignore[arg-type]  # rows of pairs
     else:
         rows.append(("published", "nothing"))
-    return Sheet("fp8pipe release", ("", ""), tuple(rows), (outcome.reason,))
+    return Sheet("fp8pipe release", ("", ""), tuple(rows), (outcome.reason, *outcome.notes))
 
 
 def _sizes(outcome: Outcome) -> str:

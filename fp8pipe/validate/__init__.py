@@ -25,7 +25,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8pipe.errors import InputError, ModelNotFound
+from fp8pipe.errors import EnvironmentFault, InputError, ModelNotFound
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.records import DEPTHS, Depth, Snapshot, ValidationReport
 from fp8pipe.validate.asking import UNREADABLE
@@ -33,6 +33,7 @@ from fp8pipe.validate.prepare import read_subject
 from fp8pipe.validate.reading.place import Place, place_of
 from fp8pipe.validate.registry import all_checks, header_checks
 from fp8pipe.validate.runner import run
+from fp8pipe.validate.subject import Subject
 
 if TYPE_CHECKING:
     from fp8pipe.model.architecture import Architecture
@@ -73,8 +74,10 @@ def validate(
         from fp8pipe.validate.measuring.measure import measure
 
         subject.measured_or_none = measure(subject, with_source=depth in _WITH_SOURCE, progress=progress)
+    loaded_silent = ""
     if depth == "loaded":
-        subject.loaded_or_none = _loaded(place, source)
+        subject.loaded_or_none, loaded_silent = _loaded(subject)
+        depth = "fidelity" if loaded_silent else depth
     reach = DEPTHS[: DEPTHS.index(depth) + 1]
     known = header_checks() if depth == "headers" else all_checks()
     checks = [check for check in known if check.depth in reach and all(map(subject.supplies, check.needs))]
@@ -90,15 +93,24 @@ def validate(
         bytes_read=subject.measured.bytes_read if depth != "headers" else 0,
         vllm=subject.vllm.version,
         vllm_silent=subject.vllm.silent,
+        loaded_silent=loaded_silent,
         serving=what_serves(subject.config, subject.scheme_or_none, subject.files.tensors),
     )
 
 
-def _loaded(place: Place, source: Snapshot | None) -> tuple[Loaded, ...]:
+def _loaded(subject: Subject) -> tuple[tuple[Loaded, ...] | None, str]:
+    """What transformers' loader makes of both sides, or why there is no answer: what was found before stays found."""
     from fp8pipe.oracle.loaded import compare
 
-    assert place.root is not None and source is not None and source.root is not None, "_depth has checked it"
-    return compare(place.root, source.path)
+    ours, theirs = subject.files, subject.source
+    assert ours.place.root is not None and theirs.place.root is not None, "_depth has checked it"
+    for side in (ours, theirs):
+        if broken := sorted(UNREADABLE & side.faults.keys()):
+            return None, f"{side.place.root}: there is no whole set of weight files ({', '.join(broken)})"
+    try:
+        return compare(ours.place.root, theirs.place.root, [ours.tensors, theirs.tensors]), ""
+    except EnvironmentFault as error:
+        return None, str(error)
 
 
 def _depth(place: Place, source: Snapshot | None, wanted: Depth | None) -> Depth:

@@ -16,8 +16,9 @@ from support.whole_model import CLOSE
 from torch import Tensor
 
 from fp8pipe.calibrate import memory
-from fp8pipe.calibrate.memory import Batches, batches_of, is_out_of_memory, with_smaller_batches
+from fp8pipe.calibrate.memory import Batches, batches_of, with_smaller_batches
 from fp8pipe.errors import EnvironmentFault
+from fp8pipe.oracle.loading import is_out_of_memory
 from fp8pipe.progress import ProgressEvent
 from fp8pipe.records.calibration import Calibration
 

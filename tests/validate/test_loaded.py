@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.quantizing import Models, edit_tensors
 from support.tiny_models import architecture_of, recipe
+from typer.testing import CliRunner
 
+from fp8pipe import cli, stages
 from fp8pipe.errors import InputError
 from fp8pipe.hub.headers import read_headers
 from fp8pipe.hub.source import resolve
+from fp8pipe.machine.supervise import Ending, supervise
 from fp8pipe.model.architecture import Architecture
+from fp8pipe.oracle import loaded, loaded_probe
 from fp8pipe.oracle.loaded_probe import _compared, compare_folders
+from fp8pipe.oracle.loading import OnDisk
 from fp8pipe.quantize import quantize
 from fp8pipe.quantize.plan import make_plan
 from fp8pipe.validate import validate
@@ -86,6 +95,61 @@ def test_a_tensor_without_a_place_and_an_empty_place_are_findings(model_folder: 
     found = {finding.check: finding for finding in report.findings}
     assert found["L1"].tensor == "model.norm.weight" and "does not fill" in found["L1"].found
     assert found["L2"].tensor == "model.extra.weight" and "no such tensor" in found["L2"].found
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("kill -9 $$", r"was ended \(status 137\).*memory"),
+        ('echo \'{"memory": "no room"}\' > $1', r"memory ran out.*no room"),
+    ],
+    ids=["killed", "allocator"],
+)
+def test_child_that_has_too_little_memory_says_nothing_of_the_model_and_costs_its_own_checks_alone(
+    model_folder: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, words: str
+) -> None:
+    def starved(command: list[str], **given: Any) -> Ending:
+        assert given["memory_bytes"] > 8_000_000_000, "as much as its layers take, and no more"
+        return supervise(["sh", "-c", script, "sh", command[-1]], **given)
+
+    monkeypatch.setattr(loaded, "supervise", starved)
+    source = model_folder("llama", shard_size="1GB")
+    folder = _made(source, tmp_path / "out", architecture_of(source))
+    report = stages.validate_model(str(folder), source=str(source), depth="loaded", oracles=False)
+    assert report.sound and report.depth == "fidelity" and "D1" in report.checks and "L1" not in report.checks
+    assert re.search(words, report.loaded_silent)
+    shown = CliRunner().invoke(
+        cli.app, ["validate", str(folder), "--source", str(source), "--depth", "loaded", "--no-oracles", "--json"]
+    )
+    assert shown.exit_code == 4 and json.loads(shown.stdout)["loaded_silent"] == report.loaded_silent
+
+
+def test_allocator_of_the_loader_is_no_unreadable_tensor(
+    model_folder: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' loader catches the error and keeps its text."""
+    source = model_folder("llama", shard_size="1GB")
+
+    def no_room(self: OnDisk, index: object) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(OnDisk, "__getitem__", no_room)
+    asked, answer = tmp_path / "asked.json", tmp_path / "answer.json"
+    asked.write_text(json.dumps({"checkpoint": str(source), "source": str(source)}))
+    monkeypatch.setattr(sys, "argv", ["loaded_probe", str(asked), str(answer)])
+    loaded_probe.main()
+    assert "can't allocate memory" in json.loads(answer.read_bytes())["memory"]
+
+
+def test_weights_that_cannot_be_read_are_not_loaded(
+    model_folder: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = model_folder("llama", shard_size="1GB")
+    folder = _made(source, tmp_path / "out", architecture_of(source))
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    monkeypatch.setattr(loaded, "compare", None)
+    report = validate(folder, source=resolve(str(source)), architecture=architecture_of(source), depth="loaded")
+    assert not report.sound and "no whole set of weight files (F1)" in report.loaded_silent
 
 
 def test_without_a_source_it_is_a_wrong_request(tmp_path: Path) -> None:
