@@ -63,7 +63,7 @@ def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, ear
 
     report = tasks.validate(folder.checkpoint, snapshot, recipe.name, spec.oracles)
     if not report.sound:
-        return unsound(job, snapshot, checkpoint, report).kept(folder.outcome)
+        return unsound(job, snapshot, plan, checkpoint, report).kept(folder.outcome)
 
     decision = _decide(job, snapshot, folder, workspace, earlier)
     release = None
@@ -71,7 +71,7 @@ def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, ear
         release = tasks.publish(folder.checkpoint, spec.repo_id, spec.collection, spec.collection_description)
     elif stages.is_question(decision, job.policy):
         tasks.ask(job, folder.checkpoint, decision)
-    return decided(job, snapshot, checkpoint, decision, release).kept(folder.outcome)
+    return decided(job, snapshot, plan, checkpoint, decision, release).kept(folder.outcome)
 
 
 def _decide(

@@ -49,6 +49,8 @@ class Outcome(Record):
     decision: GateDecision | None
     release: Release | None
     """None if nothing was published."""
+    notes: tuple[str, ...] = ()
+    """Those of the plan."""
 
     @property
     def ending(self) -> str:

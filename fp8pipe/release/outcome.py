@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fp8pipe.config import ResolvedRelease
 from fp8pipe.records import (
@@ -18,18 +18,28 @@ from fp8pipe.records import (
     Verdict,
 )
 
+if TYPE_CHECKING:
+    from fp8pipe.quantize.plan import Plan
 
-def unsound(job: ResolvedRelease, snapshot: Snapshot, checkpoint: Checkpoint, report: ValidationReport) -> Outcome:
+
+def unsound(
+    job: ResolvedRelease, snapshot: Snapshot, plan: Plan, checkpoint: Checkpoint, report: ValidationReport
+) -> Outcome:
     """The release ended before any evaluation, because the validator found errors."""
     reason = f"{len(report.errors)} validation errors, the first: {report.errors[0].sentence()}"
-    return _outcome(job, snapshot, checkpoint, "unsound", reason)
+    return _outcome(job, snapshot, plan, checkpoint, "unsound", reason)
 
 
 def decided(
-    job: ResolvedRelease, snapshot: Snapshot, checkpoint: Checkpoint, decision: GateDecision, release: Release | None
+    job: ResolvedRelease,
+    snapshot: Snapshot,
+    plan: Plan,
+    checkpoint: Checkpoint,
+    decision: GateDecision,
+    release: Release | None,
 ) -> Outcome:
     """The release ended at the gate or, if it was published, on the Hub."""
-    return _outcome(job, snapshot, checkpoint, decision.verdict, decision.reason, decision, release)
+    return _outcome(job, snapshot, plan, checkpoint, decision.verdict, decision.reason, decision, release)
 
 
 def earlier_attempts(attempts: Sequence[Outcome]) -> tuple[EarlierAttempt, ...]:
@@ -49,6 +59,7 @@ def released_by_decision(folder: Path, release: Release) -> Outcome | None:
 def _outcome(
     job: ResolvedRelease,
     snapshot: Snapshot,
+    plan: Plan,
     checkpoint: Checkpoint,
     verdict: Verdict | Literal["unsound"],
     reason: str,
@@ -68,4 +79,5 @@ def _outcome(
         output_bytes=checkpoint.output_bytes,
         decision=decision,
         release=release,
+        notes=plan.notes,
     )

@@ -6,7 +6,9 @@ In: a snapshot, its headers, a plan. Out: notes, or an error. It starts vLLM, wh
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fp8pipe.errors import ConfigError, EngineFailed
 from fp8pipe.hub import source
@@ -16,10 +18,14 @@ from fp8pipe.quantize.engine.package import config_bytes
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Snapshot
 
+if TYPE_CHECKING:
+    from fp8pipe.oracle.vllm import Mismatch
+
 
 def require_read(snapshot: Snapshot, headers: Headers, plan: Plan) -> tuple[str, ...]:
-    """A note if vLLM could not be asked. Raises ConfigError if its loader does not read what the plan would write,
-    as it reads the source: a tensor that is refused or reaches nothing, or a parameter that none fills."""
+    """A note if vLLM could not be asked, or has a fault to find with plan and source alike. Raises ConfigError if its
+    loader does not read what the plan would write, as it reads the source: a tensor that is refused or reaches nothing,
+    or a parameter that none fills."""
     from fp8pipe.oracle.vllm import parity, version
 
     with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:
@@ -38,16 +44,21 @@ def require_read(snapshot: Snapshot, headers: Headers, plan: Plan) -> tuple[str,
     if verdict.limit:
         return (f"vLLM cannot tell here whether its loader reads this checkpoint: {clip(verdict.limit, 300)}",)
     made = {output.name for output in plan.outputs if output.role not in ("copy", "dequantize")}
-    faults = [
-        one
-        for one in verdict.mismatches
-        if one not in verdict.in_source and (one.kind != "unread" or one.tensor in made)
-    ]
-    if faults:
-        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+    faults = [one for one in verdict.mismatches if one.kind != "unread" or one.tensor in made]
+    if brought := [one for one in faults if one not in verdict.in_source]:
         raise ConfigError(
             f"{snapshot.model_id}: the loader that vLLM {version()} has for this model does not read what recipe "
-            f"{plan.recipe} would write: {clip(faults[0].sentence(), 400)}{more}; choose another recipe, such as "
-            "fp8-dynamic"
+            f"{plan.recipe} would write: {_words(brought)}; choose another recipe, such as fp8-dynamic"
+        )
+    if faults:
+        return (
+            f"vLLM {version()} does not read the source as it is, so that it will not read this checkpoint "
+            f"either: {_words(faults)}; serve and measure it with a version of vLLM that loads the source",
         )
     return ()
+
+
+def _words(faults: Sequence[Mismatch]) -> str:
+    """The first fault in vLLM's words, and how many more there are."""
+    more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+    return f"{clip(faults[0].sentence(), 400)}{more}"

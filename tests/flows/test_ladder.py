@@ -16,16 +16,20 @@ from support.demo import Demo, hub_of, on_the_hub
 from support.gated_folders import gated
 from support.processes import FP8PIPE
 from support.reports import checkpoint, pair, policy, recipe, suite
+from support.tiny_models import make_model, plan_of
 
 from fp8pipe import stages
 from fp8pipe.config import ReleaseSpec, ResolvedRelease, load_recipe
 from fp8pipe.errors import ConfigError, InputError, SourceChanged
 from fp8pipe.gate import decide
-from fp8pipe.records import EarlierAttempt, EvalReport, GateDecision, Outcome
+from fp8pipe.hub.source import resolve
+from fp8pipe.records import EarlierAttempt, EvalReport, Finding, GateDecision, Outcome, ValidationReport
 from fp8pipe.records.paths import record_path
 from fp8pipe.rehearsal.demo.model import BASE_ID
 from fp8pipe.release.card import render_card
+from fp8pipe.release.outcome import unsound
 from fp8pipe.release.workspace import Workspace
+from fp8pipe.ui.sheets import outcome_sheet
 
 
 def job(fallback: tuple[Any, ...], *, max_attempts: int = 3, repo_id: str = "acme/tiny-FP8-KV") -> ResolvedRelease:
@@ -115,6 +119,23 @@ def test_only_a_rejection_by_the_numbers_tries_the_next_recipe() -> None:
     assert not outcome(decide(*pair(lost=70, won=35), policy(), **evidence), "inconclusive").falls_back
 
 
+def test_what_the_plan_noted_is_told_with_the_release(tmp_path: Path) -> None:
+    source = make_model(tmp_path / "source")
+    plan = plan_of(source, load_recipe("fp8-dynamic")).model_copy(
+        update={"notes": ("vLLM does not read the source as it is",)}
+    )
+    report = ValidationReport(
+        folder_identity="",
+        depth="headers",
+        checks=(),
+        findings=(Finding(check="R1", severity="error", expected="", found="", remedy=""),),
+        tensors=0,
+        bytes_read=0,
+    )
+    ended = unsound(job(()), resolve(str(source)), plan, checkpoint(), report)
+    assert plan.notes[0] in outcome_sheet(ended).notes
+
+
 def test_each_rung_pays_in_alpha_and_the_card_tells_the_way_there() -> None:
     earlier = (EarlierAttempt(recipe="fp8-static", fingerprint="a" * 64, reason="qa: drop 3.10 points"),)
     facts = facts_of()
@@ -192,6 +213,7 @@ from fp8pipe import stages
 from fp8pipe.calibrate import RECORD_NAME, calibration_key
 from fp8pipe.config import load_recipe
 from fp8pipe.release.workspace import Workspace
+from fp8pipe.ui.sheets import outcome_sheet
 
 recipe, workspace = load_recipe("demo-fp8-static-kv"), Workspace(Path({str(work)!r}))
 snapshot = stages.pin({BASE_ID!r})

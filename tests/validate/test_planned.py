@@ -40,6 +40,14 @@ def test_vllm_is_asked_about_a_plan_and_not_again_about_its_checkpoint(answer: d
     assert report.vllm and answer["asked"] == 1
 
 
+def test_what_vllm_does_not_read_of_the_source_either_is_said(answer: dict[str, Any], tmp_path: Path) -> None:
+    source = resolve(str(make_model(tmp_path / "source")))
+    refused = {"refusal": "ValueError: no kernel for this attention", "mismatches": [], "lacks": "", "limit": ""}
+    answer.update(refused, source=refused)
+    (note,) = require_read(source, read_headers(source), plan_of(source.path, recipe()))
+    assert "does not read the source as it is" in note and "no kernel for this attention" in note
+
+
 def test_only_tensors_that_the_plan_makes_must_be_read(answer: dict[str, Any], tmp_path: Path) -> None:
     source = resolve(str(make_model(tmp_path / "source")))
     plan, headers = plan_of(source.path, recipe()), read_headers(source)
