@@ -39,12 +39,14 @@ OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": _CONVOLUTIONS | {"num_dense_layers": 2},
     "lfm2_vl": {"text_config": _CONVOLUTIONS | {"block_auto_adjust_ff_dim": False}},
     "llama:tied": {"tie_word_embeddings": True},
+    "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},  # which vLLM asks for
     "mamba2": {"num_heads": 8},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "qwen4_exp": {"text_config": _INDEXED},
     "qwen4_exp_text": _INDEXED,
     "reformer": {"is_decoder": True},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"attention_hidden_size": 512, "attention_head_dim": 128},  # of twice the hidden size
     "zaya": {"num_experts_per_tok": 1},
 }
 """Model type, or `type:variant` -> fields of its config."""

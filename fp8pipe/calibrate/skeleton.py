@@ -55,7 +55,8 @@ class Skeleton:
         self.dtype = cast(torch.dtype, self.model.dtype)
         self.decoder: PreTrainedModel = self.model.get_decoder()
         self.decoder_name = _name_of(self.model, self.decoder)
-        self.layers = _layers(self.model, self.decoder, self.decoder_name)
+        name, layers = probe.decoder_layers(self.model)
+        self.layers = {f"{name}.{index}": layer for index, layer in enumerate(layers)}
         self._meta = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         self._refuse_shared_layers()
         self._tensors, self._files = headers.tensors, files
@@ -179,19 +180,6 @@ def _on_meta(folder: Path, trust_remote_code: bool, *, quantized: bool) -> PreTr
             f"{folder}: the weights are already quantized, but calibration needs the BF16 model; give its repository"
         )
     return model.eval()
-
-
-def _layers(model: nn.Module, decoder: nn.Module, decoder_name: str) -> dict[str, nn.Module]:
-    """The decoder's layers by name: the entries of its largest module list."""
-    lists = [(name, module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise UnsupportedArchitecture(
-            f"{type(model).__name__}: the decoder has no list of layers to calibrate one by one; use a data-free "
-            "recipe such as fp8-dynamic"
-        )
-    name, largest = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    root = f"{decoder_name}.{name}" if decoder_name else name
-    return {f"{root}.{index}": layer for index, layer in enumerate(largest)}
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:

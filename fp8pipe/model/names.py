@@ -7,7 +7,8 @@ name where it must, a model's name never. `oracle/transformers_probe.py` applies
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from fp8pipe.model.architecture import Kind, TensorRole
 
@@ -79,9 +80,6 @@ ROUTER_LEAVES = frozenset(("router", "gate", "gating"))
 
 ROUTER_REASON = "router: a flipped choice of expert costs more than its bytes"
 
-MIXER_LEAVES = frozenset(("in_proj", "out_proj", "in_proj_qkv", "in_proj_z", "in_proj_qkvz"))
-"""Linears of a recurrent mixer (Mamba, gated delta net) that vLLM builds with a quantization config."""
-
 UNQUANTIZED_LEAVES: Mapping[str, str] = {
     "weights_proj": "vLLM serves the sparse-attention indexer's head weights unquantized",
     "dt_proj": "vLLM serves the state-space time step unquantized",
@@ -93,16 +91,35 @@ ABSORBED_LEAF = "kv_b_proj"
 identity through the Linear, and a static input scale below 1/448 would clip the ones."""
 
 
-def why_kept(leaf: str, out_features: int, *, mixer: Collection[str]) -> tuple[str, str] | None:
+@dataclass(frozen=True, slots=True)
+class Mixer:
+    """A recurrent mixer: Mamba, a gated delta net, a short convolution."""
+
+    decay: tuple[int, ...]
+    """Shape of its `A_log` without ones: [channels, states] in the first Mamba, [heads] in others; empty without."""
+
+    @property
+    def is_first_mamba(self) -> bool:
+        """Whether it is the first Mamba, which vLLM builds without a quantization config: `mamba_mixer.py`."""
+        return len(self.decay) > 1
+
+    def steers_state(self, out_features: int) -> bool:
+        """Whether a Linear puts out no more than one or two numbers for each head, such as its decay."""
+        return len(self.decay) == 1 and out_features <= 2 * self.decay[0]
+
+
+def why_kept(leaf: str, out_features: int, *, mixer: Mixer | None) -> tuple[Kind, str] | None:
     """(kind, reason) for a Linear of the decoder layers that must stay unquantized; None for any other.
 
-    `leaf`: its leaf name. `mixer`: names of its siblings if a convolution is among them, else empty. Routers are found
-    by `oracle/transformers_probe.py`, from the modules around them.
+    `leaf`: its leaf name. `mixer`: the recurrent mixer that it is part of. Routers are found by
+    `oracle/transformers_probe.py`, from the modules around them.
     """
     if out_features == 1:
         return "gate", "a gate with one output has nothing to gain"
     if leaf in UNQUANTIZED_LEAVES:
         return "mixer", UNQUANTIZED_LEAVES[leaf]
-    if mixer and (leaf not in MIXER_LEAVES or {"x_proj", "dt_proj"} & set(mixer)):
-        return "mixer", "projection of a recurrent mixer that vLLM serves unquantized"
+    if mixer is not None and mixer.is_first_mamba:
+        return "mixer", "projection of a first Mamba, which vLLM serves unquantized"
+    if mixer is not None and mixer.steers_state(out_features):
+        return "mixer", "it steers a recurrent state by one or two numbers for each head, and their errors add up"
     return None

@@ -144,7 +144,7 @@ class Survey:
         self.targets = targets
         self.experts = ExpertTensors(model, shapes, targets)
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.layers_name, self.layers = _decoder_layers(model)
+        self.layers_name, self.layers = decoder_layers(model)
         self.head = model.get_output_embeddings()
         self.fp32 = [*(model._keep_in_fp32_modules or []), *(model._keep_in_fp32_modules_strict or [])]
 
@@ -323,21 +323,36 @@ class Survey:
         return int(heads), int(head_dim)
 
 
-def _mixer(parent: nn.Module) -> tuple[str, ...]:
-    """Names of the children of a recurrent mixer, which is a module with a convolution; empty for other modules."""
+def _mixer(parent: nn.Module) -> rules.Mixer | None:
+    """The recurrent mixer that a module is, if there is a convolution among its children."""
     children = dict(parent.named_children())
-    return tuple(children) if any(isinstance(child, nn.Conv1d) for child in children.values()) else ()
+    if not any(isinstance(child, nn.Conv1d) for child in children.values()):
+        return None
+    decays = (parameter for name, parameter in parent.named_parameters() if name.rpartition(".")[2] == "A_log")
+    return rules.Mixer(next((tuple(size for size in decay.shape if size > 1) for decay in decays), ()))
 
 
-def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    """Name and ModuleList of the text decoder's layers."""
+def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and ModuleList of the text decoder's layers: the largest list with a place in the cache, which layers of
+    towers have not. The config may count something else, such as the attention modules of layers that hold two each.
+
+    Raises Unsupported for layers in several lists."""
     decoder = model.get_decoder() or model
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    for name, module in decoder.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return ".".join(part for part in (prefix, name) if part), module
-    raise Unsupported(f"{type(model).__name__} has no list of {count} decoder layers")
+    lists = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+    if not lists:
+        raise Unsupported(f"{type(model).__name__} has no list of decoder layers")
+    cached = [name for name, module in lists.items() if any(map(_has_place_in_cache, module.modules()))]
+    name = max(cached or lists, key=lambda name: sum(parameter.numel() for parameter in lists[name].parameters()))
+    kinds = {type(layer) for layer in lists[name]}
+    apart = [other for other, module in lists.items() if other != name and kinds & {type(layer) for layer in module}]
+    if apart:
+        raise Unsupported(f"{type(model).__name__} has decoder layers in several lists: {', '.join([name, *apart])}")
+    return ".".join(part for part in (prefix, name) if part), lists[name]
+
+
+def _has_place_in_cache(module: nn.Module) -> bool:
+    return getattr(module, "layer_idx", None) is not None
 
 
 def _num_experts(name: str, module: nn.Module) -> int | None:
@@ -383,20 +398,24 @@ def _has_cache(module: nn.Module) -> bool:
     A signature does not tell. Convolutions, linear attention and the indexers of sparse attention take the same cache,
     and keep other states in it by other methods; a decoder layer only hands it on.
     """
-    if getattr(module, "layer_idx", None) is None or getattr(module, "is_kv_shared_layer", False):
+    if not _has_place_in_cache(module) or getattr(module, "is_kv_shared_layer", False):
         return False
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "update" in code.co_names and not _CACHES.isdisjoint(code.co_varnames)
 
 
 def _with_groups(roles: dict[str, TensorRole]) -> dict[str, TensorRole]:
-    """Add fused groups, which come from the names on disk."""
-    weights = [name.removesuffix(".weight") for name, role in roles.items() if role.kind in {"linear", "expert"}]
-    groups = fused.fused_groups(weights)
+    """Add fused groups, which come from the names on disk. A projection of a recurrent mixer that would stay by itself
+    goes with the Linears that vLLM fuses it with."""
+    kinds = {"linear", "expert", "mixer"}
+    weights = {name.removesuffix(".weight"): name for name, role in roles.items() if role.kind in kinds}
+    groups = fused.fused_groups(weights, roles)
+    quantized = {group for module, group in groups.items() if roles[weights[module]].kind != "mixer"}
     changed = dict(roles)
-    for name in weights:
-        key = f"{name}.weight" if f"{name}.weight" in roles else name
-        changed[key] = roles[key].model_copy(update={"group": groups.get(name, "")})
+    for module, group in groups.items():
+        role = roles[weights[module]]
+        role = TensorRole(kind="linear", module=role.module) if role.kind == "mixer" and group in quantized else role
+        changed[weights[module]] = role.model_copy(update={"group": group})
     return changed
 
 

@@ -145,6 +145,41 @@ def test_gate_and_up_that_are_stored_apart_are_one_projection_each(model_folder:
     }
 
 
+def test_linears_of_recurrent_mixers_are_quantized_with_what_vllm_fuses_them_with(model_folder: Models) -> None:
+    def mixer(name: str, module: str) -> dict[str, str]:
+        roles = architecture_of(model_folder(name)).tensors
+        held = {tensor.split(".")[-2]: role for tensor, role in roles.items() if tensor.startswith(module)}
+        return {leaf: role.group.rpartition(".")[2] or role.kind for leaf, role in held.items() if "_proj" in leaf}
+
+    four = "(q_proj+k_proj+v_proj+g_proj)"
+    alone = {"o_proj": "linear", "a_proj": "mixer", "b_proj": "mixer"}  # of a and b one number for each head
+    assert mixer("olmo-hybrid", "model.layers.0.linear_attn") == alone | {f"{leaf}_proj": four for leaf in "qkvg"}
+    six = "(q_proj+k_proj+v_proj+b_proj+f_a_proj+g_a_proj)"
+    alone = {"o_proj": "linear", "f_b_proj": "linear", "g_b_proj": "linear"}
+    fused = {f"{leaf}_proj": six for leaf in ("q", "k", "v", "b", "f_a", "g_a")}
+    assert mixer("kimi-linear", "model.layers.0.self_attn") == alone | fused
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"), [("longcat", "model.layers"), ("git", "git.encoder.layer"), ("llama", "model.layers")]
+)
+def test_the_decoders_layers_are_those_of_the_model_whatever_the_config_counts(
+    model_folder: Models, name: str, layers: str
+) -> None:
+    """LongCat counts two layers for each of its own; GIT has as many layers in its vision tower."""
+    found = architecture_of(model_folder(name))
+    assert (found.layers_module, found.num_layers, found.misfits) == (layers, 2, ())
+    linears = {tensor for tensor, role in found.tensors.items() if role.kind in QUANTIZABLE}
+    assert linears and all(tensor.startswith(f"{layers}.") for tensor in linears)
+
+
+def test_a_model_whose_layers_are_in_two_lists_is_refused(model_folder: Models) -> None:
+    from fp8pipe.oracle import transformers_probe as probe
+
+    with pytest.raises(probe.Unsupported, match=r"L_module\.layers, H_module\.layers"):
+        probe.examine(model_folder("hrm"), {}, False)
+
+
 def test_only_what_keeps_keys_and_values_is_attention(model_folder: Models) -> None:
     lfm2 = architecture_of(model_folder("lfm2"))  # its convolutions keep their state in the same cache
     assert [layer.name for layer in lfm2.attention] == [f"model.layers.{i}.self_attn" for i in (1, 3)]
@@ -252,16 +287,17 @@ def test_a_tensor_that_transformers_does_not_know_is_kept(model_folder: Models, 
 @pytest.mark.parametrize(
     ("leaf", "out_features", "mixer", "kind"),
     [
-        ("q_proj", 64, (), None),
-        ("shared_expert_gate", 1, (), "gate"),
-        ("weights_proj", 64, (), "mixer"),
-        ("in_proj", 64, ("conv1d", "in_proj", "out_proj"), None),
-        ("in_proj", 64, ("conv1d", "in_proj", "x_proj", "dt_proj", "out_proj"), "mixer"),
-        ("in_proj_ba", 64, ("conv1d", "in_proj_ba"), "mixer"),
+        ("q_proj", 64, None, None),
+        ("shared_expert_gate", 1, None, "gate"),
+        ("weights_proj", 64, None, "mixer"),
+        ("in_proj", 64, rules.Mixer(()), None),  # a short convolution
+        ("in_proj", 64, rules.Mixer((32, 16)), "mixer"),  # the first Mamba
+        ("o_proj", 64, rules.Mixer((16,)), None),
+        ("in_proj_ba", 32, rules.Mixer((16,)), "mixer"),
     ],
 )
-def test_rules_for_linears_that_vllm_serves_unquantized(
-    leaf: str, out_features: int, mixer: tuple[str, ...], kind: str | None
+def test_rules_for_linears_that_stay_unquantized(
+    leaf: str, out_features: int, mixer: rules.Mixer | None, kind: str | None
 ) -> None:
     found = rules.why_kept(leaf, out_features, mixer=mixer)
     assert (found[0] if found else None) == kind

@@ -36,6 +36,15 @@ ERNIE = {
     "moe_num_shared_experts": 1,
     "mlp_layer_types": ["dense", "sparse"],
 }
+HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
 STEP = {"layer_types": ["full_attention"] * 2, "share_expert_dim": 32, "n_routed_experts": 4, **SPARSE}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -79,6 +88,65 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "Lfm2Config",
         {**LAYERS, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
     ),
+    "olmo-hybrid": ("OlmoHybridConfig", {**HYBRID, **DELTA, "pad_token_id": 0}),
+    "kimi-linear": (
+        "KimiLinearConfig",
+        {
+            **HYBRID,
+            **LATENT,
+            "mlp_layer_types": ["dense", "dense"],
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
+            "pad_token_id": 0,
+        },
+    ),
+    "longcat": (
+        "LongcatFlashConfig",
+        {
+            **LATENT,
+            **LAYERS,
+            "q_lora_rank": 32,
+            "head_dim": 16,
+            "ffn_hidden_size": 160,
+            "expert_ffn_hidden_size": 32,
+            "n_routed_experts": 4,
+            "moe_topk": 2,
+            "zero_expert_num": 1,
+        },
+    ),
+    "axk2": (
+        "AXK2Config",
+        {
+            **LATENT,
+            **SPARSE,
+            "q_lora_rank": 32,
+            "n_routed_experts": 4,
+            "index_head_dim": 32,
+            "index_n_heads": 2,
+            "index_topk": 16,
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+    ),
+    "deepseek-v4": (
+        "DeepseekV4Config",
+        {
+            **SPARSE,
+            "head_dim": 32,
+            "q_lora_rank": 32,
+            "o_lora_rank": 32,
+            "qk_rope_head_dim": 32,
+            "n_routed_experts": 4,
+            "sliding_window": 16,
+            "index_head_dim": 32,
+            "index_n_heads": 2,
+            "index_topk": 16,
+            "num_nextn_predict_layers": 0,
+            "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+            "mlp_layer_types": ["moe", "moe"],
+        },
+    ),
+    "git": ("GitConfig", {**SIZES, "vision_config": VISION | {"num_hidden_layers": 2, "num_attention_heads": 2}}),
+    "hrm": ("HrmTextConfig", {"head_dim": 16}),
     "hunyuan-moe": ("HunYuanMoEV1Config", {"head_dim": 32, "num_experts": 4, "moe_topk": 2}),
     "gemma4-moe": (
         "Gemma4TextConfig",

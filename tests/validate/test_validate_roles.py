@@ -124,11 +124,14 @@ def test_attention_is_known_by_its_projections(attention: str, projection: str) 
 
 
 def test_projections_that_the_engine_joins_are_fused_here_too() -> None:
-    from fp8pipe.model.fused import FUSED
+    from fp8pipe.model.fused import FUSED, FUSED_BESIDE_CONVOLUTIONS
 
     for group in FUSED:
         modules = tuple(f"model.layers.0.linear_attn.{leaf}" for leaf in group)
         assert layout_of(*modules).fused == (modules,)
+    for group in FUSED_BESIDE_CONVOLUTIONS.values():
+        modules = tuple(f"model.layers.0.linear_attn.{leaf}" for leaf in group)
+        assert layout_of(*modules, "model.layers.0.linear_attn.q_conv1d").fused == (modules,)
 
 
 @pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"])

@@ -11,6 +11,7 @@ from fp8pipe.config import Recipe
 from fp8pipe.errors import ConfigError, InputError, UnsupportedArchitecture
 from fp8pipe.model import predictor
 from fp8pipe.model.architecture import Architecture, AttentionLayer, TensorRole
+from fp8pipe.model.fused import mixers_matrix
 from fp8pipe.model.headers import SINGLE_NAME, Headers, TensorInfo, lay_out
 from fp8pipe.model.names import (
     EXPERT_KINDS,
@@ -197,7 +198,7 @@ def quantization_config(
         elif role.kind == "unused" and predictor.predictor_of(name, architecture.num_layers):
             modules |= dict.fromkeys(_names_of_predictor(name, architecture.num_layers))
         elif name.endswith(".weight"):
-            modules |= dict.fromkeys(own)
+            modules |= dict.fromkeys([*own, *mixers_matrix(role.group)])
     with_kv = any(output.role == "k_scale" for output in outputs)
     kept = formats.kept_of(modules, experts, quantized)
     return formats.format_of(recipe).quantization_config(recipe, kept, with_kv=with_kv)

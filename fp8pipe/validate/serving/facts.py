@@ -190,7 +190,7 @@ class _Layer:
     def all(self) -> Iterator[Matrix | Experts]:
         """Fused matrices, then single ones, then experts."""
         singles = {name: info for name, info in self._linears.items() if _expert(name) is None}
-        for members in fused_siblings(singles):
+        for members in fused_siblings(singles, self._tensors):
             yield self._fused(members)
             for member in members:
                 del singles[member]
