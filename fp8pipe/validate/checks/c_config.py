@@ -275,6 +275,7 @@ def _unmatched(subject: Subject) -> Iterator[Fault]:
         entry for module in modules for entry in scheme.patterns.matching(module)
     } | scheme.patterns.refused.keys()
     known = {*modules, *(fused for module in modules for fused in names_in_vllm(module))}  # vLLM looks for both
+    known.update(_planned_entries(subject))
     kin = set() if subject.layout.from_record else {(layer_of(f"{m}."), split_name(m)[1]) for m in modules}
     for entry in scheme.ignore:
         is_readable = not entry.startswith("re:") or scheme.method != "fp8"
@@ -283,6 +284,15 @@ def _unmatched(subject: Subject) -> Iterator[Fault]:
         if is_readable and entry not in known and entry not in matched and not entry.endswith("lm_head"):
             found = clip(entry)
             yield Fault("an entry that matches a module", found, file=subject.quantization_file, severity="warning")
+
+
+def _planned_entries(subject: Subject) -> Iterator[str]:
+    """The ignore list that our own plan wrote. It names modules as transformers does too, which may be nowhere on
+    disk."""
+    written = subject.plan.quantization_config if subject.supplies("records") else {}
+    for key in ("ignore", "ignored_layers"):
+        if is_names(names := written.get(key)):
+            yield from names
 
 
 def _caught_by_prefix(subject: Subject) -> Iterator[Fault]:

@@ -28,7 +28,7 @@ FLOAT_SCALES = ("F32", "BF16", "F16")
 """Dtypes of scales that vLLM copies into float32."""
 
 _STAYS = re.compile(
-    r"(^|\.)(embed\w*|wte|wpe|shared|lm_head|score|classifier|(?!norm_attn_norm\.)\w*norm\w*|\w*router\w*|gate|shared_expert_gate|conv\w*|"
+    r"(^|\.)(embed\w*|wte|wpe|shared|lm_head|score|classifier|\w*norm\w*$|\w*router\w*|gate|shared_expert_gate|conv\w*|"
     r"in_proj_ba|in_proj_a|in_proj_b|x_proj|dt_proj|weights_proj|patch_embed\w*|rel\w*|eh_proj|shared_head)(\.|$)"
 )
 _TOWER = re.compile(r"(^|\.)(visual|vision\w*|audio\w*|speech\w*|sam_model|\w*projector)(\.|$)")
