@@ -185,3 +185,13 @@ def test_a_tied_head_is_ignored_by_its_own_name(model_folder: Models) -> None:
     tied = plan_of(model_folder("biogpt"), recipe())
     assert not any("output_projection" in tensor.name for tensor in tied.tensors)
     assert "output_projection" in tied.quantization_config["ignore"]
+
+
+def test_a_kept_recurrent_mixer_is_ignored_by_vllms_name_too(model_folder: Models) -> None:
+    """b_proj has a row for each head, so that blocks do not fit; GLM 5 Next does not say what its matrix is made of."""
+    plan = plan_of(model_folder("kimi-linear"), recipe("fp8-block"))
+    mixer = "model.layers.0.self_attn"
+    assert {f"{mixer}.{leaf}" for leaf in ("q_proj", "b_proj", "in_proj_qkvbfg_a")} <= set(
+        plan.quantization_config["ignore"]
+    )
+    assert f"{mixer}.o_proj" not in plan.quantization_config["ignore"]
