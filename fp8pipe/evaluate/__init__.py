@@ -17,6 +17,7 @@ from fp8pipe.errors import EngineFailed, SourceChanged
 from fp8pipe.evaluate.child import run_child
 from fp8pipe.evaluate.memory import MAX_RETRIES, shortage, smaller
 from fp8pipe.evaluate.request import EvalRequest, baseline_key, request_for
+from fp8pipe.evaluate.texts import require_answer
 from fp8pipe.machine.supervise import Ending, Message
 from fp8pipe.model.identity import folder_identity
 from fp8pipe.progress import Progress, ProgressEvent, quiet
@@ -42,8 +43,8 @@ def evaluate(request: EvalRequest, folder: Path, *, progress: Progress = quiet) 
     the report lists these retries.
 
     Raises EngineFailed when vLLM does not start, dies or hangs; InputError for a task or a model that cannot be
-    measured as requested; HubUnreachable when task data cannot be downloaded; SourceChanged when a candidate's folder
-    is altered meanwhile.
+    measured as requested, or whose tokenizer or chat template does not work; HubUnreachable when task data cannot be
+    downloaded; SourceChanged when a candidate's folder is altered meanwhile.
     """
     finished = _finished(folder, request)
     if finished is not None:
@@ -99,12 +100,18 @@ def _run_worker(request: EvalRequest, folder: Path, progress: Progress) -> EvalR
 
 
 def _run_once(request: EvalRequest, folder: Path, progress: Progress) -> Ending:
+    note = ""
+
     def on_message(message: Message) -> None:
+        nonlocal note
         note = message.get("note", f"suite {request.suite.name}")
         progress(ProgressEvent("evaluate", message.get("done", 0), message.get("total"), "requests", note))
 
     path, log = folder / "request.json", folder / "worker.log"
-    return run_child("fp8pipe.evaluate.worker", path, log=log, on_message=on_message, stall_s=STALL_S)
+    ending = run_child("fp8pipe.evaluate.worker", path, log=log, on_message=on_message, stall_s=STALL_S)
+    if ending.reason == "exited":
+        require_answer(request.model, ending, note)
+    return ending
 
 
 _CAUSE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt|NotFound|Fault)\b.*", re.MULTILINE)

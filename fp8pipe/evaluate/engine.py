@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from fp8pipe.errors import EngineFailed
-from fp8pipe.evaluate import cpu_platform
+from fp8pipe.evaluate import cpu_platform, texts
 from fp8pipe.files import digest_of
 from fp8pipe.machine.device import class_of_capability, detect
 from fp8pipe.machine.supervise import Send
@@ -38,7 +38,13 @@ class MeteredVLLM(_VLLM):
     Results are lm-eval's, except for tasks that name a sliding window.
     """
 
-    def __init__(self, *, send: Send, **arguments: Any) -> None:  # Any: lm-eval's and vLLM's arguments
+    def __init__(self, *, send: Send, templated: bool, **arguments: Any) -> None:  # Any: lm-eval's and vLLM's arguments
+        """templated: prompts go through the chat template. Raises InputError, before vLLM starts, for a tokenizer or a
+        template that does not work."""
+        self._folder = str(arguments["pretrained"])
+        send({"note": texts.TRYING})
+        texts.try_out(self._folder, lambda: _tokenizer(arguments), templated=templated)
+        send({"note": "starting vLLM"})
         super().__init__(**arguments)
         self.cut: set[tuple[str, int]] = set()
         """(leaf task, position among its scored documents) of generations that reached their length limit."""
@@ -51,6 +57,16 @@ class MeteredVLLM(_VLLM):
         self._generated: list[tuple[list[int], bool]] = []
         generate, bar = self.model.generate, _reporting_bar(lambda message: send(message | {"note": self.doing}))
         self.model.generate = lambda *args, **options: generate(*args, **(options | {"use_tqdm": bar}))
+
+    def tok_encode(self, string: str | list[str], *args: Any, **options: Any) -> Any:
+        """lm-eval's own method. Raises InputError for whatever the tokenizer raises."""
+        with texts.bounded(self._folder, "tokenizer", count=1 if isinstance(string, str) else len(string)):
+            return super().tok_encode(string, *args, **options)
+
+    def apply_chat_template(self, *args: Any, **options: Any) -> str:
+        """lm-eval's own method. Raises InputError for whatever the template raises."""
+        with texts.bounded(self._folder, "chat template"):
+            return super().apply_chat_template(*args, **options)
 
     def _model_generate(self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None) -> Any:
         order = list(range(len(requests)))
@@ -106,6 +122,15 @@ class MeteredVLLM(_VLLM):
         for place, (log_likelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
             sums[place] += log_likelihood
         return sums
+
+
+def _tokenizer(arguments: Mapping[str, Any]) -> Any:  # Any: vLLM's tokenizers share no typed base
+    """The tokenizer that lm-eval will load."""
+    return vllm_causallms.get_tokenizer(
+        arguments.get("tokenizer") or arguments["pretrained"],
+        tokenizer_mode=arguments.get("tokenizer_mode", "auto"),
+        trust_remote_code=bool(arguments.get("trust_remote_code")),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,6 @@ def measure(request: EvalRequest, send: Send, folder: Path) -> EvalReport:
     from fp8pipe.evaluate.tasks import load_tasks
 
     tasks = load_tasks(request.suite, limit=request.limit, looks=request.looks)
-    send({"note": "starting vLLM"})
     lm = _start_engine(request, send)
     ready = time.monotonic()
     report = measure_with(lm, request, tasks, Parts(folder / "parts", request.parts_identity()))
@@ -64,11 +63,13 @@ def measure(request: EvalRequest, send: Send, folder: Path) -> EvalReport:
 
 
 def _start_engine(request: EvalRequest, send: Send) -> MeteredVLLM:
+    send({"note": "importing vLLM"})
     use_cpu_engine()
     from fp8pipe.evaluate.engine import MeteredVLLM
 
     arguments = {"pretrained": request.model, "add_bos_token": request.suite.add_bos_token, "batch_size": "auto"}
-    return MeteredVLLM(send=send, **arguments, **(request.engine | request.reduced))
+    templated = request.suite.apply_chat_template
+    return MeteredVLLM(send=send, templated=templated, **arguments, **(request.engine | request.reduced))
 
 
 def measure_with(lm: MeteredVLLM, request: EvalRequest, tasks: list[LoadedTask], parts: Parts) -> EvalReport:

@@ -56,7 +56,7 @@ def main() -> None:
     from fp8pipe.evaluate.tasks import load_tasks
 
     arguments = {"pretrained": model, "add_bos_token": True, "batch_size": "auto", "max_model_len": CONTEXT}
-    lm = MeteredVLLM(send=lambda message: None, **arguments)
+    lm = MeteredVLLM(send=lambda message: None, templated=False, **arguments)
     for name in shipped("suites"):
         suite = cut(load_suite(name))
         print(f"suite {name}", flush=True)
