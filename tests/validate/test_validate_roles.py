@@ -293,6 +293,38 @@ def test_experts_of_two_kinds_in_one_row_are_counted_together(
 NAMES, LEAVES = ("gate", "up", "down"), ("weight", "weight_scale")
 
 
+def test_experts_that_neither_config_nor_source_counts_are_too_many(
+    checkpoint: Callable[[Model, Base], Path], tmp_path: Path
+) -> None:
+    """Twice as many in every layer, which nothing says are of two kinds."""
+    folder = reference.copy(checkpoint("moe", "channel"), tmp_path / "fp8")
+
+    def double(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            head, _, tail = name.partition(".experts.")
+            expert, _, leaf = tail.partition(".")
+            tensors[f"{head}.experts.{int(expert) + 4}.{leaf}"] = tensors[name].clone()
+
+    edit_tensors(folder, double)
+    extra = [finding for finding in validate(folder, depth="headers").errors if finding.check == "K6"]
+    assert {finding.found for finding in extra} == {f"expert {index}" for index in range(4, 8)}
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        ({"moe_num_experts": [4, 4], "moe_intermediate_size": [64, 32]}, 8),
+        ({"moe_num_experts": 4, "moe_intermediate_size": [64, 32]}, 8),
+        ({"moe_num_experts": 4, "moe_intermediate_size": 64}, 4),
+        ({"num_experts": 4, "moe_intermediate_size": [64] * 2}, 4),
+        ({"moe_num_experts": [4, "4"]}, None),
+    ],
+    ids=str,
+)
+def test_config_counts_experts_of_each_kind(config: dict[str, Any], count: int | None) -> None:
+    assert layout_from_names({}, config).num_experts == count
+
+
 @pytest.mark.parametrize(
     ("module", "attention"),
     [

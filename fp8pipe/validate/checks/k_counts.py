@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 
 from fp8pipe.model.names import kv_scale_holder
 from fp8pipe.validate.checks.check import check
@@ -52,7 +52,7 @@ def _expert_gaps(subject: Subject) -> Iterator[Fault]:
     layout, stored = subject.layout, _expert_modules(split_name(name)[0] for name in subject.files.tensors)
     split = (module for module, piece in layout.pieces.items() if piece.tensor not in subject.files.tensors)
     known = _expert_modules([*(split_name(name)[0] for name in layout.names | layout.required), *split])
-    for holder, count in sorted(_expert_counts(subject, stored, known).items()):
+    for holder, count in sorted(_expert_counts(subject, known.keys() | stored.keys()).items()):
         modules = [*known.get(holder, {}).values(), *stored.get(holder, {}).values()]
         projections = {split_name(module)[1] for of_one in modules for module in of_one}
         lacking = 0
@@ -78,21 +78,18 @@ def _expert_modules(modules: Iterable[str]) -> dict[str, dict[int, set[str]]]:
     return found
 
 
-def _expert_counts(subject: Subject, *found: Mapping[str, Mapping[int, object]]) -> dict[str, int]:
+def _expert_counts(subject: Subject, holders: Iterable[str]) -> dict[str, int]:
     """Experts module on disk -> how many experts it must have; empty if that is not known.
 
-    found: experts modules -> experts by index, those that are stored and those that the record names. config.json
-    counts the experts of one kind. Where no record says how many kinds there are, the files do: if most modules hold
-    several times that number, there are so many kinds, as Ernie 4.5 VL has experts for text and for images."""
+    The record tells, else config.json. If the source has more than config.json says, by the names of its tensors, those
+    are wanted too."""
     layout = subject.layout
     if layout.experts:
         return dict(layout.experts)
     if layout.num_experts is None:
         return {}
-    held = {holder: max(experts) + 1 for side in reversed(found) for holder, experts in side.items()}
-    usual, _ = next(iter(Counter(held.values()).most_common(1)), (0, 0))
-    has_kinds = usual > 0 and usual % layout.num_experts == 0
-    return dict.fromkeys(held, usual if has_kinds else layout.num_experts)
+    source = _expert_modules(split_name(name)[0] for name in subject.source_tensors or ())
+    return {holder: max([layout.num_experts, *(index + 1 for index in source.get(holder, ()))]) for holder in holders}
 
 
 def _missing_of_expert(subject: Subject, module: str) -> Iterator[Fault]:

@@ -78,7 +78,7 @@ class Layout:
     num_predictors: int
     """Layers that predict a second token; their numbers follow those of the decoder's layers."""
     num_experts: int | None
-    """What config.json says of every experts module; if the model has several kinds of experts, of each kind."""
+    """How many experts config.json says that every experts module has, of all kinds together."""
     from_record: bool
     """From the architecture record, not from names and shapes."""
     other_names: frozenset[str]
@@ -145,7 +145,7 @@ def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any])
         tied=config.get("tie_word_embeddings", text.get("tie_word_embeddings")),
         num_layers=num_layers,
         num_predictors=_count(text, "num_nextn_predict_layers") or 0,
-        num_experts=_count(text, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        num_experts=_num_experts(text),
         from_record=False,
         other_names=frozenset(),
         pieces={},
@@ -241,3 +241,14 @@ def _is_matrix(module: str, tensors: Mapping[str, TensorInfo]) -> bool:
 def _count(config: dict[str, Any], *keys: str) -> int | None:
     found = [config[key] for key in keys if type(config.get(key)) is int and config[key] > 0]
     return found[0] if found else None
+
+
+def _num_experts(config: dict[str, Any]) -> int | None:
+    """Experts of each module. `moe_num_experts` may list how many there are of each kind, or count those of one kind
+    where `moe_intermediate_size` lists a width for each (Ernie 4.5 VL has experts for text and for images)."""
+    count, widths = config.get("moe_num_experts"), config.get("moe_intermediate_size")
+    if isinstance(count, list) and count and all(type(one) is int and one > 0 for one in count):
+        return sum(count)
+    if type(count) is int and count > 0 and isinstance(widths, list) and widths:
+        return count * len(widths)
+    return _count(config, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
