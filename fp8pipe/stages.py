@@ -151,6 +151,7 @@ def quantize(
     device: cpu, auto (also the CPU), cuda or cuda:<n>; the bytes are the same on each.
     """
     from fp8pipe.hub.download import download_iter, local_snapshot
+    from fp8pipe.hub.source import with_hashes
     from fp8pipe.quantize import device_for, quantize
 
     target, trusted = device_for(device), plan.trust_remote_code
@@ -165,7 +166,7 @@ def quantize(
         )
     # Usually a no-op. A finished checkpoint whose source has left the cache is downloaded again, to be validated.
     snapshot = download(snapshot, trust_remote_code=trusted)
-    snapshot.model_copy(update={"root": None}).save(record_path(folder, "source"))
+    with_hashes(snapshot).model_copy(update={"root": None}).save(record_path(folder, "source"))
     return checkpoint, snapshot
 
 

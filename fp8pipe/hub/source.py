@@ -6,7 +6,9 @@ ranges, so a plan needs no download. Pickled weights are never read.
 
 from __future__ import annotations
 
+import hashlib
 from fnmatch import fnmatch
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,24 @@ def _resolve_folder(folder: Path) -> Snapshot:
 
 def _local_commit(folder: Path) -> str:
     return f"local-{folder_identity(folder)[:40]}"
+
+
+def with_hashes(snapshot: Snapshot) -> Snapshot:
+    """A local folder with the sha256 of its files besides the weights: a copy is told from an edited one by them, where
+    the folder is not at hand. A snapshot of the Hub has them already. Raises SourceChanged if a file is gone."""
+    if not snapshot.is_local:
+        return snapshot
+    small = {file.name for file in companion_files(snapshot, trust_remote_code=True)}
+    files = (
+        file.model_copy(update={"oid": _sha256(snapshot.path / file.name)}) if file.name in small else file
+        for file in snapshot.files
+    )
+    return snapshot.model_copy(update={"files": tuple(files)})
+
+
+def _sha256(path: Path) -> str:
+    with _opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_unchanged(snapshot: Snapshot) -> None:
@@ -256,10 +276,14 @@ def _entry(snapshot: Snapshot, name: str) -> SourceFile:
 
 
 def _read_local(path: Path, begin: int, end: int) -> bytes:
+    with _opened(path) as file:
+        file.seek(begin)
+        return file.read(end - begin)
+
+
+def _opened(path: Path) -> BufferedReader:
     try:
-        with path.open("rb") as file:
-            file.seek(begin)
-            return file.read(end - begin)
+        return path.open("rb")
     except FileNotFoundError:
         raise SourceChanged(f"{path}: removed since the model was resolved; resolve the model again") from None
 

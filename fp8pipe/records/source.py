@@ -15,7 +15,8 @@ class SourceFile(Record):
     size: int
     """Bytes."""
     oid: str | None = None
-    """The Hub's object id: sha256 for LFS files, git blob sha1 for others; None in a local folder."""
+    """The Hub's object id: sha256 for LFS files, git blob sha1 for others. In a local folder None; the record of a
+    checkpoint that was made from one has the sha256 of the files that are copied."""
 
 
 class Snapshot(Record):

@@ -18,9 +18,10 @@ from support.findings import ids
 from support.malformed import add, alter, drop, edit_tensors, shards_of
 from support.tiny_models import architecture_of, calibration_for, plan_of, recipe
 
+from fp8pipe import stages
 from fp8pipe.config import CalibrationSpec, Recipe
 from fp8pipe.hub.headers import read_headers
-from fp8pipe.hub.source import resolve
+from fp8pipe.hub.source import resolve, with_hashes
 from fp8pipe.model.architecture import Architecture
 from fp8pipe.oracle import configs
 from fp8pipe.quantize import quantize
@@ -293,13 +294,29 @@ def test_file_that_the_source_lacks_is_known_by_the_record_of_its_files(
     made: tuple[Path, Path], name: str, check: str
 ) -> None:
     source, folder = made
-    theirs = resolve(str(source))
+    theirs = with_hashes(resolve(str(source)))
     theirs = theirs.model_copy(update={"files": tuple(file for file in theirs.files if file.name != name)})
     theirs.model_copy(update={"root": None}).save(folder / "fp8pipe" / "source.json")
     (folder / name).unlink(missing_ok=True)
     assert not _speakers(folder)
     (folder / name).write_text("{}")
     assert _speakers(folder) == [check]
+
+
+def test_edited_file_of_the_same_size_is_known_by_the_record_of_a_local_source(
+    model_folder: Models, tmp_path: Path
+) -> None:
+    folder = tmp_path / "fp8"
+    source = Path(shutil.copytree(model_folder("llama", shard_size="1GB"), tmp_path / "source"))
+    (source / "tokenizer_config.json").write_text('{"add_bos_token": true }')
+    stages.quantize_model(str(source), recipe(), folder)
+    assert not validate(folder, depth="headers").findings
+    (folder / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert _speakers(folder) == ["P1"]
+    record = folder / "fp8pipe" / "source.json"
+    resolve(str(source)).model_copy(update={"root": None}).save(record)  # as versions before this one wrote it
+    found = {f.check: f for f in validate(folder, depth="headers").findings}
+    assert found["P1"].severity == "warning" and "no hash of tokenizer_config.json" in found["P1"].found
 
 
 # ---------------------------------------------------------------------------------------------- a source that is FP8

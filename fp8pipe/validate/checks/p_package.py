@@ -46,11 +46,16 @@ def _against_source(subject: Subject, pattern: re.Pattern[str], *, extra: bool) 
 
     Without a source at hand, the engine's record of its files tells."""
     ours, theirs = subject.files.sizes, subject.source_sizes
+    by_size: list[str] = []
     for name in sorted(filter(pattern.match, theirs)):
         if name not in ours:
             yield _missing(subject, name)
         elif not _has_source_content(subject, name):
             yield _other_content(subject, name)
+        elif not _is_content_known(subject, name):
+            by_size.append(name)
+    if by_size:
+        yield _known_by_size(by_size)
     for name in sorted(filter(pattern.match, ours.keys() - theirs.keys())) if extra else ():
         if not _is_template_moved(subject, name):
             yield Fault("only files of the source", "a file that it does not have", file=name)
@@ -61,9 +66,28 @@ def _has_source_content(subject: Subject, name: str) -> bool:
     if subject.source_or_none is not None:
         return same_content(subject.files.place, subject.source.place, name)
     recorded = HubPlace(subject.source_record)
-    if recorded.oids.get(name) is None:
+    if not _is_content_known(subject, name):
         return subject.files.sizes[name] == recorded.sizes[name]
     return same_content(subject.files.place, recorded, name)
+
+
+def _is_content_known(subject: Subject, name: str) -> bool:
+    """Whether the source's file is at hand, or the record of it has a hash."""
+    if subject.source_or_none is not None:
+        return True
+    return any(file.name == name and file.oid is not None for file in subject.source_record.files)
+
+
+def _known_by_size(names: list[str]) -> Fault:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return Fault(
+        "the source's bytes",
+        f"as many bytes; {RECORD_DIR}/source.json has no hash of {clip(names[0])}{more}",
+        file=names[0],
+        severity="warning",
+        consequence="none known: the content was compared with nothing",
+        remedy="name the source (--source)",
+    )
 
 
 def _missing(subject: Subject, name: str) -> Fault:
