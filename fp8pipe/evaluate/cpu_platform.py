@@ -60,16 +60,18 @@ def _supply_operations() -> None:
 
 
 def _supply_linear_kernels() -> None:
-    """Supply block weights and weight-only FP8, and remove the kernel that would serve W8A8 layers as W8A16."""
+    """Supply block weights, weight-only FP8, and W8A8 in the place of two that compute it slowly and one that serves it
+    as W8A16. On a CPU that multiplies FP8 itself, vLLM's own W8A8 kernel stays first."""
     from vllm.model_executor.kernels import linear
     from vllm.platforms import PlatformEnum
 
-    from fp8pipe.evaluate.cpu.linear import ReferenceFp8BlockScaledMMLinearKernel, ReferenceFp8W8A16LinearKernel
+    from fp8pipe.evaluate.cpu import linear as reference
 
-    linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].insert(0, ReferenceFp8BlockScaledMMLinearKernel)
-    linear._POSSIBLE_WFP8A16_KERNELS[PlatformEnum.CPU].append(ReferenceFp8W8A16LinearKernel)
-    per_tensor = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]
-    per_tensor[:] = [kernel for kernel in per_tensor if kernel.__name__ != "CPUFp8PerTensorScaledMMLinearKernel"]
+    linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].insert(0, reference.ReferenceFp8BlockScaledMMLinearKernel)
+    linear._POSSIBLE_WFP8A16_KERNELS[PlatformEnum.CPU].append(reference.ReferenceFp8W8A16LinearKernel)
+    w8a8 = linear._POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]
+    native = [kernel for kernel in w8a8 if kernel.__name__ == "CPUFP8W8A8ScaledMMLinearKernel"]
+    w8a8[:] = [*native, reference.ReferenceFp8W8A8LinearKernel]
 
 
 def _supply_experts() -> None:

@@ -47,7 +47,7 @@ def test_facts_name_the_fp8_kernels_and_cache_of_the_candidate(
 ) -> None:
     plain, fp8 = baseline.engine, candidate[0].engine
     assert (plain.linear_kernels, plain.kv_cache_dtype, plain.quantization) == ((), "auto", None)
-    assert fp8.linear_kernels == ("PerTensorTorchFP8ScaledMMLinearKernel",)
+    assert fp8.linear_kernels == ("ReferenceFp8W8A8LinearKernel",)
     assert (fp8.kv_cache_dtype, fp8.quantization) == ("fp8", "compressed-tensors")
     assert (plain.device_class, plain.plugin) == ("cpu", "fp8pipe_cpu")
     assert (plain.dtype, plain.max_model_len) == ("bfloat16", 256)

@@ -15,7 +15,7 @@ from fp8pipe.records import Checkpoint, EngineFacts, EvalReport, MetricSamples, 
 
 SOURCE_COMMIT = "5" * 40
 FINGERPRINT = "f" * 64
-KERNEL = "PerTensorTorchFP8ScaledMMLinearKernel"
+KERNEL = "ReferenceFp8W8A8LinearKernel"
 
 
 def values(right: int, n: int) -> tuple[float, ...]:

@@ -50,6 +50,8 @@ def ask(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     for name, module in model.named_modules():
         if not isinstance(module, LinearBase | RoutedExperts) or not look_at(module)["kernels"]:
             continue
+        if isinstance(module, LinearBase) and not module.weight.numel():
+            continue  # on a CPU with AMX, MLA takes kv_b_proj into a product of its own and frees it
         [kernel] = look_at(module)["kernels"]
         if isinstance(module, RoutedExperts):
             answers[name] = {"kernel": kernel} | ask_experts(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.model_executor.kernels.linear import FP8ScaledMMLinearKernel, FP8ScaledMMLinearLayerConfig
 from vllm.model_executor.kernels.linear.scaled_mm import Fp8BlockScaledMMLinearKernel
@@ -41,6 +42,44 @@ class ReferenceFp8BlockScaledMMLinearKernel(Fp8BlockScaledMMLinearKernel):
         block = (self.weight_group_shape.row, self.weight_group_shape.col)
         codes, scale = quantize_groups(A, group)
         return dequantize(codes, scale, (1, group)) @ dequantize(B, Bs, block).T
+
+
+class ReferenceFp8W8A8LinearKernel(FP8ScaledMMLinearKernel):
+    """One scale per weight or per output, and one per token or per tensor of activations; sums in float32.
+
+    vLLM's torch kernels compute the same through `torch._scaled_mm`, which on CPUs without FP8 instructions takes
+    minutes for 512 tokens and a weight of [640, 1024].
+    """
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> Verdict:
+        return _on_cpu()
+
+    @classmethod
+    def can_implement(cls, c: FP8ScaledMMLinearLayerConfig) -> Verdict:
+        if c.weight_quant_key.scale.group_shape == GroupShape(128, 128):
+            return False, "block weights have a kernel of their own"
+        return True, None
+
+    def apply_scaled_mm(
+        self,
+        *,
+        A: Tensor,
+        B: Tensor,
+        out_dtype: torch.dtype,
+        As: Tensor,
+        Bs: Tensor,
+        bias: Tensor | None,
+        output_shape: list[int],
+    ) -> Tensor:
+        """`output_shape` from codes A [M, K] and B [K, N], and scales As, [M, 1] or one value, and Bs, [N, 1] or one.
+
+        The codes are multiplied first and the sums scaled, as on a GPU.
+        """
+        output = (A.float() @ B.float()).mul_(As.reshape(-1, 1)).mul_(Bs.reshape(1, -1))
+        if bias is not None:
+            output += bias
+        return output.to(out_dtype).view(output_shape)
 
 
 class ReferenceFp8W8A16LinearKernel(FP8ScaledMMLinearKernel):
