@@ -49,14 +49,14 @@ def release_model(spec: ReleaseSpec) -> State[Outcome]:
 def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, earlier: list[Outcome]) -> Outcome:
     """One recipe, from plan to publication."""
     spec, recipe = job.spec, job.recipe
-    plan = tasks.plan(snapshot, recipe, spec.trust_remote_code)
+    plan = tasks.plan(snapshot, recipe, spec.trust_remote_code, spec.oracles)
     tasks.require_counted(plan, job.policy)
     calibration = None
     if recipe.needs_calibration:
         snapshot = tasks.download(snapshot, spec.trust_remote_code)
         calibration = tasks.calibrate(snapshot, plan, recipe, workspace, spec.device)
     if recipe.keep_bf16 is not None:
-        plan = tasks.plan(snapshot, recipe, spec.trust_remote_code, calibration)
+        plan = tasks.plan(snapshot, recipe, spec.trust_remote_code, spec.oracles, calibration)
     identity = fingerprint(snapshot, recipe, calibration.digest() if calibration else None)
     folder = workspace.release(snapshot.model_id, recipe.name, identity)
     checkpoint, snapshot = tasks.quantize(snapshot, plan, folder.checkpoint, calibration)

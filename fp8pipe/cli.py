@@ -106,6 +106,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout,
 WorkDir = Annotated[str, typer.Option("--work-dir", help="Folder for releases and baselines")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let this model bring its own Python code")]
 
+AskVllm = Annotated[
+    bool,
+    typer.Option("--oracles/--no-oracles", help="Ask vLLM's own model, where vLLM is installed, whether it reads this"),
+]
+
 
 def _recipe_with(
     name: str,
@@ -142,6 +147,7 @@ def plan(
     model: Model,
     recipe: RecipeName = "fp8-dynamic",
     trust_remote_code: TrustRemoteCode = False,
+    oracles: AskVllm = True,
     as_json: AsJson = False,
 ) -> None:
     """Show what would become of every tensor, from headers alone: no weight is read."""
@@ -150,7 +156,7 @@ def plan(
     from fp8pipe.ui.sheets import plan_sheet, serving_sheet, terminal
 
     chosen = load_recipe(recipe)
-    made = stages.plan(stages.pin(model), chosen, trust_remote_code=trust_remote_code)
+    made = stages.plan(stages.pin(model), chosen, trust_remote_code=trust_remote_code, oracles=oracles)
     if as_json:
         emit_json(made.model_dump(mode="json"))
     else:
@@ -177,6 +183,7 @@ def quantize(
     checkpoint_format: Annotated[
         Literal["compressed-tensors", "fp8"] | None, typer.Option(help="Override the recipe")
     ] = None,
+    oracles: AskVllm = True,
 ) -> None:
     """Write the FP8 checkpoint, after calibrating if the recipe needs it."""
     from fp8pipe import stages
@@ -192,7 +199,13 @@ def quantize(
     )
     with _stage_display("quantize") as display:
         made = stages.quantize_model(
-            model, chosen, output, device=device, trust_remote_code=trust_remote_code, progress=display
+            model,
+            chosen,
+            output,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            oracles=oracles,
+            progress=display,
         )
     sizes = f"{human_bytes(made.source_bytes)} -> {human_bytes(made.output_bytes)}"
     out.print(f"{output}: {made.quantized_tensors} tensors in FP8, {made.kept_tensors} kept, {sizes}")

@@ -64,12 +64,13 @@ def plan(
     *,
     calibration: Calibration | None = None,
     trust_remote_code: bool = False,
+    oracles: bool = True,
     meanwhile: Callable[[], None] | None = None,
 ) -> Plan:
     """What becomes of every tensor, decided from headers alone (read by HTTP ranges when the snapshot is on the Hub).
 
     Raises UnsupportedArchitecture for a model that the installed vLLM could not serve, ConfigError for a recipe whose
-    checkpoint the loader of a model that vLLM alone knows would not read, and as `make_plan` does.
+    checkpoint vLLM's loader would not read (which is asked unless `oracles` is False), and as `make_plan` does.
 
     calibration: under a recipe with `keep_bf16`, the modules that it found too sensitive stay unquantized. Without it
     the plan says what to calibrate. meanwhile: runs in a thread while an unknown architecture is examined.
@@ -84,9 +85,12 @@ def plan(
     architecture = inspect(snapshot, headers=headers, trust_remote_code=trust_remote_code, meanwhile=meanwhile)
     notes = require_class(snapshot, architecture)
     made = make_plan(snapshot, headers, recipe, architecture, keep=calibration.kept if calibration else None)
-    if architecture.answered_by == "vLLM":  # it is started for such a model anyway, and its loader is the only one
-        notes += require_read(snapshot, headers, made)
-    return made.model_copy(update={"serving": _serving(snapshot, made), "notes": (*made.notes, *notes)})
+    serving = _serving(snapshot, made)
+    if oracles:
+        asked = require_read(snapshot, headers, made)
+        notes += (asked.note,) if asked.note else ()
+        serving = serving.without_vllm(asked.unread) if serving is not None and asked.unread else serving
+    return made.model_copy(update={"serving": serving, "notes": (*made.notes, *notes)})
 
 
 def _serving(snapshot: Snapshot, plan: Plan) -> Serving | None:
@@ -177,6 +181,7 @@ def quantize_model(
     *,
     device: str = "auto",
     trust_remote_code: bool = False,
+    oracles: bool = True,
     progress: Progress = quiet,
 ) -> Checkpoint:
     """A checkpoint folder from a model's name: pin, plan, calibrate if the recipe needs it, quantize."""
@@ -184,14 +189,14 @@ def quantize_model(
 
     device_for(device)  # refuses an unknown device before anything is asked of the Hub
     snapshot = pin(model)
-    chosen = plan(snapshot, recipe, trust_remote_code=trust_remote_code, meanwhile=preload)
+    chosen = plan(snapshot, recipe, trust_remote_code=trust_remote_code, oracles=oracles, meanwhile=preload)
     calibration = None
     if recipe.needs_calibration:
         snapshot = download(snapshot, trust_remote_code=trust_remote_code, progress=progress)
         workspace = Workspace(folder.parent / f".{folder.name}.work")
         calibration = calibrate(snapshot, chosen, recipe, workspace, device=device, progress=progress)
     if recipe.keep_bf16 is not None:
-        chosen = plan(snapshot, recipe, calibration=calibration, trust_remote_code=trust_remote_code)
+        chosen = plan(snapshot, recipe, calibration=calibration, trust_remote_code=trust_remote_code, oracles=oracles)
     return quantize(snapshot, chosen, folder, calibration=calibration, device=device, progress=progress)[0]
 
 

@@ -33,10 +33,16 @@ def pin(model: str) -> Snapshot:
     task_run_name="plan {snapshot.model_id} {recipe.name}",
     **STAGE,
 )
-def plan(snapshot: Snapshot, recipe: Recipe, trust_remote_code: bool, calibration: Calibration | None = None) -> Plan:
+def plan(
+    snapshot: Snapshot,
+    recipe: Recipe,
+    trust_remote_code: bool,
+    oracles: bool,
+    calibration: Calibration | None = None,
+) -> Plan:
     """Decide for every tensor from headers alone, and show it; called again when calibration decides what is kept."""
     reporter("plan", recipe.name)
-    made = stages.plan(snapshot, recipe, calibration=calibration, trust_remote_code=trust_remote_code)
+    made = stages.plan(snapshot, recipe, calibration=calibration, trust_remote_code=trust_remote_code, oracles=oracles)
     key = artifact_key("plan", snapshot.model_id, recipe.name)
     table = sheets.markdown(sheets.plan_sheet(made))
     if made.serving is not None:

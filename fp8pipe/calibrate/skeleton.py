@@ -57,7 +57,8 @@ class Skeleton:
         self.decoder_name = _name_of(self.model, self.decoder)
         name, layers = probe.decoder_layers(self.model)
         self.layers = {f"{name}.{index}": layer for index, layer in enumerate(layers)}
-        self._meta = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        self._meta = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
+        self._tied = _tied(self.model)
         self._refuse_shared_layers()
         self._tensors, self._files = headers.tensors, files
         for shard in headers.shards:
@@ -113,6 +114,7 @@ class Skeleton:
             # Tensors outside the layers are mapped: of the embeddings only the rows of tokens that occur are read.
             tensors = self._read(keys) if group else self._mapped(keys, stack)
             self._convert(tensors)
+        self._tie(group)
         for shard in {self._tensors[key].shard for key in keys}:
             self._files.check_unchanged(shard)
         missing = [name for name in self._expected(group) if get_tensor(self.model, name).is_meta]
@@ -121,6 +123,16 @@ class Skeleton:
                 f"{self.folder}: {len(missing)} tensors that {type(self.model).__name__} needs are not in the "
                 f"safetensors files, the first is {missing[0]}; download the model again"
             )
+
+    def _tie(self, group: str) -> None:
+        """Give parameters that the model ties the tensor of the one on disk: filling one of them parted them."""
+        expected = set(self._expected(group))
+        for names in self._tied:
+            present = [get_tensor(self.model, name) for name in names]
+            filled = next((tensor for tensor in present if not tensor.is_meta), None)
+            for name, tensor in zip(names, present, strict=True):
+                if filled is not None and tensor.is_meta and name in expected:
+                    set_tensor(self.model, name, filled)
 
     def _read(self, keys: Sequence[str]) -> dict[str, Any]:
         """Tensors that are read one by one, when the conversion asks for them."""
@@ -180,6 +192,14 @@ def _on_meta(folder: Path, trust_remote_code: bool, *, quantized: bool) -> PreTr
             f"{folder}: the weights are already quantized, but calibration needs the BF16 model; give its repository"
         )
     return model.eval()
+
+
+def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Names of parameters that are one tensor, together."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:

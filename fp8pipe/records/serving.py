@@ -52,6 +52,16 @@ class Serving(Record):
                 return answer
         raise KeyError(wanted)
 
+    def without_vllm(self, reason: str) -> Serving:
+        """The same where vLLM was asked and does not load the checkpoint on any device."""
+        answers = tuple(
+            answer.model_copy(update={"verdict": "no", "word": "no", "counts": False, "reason": reason})
+            if answer.engine == "vLLM"
+            else answer
+            for answer in self.answers
+        )
+        return self.model_copy(update={"answers": answers})
+
     def table(self) -> tuple[list[dict[str, str]], list[str]]:
         """For people: one row per engine and device, devices with equal answers together; and the reasons by number."""
         numbers: dict[str, int] = {}

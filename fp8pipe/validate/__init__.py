@@ -36,8 +36,12 @@ from fp8pipe.validate.runner import run
 from fp8pipe.validate.subject import Subject
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fp8pipe.model.architecture import Architecture
     from fp8pipe.oracle.loaded import Loaded
+    from fp8pipe.records.serving import Serving
+    from fp8pipe.records.validation import Finding
 
 _WITH_SOURCE = frozenset(("fidelity", "loaded"))
 """Depths that read the source's bytes."""
@@ -81,21 +85,31 @@ def validate(
     reach = DEPTHS[: DEPTHS.index(depth) + 1]
     known = header_checks() if depth == "headers" else all_checks()
     checks = [check for check in known if check.depth in reach and all(map(subject.supplies, check.needs))]
-    from fp8pipe.validate.serving import what_serves
-
+    findings = tuple(run(checks, subject))
     return ValidationReport(
         folder_identity=place.identity(),
         depth=depth,
         known_from="architecture" if subject.layout.from_record else "names",
         checks=tuple(check.id for check in checks),
-        findings=tuple(run(checks, subject)),
+        findings=findings,
         tensors=len(subject.files.tensors),
         bytes_read=subject.measured.bytes_read if depth != "headers" else 0,
         vllm=subject.vllm.version,
         vllm_silent=subject.vllm.silent,
         loaded_silent=loaded_silent,
-        serving=what_serves(subject.config, subject.scheme_or_none, subject.files.tensors),
+        serving=_serving(subject, findings),
     )
+
+
+def _serving(subject: Subject, findings: Sequence[Finding]) -> Serving | None:
+    """By rule, unless vLLM itself was asked and does not read the checkpoint."""
+    from fp8pipe.validate.serving import what_serves
+
+    serving = what_serves(subject.config, subject.scheme_or_none, subject.files.tensors)
+    unread = next((finding for finding in findings if finding.check == "R1" and finding.severity == "error"), None)
+    if serving is None or unread is None:
+        return serving
+    return serving.without_vllm(f"vLLM {subject.vllm.version} was asked and does not read it whole: see R1")
 
 
 def _loaded(subject: Subject) -> tuple[tuple[Loaded, ...] | None, str]:

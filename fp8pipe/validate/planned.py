@@ -1,12 +1,13 @@
 """Asks vLLM's loader about a checkpoint that is only planned, so that a recipe which it cannot read is refused first.
 
-In: a snapshot, its headers, a plan. Out: notes, or an error. It starts vLLM, whose answer is kept for check R1.
+In: a snapshot, its headers, a plan. Out: what it said, or an error. It starts vLLM, whose answer is kept for check R1.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,19 @@ if TYPE_CHECKING:
     from fp8pipe.oracle.vllm import Mismatch
 
 
-def require_read(snapshot: Snapshot, headers: Headers, plan: Plan) -> tuple[str, ...]:
-    """A note if vLLM could not be asked, or has a fault to find with plan and source alike. Raises ConfigError if its
-    loader does not read what the plan would write, as it reads the source: a tensor that is refused or reaches nothing,
-    or a parameter that none fills."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What vLLM's loader says of a plan."""
+
+    note: str = ""
+    """Why it could not be asked, or what it does not read either way."""
+    unread: str = ""
+    """Why it loads neither the source nor what the plan would write."""
+
+
+def require_read(snapshot: Snapshot, headers: Headers, plan: Plan) -> Asked:
+    """Raises ConfigError if vLLM's loader reads the source but not what the plan would write: a tensor is refused or
+    reaches nothing, or a parameter is filled by none."""
     from fp8pipe.oracle.vllm import parity, version
 
     with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:
@@ -40,22 +50,24 @@ def require_read(snapshot: Snapshot, headers: Headers, plan: Plan) -> tuple[str,
         try:
             verdict = parity(ours, tensors, source=(theirs, headers.tensors))
         except EngineFailed as error:
-            return (f"vLLM was not asked whether its loader reads this checkpoint: {clip(str(error), 300)}",)
+            return Asked(f"vLLM was not asked whether its loader reads this checkpoint: {clip(str(error), 300)}")
     if verdict.limit:
-        return (f"vLLM cannot tell here whether its loader reads this checkpoint: {clip(verdict.limit, 300)}",)
+        return Asked(f"vLLM cannot tell here whether its loader reads this checkpoint: {clip(verdict.limit, 300)}")
     made = {output.name for output in plan.outputs if output.role not in ("copy", "dequantize")}
     faults = [one for one in verdict.mismatches if one.kind != "unread" or one.tensor in made]
     if brought := [one for one in faults if one not in verdict.in_source]:
         raise ConfigError(
             f"{snapshot.model_id}: the loader that vLLM {version()} has for this model does not read what recipe "
-            f"{plan.recipe} would write: {_words(brought)}; choose another recipe, such as fp8-dynamic"
+            f"{plan.recipe} would write: {_words(brought)}; choose another recipe, or write "
+            "it for another version of vLLM with --no-oracles"
         )
     if faults:
-        return (
+        return Asked(
             f"vLLM {version()} does not read the source as it is, so that it will not read this checkpoint "
             f"either: {_words(faults)}; serve and measure it with a version of vLLM that loads the source",
+            f"vLLM {version()} does not read the source either: {_words(faults)}",
         )
-    return ()
+    return Asked()
 
 
 def _words(faults: Sequence[Mismatch]) -> str:
