@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from fp8pipe.model.names import kv_scale_holder
 from fp8pipe.validate.checks.check import check
@@ -55,7 +55,7 @@ def _expert_gaps(subject: Subject) -> Iterator[Fault]:
     for holder, count in sorted(_expert_counts(subject, known.keys() | stored.keys()).items()):
         modules = [*known.get(holder, {}).values(), *stored.get(holder, {}).values()]
         projections = {split_name(module)[1] for of_one in modules for module in of_one}
-        lacking = 0
+        whole, lacking = set(_whole(stored.get(holder, {}))), 0
         for index in range(count):
             names = (f"{holder}.{index}.{projection}" for projection in sorted(projections))
             faults = [fault for name in names for fault in _missing_of_expert(subject, name)]
@@ -64,7 +64,7 @@ def _expert_gaps(subject: Subject) -> Iterator[Fault]:
             if lacking > MAX_LACKING_EXPERTS:  # the number in config.json may be huge
                 break
         for index, surplus in sorted(stored.get(holder, {}).items()):
-            if index >= count:
+            if index >= count and index in whole:
                 claims = tuple(sorted(surplus))
                 yield Fault(f"experts 0 to {count - 1}", f"expert {index}", tensor=holder, claims=claims)
 
@@ -89,7 +89,16 @@ def _expert_counts(subject: Subject, holders: Iterable[str]) -> dict[str, int]:
     if layout.num_experts is None:
         return {}
     source = _expert_modules(split_name(name)[0] for name in subject.source_tensors or ())
-    return {holder: max([layout.num_experts, *(index + 1 for index in source.get(holder, ()))]) for holder in holders}
+    return {
+        holder: max([layout.num_experts, *(index + 1 for index in _whole(source.get(holder, {})))])
+        for holder in holders
+    }
+
+
+def _whole(experts: Mapping[int, set[str]]) -> Iterator[int]:
+    """The indices of those with all projections. Others are none: LongCat saves first layers to spare."""
+    most = max(map(len, experts.values()), default=0)
+    yield from (index for index, modules in experts.items() if len(modules) == most)
 
 
 def _missing_of_expert(subject: Subject, module: str) -> Iterator[Fault]:

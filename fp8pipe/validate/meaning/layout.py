@@ -129,6 +129,8 @@ def layout_from_names(tensors: Mapping[str, TensorInfo], config: dict[str, Any])
     modules = {module for module in map(module_of_weight, names) if module}
     text = text_config(config) or config
     num_layers = _count(text, "num_hidden_layers", "n_layer")
+    if num_layers is not None:  # LongCat counts the two attention modules of each of its num_layers
+        num_layers = min(num_layers, _count(text, "num_layers") or num_layers)
     matrices = {module for module in modules if _is_matrix(module, tensors) and not stays_unquantized(module)}
     towers = frozenset(module for module in matrices if is_in_tower(module))
     optional = frozenset(module for module in matrices - towers if is_in_predictor(module, num_layers))
