@@ -23,13 +23,21 @@ def _wrong(rows: list[Row]) -> dict[str, str]:
     return {f"{row.name} {name}": why for row in rows for name, cell in row.cells.items() if (why := wrong(cell))}
 
 
-def test_every_tenth_architecture_is_right_or_refused_with_a_reason(tmp_path: Path) -> None:
+REFUSED = {"cohere_compass_text": "Validation error for field 'rope_parameters'"}
+"""Of the tenth, what is not built or is refused: name -> words of the reason. A new refusal is a fault until it is
+understood and named here."""
+
+
+def test_every_tenth_architecture_is_right_or_refused_with_a_known_reason(tmp_path: Path) -> None:
     names = all_names()
     assert len(names) > 250
     rows = make(names[::10], ["fp8-dynamic"], tmp_path)
     assert _wrong(rows) == {}
-    right = [row for row in rows if not row.not_built and not row.cells["fp8-dynamic"].exit_code]
-    assert len(right) > 0.7 * len(rows)
+    reasons = {row.name: row.not_built or row.cells["fp8-dynamic"].message for row in rows}
+    refused = {name: reason for name, reason in reasons.items() if reason}
+    assert refused.keys() == REFUSED.keys(), refused
+    assert all(words in refused[name] for name, words in REFUSED.items())
+    right = [row for row in rows if row.name not in REFUSED]
     assert all(cell.weight_error > 0.02 and cell.share > 0 for row in right for cell in row.cells.values())
 
 
