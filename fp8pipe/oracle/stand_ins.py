@@ -2,26 +2,34 @@
 
 Kernels: this machine may have none for a scheme. torchvision: vLLM and transformers import it to process images, for
 every model that sees; the builds on PyPI are for CUDA, and beside a CPU build of torch they raise an error on import
-(`operator torchvision::nms does not exist`). The child process that asks vLLM neither runs a kernel nor opens an image,
-so it offers what has the names and does nothing. Nothing else may use this module.
+(`operator torchvision::nms does not exist`). Values: some models read a tensor that they have just computed, such as
+the slopes of ALiBi, and on the meta device it has none. The child process that asks vLLM neither runs a kernel nor
+opens an image, and compares no value, so it offers what has the names and does nothing. Nothing else may use this
+module.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 _IMAGES = "torchvision"
 
 
 def offer() -> None:
-    """Add a stand-in kernel to the end of each of vLLM's lists, and torchvision if it cannot be imported."""
+    """Add a stand-in kernel to the end of each of vLLM's lists, torchvision if it cannot be imported, and values to
+    tensors without data."""
     _offer_torchvision()
     _offer_kernels()
+    _offer_values()
 
 
 # ---------------------------------------------------------------------------------------------- kernels
@@ -50,6 +58,26 @@ class StandInKernel:
 
     def input_quant_key(self) -> None:
         return None
+
+
+# ---------------------------------------------------------------------------------------------- values
+
+
+def _offer_values() -> None:
+    """Where Python reads a tensor on the meta device, it reads ones."""
+    import torch
+
+    def offer_one(name: str, stand_in: Callable[[torch.Tensor], Any]) -> None:  # Any: as torch's methods return
+        real = getattr(torch.Tensor, name)
+
+        def read(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+            return stand_in(self) if self.is_meta else real(self, *arguments, **options)
+
+        setattr(torch.Tensor, name, read)
+
+    offer_one("cpu", lambda tensor: tensor)
+    offer_one("item", lambda tensor: torch.ones((), dtype=tensor.dtype, device="cpu").item())
+    offer_one("tolist", lambda tensor: torch.ones(tensor.shape, dtype=tensor.dtype, device="cpu").tolist())
 
 
 # ---------------------------------------------------------------------------------------------- torchvision

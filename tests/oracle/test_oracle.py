@@ -229,6 +229,7 @@ SOUND: dict[str, tuple[str, dict[str, Any], str]] = {
     "deepseek-v2": ("deepseek-v2", {}, "fp8-dynamic"),
     "opt": ("opt", {}, "autofp8-dynamic"),
     "attn, with KV scales": ("gptj", {}, "fp8-static-kv"),
+    "values read while building": ("bloom", {}, "fp8-dynamic"),  # the slopes of ALiBi
     "tower": ("glm4v", {}, "fp8-dynamic"),
     "tower, exact names": ("glm4v", {}, "autofp8-dynamic"),
 }

@@ -60,6 +60,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTConfig", {"ffn_dim": 160, "word_embed_proj_dim": 64, "pad_token_id": 1}),
     "gpt-neox": ("GPTNeoXConfig", {"tie_word_embeddings": False, "num_key_value_heads": 4}),
     "biogpt": ("BioGptConfig", {}),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
     "gptj": ("GPTJConfig", {"rotary_dim": 16, "n_inner": 160}),
     "camembert": ("CamembertConfig", {"is_decoder": True, "pad_token_id": 0}),
     "bert": ("BertConfig", {"is_decoder": True}),

@@ -268,6 +268,11 @@ def test_what_a_platform_refuses_is_a_limit(file: str) -> None:
     assert is_limit(raised(lambda: exec(code))) == ("models" not in file)
 
 
+def test_a_processor_that_is_not_at_hand_is_a_limit() -> None:
+    code = compile("raise OSError('no preprocessor_config.json')", "/vllm/transformers_utils/processor.py", "exec")
+    assert is_limit(raised(lambda: exec(code))) and not is_limit(raised(lambda: open("/no/file")))
+
+
 def test_a_model_that_needs_its_own_code_is_a_limit() -> None:
     assert is_limit(ValueError("acme/model contains custom code; please pass `trust_remote_code=True` to allow it"))
 
