@@ -75,8 +75,13 @@ def experts_holder_from_name(name: str) -> str | None:
 
 # ---------------------------------------------------------------------------------------------- kept Linears
 
-ROUTER_LEAVES = frozenset(("router", "gate", "gating"))
-"""Leaf names of modules that decide which expert runs."""
+_ROUTER_LEAVES = frozenset(("gate", "gating"))
+
+
+def is_router_leaf(leaf: str) -> bool:
+    """Whether modules of this name decide which expert, or which part of a layer, runs: `gate`, `modality_router`."""
+    return leaf in _ROUTER_LEAVES or "router" in leaf
+
 
 ROUTER_REASON = "router: a flipped choice of expert costs more than its bytes"
 

@@ -30,7 +30,7 @@ from fp8pipe.oracle import bounds, vllm_roles
 from fp8pipe.oracle.cache import cache_dir
 from fp8pipe.records import Snapshot
 
-PROBE_VERSION = 11
+PROBE_VERSION = 12
 """Increase it when the probe or its rules answer differently: cached answers of other versions are not used."""
 
 

@@ -223,7 +223,7 @@ class Survey:
         found: set[str] = set()
         inside = (name for name in self.modules if name.startswith(f"{self.layers_name}."))
         for name in inside:
-            if name.rpartition(".")[2] in rules.ROUTER_LEAVES or "Router" in type(self.modules[name]).__name__:
+            if rules.is_router_leaf(name.rpartition(".")[2]) or "Router" in type(self.modules[name]).__name__:
                 found.add(name)
             elif (count := _num_experts(name, self.modules[name])) is not None:
                 found |= {beside for beside, module in self._beside(name) if _puts_out(module, count, hidden)}

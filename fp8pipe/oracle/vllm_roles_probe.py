@@ -259,7 +259,7 @@ class Survey:
         parent, _, leaf = name.rpartition(".")
         beside = [module for experts, module in self._experts.items() if experts.startswith(f"{parent}.")]
         rows = self._parameters[f"{name}.weight"].shape[0] if f"{name}.weight" in self._parameters else 0
-        return bool(beside) and (leaf in rules.ROUTER_LEAVES or any(rows == m.global_num_experts for m in beside))
+        return bool(beside) and (rules.is_router_leaf(leaf) or any(rows == m.global_num_experts for m in beside))
 
     # ------------------------------------------------------------------------------------------ fused weights
 

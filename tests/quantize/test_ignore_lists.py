@@ -56,3 +56,11 @@ def test_a_models_tower_takes_one_entry_and_no_quantized_module_matches(model_fo
     assert any(matches(patterns, tensor) for tensor in towers)
     assert not any(matches(patterns, output.name) for output in plan.outputs if output.role == "weight")
     assert not any("vis" in entry for entry in plan.quantization_config["ignore"] if entry not in patterns)
+
+
+def test_what_lies_alone_outside_the_layers_is_named_whatever_the_model_around_it_is_called() -> None:
+    """Gemma 3n: vLLM asks for `model.self_decoder.per_layer_model_projection`."""
+    kept = kept_of(["lm_head", "model.per_layer_model_projection"], (), [f"model.{name}" for name in DECODER])
+    assert kept.modules == ("lm_head",)
+    assert matches(kept.patterns, "model.self_decoder.per_layer_model_projection")
+    assert not matches(kept.patterns, "model.self_decoder.per_layer_model_projection_norm")

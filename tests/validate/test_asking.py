@@ -270,7 +270,8 @@ def test_what_a_platform_refuses_is_a_limit(file: str) -> None:
 
 def test_a_processor_that_is_not_at_hand_is_a_limit() -> None:
     code = compile("raise OSError('no preprocessor_config.json')", "/vllm/transformers_utils/processor.py", "exec")
-    assert is_limit(raised(lambda: exec(code))) and not is_limit(raised(lambda: open("/no/file")))
+    assert is_limit(raised(lambda: exec(code)))
+    assert not is_limit(raised(lambda: Path("/no/file").read_text()))
 
 
 def test_a_model_that_needs_its_own_code_is_a_limit() -> None:

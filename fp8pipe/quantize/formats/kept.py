@@ -20,11 +20,11 @@ class Kept:
     """Modules that stay unquantized. A name may be that on disk or that in transformers; lists may hold both."""
 
     modules: tuple[str, ...]
-    """Modules beside which others are quantized, or in a layer in which others are."""
+    """The output head, and modules in a layer in which others are quantized."""
     within: tuple[str, ...]
-    """Modules inside the parts that `patterns` name."""
+    """Modules that `patterns` name, by themselves or with the part around them."""
     patterns: tuple[str, ...]
-    """`re:` entries for parts of which nothing is quantized, whatever the model around them is called."""
+    """`re:` entries for what lies outside the layers and is not quantized, whatever the model around it is called."""
     experts: tuple[str, ...]
     """Holders of kept experts."""
 
@@ -43,11 +43,11 @@ def kept_of(modules: Iterable[str], experts: Iterable[str], quantized: Iterable[
     patterns: dict[str, None] = {}
     for module in modules:
         part = _whole_part(module, holding)
-        if part == module or _is_in_a_layer(part):
+        if "." not in module or _is_in_a_layer(part):
             alone.append(module)
         else:
             within.append(module)
-            patterns[_pattern(part, ends)] = None
+            patterns[_pattern(part, ends, "$" if part == module else "\\.")] = None
     return Kept(tuple(alone), tuple(within), tuple(patterns), tuple(experts))
 
 
@@ -77,12 +77,12 @@ def _is_in_a_layer(part: str) -> bool:
     return any(name.isdigit() for name in part.split(".")[:-1])
 
 
-def _pattern(part: str, ends: Collection[str]) -> str:
+def _pattern(part: str, ends: Collection[str], after: str) -> str:
     """The pattern of the shortest end of a part's name that is no end of the name of anything that holds quantized
-    modules. vLLM's names may begin differently, or not begin at all."""
+    modules. vLLM's names may begin differently, or not begin at all. after: what follows the name, in the pattern."""
     known = (end for end in _ends(part) if end not in ends and not end[0].isdigit())
     shortest = min(known, key=len, default=None)
-    return f"re:{re.escape(part)}\\." if shortest is None else f"re:(.*\\.)?{re.escape(shortest)}\\."
+    return f"re:{re.escape(part)}{after}" if shortest is None else f"re:(.*\\.)?{re.escape(shortest)}{after}"
 
 
 def _with_ancestors(names: Iterable[str]) -> set[str]:
