@@ -58,7 +58,7 @@ class MeteredVLLM(_VLLM):
         generate, bar = self.model.generate, _reporting_bar(lambda message: send(message | {"note": self.doing}))
         self.model.generate = lambda *args, **options: generate(*args, **(options | {"use_tqdm": bar}))
 
-    def tok_encode(self, string: str | list[str], *args: Any, **options: Any) -> Any:
+    def tok_encode(self, string: Any, *args: Any, **options: Any) -> Any:  # Any: as untyped as lm-eval's own
         """lm-eval's own method. Raises InputError for whatever the tokenizer raises."""
         with texts.bounded(self._folder, "tokenizer", count=1 if isinstance(string, str) else len(string)):
             return super().tok_encode(string, *args, **options)
