@@ -241,8 +241,8 @@ def read_config(snapshot: Snapshot) -> dict[str, Any]:
     value, problem = parse_config(read_file(snapshot, "config.json"))
     if problem or value is None:
         raise MalformedCheckpoint(
-            f"{snapshot.model_id}: config.json: expected a JSON object, found {problem or 'null'}; download it again "
-            "or mend it"
+            f"{snapshot.model_id}: config.json: expected a JSON object that describes a model, found "
+            f"{problem or 'null'}; download it again or mend it"
         )
     return value
 

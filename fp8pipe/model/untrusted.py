@@ -83,7 +83,7 @@ def parse_config(data: bytes) -> tuple[dict[str, Any] | None, str | None]:
 
 
 def _absurd_count(config: dict[str, Any]) -> str | None:
-    """A number of layers that no model has, with its key, wherever it stands."""
+    """A number of layers that no model has, or that is no whole number, with its key, wherever it stands."""
     waiting: list[Any] = [config]
     while waiting:
         item = waiting.pop()
@@ -92,6 +92,8 @@ def _absurd_count(config: dict[str, Any]) -> str | None:
         for key, value in item.items() if isinstance(item, dict) else ():
             if key.endswith(("layer", "layers")) and isinstance(value, int | float) and value > MAX_LAYERS:
                 return f"{clip(key)}: {value}, more layers than any model has"
+            if key == "num_hidden_layers" and isinstance(value, str | float):
+                return f"{key}: {clip(repr(value))}, not a whole number"
     return None
 
 

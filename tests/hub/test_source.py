@@ -324,7 +324,7 @@ def test_link_that_leads_back_to_itself_is_refused(tmp_path: Path) -> None:
 def test_config_that_readers_may_not_agree_on_is_refused(tmp_path: Path, content: bytes) -> None:
     folder = write_model(tmp_path)
     (folder / "config.json").write_bytes(content)
-    with pytest.raises(MalformedCheckpoint, match=r"config\.json: expected a JSON object, found"):
+    with pytest.raises(MalformedCheckpoint, match=r"config\.json: expected a JSON object .* found"):
         read_config(resolve(str(folder)))
 
 

@@ -46,6 +46,13 @@ def test_number_of_layers_that_no_model_has_reaches_no_library(tmp_path: Path) -
         inspect(resolve(str(folder)))
 
 
+@pytest.mark.parametrize("count", ["2", 2.5])
+def test_number_of_layers_that_is_no_whole_number_reaches_no_library(tmp_path: Path, count: object) -> None:
+    folder = with_config(make_model(tmp_path / "model"), num_hidden_layers=count)
+    with pytest.raises(MalformedCheckpoint, match=r"num_hidden_layers: .*, not a whole number"):
+        inspect(resolve(str(folder)))
+
+
 def test_config_that_unfolds_into_gigabytes_is_stopped(tmp_path: Path) -> None:
     """Its class draws a list with an entry for each label."""
     folder = with_config(make_model(tmp_path / "model"), num_labels=1_000_000_000)

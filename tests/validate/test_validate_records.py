@@ -285,6 +285,8 @@ def test_other_spelling_of_the_planned_scheme_is_no_finding(made: tuple[Path, Pa
     ("name", "check"),
     [
         ("preprocessor_config.json", "P4"),
+        ("modules.json", "P4"),
+        ("sentence_bert_config.json", "P4"),
         ("processor_config.json", "P4"),
         ("chat_template.jinja", "P3"),
         ("generation_config.json", "P2"),

@@ -23,6 +23,11 @@ TOKENIZER = re.compile(
 )
 CHAT_TEMPLATE = re.compile(r"^(chat_template\.(jinja|json)|additional_chat_templates/.*\.jinja)$")
 PROCESSOR = re.compile(r"^(video_)?(pre)?processor_config\.json$")
+POOLING = re.compile(
+    r"^(modules\.json|sentence_[\w-]+_config\.json|config_sentence_transformers\.json|\d+_\w+/config\.json)$"
+)
+"""Files of sentence-transformers, by which vLLM makes of any model one that pools, of another length
+(transformers_utils/config.py: `get_pooling_config`, `get_sentence_transformer_tokenizer_config`)."""
 CODE = re.compile(r"^[\w./-]+\.py$")
 FOLDED = ("special_tokens_map.json", "added_tokens.json")
 """Files that transformers 5 no longer writes: their content is in tokenizer.json and tokenizer_config.json."""
@@ -159,13 +164,14 @@ def chat_template_equals_source(subject: Subject) -> Iterator[Fault]:
 
 @check(
     "P4",
-    "Processor configs and the model's own code are those of the source.",
+    "Configs of processors and of pooling, and the model's own code, are those of the source.",
     needs=("files",),
-    consequence="vLLM cannot build the model, or prepares images and audio otherwise",
+    consequence="vLLM cannot build the model, or prepares images and audio otherwise, or pools instead of generating",
     remedy="copy the file from the source",
 )
 def processors_and_code_equal_source(subject: Subject) -> Iterator[Fault]:
     yield from _against_source(subject, PROCESSOR, extra=True)
+    yield from _against_source(subject, POOLING, extra=True)
     yield from _against_source(subject, CODE, extra=False)
 
 
