@@ -1,12 +1,12 @@
 """Every shipped recipe on a real pretrained model: quantized, validated, loaded by transformers, scored in vLLM.
 
-    python -m benchmarks.real_model [--folder DIR] [--only NAME ...] [--page docs/real-model.md]
+    python -m benchmarks.real_model [--folder DIR] [--only NAME ...] [--kept] [--page docs/real-model.md]
 
 The model, 2,000 questions with four answers each, and the texts come from `make.py`. Each configuration is calibrated
 on 200 texts and scored against the bf16 model, paired question by question. The observers are compared on the recipe
 with static activations and an FP8 KV cache, by their distance from the bf16 model, which tells them apart where answers
-do not. One evaluation takes some ten minutes on two cores; finished ones in DIR are not repeated, so that the benchmark
-can be stopped and run again.
+do not. One evaluation takes some fifteen minutes on two cores; finished ones in DIR are not repeated, so that the
+benchmark can be stopped and run again. `--kept` measures nothing and shows what DIR has.
 """
 
 from __future__ import annotations
@@ -75,29 +75,31 @@ def suite(folder: Path) -> EvalSuite:
     )
 
 
-def measured(name: str, recipe: Recipe, folder: Path, baseline: EvalReport) -> list[str]:
-    """One row of the table."""
+def measured(name: str, recipe: Recipe, folder: Path, baseline: EvalReport, *, kept: bool) -> list[str]:
+    """One row of the table. kept: without what would have to be measured."""
     source, checkpoint = folder / "model", folder / name.replace(", ", "-")
     stages.quantize_model(str(source), recipe, checkpoint)
     report = stages.validate_model(str(checkpoint), source=str(source))
     findings = f"{len(report.errors)} errors" if report.errors else "sound"
-    row = [name, findings, *_distance(source, folder / "texts.jsonl", checkpoint)]
-    if name not in RECIPES:
+    row = [name, findings, *_distance(source, folder / "texts.jsonl", checkpoint, kept=kept)]
+    scores = folder / f"{checkpoint.name}-evaluation"
+    if name not in RECIPES or (kept and not (scores / "report.json").exists()):
         return [*row, "-", "-", "-"]
-    scored = stages.evaluate_candidate(checkpoint, suite(folder), folder / f"{checkpoint.name}-evaluation")
-    return [*row, *_scores(baseline, scored)]
+    return [*row, *_scores(baseline, stages.evaluate_candidate(checkpoint, suite(folder), scores))]
 
 
-def _distance(source: Path, texts: Path, checkpoint: Path) -> tuple[str, str]:
-    kept = checkpoint.with_name(f"{checkpoint.name}-distance.json")
+def _distance(source: Path, texts: Path, checkpoint: Path, *, kept: bool) -> tuple[str, str]:
+    found = checkpoint.with_name(f"{checkpoint.name}-distance.json")
     if json.loads((checkpoint / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8":
-        return "vLLM only", ""
-    if not kept.exists():
+        return "vLLM only", "-"
+    if kept and not found.exists():
+        return "-", "-"
+    if not found.exists():
         command = [sys.executable, "-m", "benchmarks.real_model.distance", source, texts, checkpoint]
         answer = subprocess.run(command, check=True, capture_output=True, text=True)
-        kept.write_text(answer.stdout.splitlines()[-1])
-    found = json.loads(kept.read_text())
-    return f"{1e3 * found['kl']:.1f} ± {1e3 * found['error']:.1f}", f"{found['same']:.1%}"
+        found.write_text(answer.stdout.splitlines()[-1])
+    apart = json.loads(found.read_text())
+    return f"{1e3 * apart['kl']:.1f} ± {1e3 * apart['error']:.1f}", f"{apart['same']:.1%}"
 
 
 def _scores(baseline: EvalReport, candidate: EvalReport) -> tuple[str, str, str]:
@@ -119,14 +121,15 @@ def _answers(report: EvalReport) -> tuple[float, ...]:
     return samples.values
 
 
-HEAD = ("recipe", "validate", "KL", "same", "accuracy", "drop in points", "lost / won")
+HEAD = ("recipe", "validate", "KL", "same", "accuracy", "drop, points", "lost / won")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/real-model-runs"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="configurations to measure; by default all")
-    parser.add_argument("--page", type=Path, help="guide whose section `A real model` is replaced")
+    parser.add_argument("--kept", action="store_true", help="measure nothing, show what DIR has")
+    parser.add_argument("--page", type=Path, help="guide whose section `Results` is replaced")
     options = parser.parse_args(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     folder = make(options.folder.resolve())
@@ -137,12 +140,12 @@ def main(arguments: list[str] | None = None) -> None:
     rows = []
     for name, recipe in configurations(folder / "texts.jsonl").items():
         if options.only is None or name in options.only:
-            rows.append(measured(name, recipe, folder, baseline))
+            rows.append(measured(name, recipe, folder, baseline, kept=options.kept))
             print(*rows[-1], sep=" | ", flush=True)
     text = f"{page.prose(_intro(accuracy))}\n\n{page.table(HEAD, rows)}"
     print(text)
     if options.page is not None:
-        page.put(options.page, "A real model", text)
+        page.put(options.page, "Results", text)
 
 
 def _intro(accuracy: float) -> str:

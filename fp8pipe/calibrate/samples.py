@@ -71,8 +71,8 @@ def find_samples(
         steps = [_FIRST_STEP]
         request = {
             "spec": spec.model_dump(mode="json"),
-            "files": [str(path.resolve()) for path in files],
-            "folder": str(folder.resolve()),
+            "files": [str(path.absolute()) for path in files],  # the Hub's cache links to files without a suffix
+            "folder": str(folder.absolute()),
             "trust_remote_code": trust_remote_code,
             "memory_bytes": _MEMORY_BYTES,
             "step_s": _STEP_S,

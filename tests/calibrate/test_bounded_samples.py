@@ -39,6 +39,16 @@ def find(spec: CalibrationSpec, folder: Path, *, trust_remote_code: bool = False
     return samples.find_samples(spec, [Path(spec.dataset)], folder, trust_remote_code=trust_remote_code)
 
 
+def test_a_dataset_of_the_hub_is_read_by_the_name_of_its_link(
+    spec: CalibrationSpec, llama: Path, tmp_path: Path
+) -> None:
+    """The Hub's cache holds files without a suffix, to which links lead that have one."""
+    expected = find(spec, llama)
+    blob = Path(spec.dataset).rename(tmp_path / "blob")
+    Path(spec.dataset).symlink_to(blob)
+    assert find(spec, llama) == expected
+
+
 def with_template(llama: Path, tmp_path: Path, template: str) -> Path:
     folder = Path(shutil.copytree(llama, tmp_path / "model"))
     (folder / "chat_template.jinja").write_text(template)

@@ -103,7 +103,9 @@ def test_recipe_that_vllms_loader_does_not_read_is_refused_by_the_plan(
     monkeypatch.setenv("FP8PIPE_CACHE", str(tmp_path))
     monkeypatch.setattr(transformers, "inspect", lambda *_, **__: architectures["step3"])
     snapshot = resolve(str(sources["step3"]))
-    with pytest.raises(ConfigError, match=r"does not read what recipe fp8-block would write: .*weight_scale.*fp8-dyn"):
+    with pytest.raises(
+        ConfigError, match=r"does not read what recipe fp8-block would write: .*weight_scale.*no-oracles"
+    ):
         stages.plan(snapshot, recipe("fp8-block"))
     assert not any("asked" in note or "cannot tell" in note for note in stages.plan(snapshot, recipe()).notes)
 
