@@ -21,8 +21,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.architectures import models
 from benchmarks.page import table
+from benchmarks.served import models
 
 HERE = Path(__file__).parent.parent
 

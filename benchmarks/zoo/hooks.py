@@ -8,8 +8,9 @@ the cache.
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,16 +97,19 @@ def compare(
     architecture: Architecture,
     ours: Side,
     token_ids: Sequence[Sequence[int]],
+    origins: Mapping[str, str],
 ) -> Compared:
-    """Run every sample through the whole model; raises whatever the model raises."""
+    """Run every sample through the whole model; raises whatever the model raises. origins: module of the checkpoint ->
+    the source's tensor that its weight is made from."""
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
     kv: dict[int, list[float]] = {}
     with Products(model) as products:
         for sample in token_ids:
             cache = RecordingCache(model.config.get_text_config(decoder=True), kv)
-            model(input_ids=torch.tensor([list(sample)]), past_key_values=cache, use_cache=True)
-    pairs = {name: (amax, products.seen.get(place_of(name, ours))) for name, amax in calibration.inputs.items()}
+            _run(model, input_ids=torch.tensor([list(sample)]), past_key_values=cache, use_cache=True)
+    places = {name: place_of(name, ours, origins) for name in calibration.inputs}
+    pairs = {name: (amax, products.seen.get(places[name])) for name, amax in calibration.inputs.items()}
     errors = {name: _apart(ours_, theirs) for name, (ours_, theirs) in pairs.items() if theirs is not None}
     kv_errors = _kv_errors(model, calibration, architecture, kv)
     every = errors | kv_errors
@@ -119,13 +123,22 @@ def compare(
     )
 
 
-def place_of(module: str, side: Side) -> Place:
-    """Where transformers' loader puts the weight of a module on disk."""
+def _run(model: PreTrainedModel, **inputs: Any) -> None:
+    """The whole model, or its text decoder where the whole does not take text alone."""
+    needed = inspect.signature(model.forward).parameters.get("pixel_values")
+    runs: Any = model.get_decoder() if needed is not None and needed.default is needed.empty else model
+    runs(**inputs)
+
+
+def place_of(module: str, side: Side, origins: Mapping[str, str]) -> Place:
+    """Where transformers' loader puts the weight of a module, by its name in the checkpoint or in the source."""
     name = f"{module}.weight"
     expert = int(numbers[-1]) if (numbers := re.findall(r"\.(\d+)\.", name)) else 0
     for place, members in side.stacks.items():
         if name in members:
             return place, expert
+    if name not in side.targets:
+        name = origins.get(module, "")
     if name not in side.targets:
         return "", 0
     place = side.targets[name].name

@@ -7,6 +7,7 @@ clearly, so that quantized weights do not send a token elsewhere.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from benchmarks.zoo.configs import small_config
-from benchmarks.zoo.own import OWN
+from benchmarks.zoo.own import ON_DISK, OWN
 
 LARGEST = 40_000_000
 """Parameters that a checkpoint may have."""
@@ -73,10 +74,14 @@ def build(name: str) -> PreTrainedModel:
     return model
 
 
-def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write the model and a tokenizer into `folder`."""
+def save(model: PreTrainedModel, folder: Path, name: str) -> None:
+    """Write the model of this type and a tokenizer into `folder`."""
     model.save_pretrained(folder, max_shard_size="4MB")
     _tokenizer().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in ON_DISK.get(name, {}).items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 @torch.no_grad()

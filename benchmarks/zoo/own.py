@@ -18,6 +18,8 @@ _INDEXED = {
 }
 
 OWN: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"topk_method": "noaux_tc"},
+    "deepseek_v32": {"topk_method": "noaux_tc"},
     "deepseek_ocr2": {"text_config": _MIXED | {"n_routed_experts": 4, "moe_intermediate_size": 384}},
     "diffusion_gemma": {"text_config": _WIDE_GLOBAL},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
@@ -50,3 +52,18 @@ OWN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 """Model type, or `type:variant` -> fields of its config."""
+
+ON_DISK: dict[str, dict[str, Any]] = {
+    "afmoe": {"score_func": "sigmoid"},
+    "glm4_moe": {"head_dim": 64},
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "glm4v_moe": {"text_config": {"head_dim": 64}},
+    "hy_v3": {"first_k_dense_replace": 1},
+    "lfm2": {"conv_dim": 256, "conv_dim_out": 256, "conv_use_xavier_init": True},
+    "minimax_m2": {"rotary_dim": 32},
+    "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True}},
+}
+"""Model type -> keys that config.json of released models has, vLLM needs, and transformers no longer writes."""
+
+PREDICTORS = {"ernie4_5_moe": "model.mtp_block.0"}
+"""Model type -> root of its predicting layer, where the class only says `mtp`."""

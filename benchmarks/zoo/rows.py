@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.zoo import hooks, logits, models
+from benchmarks.zoo import hooks, logits, models, predictors
 from fp8pipe.calibrate import calibrate
 from fp8pipe.calibrate.dataset import files_of, read_rows
-from fp8pipe.calibrate.samples import choose_samples, context_of
+from fp8pipe.calibrate.samples import Samples, choose_samples, context_of
 from fp8pipe.calibrate.tokenization import tokenizer_of
 from fp8pipe.config import Recipe
 from fp8pipe.errors import Fp8PipeError, UnsupportedArchitecture
@@ -66,9 +66,11 @@ class Cell:
     unseen: list[str] = field(default_factory=list)
     """Modules with a static range whose product no hook saw."""
     vllm: str = ""
-    """ok, or what vLLM's loader says; empty if it was not asked."""
+    """ok, `as source`, or what vLLM's loader says; empty if it was not asked."""
     vllm_builds: bool = True
-    """False if vLLM does not build the model at all, which is no fault of the checkpoint."""
+    """False if vLLM does not take the source either, which is no fault of the checkpoint."""
+    predictor: str = ""
+    """`kept`: the predicting layer is whole and left out of quantization; else why not; empty if there is none."""
     folder: str = ""
 
 
@@ -94,7 +96,8 @@ def make_row(name: str, recipes: Sequence[Recipe], work: Path, report: Callable[
     source = work / name.replace(":", "-") / "source"
     shutil.rmtree(source.parent, ignore_errors=True)
     try:
-        models.save(model, source)
+        models.save(model, source, name)
+        predictor = predictors.add(model, source)
     except Exception as error:  # transformers' own converters meet sizes that they do not know
         row.not_built = f"not saved: {type(error).__name__}: {error}"
         return row
@@ -103,6 +106,7 @@ def make_row(name: str, recipes: Sequence[Recipe], work: Path, report: Callable[
         row.cells[recipe.name] = cell = Cell(folder=str(folder))
         try:
             _fill(cell, model, source, folder, recipe)
+            cell.predictor = predictor and (predictors.kept(folder, predictor) or "kept")
         except Fp8PipeError as error:
             cell.exit_code, cell.message = error.exit_code, str(error)
         except Exception as error:  # whatever else is a defect, which the page is there to show
@@ -110,7 +114,6 @@ def make_row(name: str, recipes: Sequence[Recipe], work: Path, report: Callable[
             cell.exit_code = 5
             cell.message = f"{type(error).__name__}: {error} ({Path(frame.filename).name}:{frame.lineno})"
         report(f"{name} {recipe.name}: {cell}")
-    shutil.rmtree(source)
     return row
 
 
@@ -138,21 +141,23 @@ def _calibration(cell: Cell, model: PreTrainedModel, source: Path, recipe: Recip
     with ExitStack() as stack:
         theirs = Side(source, read_headers(resolve(str(source))), stack)
         logits.put(model.float(), theirs)
-        models.save(model, precise)
+        models.save(model, precise, source.parent.name)
         snapshot = resolve(str(precise))
         architecture = examine(snapshot)
         plan = make_plan(snapshot, read_headers(snapshot), recipe, architecture)
-        made = calibrate(snapshot, plan, recipe, precise / "calibration", architecture=architecture)
-        _note_ranges(cell, hooks.compare(model, made, architecture, theirs, token_ids(snapshot, recipe)))
+        samples = samples_of(snapshot, recipe)
+        made = calibrate(snapshot, plan, recipe, precise / "calibration", architecture=architecture, samples=samples)
+        origins = {output.module: output.source for output in plan.outputs if output.role == "weight"}
+        _note_ranges(cell, hooks.compare(model, made, architecture, theirs, samples.token_ids, origins))
     shutil.rmtree(precise)
     return made.model_copy(update={"source_commit": resolve(str(source)).commit})
 
 
-def token_ids(snapshot: Snapshot, recipe: Recipe) -> tuple[tuple[int, ...], ...]:
+def samples_of(snapshot: Snapshot, recipe: Recipe) -> Samples:
     """The samples that calibration runs."""
     spec = recipe.calibration
     tokenizer = tokenizer_of(snapshot.path, trust_remote_code=False)
-    return choose_samples(spec, read_rows(files_of(spec, "")), tokenizer, context_of(snapshot.path)).token_ids
+    return choose_samples(spec, read_rows(files_of(spec, "")), tokenizer, context_of(snapshot.path))
 
 
 def _note_ranges(cell: Cell, found: hooks.Compared) -> None:
@@ -203,6 +208,14 @@ WORST_WEIGHT, WORST_RANGE, WORST_LOGITS = 0.06, 0.01, 0.25
 """Largest relative errors that are right: of a weight (E4M3 costs 0.026), of a static range, of logits."""
 
 
+def unproven(cell: Cell) -> str:
+    """Why nothing proves the cell, though nothing is wrong: a weight was compared neither by itself nor by its effect
+    on the logits."""
+    if cell.exit_code or cell.logits_error is not None or wrong(cell) or not cell.incomparable:
+        return ""
+    return f"not compared: {cell.incomparable[0]}"
+
+
 def wrong(cell: Cell) -> str:
     """Why the cell is wrong; empty if it is right, or refused with a reason."""
     if cell.exit_code:
@@ -214,6 +227,8 @@ def wrong(cell: Cell) -> str:
         found.append(f"{cell.worst_range}: its range differs by {max(cell.input_error, cell.kv_error):.1%}")
     if cell.logits_error is not None and not cell.logits_error <= WORST_LOGITS:
         found.append(f"logits differ by {cell.logits_error:.2f}")
-    if cell.vllm_builds and cell.vllm not in ("", "ok"):
+    if cell.vllm_builds and cell.vllm not in ("", "ok", "as source"):
         found.append(f"vLLM: {cell.vllm}")
+    if cell.predictor not in ("", "kept"):
+        found.append(f"predicting layer: {cell.predictor}")
     return found[0] if found else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ import pytest
 from benchmarks.zoo.__main__ import make
 from benchmarks.zoo.models import all_names
 from benchmarks.zoo.page import page
-from benchmarks.zoo.rows import Cell, Row, wrong
+from benchmarks.zoo.predictors import kept
+from benchmarks.zoo.rows import Cell, Row, unproven, wrong
 
 STATIC = {
     "llama": "dense",
     "qwen3_moe": "experts in one 3-D tensor, each with an input of its own",
+    "blip-2": "a decoder that holds its own tied head",
     "gemma4_text:shared": "layers that read another layer's keys and values",
 }
 
@@ -65,12 +68,29 @@ RIGHT = Cell(weight_error=0.0265, logits_error=0.05, inputs=14, input_error=0.00
         {"input_error": 0.02},
         {"unseen": ["model.layers.0.mlp.up_proj"]},
         {"vllm": "model.norm.weight: unread"},
+        {"predictor": "no entry of ignore covers mtp.layers.0.mlp.up_proj"},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_a_row_is_wrong_for_one_reason_and_says_it(change: dict[str, object]) -> None:
     assert wrong(RIGHT) == "" == wrong(Cell(exit_code=2, message="a reason"))
     assert wrong(dataclasses.replace(RIGHT, **change)) != ""  # pyright: ignore[reportArgumentType]  any field
+
+
+def test_what_nothing_compared_is_not_called_right() -> None:
+    apart = dataclasses.replace(RIGHT, logits_error=None, incomparable=["experts: vLLM only"])
+    assert wrong(apart) == "" and "experts" in unproven(apart)
+    assert unproven(RIGHT) == unproven(dataclasses.replace(apart, logits_error=0.05)) == ""
+
+
+def test_a_predicting_layer_is_added_and_kept(tmp_path: Path) -> None:
+    (row,) = make(["qwen3_next"], ["fp8-block"], tmp_path)
+    assert row.cells["fp8-block"].predictor == "kept"
+    folder = tmp_path / "models" / "qwen3_next" / "fp8-block"
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["lm_head"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "no entry of ignore covers mtp.layers.0." in kept(folder, "mtp.layers.0")
 
 
 def test_the_page_is_narrow_and_names_what_is_wrong() -> None:
@@ -82,6 +102,8 @@ def test_the_page_is_narrow_and_names_what_is_wrong() -> None:
     ]
     text = page(rows)
     assert max(map(len, text.splitlines())) <= 80
-    assert "2 of 3 architectures are right" in " ".join(text.split()) and "not bad" in " ".join(text.split())
-    assert "| llama | ok | 0 | 100 | 0.026 | 0.05 | 0.4 | 0.4 | ok |" in text
+    said = " ".join(text.split())
+    assert "Of 3 architectures, 1 are right under every recipe, 0 are right under some" in said
+    assert "1 are refused with a reason under all. Unproven: none. Wrong (1): bad." in said
+    assert "| llama | ok | 0 | 100 | 0.026 | 0.05 | 0.4 | 0.4 | ok | - |" in text
     assert "| gpt2 | 2 [" in text and "`timm`: ImportError: timm" in text

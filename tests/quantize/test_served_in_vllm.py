@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from support.architectures_page import page_table
 from support.machine import require_fp8_kv_cache
+from support.served_page import page_table
 
-from benchmarks.architectures.cells import LIMIT, Cell, make_cells, shipped_recipes
+from benchmarks.served.cells import LIMIT, Cell, make_cells, shipped_recipes
 
 pytestmark = pytest.mark.vllm
 

@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.architectures import models
-from benchmarks.architectures.answers import load_answers, save_answers
-from benchmarks.architectures.reference import PROMPTS, Reference, reference, relative_error
+from benchmarks.served import models
+from benchmarks.served.answers import load_answers, save_answers
+from benchmarks.served.reference import PROMPTS, Reference, reference, relative_error
 from fp8pipe import stages
 from fp8pipe.config import CalibrationSpec, Recipe, load_recipe
 from fp8pipe.errors import InputError
@@ -334,7 +334,7 @@ class VllmChild:
     def _start(self) -> subprocess.Popen[str]:
         with (self._work / "vllm.log").open("w") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.architectures.serve"],
+                [sys.executable, "-m", "benchmarks.served.serve"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

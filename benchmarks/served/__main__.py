@@ -1,6 +1,6 @@
-"""Writes docs/architectures.md: every architecture under every shipped recipe, quantized, validated, served, compared.
+"""Writes docs/served.md: every architecture under every shipped recipe, quantized, validated, served, compared.
 
-    python -m benchmarks.architectures [--model NAME]... [--recipe NAME]... [--again] [--work DIR] [--output FILE]
+    python -m benchmarks.served [--model NAME]... [--recipe NAME]... [--again] [--work DIR] [--output FILE]
 
 Results of earlier runs are kept: a cell is made again only if its plan, a library or a kernel of the CPU platform has
 changed, or with --again. The page has every row that is complete. Exit status 1 if a cell failed.
@@ -13,9 +13,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.architectures import models
-from benchmarks.architectures.cells import ROOT, Cell, known_cell, make_cells, shipped_recipes
-from benchmarks.architectures.table import table
+from benchmarks.served import models
+from benchmarks.served.cells import ROOT, Cell, known_cell, make_cells, shipped_recipes
+from benchmarks.served.table import table
 from fp8pipe.config import Recipe
 
 
@@ -25,8 +25,8 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=list(models.MODELS), help="only this one (repeatable)")
     parser.add_argument("--recipe", action="append", help="only this one (repeatable)")
     parser.add_argument("--again", action="store_true", help="make cells again even if nothing has changed")
-    parser.add_argument("--work", type=Path, default=ROOT / "work" / "architectures")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "architectures.md")
+    parser.add_argument("--work", type=Path, default=ROOT / "work" / "served")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "served.md")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     recipes = shipped_recipes(options.work)

@@ -1,20 +1,21 @@
-"""Writes cells as docs/architectures.md. No cell is blank: passed with its error, vLLM's message, or what failed."""
+"""Writes cells as docs/served.md. No cell is blank: passed with its error, vLLM's message, or what failed."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
 
-from benchmarks.architectures.cells import LIMIT, Cell
+from benchmarks.served.cells import LIMIT, Cell
 from fp8pipe.evaluate.environment import library_versions
 
-HEAD = """# Architectures
+HEAD = """# Served by vLLM
 
-<!-- Written by `python -m benchmarks.architectures`; edits are lost. -->
+<!-- Written by `python -m benchmarks.served`; edits are lost. -->
 
-Look up an architecture to see whether fp8pipe quantizes it correctly, under every shipped recipe. Each row is a tiny
-random checkpoint of a real architecture, made with transformers, quantized, validated against its source, and served by
-vLLM on a CPU with fp8pipe's plugin. Static recipes were calibrated on random rows.
+Does real vLLM, with its kernels, compute what the source does? docs/architectures.md has many more architectures and
+asks loaders only. Each row here is a tiny random checkpoint of a real architecture, made with transformers, quantized
+with every shipped recipe, validated against its source, and served by vLLM on a CPU with fp8pipe's plugin. Static
+recipes were calibrated on random rows.
 
 - **passed (e)**: the relative L2 error e of vLLM's centred prompt logits is at most {limit}, measured against the
   source in transformers in float32, and a copy in which the scales of one projection of the last layer are doubled

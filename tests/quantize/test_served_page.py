@@ -1,4 +1,4 @@
-"""docs/architectures.md: how its figures are computed, and that every architecture in it passed."""
+"""docs/served.md: how its figures are computed, and that every architecture in it passed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.architectures_page import page_table
 from support.quantizing import Models
+from support.served_page import page_table
 from support.tiny_models import architecture_of, plan_of, recipe
 
-from benchmarks.architectures.cells import Cell
-from benchmarks.architectures.reference import relative_error
-from benchmarks.architectures.table import table
+from benchmarks.served.cells import Cell
+from benchmarks.served.reference import relative_error
+from benchmarks.served.table import table
 from fp8pipe.hub.source import resolve
 from fp8pipe.quantize import quantize
 from fp8pipe.validate import validate
@@ -37,7 +37,7 @@ def test_no_cell_of_the_table_is_blank() -> None:
 
 
 def test_the_page_has_the_main_architectures_and_every_cell_passed() -> None:
-    page = page_table("# Architectures")
+    page = page_table("# Served by vLLM")
     assert page.keys() >= {
         *("Llama", "Llama, tied", "Mistral", "Qwen2", "Qwen3", "Qwen3-MoE", "Mixtral", "Gemma 3 text", "Phi-3", "OPT"),
         "DeepSeek-V2",

@@ -1,6 +1,6 @@
 """The child process that loads checkpoints into real vLLM, one after the other, and saves their logits.
 
-    python -m benchmarks.architectures.serve < REQUESTS
+    python -m benchmarks.served.serve < REQUESTS
 
 REQUESTS: one JSON object a line, {"folder", "kv_cache_dtype", "prompts", "vocabulary", "output": an .npz}. On stdout
 one line each: {"message": ""}, or vLLM's error message. Everything else goes to stderr.
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.architectures.answers import save_answers
+from benchmarks.served.answers import save_answers
 from fp8pipe.evaluate.environment import (
     CPU_ENGINE_ARGUMENTS,
     import_architecture,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.architectures import models
+from benchmarks.served import models
 
 if TYPE_CHECKING:
     from torch import nn
