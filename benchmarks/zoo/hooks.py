@@ -124,9 +124,9 @@ def compare(
 
 
 def _run(model: PreTrainedModel, **inputs: Any) -> None:
-    """The whole model, or its text decoder where the whole does not take text alone."""
-    needed = inspect.signature(model.forward).parameters.get("pixel_values")
-    runs: Any = model.get_decoder() if needed is not None and needed.default is needed.empty else model
+    """The whole model, or the text decoder of one that sees, whose own forward masks and embeds what is not text."""
+    sees = "pixel_values" in inspect.signature(model.forward).parameters
+    runs: Any = model.get_decoder() if sees else model
     runs(**inputs)
 
 

@@ -60,7 +60,7 @@ def kept(folder: Path, root: str) -> str:
         matrix = _tensor(folder / names[name], name)
         if matrix.dtype.itemsize < 2:
             return f"{name} is {matrix.dtype}"
-        if matrix.dim() == 2 and not any(_covers(entry, module) for entry in ignore):
+        if name.endswith(".weight") and matrix.dim() == 2 and not any(_covers(entry, module) for entry in ignore):
             return f"no entry of ignore covers {module}"
     return ""
 
