@@ -180,8 +180,11 @@ def _note_weights(cell: Cell, loaded: list[Loaded], model: PreTrainedModel) -> N
     compared = [one for one in loaded if not one.fault and not one.incomparable]
     cell.weight_error = max((one.error for one in compared if one.quantized), default=0.0)
     cell.kept_error = max((one.error for one in compared if not one.quantized), default=0.0)
-    cell.faults = [f"{one.name}: {one.fault}" for one in loaded if one.fault]
+    vllm_only = any(warning.startswith("R2 ") for warning in cell.warnings)  # names of experts are not transformers'
+    unfilled = {one.name for one in loaded if one.fault and vllm_only and ".experts." in one.name}
+    cell.faults = [f"{one.name}: {one.fault}" for one in loaded if one.fault and one.name not in unfilled]
     cell.incomparable = [f"{one.name}: {one.incomparable}" for one in loaded if one.incomparable]
+    cell.incomparable += (f"{name}: only vLLM knows its experts' names" for name in sorted(unfilled))
     linears = linear_parameters(model)
     total = sum(linears.values())
     quantized = {one.name for one in loaded if one.quantized}
