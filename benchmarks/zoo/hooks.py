@@ -108,8 +108,9 @@ def compare(
         for sample in token_ids:
             cache = RecordingCache(model.config.get_text_config(decoder=True), kv)
             _run(model, input_ids=torch.tensor([list(sample)]), past_key_values=cache, use_cache=True)
-    places = {name: place_of(name, ours, origins) for name in calibration.inputs}
-    pairs = {name: (amax, products.seen.get(places[name])) for name, amax in calibration.inputs.items()}
+    measured = {name: amax for name, amax in calibration.inputs.items() if name not in calibration.assumed}
+    places = {name: place_of(name, ours, origins) for name in measured}
+    pairs = {name: (amax, products.seen.get(places[name])) for name, amax in measured.items()}
     errors = {name: _apart(ours_, theirs) for name, (ours_, theirs) in pairs.items() if theirs is not None}
     kv_errors = _kv_errors(model, calibration, architecture, kv)
     every = errors | kv_errors

@@ -60,7 +60,6 @@ ON_DISK: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config": {"head_dim": 64}},
     "hy_v3": {"first_k_dense_replace": 1},
     "lfm2": {"conv_dim": 256, "conv_dim_out": 256, "conv_use_xavier_init": True},
-    "minimax_m2": {"rotary_dim": 32},
     "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True}},
 }
 """Model type -> keys that config.json of released models has, vLLM needs, and transformers no longer writes."""
