@@ -112,7 +112,8 @@ def small(kind: type[PreTrainedConfig], own: Mapping[str, Any], role: str) -> di
     chosen |= {key: sizes[key] for key, value in fields.items() if key in sizes and type(value) is int and value}
     if role == "text" and not parts and fields.get("head_dim", 0) is None:
         chosen["head_dim"] = HEAD
-    chosen |= {key: LAYERS for key in ("num_experts_per_tok",) if key in fields and fields[key] is None}
+    if fields.get("num_experts_per_tok", 0) is None:
+        chosen["num_experts_per_tok"] = LAYERS
     if {
         "kv_lora_rank",
         "num_key_value_heads",

@@ -55,7 +55,9 @@ class Products(TorchFunctionMode):
         super().__init__()
         self.seen: dict[Place, float] = {}
         self._places: dict[int, Place] = {}
+        self._stacked: set[str] = set()
         for name, parameter in model.named_parameters():
+            self._stacked |= {name} if parameter.dim() == 3 else set()
             count = parameter.shape[0] if parameter.dim() == 3 else 1
             step = parameter.numel() // count * parameter.element_size()
             self._places |= {parameter.data_ptr() + step * index: (name, index) for index in range(count)}
@@ -72,7 +74,7 @@ class Products(TorchFunctionMode):
         count = weight.shape[0] if weight.dim() == 3 else 1  # all experts at once, each with a row of its own
         parts = values if count > 1 else [values]
         for index, part in enumerate(parts):
-            where = (place[0], place[1] + index)
+            where = (place[0], place[1] + index if place[0] in self._stacked else 0)  # a Linear may run in groups
             self.seen[where] = max(self.seen.get(where, 0.0), float(part.abs().max()))
 
 
@@ -101,14 +103,17 @@ def compare(
 ) -> Compared:
     """Run every sample through the whole model; raises whatever the model raises. origins: module of the checkpoint ->
     the source's tensor that its weight is made from."""
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
+    runs = _without_sight(model)
+    for part in (model, runs):
+        if part._can_set_experts_implementation():
+            part.set_experts_implementation("eager")
     kv: dict[int, list[float]] = {}
     with Products(model) as products:
         for sample in token_ids:
             cache = RecordingCache(model.config.get_text_config(decoder=True), kv)
-            _run(model, input_ids=torch.tensor([list(sample)]), past_key_values=cache, use_cache=True)
-    measured = {name: amax for name, amax in calibration.inputs.items() if name not in calibration.assumed}
+            runs(input_ids=torch.tensor([list(sample)]), past_key_values=cache, use_cache=True)
+    assumed = {scale.removesuffix(".input_scale") for scale in calibration.assumed}
+    measured = {name: amax for name, amax in calibration.inputs.items() if name not in assumed}
     places = {name: place_of(name, ours, origins) for name in measured}
     pairs = {name: (amax, products.seen.get(places[name])) for name, amax in measured.items()}
     errors = {name: _apart(ours_, theirs) for name, (ours_, theirs) in pairs.items() if theirs is not None}
@@ -124,11 +129,9 @@ def compare(
     )
 
 
-def _run(model: PreTrainedModel, **inputs: Any) -> None:
-    """The whole model, or the text decoder of one that sees, whose own forward masks and embeds what is not text."""
-    sees = "pixel_values" in inspect.signature(model.forward).parameters
-    runs: Any = model.get_decoder() if sees else model
-    runs(**inputs)
+def _without_sight(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or the text decoder of one that sees, whose own forward masks and embeds what is not text."""
+    return model.get_decoder() if "pixel_values" in inspect.signature(model.forward).parameters else model
 
 
 def place_of(module: str, side: Side, origins: Mapping[str, str]) -> Place:

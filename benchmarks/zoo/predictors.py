@@ -1,8 +1,8 @@
 """A predicting layer beside a model that transformers builds without it, as the files of such models have it.
 
 In: a saved model whose class names, among the keys that it leaves unread, those of multi-token prediction. Out: the
-root of the layer that was added, a copy of the last decoder layer. Whether a checkpoint
-keeps it in 16 bits and leaves it out of quantization is read from the checkpoint's files alone.
+root of the layer that was added, a copy of the last decoder layer. Whether a checkpoint keeps it in 16 bits and leaves
+it out of quantization is read from the checkpoint's files alone.
 """
 
 from __future__ import annotations

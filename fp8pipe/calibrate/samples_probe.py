@@ -21,8 +21,8 @@ from fp8pipe.calibrate.samples import Samples, choose_samples, context_of
 from fp8pipe.calibrate.tokenization import tokenizer_of
 from fp8pipe.config import CalibrationSpec
 from fp8pipe.errors import CalibrationDataError
+from fp8pipe.machine.memory import private_bytes
 from fp8pipe.machine.supervise import Send, take_channel
-from fp8pipe.oracle.bounds import private_bytes
 from fp8pipe.oracle.lean import without
 
 

@@ -7,13 +7,13 @@ with SIGALRM, even where no Python code runs; its parent knows by that whose fau
 from __future__ import annotations
 
 import contextlib
-import resource
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from fp8pipe.errors import Fp8PipeError, InputError
+from fp8pipe.machine import memory
 from fp8pipe.machine.supervise import Ending
 from fp8pipe.model.untrusted import clip
 
@@ -54,7 +54,7 @@ def bounded(model: str, part: Part, *, count: int = 1) -> Iterator[None]:
 def try_out(model: str, load: Callable[[], Any], *, templated: bool) -> None:  # Any: tokenizers share no typed base
     """Load the tokenizer of the folder `model`, tokenize a word and, if `templated`, render a question, within a bound
     of memory. Raises InputError."""
-    with _little_memory():
+    with memory.at_most(_MEMORY_BYTES):
         with bounded(model, "tokenizer"):
             tokenizer = load()
             tokenizer("The")
@@ -75,14 +75,3 @@ def require_answer(model: str, ending: Ending, note: str) -> None:
     else:
         return
     raise InputError(f"{model}: its tokenizer or chat template {what}; mend its files (log: {ending.log})")
-
-
-@contextlib.contextmanager
-def _little_memory() -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    held = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
-    resource.setrlimit(resource.RLIMIT_DATA, (held + _MEMORY_BYTES, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)

@@ -101,8 +101,9 @@ def _local_commit(folder: Path) -> str:
 
 
 def with_hashes(snapshot: Snapshot) -> Snapshot:
-    """A local folder with the sha256 of its files besides the weights: a copy is told from an edited one by them, where
-    the folder is not at hand. A snapshot of the Hub has them already. Raises SourceChanged if a file is gone."""
+    """A local snapshot with the sha256 of each file that is copied into a checkpoint, so that the validator recognises
+    an edited copy without the folder. A snapshot of the Hub has hashes already. Raises SourceChanged if a file is gone.
+    """
     if not snapshot.is_local:
         return snapshot
     small = {file.name for file in companion_files(snapshot, trust_remote_code=True)}

@@ -6,11 +6,11 @@ times the tensors on disk is none, and its building stops there.
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fp8pipe.machine import memory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,25 +55,18 @@ def building(tensors: int = UNKNOWN_TENSORS) -> Iterator[None]:
         module.register_module_parameter_registration_hook(register),
         module.register_module_module_registration_hook(register),
     )
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    memory = _BUILD_BYTES + _BUILD_BYTES_EACH * tensors
-    resource.setrlimit(resource.RLIMIT_DATA, (private_bytes() + memory, before[1]))
+    room = _BUILD_BYTES + _BUILD_BYTES_EACH * tensors
     try:
-        yield
+        with memory.at_most(room):
+            yield
     except MemoryError as error:
         raise TooLarge(
-            f"config.json asks for a model that takes more than {memory / 1e9:.1f} GB to build without weights, and "
+            f"config.json asks for a model that takes more than {room / 1e9:.1f} GB to build without weights, and "
             f"{tensors} tensors are on disk; {ADVICE}"
         ) from error
     finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
         for hook in hooks:
             hook.remove()
-
-
-def private_bytes() -> int:
-    """What RLIMIT_DATA counts of this process, in bytes."""
-    return int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) * 1024
 
 
 def memory_bytes(tensors: int) -> int:

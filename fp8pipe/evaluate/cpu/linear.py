@@ -44,12 +44,8 @@ class ReferenceFp8BlockScaledMMLinearKernel(Fp8BlockScaledMMLinearKernel):
         return dequantize(codes, scale, (1, group)) @ dequantize(B, Bs, block).T
 
 
-class ReferenceFp8W8A8LinearKernel(FP8ScaledMMLinearKernel):
-    """One scale per weight or per output, and one per token or per tensor of activations; sums in float32.
-
-    vLLM's torch kernels compute the same through `torch._scaled_mm`, which on CPUs without FP8 instructions takes
-    minutes for 512 tokens and a weight of [640, 1024].
-    """
+class _ReferenceKernel(FP8ScaledMMLinearKernel):
+    """On a CPU, for weights with one scale per tensor or per output."""
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> Verdict:
@@ -60,6 +56,14 @@ class ReferenceFp8W8A8LinearKernel(FP8ScaledMMLinearKernel):
         if c.weight_quant_key.scale.group_shape == GroupShape(128, 128):
             return False, "block weights have a kernel of their own"
         return True, None
+
+
+class ReferenceFp8W8A8LinearKernel(_ReferenceKernel):
+    """One scale per weight or per output, and one per token or per tensor of activations; sums in float32.
+
+    vLLM's torch kernels compute the same through `torch._scaled_mm`, which on CPUs without FP8 instructions takes
+    minutes for 512 tokens and a weight of [640, 1024].
+    """
 
     def apply_scaled_mm(
         self,
@@ -82,18 +86,8 @@ class ReferenceFp8W8A8LinearKernel(FP8ScaledMMLinearKernel):
         return output.to(out_dtype).view(output_shape)
 
 
-class ReferenceFp8W8A16LinearKernel(FP8ScaledMMLinearKernel):
+class ReferenceFp8W8A16LinearKernel(_ReferenceKernel):
     """FP8 weights with activations in 16 bits (`input_activations: null`); products and sums in float32."""
-
-    @classmethod
-    def is_supported(cls, compute_capability: int | None = None) -> Verdict:
-        return _on_cpu()
-
-    @classmethod
-    def can_implement(cls, c: FP8ScaledMMLinearLayerConfig) -> Verdict:
-        if c.weight_quant_key.scale.group_shape == GroupShape(128, 128):
-            return False, "block weights need quantized activations"
-        return True, None
 
     def apply_weights(
         self,

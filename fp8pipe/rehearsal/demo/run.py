@@ -1,9 +1,12 @@
 """The demo: a Hub on loopback, a model trained on the spot, and the same flow that releases a real model.
 
-WORKDIR/hub/          the local Hub's state: `fp8pipe hub serve --root WORKDIR/hub` serves it again
-WORKDIR/base/         the base model and its two datasets, as they were pushed
-WORKDIR/work/         the flow's work folder;  WORKDIR/sabotage/  that of a sabotaged run
-WORKDIR/prefect/      the embedded Prefect server's home
+In its folder:
+
+hub         the local Hub's state, which `fp8pipe hub serve --root FOLDER/hub` serves again
+base        the base model and its two datasets, as they were pushed
+work        the flow's work folder
+sabotage    that of a sabotaged run
+prefect     the home of the embedded Prefect server
 """
 
 from __future__ import annotations
