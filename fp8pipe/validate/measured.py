@@ -59,6 +59,8 @@ class Scale:
     """Flat index and value."""
     placeholder: float | None = None
     all_one: bool = False
+    largest: float = 0.0
+    """Largest finite value."""
 
     @property
     def value(self) -> float | None:

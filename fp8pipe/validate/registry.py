@@ -79,7 +79,7 @@ def all_checks() -> tuple[Check, ...]:
         v_values.weights_are_not_blank,
         v_values.codes_use_the_range,
         v_values.small_weights_survive,
-        v_values.global_scales_have_their_sense,
+        v_values.scales_have_their_sense,
         v_values.fused_scales_are_equal,
         v_values.fused_input_scales_are_equal,
         v_values.scales_are_those_of_the_calibration,

@@ -613,6 +613,11 @@ def global_scale_inverted(folder: Path) -> None:
     alter(folder, f"{O_PROJ}.weight_global_scale", lambda scale: 1 / scale)
 
 
+@case("38e", "fp8-block", "V8", "D1", "D2", "D3", "D6")
+def block_scales_inverted(folder: Path) -> None:
+    alter(folder, f"{O_PROJ}.weight_scale_inv", lambda scale: 1 / scale)
+
+
 @case("38b", "modelopt-nvfp4", "V8", "D1", "D2", "D3", "D6")
 def modelopt_global_scale_inverted(folder: Path) -> None:
     alter(folder, f"{O_PROJ}.weight_scale_2", lambda scale: 1 / scale)

@@ -3,8 +3,8 @@
     python vllm_world.py REQUEST ANSWER
 
 REQUEST: {"folders": [folder with config.json, ...]}, and lists of the arguments of `ask_linear`, `ask_experts`,
-`quantized_drafts` and `kernel_for` as "linears", "experts", "drafts" and "kernels". The ranks are a number in vLLM's
-parallel state: nothing is communicated and nothing computed.
+`quantized_drafts` and `kernel_for` as "linears", "experts", "drafts" and "kernels", and the names of "towers". The
+ranks are a number in vLLM's parallel state: nothing is communicated and nothing computed.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def main() -> None:
     with world_of(Path(request["folders"][0])) as group:
         answer["linears"] = [ask_linear(group, **case) for case in request["linears"]]
         answer["experts"] = [ask_experts(group, **case) for case in request["experts"]]
+        answer["groups"] = {str(columns): takes_inputs(columns) for columns in (128, 192)}
+        answer["towers"] = {name: ask_tower(group, name) for name in request["towers"]}
     path.write_text(json.dumps(answer))
 
 
@@ -130,6 +132,54 @@ def quantization(method: str, strategy: str) -> Any:
     return CompressedTensorsConfig.from_config(
         {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
     )
+
+
+def takes_inputs(columns: int) -> bool:
+    """Whether vLLM quantizes inputs of so many columns in groups of 128; without data it would go no further."""
+    import torch
+    from vllm.model_executor.layers.quantization.utils.fp8_utils import per_token_group_quant_fp8
+
+    try:
+        per_token_group_quant_fp8(torch.ones(4, columns), BLOCK)
+    except AssertionError as error:
+        return "divisible" not in str(error)
+    except Exception:  # there is no GPU to go on with
+        return True
+    return True
+
+
+def ask_tower(group: Any, name: str) -> list[bool]:
+    """For each number of ranks: whether vLLM builds the attention of an encoder with six heads."""
+    return [builds_tower(group, name, ranks) for ranks in RANKS]
+
+
+def builds_tower(group: Any, name: str, ranks: int) -> bool:
+    import torch
+    from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
+    from vllm.model_executor.layers.attention import MMEncoderAttention
+    from vllm.model_executor.models import clip, intern_vit, qwen2_5_vl, siglip
+
+    sizes: dict[str, Any] = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 512}
+    plain = PretrainedConfig(**sizes, qkv_bias=False, qk_normalization=False, layer_norm_eps=1e-6)
+    makers = {
+        "siglip_vision_model": lambda: siglip.SiglipAttention(
+            SiglipVisionConfig(**sizes), prefix="a", attn_cls=MMEncoderAttention
+        ),
+        "clip_vision_model": lambda: clip.CLIPAttention(
+            CLIPVisionConfig(**sizes), prefix="b", attn_cls=MMEncoderAttention
+        ),
+        "qwen2_5_vl": lambda: qwen2_5_vl.Qwen2_5_VisionAttention(384, 6, 384, prefix="c"),
+        "intern_vit_6b": lambda: intern_vit.InternParallelAttention(plain, prefix="d"),
+    }
+    group.world_size = ranks
+    try:
+        with torch.device("meta"):
+            makers[name]()
+    except AssertionError:
+        return False
+    finally:
+        group.world_size = 1
+    return True
 
 
 def ask_linear(

@@ -226,6 +226,8 @@ KERNELS = [
 ]
 
 
+TOWERS = ["siglip_vision_model", "clip_vision_model", "qwen2_5_vl", "intern_vit_6b"]
+
 DRAFTS = {
     "deepseek": (
         latent() | {"num_nextn_predict_layers": 1},
@@ -259,6 +261,7 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     request = {"folders": list(map(str, folders.values())), "linears": LINEARS, "experts": EXPERTS, "kernels": KERNELS}
+    request["towers"] = TOWERS
     request["drafts"] = [case for name in DRAFTS for case in draft_cases(root, name)]
     (root / "request.json").write_text(json.dumps(request))
     command = [
@@ -298,6 +301,27 @@ def test_vllm_builds_the_models_that_load_and_no_other(name: str, vllm: dict[str
         # a fused matrix in blocks that do not fit is built under quant_method fp8, and wrong numbers are loaded
         builds = words == "" and not (MODELS[name][1]["quant_method"] == "fp8" and "rows per GPU" in ours.reason)
         assert (ours.verdict != "no") == builds, (case, words, ours.reason)
+
+
+def test_inputs_that_are_no_whole_groups_are_said_before_the_first_token() -> None:
+    answers = serving(dense(hidden=576, kv=8), scheme("compressed-tensors", "block"))
+    assert "576 inputs are not whole groups of 128" in answers.of("vLLM", "hopper", 1).reason
+    assert answers.of("vLLM", "ada", 1).word == "W8A16"
+    assert serving(dense(kv=8), scheme("compressed-tensors", "block")).of("vLLM", "hopper", 1).verdict != "no"
+
+
+@pytest_vllm
+def test_vllm_quantizes_inputs_by_whole_groups(vllm: dict[str, Any]) -> None:
+    assert vllm["groups"] == {"128": True, "192": False}
+
+
+@pytest_vllm
+@pytest.mark.parametrize("tower", TOWERS)
+def test_encoders_are_cut_where_vllm_cuts_them(tower: str, vllm: dict[str, Any]) -> None:
+    parts = {"text_config": dense(), "vision_config": {"model_type": tower, "num_attention_heads": 6}}
+    answers = serving(dense() | parts, scheme("compressed-tensors", "channel"))
+    builds = [answers.of("vLLM", "hopper", ranks).verdict != "no" for ranks in RANKS]
+    assert vllm["towers"][tower][:3] == builds[:3], answers.of("vLLM", "hopper", 4).reason
 
 
 @pytest_vllm

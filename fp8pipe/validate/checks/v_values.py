@@ -12,7 +12,7 @@ from fp8pipe.quantize.plan.record import OutputTensor
 from fp8pipe.validate.checks.check import check
 from fp8pipe.validate.checks.shared_scales import sharing_group, weight_scale_of
 from fp8pipe.validate.faults import Fault
-from fp8pipe.validate.meaning.formats import Spec
+from fp8pipe.validate.meaning.formats import FP8, FP8_BY_POWERS, Spec
 from fp8pipe.validate.meaning.names import expert_of, split_name
 from fp8pipe.validate.measured import Magnitudes, Scale
 from fp8pipe.validate.measuring.units import FAINT, FAINT_SCALES, top_value
@@ -256,13 +256,14 @@ def small_weights_survive(subject: Subject) -> Iterator[Fault]:
 
 @check(
     "V8",
-    "NVFP4's global scales are as large as their format implies, and not inverted.",
+    "Scales are not inverted: NVFP4's global ones are as large as their format implies, FP8 weights within float16.",
     depth="values",
     needs=("scheme",),
     consequence="vLLM silently divides where it should multiply: the weights are off by a factor of millions",
     remedy="write 2688 / absmax (compressed-tensors: weight_global_scale) or absmax / 2688 (ModelOpt: weight_scale_2)",
 )
-def global_scales_have_their_sense(subject: Subject) -> Iterator[Fault]:
+def scales_have_their_sense(subject: Subject) -> Iterator[Fault]:
+    yield from _inverted_fp8(subject)
     for scale in subject.measured.scales.values():
         spec = subject.specs.get(split_name(scale.entry.name)[0])
         if spec is None or spec.global_scale is None or (value := _usable(scale)) is None:
@@ -271,6 +272,23 @@ def global_scales_have_their_sense(subject: Subject) -> Iterator[Fault]:
         if not low <= value <= high:
             severity = "error" if scale.kind == "global" else "warning"
             yield Fault(f"{low:g} to {high:g}", f"{value:.4g}", scale.entry.shard, scale.entry.name, severity)
+
+
+def _inverted_fp8(subject: Subject) -> Iterator[Fault]:
+    """Scales by which a weight would be larger than float16 holds. V3 says it of scales for a whole weight."""
+    for scale in subject.measured.scales.values():
+        spec = subject.specs.get(split_name(scale.entry.name)[0])
+        if scale.kind != "weight" or spec is None or spec.strategy not in ("channel", "block"):
+            continue
+        if spec.format in (FP8, FP8_BY_POWERS) and scale.largest > FP16_SAFE[1]:
+            yield Fault(
+                f"at most {FP16_SAFE[1]:g}: weights within float16",
+                f"{scale.largest:.4g}",
+                scale.entry.shard,
+                scale.entry.name,
+                "warning",
+                remedy="if these are the reciprocals, write absmax / 448",
+            )
 
 
 @check(

@@ -321,6 +321,7 @@ def _note_scales(scale: Scale, values: torch.Tensor, begin: int) -> None:
             scale.first_unusable = (begin + first, float(values[first]))
         scale.unusable += int(bad.sum())
     scale.all_one = scale.all_one and bool((values == 1).all())
+    scale.largest = max(scale.largest, float(torch.where(torch.isfinite(values), values, 0).max()))
 
 
 def _note_uneven(scale: Scale, values: torch.Tensor, begin: int) -> None:

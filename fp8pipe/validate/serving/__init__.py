@@ -18,7 +18,7 @@ from fp8pipe.model.headers import TensorInfo
 from fp8pipe.records.serving import DEVICES, RANKS, DeviceClass, Engine, Serves, Serving
 from fp8pipe.validate.meaning.scheme import Scheme
 from fp8pipe.validate.serving.facts import Facts, read_facts
-from fp8pipe.validate.serving.kernels import effect, serves_block
+from fp8pipe.validate.serving.kernels import effect, partial_group, serves_block
 from fp8pipe.validate.serving.loaders import transformers_serves
 from fp8pipe.validate.serving.shards import objections
 
@@ -69,6 +69,8 @@ def _vllm(facts: Facts, device: DeviceClass, ranks: int, *, expert_parallel: boo
         return Serves(**case, verdict="no", word="no", counts=False, reason=why)
     if facts.kv == "attn_head" and device == "ada" and not facts.mla:
         return Serves(**case, verdict="no", word="no", counts=False, reason=_HEADS)
+    if why := partial_group(facts, device):
+        return Serves(**case, verdict="no", word="no", counts=False, reason=f"it loads, and stops at a token: {why}")
     changed = effect(facts, device, ranks)
     if changed is not None:
         return Serves(**case, verdict="otherwise", word=changed.word, counts=changed.counts, reason=changed.reason)

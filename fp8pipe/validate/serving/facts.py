@@ -29,11 +29,16 @@ one with `disable_tp`): vllm/model_executor/models/deepseek_v2.py, DeepseekV2MLA
 _QKV = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("wq", "wk", "wv"))
 _READERS = frozenset(leaf for members in FUSED for leaf in members) - _WHOLE
 """What reads the hidden state, also where what it is usually fused with is missing."""
+_CUT_TOWERS = re.compile(
+    r"siglip|clip|blip|aimv2|qwen2|qwen3|glm4v|glm_ocr|ernie4_5|moonvit|kimi|paddleocr|pixtral|idefics"
+)
+"""Beginnings of the model types of encoders in whose attention vLLM divides the heads by the ranks, and refuses a
+remainder. InternVL's stays whole instead."""
 _LAST = ("down_proj", "w2", "output_linear")
 """An expert's second layer, which reads what the expert is wide."""
 _DELTA = ("in_proj_qkv", "in_proj_z")
 _ALIASES = {
-    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads", "encoder_attention_heads"),
     "hidden_size": ("n_embd", "d_model", "dim"),
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
 }
@@ -90,6 +95,8 @@ class Facts:
     kv: Literal["tensor", "attn_head"] | None
     heads: int | None
     """Query heads."""
+    towers: tuple[tuple[str, int], ...]
+    """Encoders that vLLM cuts by their heads, `vision` or `audio`, and how many heads they have."""
     mla: bool
     model_type: str
     """Of the text model."""
@@ -126,12 +133,24 @@ def read_facts(config: Mapping[str, Any], scheme: Scheme, tensors: Mapping[str, 
         spec=spec,
         kv=scheme.kv,
         heads=heads,
+        towers=tuple(_towers(config)),
         mla=any(name.endswith("kv_a_proj_with_mqa.weight") for layer in layers.values() for name in layer),
         model_type=str(text.get("model_type", "")),
         half=dtype.removeprefix("torch.") == "float16",
         matrices=tuple(item for item in known if isinstance(item, Matrix)),
         experts=tuple(item for item in known if isinstance(item, Experts)),
     )
+
+
+def _towers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    for key, part in config.items():
+        if not isinstance(part, Mapping):
+            continue
+        heads = _number(part, "num_attention_heads")
+        if key in ("vision_config", "audio_config") and heads and _CUT_TOWERS.match(str(part.get("model_type"))):
+            yield key.removesuffix("_config"), heads
+        elif key == "thinker_config":
+            yield from _towers(part)
 
 
 def _number(config: Mapping[str, Any], name: str) -> int | None:

@@ -57,6 +57,16 @@ def effect(facts: Facts, device: DeviceClass, ranks: int) -> Effect | None:
     return None
 
 
+def partial_group(facts: Facts, device: DeviceClass) -> str:
+    """Why vLLM stops at the first token: it quantizes the inputs of Linears in blocks by whole groups
+    (`per_token_group_quant_fp8` in fp8_utils.py), except for Marlin, which takes them as they are. Empty if not."""
+    if facts.spec.inputs is None or facts.spec.strategy != "block" or device == "ada":
+        return ""
+    group = _SERVED_BLOCK[1]
+    cut = next((matrix for matrix in facts.matrices if matrix.quantized and matrix.columns % group), None)
+    return f"{cut.name}: {cut.columns} inputs are not whole groups of {group}" if cut is not None else ""
+
+
 def serves_block(block: tuple[int, int] | None) -> bool:
     """Whether vLLM has a kernel for weights in such blocks."""
     return block in (None, _SERVED_BLOCK)

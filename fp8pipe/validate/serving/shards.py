@@ -22,6 +22,9 @@ def objections(facts: Facts, ranks: int, *, expert_parallel: bool = False) -> It
     """Why vLLM does not load the checkpoint on so many GPUs, each reason with its numbers."""
     if facts.heads and facts.heads % ranks:
         yield f"{facts.heads} attention heads do not divide by {ranks}"
+    for name, heads in facts.towers:
+        if heads % ranks:
+            yield f"{heads} heads of the {name} tower do not divide by {ranks}, unless --mm-encoder-tp-mode is data"
     block = facts.spec.block
     for matrix in facts.matrices:
         yield from _matrix(matrix, ranks, block if matrix.quantized else None)
