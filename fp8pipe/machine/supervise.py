@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import io
 import json
+import math
 import os
 import resource
 import selectors
@@ -86,8 +87,9 @@ def supervise(
 ) -> Ending:
     """Run `command`, without standard input, until it ends or has to be ended.
 
-    It is ended after `timeout_s`, or when it has neither logged nor sent a message for `stall_s`, or has sent none for
-    four times `stall_s`; all in seconds. `env` replaces the environment. `on_message` runs in the calling thread.
+    It is ended after `timeout_s`, not counting the time that it waited for a processor, or when it has neither logged
+    nor sent a message for `stall_s`, or has sent none for four times `stall_s`; all in seconds. `env` replaces the
+    environment. `on_message` runs in the calling thread.
     memory_bytes: private memory of each of its processes; beyond it the kernel refuses them more.
 
     However this function ends, even by an exception (KeyboardInterrupt, a cancelled task), no process of the group
@@ -121,7 +123,11 @@ def supervise(
                 reader.drain()
                 _end_group(guard)
                 return Ending("exited", guard.returncode, now - started, log)
-            if timeout_s is not None and now - started > timeout_s:
+            if (
+                timeout_s is not None
+                and (beyond_s := now - started - timeout_s) > 0
+                and beyond_s > _waited_s(guard.pid)
+            ):
                 return Ending("timeout", -1, now - started, log)
             if stall_s is not None and (
                 now - reader.last_sign > stall_s or now - reader.last_message > _PATIENCE * stall_s
@@ -242,6 +248,20 @@ def _members(group: int) -> list[tuple[int, bytes]]:
                 if int(its_group) == group and state not in "ZX":
                     found.append((int(entry.name), (entry / "cmdline").read_bytes()))
     return found
+
+
+def _waited_s(group: int) -> float:
+    """Seconds that the group's first threads waited for a processor while others ran: its leader's, which starts the
+    command, and the most of the others'. 0 where the kernel does not tell (CONFIG_SCHED_INFO), and infinite without a
+    command: it has just ended, and the leader is about to."""
+
+    def delay_ns(pid: int) -> int:
+        try:
+            return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1])
+        except (OSError, IndexError):  # it has just ended, or the kernel does not tell
+            return 0
+
+    return (delay_ns(group) + max((delay_ns(pid) for pid, _ in _members(group)), default=math.inf)) / 1e9
 
 
 # ---------------------------------------------------------------------------------------------- the guard

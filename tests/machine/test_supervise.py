@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -94,6 +95,23 @@ def test_supervise_ends_the_whole_group_at_its_limit(tmp_path: Path, limit: str,
     ending = supervise(command, log=tmp_path / "log", **{limit: 1.5})  # pyright: ignore[reportArgumentType]
     assert ending.reason == reason
     assert all_gone(pids_in(pids))
+
+
+def test_supervise_does_not_count_the_time_that_others_had_the_processor(tmp_path: Path) -> None:
+    """A child of a busy machine was ended at its limit, and the model it read was blamed for it."""
+    processor = min(os.sched_getaffinity(0))
+    pinned = f"import os, time\nos.sched_setaffinity(0, [{processor}])\n"
+    spin = [sys.executable, "-IS", "-c", pinned + "while True: pass"]
+    others = [subprocess.Popen(spin, start_new_session=True) for _ in range(6)]
+    try:
+        code = pinned + "while time.process_time() < 0.7: pass"
+        ending = supervise([sys.executable, "-IS", "-c", code], log=tmp_path / "log", timeout_s=1.5)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert ending.succeeded
+    assert ending.seconds > 1.5
 
 
 def test_supervise_does_not_call_a_command_that_logs_stalled(tmp_path: Path) -> None:
