@@ -99,7 +99,8 @@ def find_samples(
 
 def _failure(ending: Ending, step: str) -> Fp8PipeError:
     """Why there is no answer. The model is to blame only for what its own files did."""
-    said = clip(ending.tail(3).replace("\n", " | "), 1000)
+    refused = next((line for line in ending.tail(500).splitlines() if "memory allocation" in line), None)
+    said = clip(refused or ending.tail(3).replace("\n", " | "), 1000)
     if ending.reason == "exited" and 0 < ending.returncode < 128:
         return Fp8PipeError(f"calibration failed while {step}: {said}")
     if ending.returncode == 128 + signal.SIGKILL:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -95,6 +96,20 @@ def test_tokenizer_that_panics_is_refused(llama: Path, tmp_path: Path, spec: Cal
 def test_tokenizer_that_crashes_is_refused(llama: Path, tmp_path: Path, spec: CalibrationSpec) -> None:
     folder = with_code(llama, tmp_path, signal.SIGABRT)
     assert "crashed while tokenizing row" in error_of(spec, folder, trust_remote_code=True)
+
+
+def test_tokenizer_whose_text_grows_without_end_is_refused(
+    llama: Path, tmp_path: Path, spec: CalibrationSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "_MEMORY_BYTES", 300_000_000)
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
+    doubled = {"type": "Replace", "pattern": {"Regex": "."}, "content": "word" * 16}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [doubled] * 6}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert re.search(
+        r"crashed while tokenizing row \d+ \(memory allocation of \d+ bytes failed\)", error_of(spec, folder)
+    )
 
 
 def test_a_killed_child_does_not_blame_the_model(llama: Path, tmp_path: Path, spec: CalibrationSpec) -> None:
