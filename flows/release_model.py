@@ -11,6 +11,7 @@ from prefect.states import Completed
 import tasks
 from fp8pipe import stages
 from fp8pipe.config import ReleaseSpec, ResolvedRelease
+from fp8pipe.machine import device
 from fp8pipe.quantize import fingerprint
 from fp8pipe.records import GateDecision, Outcome, Snapshot
 from fp8pipe.release.outcome import decided, unsound
@@ -33,6 +34,7 @@ def release_model(spec: ReleaseSpec) -> State[Outcome]:
     When the numbers reject it, the recipe's next fallback is tried.
     """
     job = spec.resolve()
+    device.require(())
     workspace = Workspace(Path(spec.work_dir).resolve())
     tasks.plan_evaluation(job, workspace)
     snapshot = tasks.pin(spec.model)
@@ -50,7 +52,7 @@ def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, ear
     """One recipe, from plan to publication."""
     spec, recipe = job.spec, job.recipe
     plan = tasks.plan(snapshot, recipe, spec.trust_remote_code, spec.oracles)
-    tasks.require_counted(plan, job.policy)
+    tasks.require_machine(snapshot, plan, job.suite, job.policy)
     calibration = None
     if recipe.needs_calibration:
         snapshot = tasks.download(snapshot, spec.trust_remote_code)

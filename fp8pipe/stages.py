@@ -104,6 +104,26 @@ def _serving(snapshot: Snapshot, plan: Plan) -> Serving | None:
     return what_serves(config, read_scheme(plan.quantization_config), tensors)
 
 
+def require_machine(snapshot: Snapshot, plan: Plan, suite: EvalSuite, policy: GatePolicy) -> tuple[str, ...]:
+    """Refuse, before anything is calibrated or quantized, what this machine cannot evaluate or what could not count.
+
+    Returns warnings: of the machine, and of each device class of the policy on which no verdict would count. Raises
+    NoSuitableDevice for a machine that cannot serve FP8, or cannot hold the model before or after, and as
+    `require_counted` does.
+    """
+    from fp8pipe.evaluate.footprint import need_of
+    from fp8pipe.hub.source import read_file
+    from fp8pipe.machine import device
+
+    config = json.loads(read_file(snapshot, "config.json"))
+    cache = "fp8" if plan.settings.kv_cache is not None else "auto"
+    before = need_of(f"{plan.model_id} unquantized", plan.source_bytes, config, suite.engine)
+    engine = suite.engine | {"kv_cache_dtype": cache}
+    after = need_of(f"{plan.model_id} under {plan.recipe}", plan.output_bytes, config, engine)
+    machine = device.require([before, after])
+    return (*machine.warnings, *require_counted(plan, policy, machine.device.device_class))
+
+
 def require_counted(plan: Plan, policy: GatePolicy, device_class: str) -> tuple[str, ...]:
     """A warning for each device class of the policy on which no verdict would count, because vLLM serves the plan's
     checkpoint by another kernel than its scheme asks for, or not at all.
@@ -384,7 +404,9 @@ def evaluate_model(
 ) -> EvalReport:
     """Measure a model by hand: a candidate if it is a checkpoint of fp8pipe or served in FP8, else a baseline."""
     from fp8pipe.evaluate import evaluate, request_for
+    from fp8pipe.machine import device
 
+    device.require(())  # before anything is downloaded; the engine's process looks at the model's size
     checkpoint = Checkpoint.load_if_present(record_path(Path(model), "checkpoint")) if Path(model).is_dir() else None
     if checkpoint is not None:
         path, model_id, fingerprint = Path(model), checkpoint.model_id, checkpoint.fingerprint

@@ -7,8 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
 from fp8pipe import stages
-from fp8pipe.config import GatePolicy, Recipe
-from fp8pipe.machine.device import detect
+from fp8pipe.config import EvalSuite, GatePolicy, Recipe
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Snapshot
 from fp8pipe.records.calibration import Calibration
@@ -52,13 +51,13 @@ def plan(
 
 
 @task(
-    name="require-counted",
-    task_run_name="require-counted {plan.model_id} {plan.recipe}",
+    name="require-machine",
+    task_run_name="require-machine {plan.model_id} {plan.recipe}",
     **STAGE,
 )
-def require_counted(plan: Plan, policy: GatePolicy) -> None:
-    """Refuse before anything is quantized what no verdict on this machine could release; warn of other devices."""
-    for warning in stages.require_counted(plan, policy, detect().device_class):
+def require_machine(snapshot: Snapshot, plan: Plan, suite: EvalSuite, policy: GatePolicy) -> None:
+    """Refuse before any work what this machine cannot evaluate or no verdict here could release; log warnings."""
+    for warning in stages.require_machine(snapshot, plan, suite, policy):
         get_run_logger().warning("%s", warning)
 
 

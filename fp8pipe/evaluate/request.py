@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from fp8pipe.config import EvalSuite
 from fp8pipe.errors import EngineFailed, ModelNotFound
-from fp8pipe.evaluate.environment import CPU_ENGINE_ARGUMENTS, is_cpu_build, library_versions
+from fp8pipe.evaluate.environment import CPU_ENGINE_ARGUMENTS, library_versions
 from fp8pipe.files import digest_of
+from fp8pipe.machine.builds import is_cpu_build
 from fp8pipe.model.identity import folder_identity
 from fp8pipe.records import Record, Retry
 

@@ -20,8 +20,10 @@ import fp8pipe
 from fp8pipe.errors import EngineFailed
 from fp8pipe.evaluate.child import reporting_errors
 from fp8pipe.evaluate.environment import library_versions, prepare_process, use_cpu_engine
+from fp8pipe.evaluate.footprint import need_for
 from fp8pipe.evaluate.parts import ROWS, Part, Parts, joined, table_rows
 from fp8pipe.evaluate.request import EvalRequest
+from fp8pipe.machine import device
 from fp8pipe.machine.supervise import Send, take_channel
 from fp8pipe.records import EngineFacts, EvalReport, FlipRate, SampleText, ServingFigures
 
@@ -49,6 +51,7 @@ def measure(request: EvalRequest, send: Send, folder: Path) -> EvalReport:
     """Start the engine and measure as requested; finished parts of tasks are kept in `folder`/parts."""
     started = time.monotonic()
     send({"note": "loading tasks"})
+    device.require([need_for(request)], starts=True)
     prepare_process()
     from fp8pipe.evaluate.tasks import load_tasks
 

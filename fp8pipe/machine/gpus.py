@@ -16,9 +16,6 @@ from xml.etree import ElementTree
 
 from fp8pipe.errors import NoSuitableDevice
 
-ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-"""Environment under which CUDA numbers GPUs as nvidia-smi does; by default it puts the fastest first."""
-
 _FIELDS: tuple[str, ...] = ("index", "uuid", "compute_cap", "memory.total", "memory.free", "mig.mode.current", "name")
 _TIMEOUT_S = 60.0
 """A driver that waits for a GPU which no longer answers never returns; a first start takes some seconds a GPU."""

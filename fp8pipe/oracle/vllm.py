@@ -103,7 +103,7 @@ class Verdict:
 
 def version() -> str | None:
     """Version of the vLLM that is installed; None if there is none."""
-    from fp8pipe.evaluate.environment import vllm_version
+    from fp8pipe.machine.builds import vllm_version
 
     try:
         return vllm_version()

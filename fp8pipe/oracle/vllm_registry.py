@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fp8pipe.errors import UnsupportedArchitecture
-from fp8pipe.evaluate.environment import vllm_version
 from fp8pipe.hub import source
+from fp8pipe.machine.builds import vllm_version
 from fp8pipe.model.architecture import Architecture
 from fp8pipe.model.untrusted import clip
 from fp8pipe.records import Snapshot

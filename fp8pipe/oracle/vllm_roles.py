@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.evaluate.environment import vllm_version
 from fp8pipe.files import digest_of
+from fp8pipe.machine.builds import vllm_version
 from fp8pipe.machine.supervise import supervise
 from fp8pipe.oracle import bounds
 

@@ -36,11 +36,24 @@ def examine() -> list[Diagnosis]:
 
 
 def _device() -> Diagnosis:
-    found = device.detect()
-    if found.problem:
-        return Diagnosis(name="device", outcome="failed", detail=found.problem)
-    note = "" if found.device_class != "cpu" else "; a verdict from a CPU counts only under a policy that names cpu"
-    return Diagnosis(name="device", outcome="ok", detail=f"{found.device_class}: {found.name}{note}")
+    machine = device.examine()
+    if machine.problems:
+        return Diagnosis(name="device", outcome="failed", detail="; ".join(machine.problems))
+    found = _described(machine.device)
+    if machine.warnings:
+        return Diagnosis(name="device", outcome="warning", detail="; ".join((found, *machine.warnings)))
+    return Diagnosis(name="device", outcome="ok", detail=found)
+
+
+def _described(found: device.Device) -> str:
+    if not found.gpus:
+        note = "; a verdict from a CPU counts only under a policy that names cpu" * (found.device_class == "cpu")
+        return f"{found.device_class}: {found.name}{note}"
+    count = f"{len(found.gpus)} x " if len(found.gpus) > 1 else ""
+    memory = {(gpu.free_bytes, gpu.total_bytes) for gpu in found.gpus}
+    free, total = min(memory, key=lambda pair: pair[0] or 0)
+    told = "" if free is None or total is None else f", {human_bytes(free)} of {human_bytes(total)} free"
+    return f"{found.device_class}: {count}{found.name}{told}"
 
 
 def _packages() -> Diagnosis:

@@ -148,7 +148,7 @@ def test_other_code_versions_device_and_settings_are_asked_again(
     assert [count(), count()] == [1, 1]
     for change in (
         lambda: monkeypatch.setattr(basis, "version", lambda name: f"{installed(name)}.{name == 'compressed-tensors'}"),
-        lambda: monkeypatch.setattr(basis, "detect", lambda: Device("hopper", "NVIDIA H100", None)),
+        lambda: monkeypatch.setattr(basis, "detect", lambda: Device("hopper", "NVIDIA H100")),
         lambda: monkeypatch.setenv("VLLM_MLA_DISABLE", "1"),
         lambda: monkeypatch.setattr(basis, "_code", lambda: "other"),
     ):

@@ -370,7 +370,7 @@ def test_vllm_builds_predicting_layers_unquantized_by_the_entries_of_the_plan(vl
 def _facts(method: str, strategy: str, **changes: Any) -> Facts:
     understood = read_scheme(scheme(method, strategy))
     assert understood is not None
-    known: dict[str, Any] = {"heads": None, "mla": False, "model_type": "llama", "half": False}
+    known: dict[str, Any] = {"heads": None, "towers": (), "mla": False, "model_type": "llama", "half": False}
     spec = understood.groups[0].spec
     return Facts(**{"method": method, "spec": spec, "kv": None, "matrices": (), "experts": ()} | known | changes)
 
