@@ -20,6 +20,8 @@ class ProgressEvent:
     """"B" for bytes, else a plural noun: tensors, layers, samples, files."""
     note: str = ""
     """What the stage is working on, in a few words."""
+    waiting: bool = False
+    """Whether it waits for another run; `note` says for which."""
 
 
 SETTLE_S = 1.0

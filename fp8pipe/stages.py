@@ -154,10 +154,12 @@ def calibrate(
     snapshot: Snapshot, plan: Plan, recipe: Recipe, workspace: Workspace, *, device: str, progress: Progress = quiet
 ) -> Calibration:
     """The ranges that this recipe needs. Recipes that need the same ones share them."""
-    from fp8pipe.calibrate import calibrate, calibration_key
+    from fp8pipe.calibrate import calibration_key
+    from fp8pipe.calibrate.child import calibrate_in_child
 
     key = calibration_key(snapshot, recipe, device=device)
-    return calibrate(snapshot, plan, recipe, workspace.calibration(key), device=device, progress=progress)
+    folder = workspace.calibration(key)
+    return calibrate_in_child(snapshot, plan, recipe, folder, key=key, device=device, progress=progress)
 
 
 def quantize(

@@ -1,4 +1,4 @@
-"""Evaluations in vLLM: one engine at a time on this machine, in a child process that ends with the task."""
+"""Evaluations in vLLM: one engine at a time on a device, in a child process that ends with the task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from fp8pipe.config import EvalSuite, ResolvedRelease
 from fp8pipe.records import EvalReport, Snapshot
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets
-from tasks.engine_slot import engine_slot
 from tasks.progress import artifact_key, reporter
 from tasks.retries import STAGE
 
@@ -23,8 +22,7 @@ def evaluate_baseline(
 ) -> EvalReport:
     """The BF16 source, measured up to this look; one measurement serves all recipes."""
     progress = reporter("evaluate baseline", suite.name)
-    with engine_slot():
-        return stages.evaluate_baseline(snapshot, suite, workspace, looks=looks, look=look, progress=progress)
+    return stages.evaluate_baseline(snapshot, suite, workspace, looks=looks, look=look, progress=progress)
 
 
 @task(name="evaluate candidate", task_run_name="evaluate {job.recipe.name}", **STAGE)
@@ -33,16 +31,9 @@ def evaluate_candidate(
 ) -> EvalReport:
     """The checkpoint, measured up to this look and served as its recipe intends; leaves a table of both sides."""
     progress, recipe = reporter("evaluate candidate", job.suite.name), job.recipe.name
-    with engine_slot():
-        report = stages.evaluate_candidate(
-            checkpoint_folder,
-            job.suite,
-            folder,
-            baseline=baseline,
-            looks=job.policy.looks,
-            look=look,
-            progress=progress,
-        )
+    report = stages.evaluate_candidate(
+        checkpoint_folder, job.suite, folder, baseline=baseline, looks=job.policy.looks, look=look, progress=progress
+    )
     key = artifact_key("evaluation", report.model_id, recipe)
     table = sheets.markdown(sheets.evaluation_sheet(baseline, report))
     create_markdown_artifact(table, key=key, description=f"Evaluation: {report.model_id}, {recipe}")

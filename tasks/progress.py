@@ -10,10 +10,15 @@ from dataclasses import replace
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
+from prefect.context import TaskRunContext
 from prefect.logging import get_logger
+from prefect.states import Running
 
 from fp8pipe.progress import Progress, ProgressEvent, describe, quiet
 
+AWAITING = "AwaitingDevice"
+"""Name of the state of a flow run that waits until another run is done with a device, or with a folder of both."""
 _UPDATE_EVERY_S = 2.0
 
 _terminal: Progress = quiet
@@ -38,10 +43,11 @@ def artifact_key(*parts: str) -> str:
 
 
 class _Reporter:
-    """Renames a stage's events to the task's stage and keeps one progress artifact, updated every few seconds.
+    """Renames a stage's events to the task's stage and keeps one progress artifact, updated every few seconds. While
+    the stage waits for another run, the state of the flow run says so.
 
     Events come from any thread, and the threads of a pool lack the context that links an artifact to its task. When
-    Prefect does not answer, the artifact is lost but the work continues.
+    Prefect does not answer, artifact and state are lost but the work continues.
     """
 
     def __init__(self, stage: str, note: str) -> None:
@@ -54,19 +60,26 @@ class _Reporter:
         self.task = copy_context()
         self.lock = threading.Lock()
         self.failed = False
+        self.waits_for = ""
 
     def __call__(self, event: ProgressEvent) -> None:
         _terminal(replace(event, stage=self.stage))
-        if not event.total:
-            return
         with self.lock:
             try:
-                self.task.copy().run(self._keep_artifact, event)  # a copy: a context serves one thread at a time
+                self.task.copy().run(self._show, event)  # a copy: a context serves one thread at a time
                 self.failed = False
             except Exception as error:  # progress must never end the work
                 if not self.failed:
-                    get_logger(__name__).warning("%s: no progress artifact: %s", self.stage, error)
+                    get_logger(__name__).warning("%s: Prefect shows no progress: %s", self.stage, error)
                 self.failed = True
+
+    def _show(self, event: ProgressEvent) -> None:
+        waits_for = event.note if event.waiting else ""
+        if waits_for != self.waits_for:
+            self.waits_for = waits_for
+            _set_state(waits_for)
+        if event.total:
+            self._keep_artifact(event)
 
     def _keep_artifact(self, event: ProgressEvent) -> None:
         assert event.total
@@ -82,6 +95,21 @@ class _Reporter:
             self.artifact = _create(artifact_key("progress", self.stage, self.note), percent, text)
         else:
             update_progress_artifact(self.artifact, progress=percent, description=text)
+
+
+def _set_state(waits_for: str) -> None:
+    """Set the state of the flow run that this task belongs to: AwaitingDevice with a message, then Running again.
+
+    A run that was cancelled meanwhile stays that."""
+    context = TaskRunContext.get()
+    if context is None or context.task_run.flow_run_id is None:
+        return
+    run_id = context.task_run.flow_run_id
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(run_id).state
+        if state is not None and state.is_running():
+            waiting = Running(name=AWAITING, message=waits_for)
+            client.set_flow_run_state(run_id, waiting if waits_for else Running())
 
 
 def _create(key: str, percent: float, text: str) -> UUID:

@@ -36,6 +36,7 @@ def clean_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
             if (name.startswith(FOREIGN) and name not in OURS) or name.lower() in PROXIES:
                 patch.delenv(name)
         patch.setenv("FP8PIPE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("FP8PIPE_LOCKS", str(tmp_path_factory.mktemp("locks")))  # no engine waits for another test's
         # Two threads of an engine wait for each other beside other work, which makes tiny models ten times slower.
         patch.setenv("OMP_NUM_THREADS", "1")
         yield

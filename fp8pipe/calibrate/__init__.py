@@ -9,6 +9,7 @@ lockstep      all passes, one layer at a time           key          equal keys,
 forward       the loop over layers                      sensitivity  what FP8 costs each Linear
 ranges        ranges that are measured, or taken        memory       samples share passes; smaller passes when memory
               instead, or refused                                    runs out
+child         all of it in a process that ends
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from fp8pipe.model.architecture import Architecture
     from fp8pipe.quantize.plan import Plan
 
-__all__ = ["RECORD_NAME", "calibrate", "calibration_key"]
+__all__ = ["RECORD_NAME", "calibrate", "calibration_key", "finished"]
 
 RECORD_NAME = "calibration.json"
 
@@ -66,8 +67,7 @@ def calibrate(
     device = resolved(device)
     revision = pin(recipe.calibration)
     key = key_of(snapshot, recipe, revision, device)
-    done = Calibration.load_if_present(folder / RECORD_NAME)
-    if done is not None and done.key == key and _covers(done, plan):
+    if done := finished(folder, key, plan):
         return done
 
     samples = samples or _samples(snapshot, plan, recipe, revision)
@@ -153,6 +153,12 @@ def _skeleton(snapshot: Snapshot, plan: Plan, device: str, stack: ExitStack) -> 
         scales=scales,
         block=plan.source_block,
     )
+
+
+def finished(folder: Path, key: str, plan: Plan) -> Calibration | None:
+    """The record of an earlier calibration with this key, if it has what `plan` needs."""
+    done = Calibration.load_if_present(folder / RECORD_NAME)
+    return done if done is not None and done.key == key and _covers(done, plan) else None
 
 
 def _covers(calibration: Calibration, plan: Plan) -> bool:

@@ -67,15 +67,22 @@ def environment(device: str) -> Environment:
 
     import torch
 
-    from fp8pipe.machine.device import class_of_capability
-
     on_gpu = device.startswith("cuda")
     return Environment(
-        device_class=class_of_capability(*torch.cuda.get_device_capability(device)) if on_gpu else "cpu",
+        device_class=_class_of(device) if on_gpu else "cpu",
         versions={"torch": torch.__version__, "transformers": version("transformers")},
         threads=torch.get_num_threads(),
         instructions=None if on_gpu else _instructions(),
     )
+
+
+def _class_of(device: str) -> str:
+    """Hardware class of cuda or cuda:<n>, from the driver's own tool: asking torch would start CUDA in a process that
+    only looks for a record. Raises NoSuitableDevice."""
+    from fp8pipe.machine.device import class_of_capability
+    from fp8pipe.machine.gpus import nth
+
+    return class_of_capability(*nth(device)[0].capability)
 
 
 def _instructions() -> str:

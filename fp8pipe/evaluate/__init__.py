@@ -10,14 +10,15 @@ Nothing here imports torch, vLLM or lm-eval: a report that exists already is fou
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fp8pipe.errors import EngineFailed, SourceChanged
-from fp8pipe.evaluate.child import run_child
 from fp8pipe.evaluate.memory import MAX_RETRIES, shortage, smaller
 from fp8pipe.evaluate.request import EvalRequest, baseline_key, request_for
 from fp8pipe.evaluate.texts import require_answer
+from fp8pipe.machine.child import run_child
+from fp8pipe.machine.locks import device_locks, folder_lock, hold
 from fp8pipe.machine.supervise import Ending, Message
 from fp8pipe.model.identity import folder_identity
 from fp8pipe.progress import Progress, ProgressEvent, quiet
@@ -37,7 +38,8 @@ long. Loading and compiling a large model takes less."""
 def evaluate(request: EvalRequest, folder: Path, *, progress: Progress = quiet) -> EvalReport:
     """Measure as requested. The report is `folder/report.json`, the full log `folder/worker.log`.
 
-    A finished report of an equal request is returned without starting anything. Tasks that an interrupted run finished,
+    A finished report of an equal request is returned without starting anything. Otherwise the run waits until no other
+    uses the device or the folder, and the worker holds them. Tasks that an interrupted run finished,
     and documents of earlier looks, are not scored again; nor are those of a smaller `limit`, unless examples are drawn
     for the prompts. An engine that runs out of memory is started again with smaller batches, then with less context;
     the report lists these retries.
@@ -49,7 +51,15 @@ def evaluate(request: EvalRequest, folder: Path, *, progress: Progress = quiet) 
     finished = _finished(folder, request)
     if finished is not None:
         return finished
-    report = _run_worker(request, folder, progress)
+    locks = (folder_lock(folder), *device_locks(request.device, request.ranks))
+    work = f"evaluate {request.model_id} as {request.role} in {folder}"
+    with hold(locks, work, stage="evaluate", progress=progress) as held:
+        # Whoever had the folder may have measured the same.
+        return _finished(folder, request) or _measured(request, folder, held, progress)
+
+
+def _measured(request: EvalRequest, folder: Path, locks: Sequence[int], progress: Progress) -> EvalReport:
+    report = _run_worker(request, folder, locks, progress)
     if request.role == "candidate" and folder_identity(Path(request.model)) != request.folder_identity:
         (folder / "report.json").unlink()
         raise SourceChanged(f"{request.model}: altered while it was measured; the measurement is void, run it again")
@@ -78,7 +88,7 @@ def _look_path(folder: Path, request: EvalRequest) -> Path:
     return folder / "looks" / f"{request.share:g}-{request.identity()[:16]}.json"
 
 
-def _run_worker(request: EvalRequest, folder: Path, progress: Progress) -> EvalReport:
+def _run_worker(request: EvalRequest, folder: Path, locks: Sequence[int], progress: Progress) -> EvalReport:
     """Run the worker until it reports; start it again with smaller settings when memory runs out."""
     earlier = EvalRequest.load_if_present(folder / "request.json")
     known = earlier is not None and earlier.identity() == request.identity()
@@ -88,7 +98,7 @@ def _run_worker(request: EvalRequest, folder: Path, progress: Progress) -> EvalR
         # The old report goes before the new request comes, so that the two in the folder always belong together.
         (folder / "report.json").unlink(missing_ok=True)
         request.save(folder / "request.json")
-        ending = _run_once(request, folder, progress)
+        ending = _run_once(request, folder, locks, progress)
         if ending.succeeded:
             return EvalReport.load(folder / "report.json")
         cause = shortage(ending.tail(_SHORTAGE_LINES), ending.returncode) if ending.reason == "exited" else None
@@ -99,7 +109,7 @@ def _run_worker(request: EvalRequest, folder: Path, progress: Progress) -> EvalR
         progress(ProgressEvent("evaluate", 0, None, "requests", f"out of memory; again with {_listed(changed)}"))
 
 
-def _run_once(request: EvalRequest, folder: Path, progress: Progress) -> Ending:
+def _run_once(request: EvalRequest, folder: Path, locks: Sequence[int], progress: Progress) -> Ending:
     note = ""
 
     def on_message(message: Message) -> None:
@@ -108,7 +118,7 @@ def _run_once(request: EvalRequest, folder: Path, progress: Progress) -> Ending:
         progress(ProgressEvent("evaluate", message.get("done", 0), message.get("total"), "requests", note))
 
     path, log = folder / "request.json", folder / "worker.log"
-    ending = run_child("fp8pipe.evaluate.worker", path, log=log, on_message=on_message, stall_s=STALL_S)
+    ending = run_child("fp8pipe.evaluate.worker", path, log=log, on_message=on_message, stall_s=STALL_S, locks=locks)
     if ending.reason == "exited":
         require_answer(request.model, ending, note)
     return ending

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fp8pipe.config import EvalSuite
 from fp8pipe.errors import EngineFailed
-from fp8pipe.evaluate.child import reporting_errors, run_child
+from fp8pipe.machine.child import reporting_errors, run_child
 from fp8pipe.machine.supervise import take_channel
 from fp8pipe.records import Record
 

@@ -7,6 +7,7 @@ the class of device are part of it; the path of the model is not.
 from __future__ import annotations
 
 import importlib.metadata
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +55,17 @@ class EvalRequest(Record):
     def reduced(self) -> dict[str, int | float]:
         """Engine arguments that replace the requested ones, so that the model fits into memory."""
         return {name: value for retry in self.retries for name, value in retry.changed.items()}
+
+    @property
+    def device(self) -> str:
+        """Where vLLM serves: cpu or cuda."""
+        return "cpu" if self.device_class == "cpu" else "cuda"
+
+    @property
+    def ranks(self) -> int:
+        """How many devices the engine takes."""
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        return prod(int(self.engine.get(name) or 1) for name in sizes)
 
     def identity(self) -> str:
         """sha256 hex of everything that may change a result."""

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import fp8pipe
 from fp8pipe.errors import EngineFailed
-from fp8pipe.evaluate.child import reporting_errors
 from fp8pipe.evaluate.environment import library_versions, prepare_process, use_cpu_engine
 from fp8pipe.evaluate.footprint import need_for
 from fp8pipe.evaluate.parts import ROWS, Part, Parts, joined, table_rows
 from fp8pipe.evaluate.request import EvalRequest
 from fp8pipe.machine import device
+from fp8pipe.machine.child import reporting_errors
 from fp8pipe.machine.supervise import Send, take_channel
 from fp8pipe.records import EngineFacts, EvalReport, FlipRate, SampleText, ServingFigures
 

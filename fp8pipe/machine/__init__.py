@@ -1,1 +1,1 @@
-"""The machine that all this runs on: its devices, child processes, memory, and a Prefect server."""
+"""The machine that all this runs on: its devices and locks on them, child processes, memory, and a Prefect server."""

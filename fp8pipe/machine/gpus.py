@@ -53,6 +53,21 @@ def visible(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
     return selected(installed(), environ.get("CUDA_VISIBLE_DEVICES"))
 
 
+def nth(device: str, count: int = 1) -> tuple[Gpu, ...]:
+    """`count` GPUs from `device` on, which is cuda or cuda:<n> as this process numbers them.
+
+    Raises NoSuitableDevice if there are not as many.
+    """
+    first, gpus = int(device.partition(":")[2] or 0), visible()
+    found = gpus[first : first + count]
+    if len(found) < count:
+        raise NoSuitableDevice(
+            f"{device}: this takes {count} GPU{'s' * (count > 1)} from number {first} on, and this process may use "
+            f"{len(gpus)}; see nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    return found
+
+
 def selected(gpus: Sequence[Gpu], setting: str | None) -> tuple[Gpu, ...]:
     """Those of `gpus` that this value of CUDA_VISIBLE_DEVICES leaves; None: it is not set.
 

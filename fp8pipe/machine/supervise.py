@@ -84,6 +84,7 @@ def supervise(
     timeout_s: float | None = None,
     stall_s: float | None = None,
     memory_bytes: int | None = None,
+    locks: Sequence[int] = (),
 ) -> Ending:
     """Run `command`, without standard input, until it ends or has to be ended.
 
@@ -91,6 +92,7 @@ def supervise(
     nor sent a message for `stall_s`, or has sent none for four times `stall_s`; all in seconds. `env` replaces the
     environment. `on_message` runs in the calling thread.
     memory_bytes: private memory of each of its processes; beyond it the kernel refuses them more.
+    locks: descriptors that guard and command keep open, so that a lock on them lasts until both have ended.
 
     However this function ends, even by an exception (KeyboardInterrupt, a cancelled task), no process of the group
     survives, not even a stopped one, and none of their shared memory: TERM first, KILL after GRACE_S.
@@ -100,16 +102,16 @@ def supervise(
         output = stack.enter_context(log.open("wb"))
         lifeline, _held_open = _pipe(stack)
         messages, messages_end = _pipe(stack)
-        channel = str(messages_end.fileno())
-        orders = [str(lifeline.fileno()), channel, str(GRACE_S), str(memory_bytes or 0)]
+        channel = messages_end.fileno()
+        orders = json.dumps([lifeline.fileno(), channel, list(locks), GRACE_S, memory_bytes])
         started = time.monotonic()
         guard = subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, *orders, *command],
+            [sys.executable, "-I", "-S", __file__, orders, *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**(os.environ if env is None else env), CHANNEL: channel},
-            pass_fds=(lifeline.fileno(), messages_end.fileno()),
+            env={**(os.environ if env is None else env), CHANNEL: str(channel)},
+            pass_fds=(lifeline.fileno(), channel, *locks),
             start_new_session=True,
         )
         stack.callback(_end_group, guard)
@@ -267,10 +269,12 @@ def _waited_s(group: int) -> float:
 # ---------------------------------------------------------------------------------------------- the guard
 
 
-def _guard(lifeline: int, channel: int, grace_s: float, memory_bytes: int, command: list[str]) -> int:
+def _guard(
+    lifeline: int, channel: int, locks: list[int], grace_s: float, memory_bytes: int | None, command: list[str]
+) -> int:
     """Run the command and return its exit status; end the group if the parent's end of the lifeline closes."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # TERM to the group is for the command; the guard outlives it
-    child = subprocess.Popen(command, pass_fds=(channel,), preexec_fn=lambda: _prepare_command(memory_bytes))
+    child = subprocess.Popen(command, pass_fds=(channel, *locks), preexec_fn=lambda: _prepare_command(memory_bytes))
     os.close(channel)
     orphaned = threading.Event()
     threading.Thread(target=_watch, args=(lifeline, grace_s, orphaned), daemon=True).start()
@@ -280,7 +284,7 @@ def _guard(lifeline: int, channel: int, grace_s: float, memory_bytes: int, comma
     return code if code >= 0 else 128 - code
 
 
-def _prepare_command(memory_bytes: int) -> None:
+def _prepare_command(memory_bytes: int | None) -> None:
     """Between fork and exec: die with the guard, react to TERM again, and have no more memory than is allowed."""
     if memory_bytes:  # private memory: what is only reserved, as by CUDA, does not count
         resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
@@ -297,4 +301,4 @@ def _watch(lifeline: int, grace_s: float, orphaned: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(_guard(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), sys.argv[5:]))
+    sys.exit(_guard(*json.loads(sys.argv[1]), command=sys.argv[2:]))

@@ -75,7 +75,8 @@ class _Stage:
 class StageDisplay:
     """A live list of stages: a context manager that takes ProgressEvents from any thread.
 
-    If the output is not a terminal, it prints a line when a stage starts, one every half minute, and one when it ends.
+    If the output is not a terminal, it prints a line when a stage starts, one every half minute, one when it ends, and
+    one for each run that it waits for.
     """
 
     console: Console
@@ -102,8 +103,9 @@ class StageDisplay:
             self.stages.append(_Stage(event.stage, time.monotonic(), event, before=event.done))
             self._print(f"  ... {event.stage} {event.note}")
         else:
+            waits = event.waiting and event.note != self.stages[-1].event.note
             self.stages[-1].take(event)
-            if time.monotonic() - self._printed > PRINT_EVERY_S:
+            if waits or time.monotonic() - self._printed > PRINT_EVERY_S:
                 self._print(f"      {event.stage:<22} {self.stages[-1].line()}")
 
     def _finish_last(self, *, failed: bool = False) -> None:

@@ -124,7 +124,7 @@ def test_a_prefect_that_does_not_answer_costs_the_artifact_and_not_the_work(
     for _ in range(3):
         report(ProgressEvent("quantize", 2, 2, "B"))
     assert len(terminal) == 4
-    assert [record.getMessage() for record in caplog.records] == ["quantize: no progress artifact: no server"]
+    assert [record.getMessage() for record in caplog.records] == ["quantize: Prefect shows no progress: no server"]
 
 
 def shown(*events: ProgressEvent, error: type[Exception] | None = None) -> str:

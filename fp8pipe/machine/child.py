@@ -1,16 +1,20 @@
-"""Child processes of this room: `python -m MODULE REQUEST`, supervised. An error of fp8pipe's own kind that a child
-meets is raised in the parent, as the class it was."""
+"""Child processes that do a stage's work: `python -m MODULE REQUEST`, supervised. An error of fp8pipe's own kind that a
+child meets is raised in the parent, as the class it was."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fp8pipe import errors
 from fp8pipe.errors import Fp8PipeError
 from fp8pipe.machine.supervise import Ending, Message, Send, supervise
+
+_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+"""CUDA numbers GPUs as nvidia-smi does, and so as those that are locked; by default it puts the fastest first."""
 
 
 def run_child(
@@ -20,8 +24,12 @@ def run_child(
     log: Path,
     on_message: Callable[[Message], None] = lambda message: None,
     stall_s: float | None = None,
+    locks: Sequence[int] = (),
 ) -> Ending:
-    """Run the module on the request to its end. Raises the error that it reported, if it did."""
+    """Run the module on the request to its end. Raises the error that it reported, if it did.
+
+    locks: descriptors of locks that it shares, as `hold` yields them.
+    """
     reported: list[Message] = []
 
     def receive(message: Message) -> None:
@@ -31,7 +39,7 @@ def run_child(
             on_message(message)
 
     command = [sys.executable, "-m", module, str(request.resolve())]
-    ending = supervise(command, log=log, on_message=receive, stall_s=stall_s)
+    ending = supervise(command, log=log, env=os.environ | _ORDER, on_message=receive, stall_s=stall_s, locks=locks)
     if reported:
         raise _error_in(reported[-1], ending)
     return ending
