@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROFILE := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)
 STAMP := $(VENV)/.fp8pipe-$(PROFILE)
 
-.PHONY: setup demo sabotage check fix test test-long bench lock clean
+.PHONY: setup demo sabotage check fix test test-long bench gpu-check lock clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,10 @@ test-long: check
 
 bench: setup
 	$(BIN)/python -m benchmarks
+
+# On a machine that has Python, torch with CUDA, transformers and numba; nothing is set up. PYTHON names the interpreter.
+gpu-check:
+	@PYTHON="$(firstword $(shell command -v $(PYTHON) python3))" scripts/gpu_check $(GPU_CHECK)
 
 # torch's CPU build, as in scripts/setup: pip's find-links folder where one is set, else PyTorch's own index.
 TORCH = $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
