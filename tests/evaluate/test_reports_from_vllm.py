@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from support.evaluation import ask, evaluate_by, make_suite, make_tiny_llama
+from support.evaluation import ask, evaluate_by, make_fp8_kv_twin, make_suite, make_tiny_llama
 from support.machine import require_fp8_kv_cache
 
 from fp8pipe import stages
@@ -108,6 +108,26 @@ def test_online_quantization_and_its_cache_are_named_in_the_report(
     assert engine.kv_cache_dtype == "fp8_e4m3"
     assert engine.quantization == "fp8"
     assert engine.linear_kernels != ()
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "cache"),
+    [("compressed-tensors", "auto", "fp8"), ("compressed-tensors", "bfloat16", "bfloat16"), ("fp8", "auto", "auto")],
+)
+def test_a_kv_cache_scheme_alone_turns_the_fp8_cache_on_where_vllm_reads_it(
+    warm_python: str, tiny_llama: Path, task_dir: Path, tmp_path: Path, method: str, asked: str, cache: str
+) -> None:
+    """What --kv-cache-dtype does, and its absence: the cards' and README's words about the serve line rest on this."""
+    require_fp8_kv_cache()
+    twin = make_fp8_kv_twin(tiny_llama, tmp_path / "fp8")
+    if method == "fp8":
+        config = json.loads((twin / "config.json").read_text())
+        ours = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+        config["quantization_config"] = ours | {"kv_cache_scheme": "static"}
+        (twin / "config.json").write_text(json.dumps(config))
+    suite = make_suite(task_dir, tiny_choose=TaskSpec(samples=2))
+    request = ask(twin, suite, role="candidate", kv_cache_dtype=asked)
+    assert evaluate_by(warm_python, request, tmp_path / "evaluation").engine.kv_cache_dtype == cache
 
 
 def test_context_that_does_not_fit_is_halved_and_the_report_says_so(

@@ -96,6 +96,19 @@ def test_serve_command_pins_the_tag_and_turns_on_the_cache_that_was_measured() -
     assert serve in commands(render_card(replace(plain_cache, decision=accepted, recipe=recipe(kv_cache=None))))
 
 
+def test_a_card_says_what_turns_the_cache_on() -> None:
+    """As measured in tests/evaluate/test_reports_from_vllm.py."""
+    facts = facts_of()
+    by_itself = render_card(facts)
+    assert "The checkpoint asks for it, so vLLM uses it without" in by_itself
+    assert "With --kv-cache-dtype bfloat16, the KV cache stays in 16 bits" in by_itself
+    assert "keeps the model's dtype" not in by_itself
+    kv = facts.recipe.kv_cache
+    by_the_flag = render_card(replace(facts, recipe=recipe(kv_cache=kv, checkpoint_format="fp8")))
+    assert "It was measured with `--kv-cache-dtype fp8`, which turns on the FP8 KV cache" in by_the_flag
+    assert "Without --kv-cache-dtype fp8, the KV cache keeps the model's dtype" in by_the_flag
+
+
 def test_reproduction_commands_name_the_release_and_its_measurement() -> None:
     lines = commands(render_card(facts_of()))
     assert [

@@ -74,6 +74,12 @@ class CardFacts:
         """Whether the candidate was measured with an FP8 KV cache."""
         return self.candidate.engine.kv_cache_dtype.startswith("fp8")
 
+    @property
+    def asks_for_cache(self) -> bool:
+        """Whether vLLM uses an FP8 KV cache for this checkpoint by itself: it reads `kv_cache_scheme` under
+        compressed-tensors (model_executor/layers/attention/attention.py), and no key of the fp8 method."""
+        return self.recipe.kv_cache is not None and self.recipe.checkpoint_format == "compressed-tensors"
+
 
 def facts_of_folder(folder: Path, *, repo_id: str) -> CardFacts:
     """Read the facts from DIR/fp8pipe/. InputError names a record that is missing."""

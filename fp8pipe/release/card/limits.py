@@ -27,7 +27,9 @@ def known_limits(facts: CardFacts) -> Iterator[str]:
         yield f"Measured on {engine.device_class} only; kernels differ between device classes."
     if facts.recipe.activations is not None:
         yield "On GPUs below compute capability 8.9, vLLM computes in 16 bits with FP8 weights; this was not measured."
-    if facts.recipe.kv_cache is not None:
+    if facts.asks_for_cache:
+        yield "With --kv-cache-dtype bfloat16, the KV cache stays in 16 bits; this was not measured."
+    elif facts.recipe.kv_cache is not None:
         yield "Without --kv-cache-dtype fp8, the KV cache keeps the model's dtype; this was not measured."
     names = ", ".join(dict.fromkeys(task.task for task in facts.decision.tasks))
     yield f"Accuracy is known for {names} within {engine.max_model_len:,} tokens of context; nothing else was measured."

@@ -67,6 +67,7 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "serve_command": serve_command(facts),
         "tag": facts.checkpoint.release_tag,
         "fp8_cache": facts.fp8_cache,
+        "asks_for_cache": facts.asks_for_cache,
         "served_table": markdown.table(served[0]),
         "served_notes": served[1],
         "served_rules": " and ".join(map(" ".join, serving.rules.items())) if serving is not None else "",
