@@ -49,6 +49,7 @@ def ours(recipe: str, source: Path, output: Path) -> float:
     from fp8pipe import stages
     from fp8pipe.config import load_recipe
     from fp8pipe.quantize import preload, quantize
+    from fp8pipe.validate import planned  # noqa: F401  the plan is held against vLLM
 
     preload()  # loading code counts for the whole process, not for `inside`
     snapshot, chosen = stages.pin(str(source)), load_recipe(recipe)

@@ -182,6 +182,7 @@ def _timed(command: Sequence[str | Path], cache: Path) -> tuple[float, str]:
     """Seconds of a process from start to end, and its stdout."""
     began = time.perf_counter()
     own = os.environ | {"FP8PIPE_CACHE": str(cache)}
+    own.pop("PYTHONDONTWRITEBYTECODE", None)  # a user's Python keeps what it compiles
     answer = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - began
     if answer.returncode:

@@ -68,7 +68,8 @@ class Pool:
             finally:
                 with self._changed:
                     self._running -= 1
-                    self._changed.notify_all()
+                    if not self._running and not self._tasks:  # `drain` waits for that
+                        self._changed.notify_all()
 
     def _next(self) -> Task | None:
         with self._changed:
@@ -84,6 +85,7 @@ class Pool:
             self._error = self._error or error
             self._tasks.clear()
             self._closing = True
+            self._changed.notify_all()
 
 
 def _counted(tasks: Sequence[Task], then: Task) -> list[Task]:
