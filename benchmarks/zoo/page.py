@@ -112,7 +112,7 @@ def _other(cell: Cell | None, note: Callable[[str], str]) -> str:
 
 
 def _short(text: str) -> str:
-    """One line without the folder of this run."""
+    """One line of at most 240 characters."""
     words = " ".join(text.split())
     return textwrap.shorten(words, 240, placeholder=" ...")
 

@@ -108,7 +108,7 @@ def make_row(name: str, recipes: Sequence[Recipe], work: Path, report: Callable[
             _fill(cell, model, source, folder, recipe)
             cell.predictor = predictor and (predictors.kept(folder, predictor) or "kept")
         except Fp8PipeError as error:
-            cell.exit_code, cell.message = error.exit_code, str(error)
+            cell.exit_code, cell.message = error.exit_code, str(error).replace(f"{source.parent}/", "")
         except Exception as error:  # whatever else is a defect, which the page is there to show
             frame = traceback.extract_tb(error.__traceback__)[-1]
             cell.exit_code = 5
