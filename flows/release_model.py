@@ -81,7 +81,7 @@ def _decide(
 ) -> GateDecision:
     """Measure and gate, look by look, until the samples settle it or the looks are used up."""
     for look in job.policy.look_numbers:
-        baseline = tasks.evaluate_baseline(snapshot, job.suite, workspace, job.policy.looks, look)
+        baseline = tasks.evaluate_baseline(snapshot, job, workspace, look)
         candidate = tasks.evaluate_candidate(folder.checkpoint, job, folder.evaluation, baseline, look)
         decision = tasks.gate(baseline, candidate, job, folder.checkpoint, look, earlier)
         if decision.final:

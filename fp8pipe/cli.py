@@ -308,6 +308,7 @@ def evaluate(
     ] = "auto",
     online: Annotated[Literal["fp8"] | None, typer.Option(help="Let vLLM quantize the BF16 model at load")] = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first N samples of each task", min=1)] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Let this model bring its own Python code")] = False,
 ) -> None:
     """Measure a model or checkpoint with lm-eval in vLLM, and write report.json."""
     from fp8pipe import stages
@@ -317,7 +318,14 @@ def evaluate(
     chosen = load_suite(suite)
     with _stage_display("evaluate") as display:
         report = stages.evaluate_model(
-            model, chosen, output, kv_cache_dtype=kv_cache_dtype, online=online, limit=limit, progress=display
+            model,
+            chosen,
+            output,
+            kv_cache_dtype=kv_cache_dtype,
+            online=online,
+            limit=limit,
+            trust_remote_code=trust_remote_code,
+            progress=display,
         )
     out.print(report.table, markup=False)
     for note in measurement_notes(report):

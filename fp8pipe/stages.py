@@ -108,14 +108,16 @@ def require_machine(snapshot: Snapshot, plan: Plan, suite: EvalSuite, policy: Ga
     """Refuse, before anything is calibrated or quantized, what this machine cannot evaluate or what could not count.
 
     Returns warnings: of the machine, and of each device class of the policy on which no verdict would count. Raises
-    NoSuitableDevice for a machine that cannot serve FP8, or cannot hold the model before or after, and as
-    `require_counted` does.
+    NoSuitableDevice for a machine that cannot serve FP8, or cannot hold the model before or after, ConfigError for
+    engine arguments that do not fit, and as `require_counted` does.
     """
+    from fp8pipe.evaluate.arguments import check_arguments
     from fp8pipe.evaluate.footprint import need_of
     from fp8pipe.hub.source import read_file
     from fp8pipe.machine import device
 
     config = json.loads(read_file(snapshot, "config.json"))
+    check_arguments(suite, config)
     cache = "fp8" if plan.settings.kv_cache is not None else "auto"
     before = need_of(f"{plan.model_id} unquantized", plan.source_bytes, config, suite.engine)
     engine = suite.engine | {"kv_cache_dtype": cache}
@@ -346,6 +348,7 @@ def evaluate_baseline(
     *,
     looks: tuple[float, ...] = (1.0,),
     look: int = 1,
+    trust_remote_code: bool = False,
     progress: Progress = quiet,
 ) -> EvalReport:
     """The source model's own measurement up to this look, made once for all recipes."""
@@ -358,6 +361,7 @@ def evaluate_baseline(
         model_id=snapshot.model_id,
         fingerprint=snapshot.commit,
         looks=looks[:look],
+        trust_remote_code=trust_remote_code,
     )
     folder = workspace.baseline(baseline_key(snapshot.commit, suite, looks=looks))
     return evaluate(request, folder, progress=progress)
@@ -379,6 +383,7 @@ def evaluate_candidate(
     did not, but measurements with two context lengths cannot be compared.
     """
     from fp8pipe.evaluate import evaluate, request_for
+    from fp8pipe.quantize.plan import Plan
 
     checkpoint = Checkpoint.load(record_path(checkpoint_folder, "checkpoint"))
     request = request_for(
@@ -390,6 +395,7 @@ def evaluate_candidate(
         kv_cache_dtype=_kv_cache_dtype(checkpoint_folder),
         looks=looks[:look],
         retries=baseline.retries if baseline is not None else (),
+        trust_remote_code=Plan.load(record_path(checkpoint_folder, "plan")).trust_remote_code,
     )
     return evaluate(request, folder, progress=progress)
 
@@ -402,6 +408,7 @@ def evaluate_model(
     kv_cache_dtype: str,
     online: str | None,
     limit: int | None,
+    trust_remote_code: bool = False,
     progress: Progress = quiet,
 ) -> EvalReport:
     """Measure a model by hand: a candidate if it is a checkpoint of fp8pipe or served in FP8, else a baseline."""
@@ -414,7 +421,7 @@ def evaluate_model(
         path, model_id, fingerprint = Path(model), checkpoint.model_id, checkpoint.fingerprint
         kv_cache_dtype = _kv_cache_dtype(path) if kv_cache_dtype == "auto" else kv_cache_dtype
     else:
-        snapshot = download(pin(model), progress=progress)
+        snapshot = download(pin(model), trust_remote_code=trust_remote_code, progress=progress)
         path, model_id, fingerprint = snapshot.path, snapshot.model_id, snapshot.commit
     changed = checkpoint is not None or online is not None or kv_cache_dtype != "auto"
     request = request_for(
@@ -426,6 +433,7 @@ def evaluate_model(
         kv_cache_dtype=kv_cache_dtype,
         online=online,
         limit=limit,
+        trust_remote_code=trust_remote_code,
     )
     return evaluate(request, folder, progress=progress)
 

@@ -8,7 +8,7 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact
 
 from fp8pipe import stages
-from fp8pipe.config import EvalSuite, ResolvedRelease
+from fp8pipe.config import ResolvedRelease
 from fp8pipe.records import EvalReport, Snapshot
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets
@@ -17,12 +17,17 @@ from tasks.retries import STAGE
 
 
 @task(name="evaluate baseline", task_run_name="evaluate {snapshot.model_id}", **STAGE)
-def evaluate_baseline(
-    snapshot: Snapshot, suite: EvalSuite, workspace: Workspace, looks: tuple[float, ...], look: int
-) -> EvalReport:
+def evaluate_baseline(snapshot: Snapshot, job: ResolvedRelease, workspace: Workspace, look: int) -> EvalReport:
     """The BF16 source, measured up to this look; one measurement serves all recipes."""
-    progress = reporter("evaluate baseline", suite.name)
-    return stages.evaluate_baseline(snapshot, suite, workspace, looks=looks, look=look, progress=progress)
+    return stages.evaluate_baseline(
+        snapshot,
+        job.suite,
+        workspace,
+        looks=job.policy.looks,
+        look=look,
+        trust_remote_code=job.spec.trust_remote_code,
+        progress=reporter("evaluate baseline", job.suite.name),
+    )
 
 
 @task(name="evaluate candidate", task_run_name="evaluate {job.recipe.name}", **STAGE)

@@ -24,6 +24,7 @@ CPU_ENGINE_ARGUMENTS: dict[str, Any] = {  # Any: values of vLLM's engine argumen
 
 _VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process: it starts faster and can be inspected
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # vLLM forks by default, from a process that runs threads by then
     "VLLM_NO_USAGE_STATS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -82,7 +83,7 @@ def _record_loaded_bytes() -> None:
     """
     from vllm.model_executor.model_loader import base_loader
 
-    from fp8pipe.evaluate.engine import weight_bytes
+    from fp8pipe.evaluate.worker_side import weight_bytes
 
     prepare = getattr(base_loader, _PREPARE)
 

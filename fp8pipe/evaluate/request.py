@@ -13,10 +13,12 @@ from typing import Any, Literal
 
 from fp8pipe.config import EvalSuite
 from fp8pipe.errors import EngineFailed, ModelNotFound
+from fp8pipe.evaluate.arguments import check_arguments
 from fp8pipe.evaluate.environment import CPU_ENGINE_ARGUMENTS, library_versions
 from fp8pipe.files import digest_of
 from fp8pipe.machine.builds import is_cpu_build
 from fp8pipe.model.identity import folder_identity
+from fp8pipe.model.untrusted import parse_json
 from fp8pipe.records import Record, Retry
 
 
@@ -89,15 +91,18 @@ def request_for(
     limit: int | None = None,
     looks: tuple[float, ...] = (1.0,),
     retries: tuple[Retry, ...] = (),
+    trust_remote_code: bool = False,
 ) -> EvalRequest:
     """The request to measure the checkpoint folder `model` on this machine.
 
     `online` is vLLM's `quantization` while loading; `retries` are those that the other side's engine needed, so that
-    this side starts with the same engine. Raises ModelNotFound for a folder without config.json, and EngineFailed when
-    vLLM or lm-eval is not installed.
+    this side starts with the same engine. Raises ModelNotFound for a folder without config.json, ConfigError for engine
+    arguments that do not fit, and EngineFailed when vLLM or lm-eval is not installed.
     """
     if not (model / "config.json").is_file():
         raise ModelNotFound(f"{model}: no config.json; expected the folder of a checkpoint")
+    config, _ = parse_json((model / "config.json").read_bytes(), constants=True)
+    check_arguments(suite, config if isinstance(config, dict) else {})
     host = this_host()
     return EvalRequest(
         role=role,
@@ -110,15 +115,20 @@ def request_for(
         limit=limit,
         looks=looks,
         retries=retries,
-        engine=_engine_arguments(suite, kv_cache_dtype=kv_cache_dtype, online=online, on_cpu=host.on_cpu),
+        engine=_engine_arguments(
+            suite, kv_cache_dtype=kv_cache_dtype, online=online, on_cpu=host.on_cpu, trusted=trust_remote_code
+        ),
         versions=host.versions,
         device_class=host.device_class,
     )
 
 
-def _engine_arguments(suite: EvalSuite, *, kv_cache_dtype: str, online: str | None, on_cpu: bool) -> dict[str, Any]:
+def _engine_arguments(
+    suite: EvalSuite, *, kv_cache_dtype: str, online: str | None, on_cpu: bool, trusted: bool
+) -> dict[str, Any]:
     """The platform's defaults, overridden by the suite, overridden by what is measured."""
-    measured = {"kv_cache_dtype": kv_cache_dtype} | ({"quantization": online} if online else {})
+    measured: dict[str, Any] = {"kv_cache_dtype": kv_cache_dtype} | ({"quantization": online} if online else {})
+    measured |= {"trust_remote_code": True} if trusted else {}
     return (CPU_ENGINE_ARGUMENTS if on_cpu else {}) | {"seed": suite.seed} | suite.engine | measured
 
 

@@ -114,7 +114,7 @@ def kernels() -> dict[str, Any]:
 
 
 def read(module: torch.nn.Module) -> Any:
-    from fp8pipe.evaluate.engine import look_at
+    from fp8pipe.evaluate.worker_side import look_at
 
     try:
         return look_at(module)

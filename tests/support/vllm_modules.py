@@ -44,7 +44,7 @@ def ask(model: torch.nn.Module) -> dict[str, dict[str, Any]]:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
     from vllm.model_executor.layers.linear import LinearBase
 
-    from fp8pipe.evaluate.engine import look_at
+    from fp8pipe.evaluate.worker_side import look_at
 
     answers: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules():

@@ -16,21 +16,29 @@ def shell(*words: str) -> str:
 
 def serve_command(facts: CardFacts) -> str:
     """How to serve the release as it was measured."""
-    return shell("vllm", "serve", facts.repo_id, "--revision", facts.checkpoint.release_tag, *_cache(facts))
+    return shell(
+        "vllm", "serve", facts.repo_id, "--revision", facts.checkpoint.release_tag, *_trust(facts), *_cache(facts)
+    )
 
 
 def _cache(facts: CardFacts) -> tuple[str, ...]:
     return ("--kv-cache-dtype", "fp8") if facts.fp8_cache else ()
 
 
+def _trust(facts: CardFacts) -> tuple[str, ...]:
+    return ("--trust-remote-code",) if facts.candidate.engine.arguments.get("trust_remote_code") else ()
+
+
 def fp8pipe_commands(facts: CardFacts) -> Iterator[str]:
     """From the source to the verdict."""
     source = facts.source.model_id if facts.source.is_local else f"{facts.source.model_id}@{facts.source.commit}"
     recipe, suite, policy = facts.recipe.name, facts.candidate.suite, facts.decision.policy
-    yield shell("fp8pipe", "quantize", source, "--recipe", recipe, "--output", "checkpoint")
+    yield shell("fp8pipe", "quantize", source, "--recipe", recipe, "--output", "checkpoint", *_trust(facts))
     yield shell("fp8pipe", "validate", "checkpoint", "--source", source)
-    yield shell("fp8pipe", "evaluate", source, "--suite", suite, "--output", "baseline")
-    yield shell("fp8pipe", "evaluate", "checkpoint", "--suite", suite, "--output", "candidate", *_cache(facts))
+    yield shell("fp8pipe", "evaluate", source, "--suite", suite, "--output", "baseline", *_trust(facts))
+    yield shell(
+        "fp8pipe", "evaluate", "checkpoint", "--suite", suite, "--output", "candidate", *_trust(facts), *_cache(facts)
+    )
     yield shell("fp8pipe", "gate", "baseline", "candidate", "--policy", policy, "--checkpoint", "checkpoint")
 
 
