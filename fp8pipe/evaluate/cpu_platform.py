@@ -5,12 +5,14 @@ placeholder, and a fused activation kernel is missing. Block weights and FP8 exp
 and most of those leave activations in 16 bits. `register` supplies what is missing in torch, under names that begin
 with `Reference`, so that a CPU measures W8A8, and every CPU the same. Correctness comes before speed.
 
-On any other platform `register` does nothing. vLLM calls it in every process, through the entry point in
-`vllm.general_plugins`. Importing this module imports only the standard library.
+On any other platform `register` supplies nothing. vLLM calls it in every process, through the entry point in
+`vllm.general_plugins`; in those of an evaluation it also has loaded weights noted for the module proof. Importing this
+module imports only the standard library.
 """
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,10 +22,18 @@ if TYPE_CHECKING:
 NAME = "fp8pipe_cpu"
 """Name of the entry point, which the user's VLLM_PLUGINS may exclude."""
 
+NOTES_WEIGHTS = "FP8PIPE_NOTES_WEIGHTS"
+"""Environment variable that the processes of an evaluation have."""
+
 
 def register() -> None:
     """Entry point: supply what the CPU platform lacks. Does nothing elsewhere, or when called again."""
     from vllm.platforms import current_platform
+
+    if os.environ.get(NOTES_WEIGHTS):
+        from fp8pipe.evaluate.stored_weights import watch_loading
+
+        watch_loading()
 
     if not current_platform.is_cpu() or active():
         return

@@ -61,6 +61,8 @@ class MeteredVLLM(_VLLM):
         self.shuffle: random.Random | None = None
         """Draws the order in which prompts enter the engine; None: lm-eval's order, by length."""
         self._generated: list[tuple[list[int], bool]] = []
+        self.note = lambda words: send({"note": words})
+        """Tells the parent what the engine does."""
         generate, bar = self.model.generate, _reporting_bar(lambda message: send(message | {"note": self.doing}))
         self.model.generate = lambda *args, **options: generate(*args, **(options | {"use_tqdm": bar}))
 

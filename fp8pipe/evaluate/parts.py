@@ -19,7 +19,15 @@ from pydantic import ConfigDict
 
 from fp8pipe.config import LIKELIHOODS
 from fp8pipe.errors import EngineFailed
-from fp8pipe.records import MetricSamples, Record, ServingFigures, TaskResult, mean_of_samples
+from fp8pipe.records import (
+    PROOF_VERSION,
+    MetricSamples,
+    ModuleProof,
+    Record,
+    ServingFigures,
+    TaskResult,
+    mean_of_samples,
+)
 
 ROWS = ("results", "groups", "versions", "n-shot", "higher_is_better", "group_subtasks")
 """Keys of lm-eval's results that its table is made from."""
@@ -35,6 +43,13 @@ class Part(Record):
     stop: int
     result: TaskResult
     rows: dict[str, Any]  # Any: lm-eval's results, by ROWS
+
+
+class Proof(Record):
+    """The module proof of one measurement."""
+
+    identity: str
+    proof: ModuleProof
 
 
 class Timing(Record):
@@ -75,6 +90,16 @@ class Parts:
     def again(self) -> Parts:
         """The parts of a baseline's second run."""
         return Parts(self.folder / "again", self.identity)
+
+    def find_proof(self) -> ModuleProof | None:
+        """The module proof of this measurement; None if there is none of this version."""
+        found = Proof.load_if_present(self.folder / "modules" / "proof.json")
+        fits = found is not None and found.identity == self.identity and found.proof.version == PROOF_VERSION
+        return found.proof if found is not None and fits else None
+
+    def save_proof(self, proof: ModuleProof) -> None:
+        """Save the module proof."""
+        Proof(identity=self.identity, proof=proof).save(self.folder / "modules" / "proof.json")
 
     def find_timing(self) -> ServingFigures | None:
         """The serving figures of this measurement; None if they have not been taken."""

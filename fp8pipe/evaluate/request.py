@@ -19,7 +19,7 @@ from fp8pipe.files import digest_of
 from fp8pipe.machine.builds import is_cpu_build
 from fp8pipe.model.identity import folder_identity
 from fp8pipe.model.untrusted import parse_json
-from fp8pipe.records import Record, Retry
+from fp8pipe.records import PROOF_VERSION, Record, Retry
 
 
 class EvalRequest(Record):
@@ -45,6 +45,8 @@ class EvalRequest(Record):
     versions: dict[str, str]
     """Installed versions of vllm, lm_eval, transformers and torch."""
     device_class: str
+    proof_version: int = PROOF_VERSION
+    """Of the module proof: a report without it, or with that of another version, is made again from its parts."""
     retries: tuple[Retry, ...] = ()
     """Reductions of the engine's arguments that earlier starts needed to fit into memory."""
 
@@ -75,7 +77,7 @@ class EvalRequest(Record):
 
     def parts_identity(self) -> str:
         """sha256 hex of what is measured and how, but not of how many documents: equal ones can share their parts."""
-        asked = self.model_dump(mode="json", exclude={"model", "suite", "limit", "looks", "retries"})
+        asked = self.model_dump(mode="json", exclude={"model", "suite", "limit", "looks", "proof_version", "retries"})
         return digest_of([asked, self.reduced.get("max_model_len")])
 
 

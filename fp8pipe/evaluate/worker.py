@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import fp8pipe
 from fp8pipe.errors import EngineFailed
+from fp8pipe.evaluate.cpu_platform import NOTES_WEIGHTS
 from fp8pipe.evaluate.environment import library_versions, prepare_process, use_cpu_engine
 from fp8pipe.evaluate.footprint import need_for
 from fp8pipe.evaluate.parts import ROWS, Part, Parts, joined, table_rows
@@ -25,7 +26,16 @@ from fp8pipe.evaluate.request import EvalRequest
 from fp8pipe.machine import device
 from fp8pipe.machine.child import reporting_errors
 from fp8pipe.machine.supervise import Send, take_channel
-from fp8pipe.records import EngineFacts, EvalReport, FlipRate, SampleText, ServingFigures
+from fp8pipe.records import (
+    PROOF_VERSION,
+    EngineFacts,
+    EvalReport,
+    FlipRate,
+    ModuleOutput,
+    ModuleProof,
+    SampleText,
+    ServingFigures,
+)
 
 if TYPE_CHECKING:
     from fp8pipe.evaluate.engine import MeteredVLLM
@@ -67,6 +77,7 @@ def measure(request: EvalRequest, send: Send, folder: Path) -> EvalReport:
 
 def _start_engine(request: EvalRequest, send: Send) -> MeteredVLLM:
     send({"note": "importing vLLM"})
+    os.environ[NOTES_WEIGHTS] = "1"
     use_cpu_engine()
     from fp8pipe.evaluate.engine import MeteredVLLM
 
@@ -76,7 +87,7 @@ def _start_engine(request: EvalRequest, send: Send) -> MeteredVLLM:
 
 
 def measure_with(lm: MeteredVLLM, request: EvalRequest, tasks: list[LoadedTask], parts: Parts) -> EvalReport:
-    """Measure on a running engine: sample generation, tasks, the second run of a baseline, serving figures."""
+    """Measure on a running engine: module proof, samples, tasks, the second run of a baseline, serving figures."""
     from fp8pipe.evaluate.engine import engine_facts
     from fp8pipe.evaluate.sample_texts import sample_texts
     from fp8pipe.evaluate.serving import check_fits
@@ -84,12 +95,27 @@ def measure_with(lm: MeteredVLLM, request: EvalRequest, tasks: list[LoadedTask],
     suite, facts = request.suite, engine_facts(lm, request.engine | request.reduced)
     if suite.serving is not None:
         check_fits(suite.serving, facts.max_model_len)
+    proof = _proof(lm, parts)
     lm.doing = "sample generation"
     samples = sample_texts(lm, suite)
     chains = [_scored(request, task, lm, parts) for task in tasks]
     flips = _flips(request, tasks, chains, lm, parts.again()) if request.role == "baseline" else ()
     served = _served(request, lm, parts, comparable=facts.device_class != "cpu")
-    return _report(request, lm, facts, chains, samples=samples, flips=flips, serving=served)
+    return _report(request, lm, facts, chains, proof=proof, samples=samples, flips=flips, serving=served)
+
+
+def _proof(lm: MeteredVLLM, parts: Parts) -> ModuleProof:
+    """Run every layer on its seeded input, once for all looks."""
+    from fp8pipe.evaluate.modules import prove
+
+    known = parts.find_proof()
+    if known is None:
+        lm.note("every module through its kernel")
+        found = [(rank, one) for rank, seen in enumerate(lm.model.apply_model(prove)) for one in seen]
+        modules = tuple(ModuleOutput(rank=rank, **one) for rank, one in found)
+        known = ModuleProof(version=PROOF_VERSION, modules=modules)
+        parts.save_proof(known)
+    return known
 
 
 def _scored(request: EvalRequest, task: LoadedTask, lm: MeteredVLLM, parts: Parts) -> list[Part]:
@@ -201,6 +227,7 @@ def _report(
     facts: EngineFacts,
     chains: list[list[Part]],
     *,
+    proof: ModuleProof,
     samples: tuple[SampleText, ...],
     flips: tuple[FlipRate, ...],
     serving: ServingFigures | None,
@@ -224,6 +251,7 @@ def _report(
         versions=library_versions() | {"fp8pipe": fp8pipe.__version__},
         table=_table(list(suite.tasks), chains),
         folder_identity=request.folder_identity,
+        proof=proof,
         samples=samples,
         flips=flips,
         serving=serving,

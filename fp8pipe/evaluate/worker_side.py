@@ -25,7 +25,7 @@ def look_at(model: torch.nn.Module) -> dict[str, list[str]]:
             kv_cache |= {str(module.kv_cache_dtype)} if hasattr(module, "kv_cache_dtype") else set()
         elif isinstance(module, MMEncoderAttention):  # in a tower: without a cache, its backend a member of an enum
             attention.add(module.attn_backend.name)
-        elif name := _kernel_name(module):
+        elif name := kernel_name(module):
             kernels.add(name)
     return {"kernels": sorted(kernels), "attention": sorted(attention), "kv_cache": sorted(kv_cache)}
 
@@ -39,7 +39,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 
 
-def _kernel_name(module: torch.nn.Module) -> str | None:
+def kernel_name(module: torch.nn.Module) -> str | None:
     """Class of the kernel that a quantized layer holds; if it holds none, class of its scheme or method. None for a
     layer that is not quantized.
 

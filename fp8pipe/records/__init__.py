@@ -31,6 +31,7 @@ from fp8pipe.records.evaluation import (
     TaskResult,
     mean_of_samples,
 )
+from fp8pipe.records.modules import PROOF_VERSION, ModuleOutput, ModuleProof
 from fp8pipe.records.paths import RECORD_FILES, record_path
 from fp8pipe.records.release import (
     VERDICT_EXIT_CODES,
@@ -51,6 +52,7 @@ from fp8pipe.records.validation import (
 
 __all__ = [
     "DEPTHS",
+    "PROOF_VERSION",
     "RECORD_DIR",
     "RECORD_FILES",
     "VERDICT_EXIT_CODES",
@@ -68,6 +70,8 @@ __all__ = [
     "GateDecision",
     "Manifest",
     "MetricSamples",
+    "ModuleOutput",
+    "ModuleProof",
     "Outcome",
     "Record",
     "Release",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from fp8pipe.records.base import Record
+from fp8pipe.records.modules import ModuleProof
 
 
 def mean_of_samples(metric: str, values: Sequence[float], weights: Sequence[float] = ()) -> float:
@@ -173,6 +174,8 @@ class EvalReport(Record):
     """lm-eval's own result table."""
     folder_identity: str | None = None
     """Identity of the checkpoint folder when it was measured; None for a baseline."""
+    proof: ModuleProof | None = None
+    """What each layer answered to its seeded input; None in a report of another program, or of an earlier version."""
     samples: tuple[SampleText, ...] = ()
     """The sample generation. Card and reports show what is odd about it."""
     flips: tuple[FlipRate, ...] = ()

@@ -3,6 +3,7 @@
     accuracy      both sides per task, with 95 % intervals
     drop          each drop with its bounds, against its margin
     flips         every sample whose result changed, by its place in the order of the suite
+    modules       every layer of the engine's model, by its distance from the baseline's
     sensitivity   what FP8 costs each Linear, layer by layer (of a calibration, not of a decision)
 
 Tasks share an axis, in percent or points. A metric that is not a share is drawn in its own unit on the same axis, and
@@ -11,10 +12,11 @@ its label gives the value.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fp8pipe.gate.modules import Compared, compare_modules
 from fp8pipe.records import EvalReport, GateDecision, TaskDecision, metric_label
 from fp8pipe.release.scores import in_points, interval_of, number
 
@@ -64,6 +66,9 @@ def write_plots(decision: GateDecision, baseline: EvalReport, candidate: EvalRep
         "accuracy": lambda: _accuracy(decision, baseline, candidate),
         "flips": lambda: _flips(decision, baseline, candidate),
     }
+    if baseline.proof is not None and candidate.proof is not None:
+        compared = compare_modules(baseline.proof, candidate.proof)
+        draw["modules"] = lambda: _modules(compared)
     return {name: _save(make, folder / name) for name, make in draw.items()}
 
 
@@ -214,6 +219,43 @@ def changed_samples(task: TaskDecision, baseline: EvalReport, candidate: EvalRep
 
 def _legend(figure: Figure, handles: list[Any], labels: list[str]) -> None:  # Any: matplotlib's handles
     figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), fontsize=9, handlelength=1.6)
+
+
+# ---------------------------------------------------------------------------------------------- modules
+
+KEPT = "not quantized"
+
+
+def _modules(compared: Sequence[Compared]) -> Figure:
+    """One row per kind of layer, one mark per layer, the bound of the kind as a dashed line."""
+    from matplotlib.lines import Line2D
+
+    kinds: dict[str, list[Compared]] = {}
+    for one in compared:
+        kinds.setdefault(kind_of(one), []).append(one)
+    rows = sorted(kinds, key=lambda kind: (kind == KEPT, kinds[kind][0].bound, kind))
+    figure, axes = _canvas(len(rows), "Distance of each layer's output from the BF16 model's", row=0.45)
+    for row, kind in enumerate(rows):
+        found = sorted(kinds[kind], key=lambda one: one.error)
+        width = 100 * found[0].bound
+        axes.plot([width, width], [row - 0.3, row + 0.3], color=_INK, linewidth=1.6, linestyle=(0, (3, 2)))
+        at = [min(100 * one.error, 1.5 * width) for one in found]  # what is far off stays in the picture
+        spread = [row + 0.22 * (place % 5 - 2) / 2 for place in range(len(found))]  # so that equal ones are all seen
+        colours = [_CANDIDATE if one.error <= one.bound else _COLOURS["rejected"] for one in found]
+        axes.scatter(at, spread, s=14, c=colours, alpha=0.6, linewidths=0)
+    axes.set_yticks(range(len(rows)), [f"{kind}, n = {len(kinds[kind]):,}" for kind in rows])
+    axes.set_xlim(left=-0.2)
+    axes.set_xlabel("percent of the output's norm (left is better)")
+    handle = Line2D([], [], color=_INK, linewidth=1.6, linestyle=(0, (3, 2)))
+    _legend(figure, [handle], ["bound: the largest acceptable distance"])
+    return figure
+
+
+def kind_of(one: Compared) -> str:
+    """The last part of a layer's name that says what it is (qkv_proj, experts, ...), if it is quantized."""
+    if not one.candidate.scheme:
+        return KEPT
+    return "experts" if one.candidate.kind == "experts" else one.candidate.name.rpartition(".")[2]
 
 
 # ---------------------------------------------------------------------------------------------- sensitivity

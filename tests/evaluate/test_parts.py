@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fp8pipe.errors import EngineFailed
 from fp8pipe.evaluate.flips import flip_rates
 from fp8pipe.evaluate.parts import Part, Parts, joined, table_rows
-from fp8pipe.records import MetricSamples, TaskResult
+from fp8pipe.records import PROOF_VERSION, MetricSamples, ModuleProof, TaskResult
 
 
 def result(values: list[float], first: int = 0, metric: str = "acc", weights: tuple[float, ...] = ()) -> TaskResult:
@@ -43,6 +43,16 @@ def result(values: list[float], first: int = 0, metric: str = "acc", weights: tu
 def part(values: list[float], start: int, identity: str = "me", **options: Any) -> Part:
     task = result(values, start, **options)
     return Part(identity=identity, start=start, stop=start + len(values), result=task, rows={"results": {"t": {}}})
+
+
+def test_a_proof_is_found_again_by_its_own_measurement_and_version(tmp_path: Path) -> None:
+    proof = ModuleProof(version=PROOF_VERSION, modules=())
+    mine, others = Parts(tmp_path, "me"), Parts(tmp_path, "other")
+    assert mine.find_proof() is None
+    mine.save_proof(proof)
+    assert (mine.find_proof(), others.find_proof()) == (proof, None)
+    mine.save_proof(proof.model_copy(update={"version": PROOF_VERSION + 1}))
+    assert mine.find_proof() is None
 
 
 def test_parts_are_found_as_a_chain_from_the_first_document(tmp_path: Path) -> None:

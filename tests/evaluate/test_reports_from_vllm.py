@@ -14,6 +14,7 @@ from support.machine import require_fp8_kv_cache
 from fp8pipe import stages
 from fp8pipe.config import EvalSuite, TaskSpec
 from fp8pipe.errors import EngineFailed
+from fp8pipe.gate.modules import compare_modules
 from fp8pipe.progress import ProgressEvent
 from fp8pipe.records import EvalReport
 
@@ -52,6 +53,26 @@ def test_facts_name_the_fp8_kernels_and_cache_of_the_candidate(
     assert (plain.device_class, plain.plugin) == ("cpu", "fp8pipe_cpu")
     assert (plain.dtype, plain.max_model_len) == ("bfloat16", 256)
     assert not any(str(value).startswith("/") for value in fp8.arguments.values())
+
+
+def test_every_layer_is_proved_before_the_first_prompt_and_once(
+    baseline: EvalReport, candidate: tuple[EvalReport, list[ProgressEvent]]
+) -> None:
+    """The twin's q, k and v have a scale each, so its fused projections are not what was stored; the others are."""
+    ours, theirs = baseline.proof, candidate[0].proof
+    assert ours is not None and theirs is not None
+    assert [one.name for one in ours.modules] == [one.name for one in theirs.modules]
+    assert [one.name for one in ours.modules if one.name.startswith("model.layers.1.")] == [
+        f"model.layers.1.{leaf}"
+        for leaf in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    ]
+    for one in compare_modules(ours, theirs):
+        assert one.error < one.bound, one.place
+        if one.candidate.scheme:
+            fused = one.candidate.name.endswith(("qkv_proj", "gate_up_proj"))
+            assert one.stored_error is not None, one.place
+            assert one.stored_error > 0.005 if fused else one.stored_error < 0.003, one.place
+    assert "every module through its kernel" in {event.note for event in candidate[1]}
 
 
 def test_weights_are_counted_as_they_were_loaded(baseline: EvalReport) -> None:

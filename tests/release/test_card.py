@@ -16,6 +16,7 @@ from support.reports import (
     checkpoint,
     flipped,
     metric,
+    module,
     pair,
     policy,
     recipe,
@@ -27,7 +28,7 @@ from support.reports import (
 
 from fp8pipe.config import TaskPolicy
 from fp8pipe.hub.collections import MAX_NOTE
-from fp8pipe.records import Finding, FlipRate, ServingFigures, Snapshot
+from fp8pipe.records import Finding, FlipRate, ModuleProof, ServingFigures, Snapshot
 from fp8pipe.release.card import collection_note, render_card
 from fp8pipe.release.card.facts import PLOTS, CardFacts
 from fp8pipe.release.card.verdict import summary_rows
@@ -261,3 +262,28 @@ def test_several_metrics_of_one_task_are_named_apart_everywhere(tmp_path: Path) 
     rows = decision_sheet(facts.decision).rows
     assert [row[0] for row in rows] == ["qa exact_match,strict", "qa exact_match,loose"]
     assert set(write_plots(facts.decision, *sides, tmp_path)) == set(PLOTS)
+
+
+def test_card_shows_the_layers_furthest_from_the_baseline_in_a_table_of_80_columns() -> None:
+    baseline, candidate = pair()
+    plain_layer: dict[str, Any] = {}
+    fp8: dict[str, Any] = {"scheme": "Fp8LinearMethod, SomeKernel", "stored_error": 0.002}
+    ours, theirs = (
+        [module(f"language_model.model.layers.{n}.self_attn.qkv_proj", off=off * n, **more) for n in range(1, 13)]
+        for off, more in ((0.0, plain_layer), (0.004, fp8))
+    )
+    sides = (
+        side.model_copy(update={"proof": ModuleProof(version=1, modules=(*modules, module("lm_head")))})
+        for side, modules in ((baseline, ours), (candidate, theirs))
+    )
+    section = render_card(facts_of((next(sides), next(sides)))).split("## Layer by layer")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if "qkv" in line]
+    assert [re.findall(r"layers\.(\d+)", row) for row in rows] == [[str(n)] for n in range(12, 2, -1)]
+    assert re.match(r"\| ….* \| [45]\.\d % \| 6 % \| 0\.2 % \|", rows[0])
+    assert all(len(row.replace("\\", "")) <= 80 for row in rows)
+    assert "each of the 13 Linears" in section and "12 of them are quantized" in section
+
+
+def test_card_of_reports_without_a_proof_has_no_such_section() -> None:
+    sides = (side.model_copy(update={"proof": None}) for side in pair())
+    assert "Layer by layer" not in render_card(facts_of((next(sides), next(sides))))

@@ -5,13 +5,24 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fp8pipe.config import EvalSuite, GatePolicy, Recipe, TaskPolicy, TaskSpec
-from fp8pipe.records import Checkpoint, EngineFacts, EvalReport, MetricSamples, ServingFigures, TaskResult
+from fp8pipe.records import (
+    PROOF_VERSION,
+    Checkpoint,
+    EngineFacts,
+    EvalReport,
+    MetricSamples,
+    ModuleOutput,
+    ModuleProof,
+    ServingFigures,
+    TaskResult,
+)
 
 SOURCE_COMMIT = "5" * 40
 FINGERPRINT = "f" * 64
@@ -79,6 +90,36 @@ def engine(*, candidate: bool, **fields: Any) -> EngineFacts:
     return EngineFacts(**(known | fields))
 
 
+MODULES = ("model.layers.0.self_attn.qkv_proj", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.experts", "lm_head")
+
+
+def module(name: str, *, off: float = 0.0, experts: int = 0, seed: int = 0, **fields: Any) -> ModuleOutput:
+    """A layer whose outputs are `off` from those of the same name and 0, relative to their norm."""
+    shape = (max(experts, 1), 2 if experts else 1, 512)
+    one, other = (np.random.default_rng([len(name), draw]).normal(size=shape) for draw in (seed, seed + 1))
+    numbers = (one + off * other).astype(np.float32)
+    halves = ((numbers.view(np.uint32) + 0x8000) >> 16).astype("<u2")
+    kind = "experts" if experts else "linear"
+    known = {"rank": 0, "kind": kind, "scheme": "", "shape": shape}
+    return ModuleOutput(name=name, outputs=base64.b64encode(halves.tobytes()).decode(), **(known | fields))
+
+
+def proof(*, candidate: bool = False, **changed: ModuleOutput) -> ModuleProof:
+    """Of a small model, with quantized layers 2.6 and 5 % off on the candidate's side. `changed`: by last part of the
+    name."""
+    fp8: dict[str, Any] = {"scheme": f"CompressedTensorsW8A8Fp8, {KERNEL}"} if candidate else {}
+    linear, experts = (fp8 | {"off": off * candidate} for off in (0.026, 0.05))
+    stored = {"stored_error": 0.002} if candidate else {}
+    modules = [
+        module(MODULES[0], **linear, **stored),
+        module(MODULES[1], **linear, **stored),
+        module(MODULES[2], **experts, experts=3),
+        module(MODULES[3]),
+    ]
+    kept = (changed.get(one.name.rpartition(".")[2], one) for one in modules)
+    return ModuleProof(version=PROOF_VERSION, modules=tuple(kept))
+
+
 def report(*tasks: TaskResult, candidate: bool = False, **fields: Any) -> EvalReport:
     """A complete report on `tasks`, which leaves no rule unchecked."""
     known = {
@@ -101,6 +142,7 @@ def report(*tasks: TaskResult, candidate: bool = False, **fields: Any) -> EvalRe
             "fp8pipe": "0.1.0",
         },
         "table": "|Task|\n",
+        "proof": proof(candidate=candidate),
         "seconds": {"total": 1.0},
     }
     return EvalReport(**(known | fields))

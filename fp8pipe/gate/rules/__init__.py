@@ -5,7 +5,7 @@ A broken rule is a veto. A rule that lacks the facts it needs is `unchecked`, ne
 
 from __future__ import annotations
 
-from fp8pipe.gate.rules import candidate, samples, serving, setting
+from fp8pipe.gate.rules import candidate, modules, samples, serving, setting
 from fp8pipe.gate.rules.pair import Pair, Rule
 from fp8pipe.records import RuleOutcome
 
@@ -26,6 +26,7 @@ RULES: dict[str, Rule] = {
     "chance": setting.chance,
     "fingerprint": candidate.fingerprint,
     "kernels": candidate.kernels,
+    "modules": modules.modules,
     "kv_cache": candidate.kv_cache,
     "extraction": candidate.extraction,
     "truncation": candidate.truncation,

@@ -37,7 +37,12 @@ RECORDS = {
 }
 """Records that a release may carry in fp8pipe/, the most important first, and what each holds."""
 
-PLOTS = {"drop": "Drop against the margin", "accuracy": "Accuracy per task", "flips": "Samples that changed"}
+PLOTS = {
+    "drop": "Drop against the margin",
+    "accuracy": "Accuracy per task",
+    "flips": "Samples that changed",
+    "modules": "Layers, by their distance from BF16",
+}
 """Titles of the plots, in the order of the card."""
 
 _MARK = b"and released by fp8pipe "

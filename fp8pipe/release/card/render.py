@@ -15,6 +15,7 @@ from fp8pipe.release.card.facts import PLOTS, RECORDS, CardFacts, facts_of_folde
 from fp8pipe.release.card.limits import known_limits, validation_line
 from fp8pipe.release.card.measurement import engine_rows, noise_lines, serving_limits, serving_note, serving_rows
 from fp8pipe.release.card.metadata import card_front_matter, licence_sentence
+from fp8pipe.release.card.modules import modules_note, worst_modules
 from fp8pipe.release.card.scheme import calibration_rows, describe_scheme, plan_rows, recipe_yaml, scheme_rows
 from fp8pipe.release.card.verdict import alpha_note, headline, summary_rows, verdict_lines
 
@@ -80,7 +81,10 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "samples": f"{sum({task.task: task.n for task in decision.tasks}.values()):,}",
         "alpha": f"{decision.alpha_spent:.3g}",
         "alpha_note": alpha_note(decision),
-        "plots": [(title, facts.plots[name]) for name, title in PLOTS.items() if name in facts.plots],
+        "plots": [(PLOTS[name], facts.plots[name]) for name in PLOTS if name in facts.plots and name != "modules"],
+        "modules_plot": (PLOTS["modules"], facts.plots["modules"]) if "modules" in facts.plots else None,
+        "modules_table": markdown.table(worst_modules(facts)),
+        "modules_note": modules_note(facts),
         "scheme_rows": scheme_rows(facts),
         "plan_table": markdown.table(plan_rows(facts.plan_summary)),
         "notes": facts.notes,
