@@ -249,7 +249,7 @@ def measure(work: Path) -> Cases:
 
     def measured(role: Literal["baseline", "candidate"], folder: str) -> EvalReport:
         request = request_for(base, suite, role=role, model_id=model.BASE_ID, fingerprint=snapshot.commit)
-        return _text_alone(evaluate(request, work / folder))
+        return text_alone(evaluate(request, work / folder))
 
     baseline = measured("baseline", "baseline")
     again = measured("candidate", "again")
@@ -262,14 +262,14 @@ def measure(work: Path) -> Cases:
         candidate = stages.evaluate_model(
             str(folder), suite, work / f"measured-{number}", kv_cache_dtype="fp8", online=None, limit=limit
         )
-        candidate = _text_alone(candidate)
+        candidate = text_alone(candidate)
         decision = stages.gate(baseline, candidate, policy, suite=suite, checkpoint_folder=folder)
         cases.append(_case(damage.name, damage.expected, baseline, candidate, decision))
         print(cases[-1], flush=True)
     return Cases(vllm=baseline.versions["vllm"], cases=tuple(cases))
 
 
-def _text_alone(report: EvalReport) -> EvalReport:
+def text_alone(report: EvalReport) -> EvalReport:
     """Without the module proof, which shows all damage to weights and scales before the first prompt."""
     return report.model_copy(update={"proof": None})
 

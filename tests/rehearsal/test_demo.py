@@ -20,7 +20,8 @@ from support.demo import RELEASED, SABOTAGED, Demo, hub_of, on_the_hub, run_demo
 from support.processes import FP8PIPE
 
 from benchmarks import damages
-from fp8pipe.config import ReleaseSpec
+from fp8pipe.config import ReleaseSpec, load_policy
+from fp8pipe.gate import decide
 from fp8pipe.records import EvalReport, GateDecision, Outcome
 from fp8pipe.rehearsal.demo.model import BASE_ID
 from fp8pipe.release.workspace import Workspace
@@ -132,7 +133,11 @@ def test_known_damage_is_judged_as_it_should_be(demo, tmp_path, damage):
         command = [FP8PIPE, "evaluate", spoilt, "--suite", "demo", "--kv-cache-dtype", "fp8", "--output", measured]
         assert run([*map(str, command)]).returncode == 0
         verdict = run([str(FP8PIPE), "gate", str(baseline), str(measured), "--policy", "demo", "--json"])
-    decision = GateDecision.model_validate_json(verdict.stdout)
+    in_a_linear = damage.name in {"one weight scale x1.5", "one weight scale x4", "the codes of one Linear shuffled"}
+    found = GateDecision.model_validate_json(verdict.stdout)
+    assert ("modules" in found.vetoed) == in_a_linear, verdict.stdout + verdict.stderr
+    sides = (damages.text_alone(EvalReport.load(side / "report.json")) for side in (baseline, measured))
+    decision = decide(*sides, load_policy("demo"))
     known = next(case for case in damages.Cases.load(damages.COUNTS).cases if case.damage == damage.name)
     seen = {"verdict": decision.verdict, "vetoed": decision.vetoed, "task": decision.tasks[0]}
     assert damages.is_right(known.model_copy(update=seen)), verdict.stdout + verdict.stderr
