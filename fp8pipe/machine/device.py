@@ -92,7 +92,7 @@ def examine(needs: Sequence[Need] | None = None, *, starts: bool = False) -> Mac
         return Machine(device, (unusable,), ())
     problems = [*_unfit(gpus, everything), *filter(None, (too_large(need, gpus) for need in needs or ()))]
     warnings = list(_flashinfer(device))
-    busy = [too_busy(gpus, need.gpus, need.utilization) for need in needs or ()] or [too_busy(gpus)]
+    busy = [too_busy(gpus[: need.gpus], need.utilization) for need in needs or ()] or [too_busy(gpus[:1])]
     (problems if starts else warnings).extend(dict.fromkeys(filter(None, busy)))
     return Machine(device, tuple(problems), tuple(warnings))
 

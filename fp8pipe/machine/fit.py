@@ -65,21 +65,18 @@ def _more(ranks: int) -> str:
     return f"it takes {ranks} such GPUs{hosts}: set tensor_parallel_size in the suite's `engine`, or use larger GPUs"
 
 
-def too_busy(gpus: Sequence[Gpu], count: int = 1, utilization: float = UTILIZATION) -> str | None:
-    """Why vLLM would not start on `count` of these GPUs: other processes hold too much of them; None if it would."""
-    busy = [
-        gpu
-        for gpu in gpus
-        if gpu.total_bytes is not None and gpu.free_bytes is not None and gpu.free_bytes < utilization * gpu.total_bytes
-    ]
-    if not busy or len(gpus) - len(busy) >= count:
-        return None
-    fullest = min(busy, key=lambda gpu: gpu.free_bytes or 0)
-    assert fullest.total_bytes is not None and fullest.free_bytes is not None
-    which = f"GPU {fullest.index} ({fullest.name})" if len(busy) == 1 else f"{len(busy)} of {len(gpus)} GPUs"
-    return (
-        f"{which}: other processes hold memory; {human_bytes(fullest.free_bytes)} of "
-        f"{human_bytes(fullest.total_bytes)} is free, and vLLM wants {utilization:g} of it; end those processes (see "
-        "nvidia-smi), choose other GPUs with CUDA_VISIBLE_DEVICES, or lower gpu_memory_utilization in the suite's "
-        "`engine`"
-    )
+def too_busy(gpus: Sequence[Gpu], utilization: float = UTILIZATION) -> str | None:
+    """Why vLLM would not start on these GPUs together: other processes hold too much of one; None if it would."""
+    for gpu in gpus:
+        if (
+            gpu.total_bytes is not None
+            and gpu.free_bytes is not None
+            and gpu.free_bytes < utilization * gpu.total_bytes
+        ):
+            return (
+                f"GPU {gpu.index} ({gpu.name}): other processes hold memory; {human_bytes(gpu.free_bytes)} of "
+                f"{human_bytes(gpu.total_bytes)} is free, and vLLM wants {utilization:g} of it; end those processes "
+                "(see nvidia-smi), choose other GPUs with CUDA_VISIBLE_DEVICES, or lower gpu_memory_utilization in the "
+                "suite's `engine`"
+            )
+    return None

@@ -25,15 +25,9 @@ LLAMA_70B = Need("Llama 70B at BF16", 141_100_000_000, 1_342_000_000, 4096)
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Make this host such a machine, on which the GPU profile is installed."""
 
-    def install(
-        machine: Machine, *, torch: tuple[int, int] | None = (13, 0), vllm: str | None = "cuda", **environ: str
-    ) -> None:
-        machine.install(tmp_path / "bin", monkeypatch)
-        monkeypatch.setattr(builds, "torch_cuda", lambda: torch)
-        monkeypatch.setattr(builds, "vllm_device", lambda: vllm)
-        monkeypatch.setattr(builds, "compiler", lambda: "/usr/local/cuda/bin/nvcc")
-        monkeypatch.setattr(builds, "has_package", lambda name: False)
-        for name, value in environ.items():
+    def install(machine: Machine, *, torch: tuple[int, int] | None = (13, 0), vllm: str = "cuda", **env: str) -> None:
+        machine.become(tmp_path / "bin", monkeypatch, torch=torch, vllm=vllm)
+        for name, value in env.items():
             monkeypatch.setenv(name, value)
 
     return install
@@ -184,6 +178,9 @@ def test_a_gpu_that_others_use_stops_an_engine_but_not_the_work_before(host):
         device.require([LLAMA_8B], starts=True)
     device.require([replace(LLAMA_8B, weights=10**9, utilization=0.1)], starts=True)
     host(Machine((replace(H100, free=9800), H100)))
+    with pytest.raises(NoSuitableDevice, match="GPU 0"):  # vLLM takes the first that it may use
+        device.require([LLAMA_8B], starts=True)
+    host(Machine((replace(H100, free=9800), H100)), CUDA_VISIBLE_DEVICES="1")
     device.require([LLAMA_8B], starts=True)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fp8pipe.machine import builds
+
 
 @dataclass(frozen=True)
 class Board:
@@ -47,6 +49,21 @@ class Machine:
         script.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def become(
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        torch: tuple[int, int] | None = (13, 0),
+        vllm: str | None = "cuda",
+    ) -> None:
+        """Make this host such a machine, on which by default the GPU profile is installed."""
+        self.install(folder, monkeypatch)
+        monkeypatch.setattr(builds, "torch_cuda", lambda: torch)
+        monkeypatch.setattr(builds, "vllm_device", lambda: vllm)
+        monkeypatch.setattr(builds, "compiler", lambda: "/usr/local/cuda/bin/nvcc")
+        monkeypatch.setattr(builds, "has_package", lambda name: False)
 
 
 def uuid_of(index: int) -> str:
