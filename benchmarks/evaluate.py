@@ -1,17 +1,20 @@
 """What an evaluation through fp8pipe costs beyond lm-eval called directly, on the same questions, as a ratio.
 
     python -m benchmarks.evaluate [--rounds 3] [--documents 2000] [--page docs/evaluation.md]
+    python -m benchmarks.evaluate --task choosing [--rounds 1] [--documents 2500] [--page docs/evaluation.md]
 
 Both sides score the same documents of a random two-layer Llama with the same engine arguments, each in a process of its
 own, alternating. Ours is `fp8pipe.evaluate.evaluate` as a release uses it, without what lm-eval does not do (sample
 generation, second run, serving figures); theirs is lm-eval's command line, in the set-up that makes it run on a CPU.
+`counting` is short generations. `choosing` is questions with four answers of one letter after a context of 300 tokens,
+so four likelihood requests a document. Peak memory is the largest resident set of any process of a side.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -19,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from benchmarks import page
@@ -28,6 +30,11 @@ from fp8pipe.evaluate import evaluate, request_for
 
 TARGET = 1.05
 """The overhead that is allowed."""
+
+SECTIONS = {"counting": "Beside lm-eval", "choosing": "Likelihoods beside lm-eval"}
+"""Tasks, and the section of the page on each."""
+
+MAX_LEN = 384
 
 PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"
 
@@ -41,6 +48,22 @@ doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
 generation_kwargs: {{until: ["</s>"], max_gen_toks: 16, do_sample: false}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+num_fewshot: 0
+metadata: {{version: 1.0}}
+"""
+
+
+CHOOSING = """
+task: choosing
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: [a, b, c, d]
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 num_fewshot: 0
 metadata: {{version: 1.0}}
 """
@@ -67,70 +90,77 @@ def make_model(folder: Path) -> Path:
 
 
 def make_task(folder: Path, documents: int) -> None:
-    """A task of short generations on rows made here."""
+    """Both tasks, on rows made here."""
     folder.mkdir()
-    data = folder / "rows.jsonl"
-    rows = ({"question": f"{i} and {i % 7} are", "answer": str(i + i % 7)} for i in range(documents))
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "counting.yaml").write_text(TASK.format(data=data))
+    makers: dict[str, Callable[[int], dict[str, object]]] = {
+        "counting": lambda i: {"question": f"{i} and {i % 7} are", "answer": str(i + i % 7)},
+        "choosing": lambda i: {"question": " ".join(str(i + j) for j in range(75))[:300], "answer": i % 4},
+    }
+    for (name, row), text in zip(makers.items(), (TASK, CHOOSING), strict=True):
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row(i)) + "\n" for i in range(documents)))
+        (folder / f"{name}.yaml").write_text(text.format(data=data))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run took: seconds on the clock, and seconds of all cores in all its processes."""
+    """What one run took: seconds on the clock, seconds of all cores in all its processes, and GB of its largest."""
 
     wall: float
     cpu: float
+    peak: float
 
 
-def cost_of(run: Callable[[], object]) -> Cost:
-    """Run it; its processes have ended when it returns."""
-    started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    run()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return Cost(time.monotonic() - started, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+def cost_of(side: str, *arguments: str | Path) -> Cost:
+    """Run a side as a process of its own. Its processes have ended when it does, and count."""
+    started = time.monotonic()
+    run = subprocess.Popen([sys.executable, "-m", "benchmarks.evaluate", "--side", side, *arguments])
+    _, status, used = os.wait4(run.pid, 0)
+    if status:
+        sys.exit(f"{side} failed")
+    return Cost(time.monotonic() - started, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9)
 
 
-def ours(model: Path, tasks: Path, output: Path) -> None:
+def ours(task: str, model: Path, tasks: Path, output: Path) -> None:
     """One evaluation."""
     suite = EvalSuite(
-        name="counting",
-        tasks={"counting": TaskSpec()},
-        task_dir=str(tasks),
-        engine={"max_model_len": 256},
-        sample_prompts=(),
+        name=task, tasks={task: TaskSpec()}, task_dir=str(tasks), engine={"max_model_len": MAX_LEN}, sample_prompts=()
     )
     evaluate(request_for(model, suite, role="baseline", model_id="tiny", fingerprint="tiny"), output)
 
 
-def theirs(model: Path, tasks: Path, output: Path) -> None:
+def theirs(task: str, model: Path, tasks: Path, output: Path) -> None:
     """lm-eval's command line."""
     output.mkdir()
-    command = [sys.executable, "-m", "fp8pipe.evaluate.lm_eval", "run", "--model", "vllm"]
-    command += ["--model_args", f"pretrained={model},max_model_len=256,add_bos_token=True", "--batch_size", "auto"]
-    command += ["--tasks", "counting", "--include_path", str(tasks), "--log_samples", "--output_path", str(output)]
+    command = [sys.executable, "-m", "fp8pipe.evaluate.lm_eval", "run", "--model", "vllm", "--batch_size", "auto"]
+    command += ["--model_args", f"pretrained={model},max_model_len={MAX_LEN},add_bos_token=True"]
+    command += ["--tasks", task, "--include_path", str(tasks), "--log_samples", "--output_path", str(output)]
     with (output / "log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
 
 
-def measured(rounds: int, documents: int, folder: Path) -> list[tuple[Cost, Cost]]:
+def measured(task: str, rounds: int, documents: int, folder: Path) -> list[tuple[Cost, Cost]]:
     """(ours, theirs) of each round; one unmeasured run of each first, so that files are cached for both."""
     model = make_model(folder / "model")
+    make_task(folder / "warm", 8)
     make_task(folder / "tasks", documents)
     pairs: list[tuple[Cost, Cost]] = []
     for i in range(rounds + 1):
-        mine = cost_of(partial(ours, model, folder / "tasks", folder / f"ours-{i}"))
-        pairs.append((mine, cost_of(partial(theirs, model, folder / "tasks", folder / f"theirs-{i}"))))
+        tasks = folder / ("tasks" if i else "warm")
+        mine = cost_of("ours", task, model, tasks, folder / f"ours-{i}")
+        pairs.append((mine, cost_of("theirs", task, model, tasks, folder / f"theirs-{i}")))
         print(f"round {i}: ours {pairs[-1][0]}, lm-eval {pairs[-1][1]}", flush=True)
     return pairs[1:]
 
 
-def table(pairs: list[tuple[Cost, Cost]], documents: int) -> str:
+def table(task: str, pairs: list[tuple[Cost, Cost]], documents: int) -> str:
     """Markdown: medians, and the medians of the rounds' ratios."""
-    rows = [row("on the clock", [(a.wall, b.wall) for a, b in pairs])]
-    rows.append(row("of all cores", [(a.cpu, b.cpu) for a, b in pairs]))
+    rows = [row("seconds on the clock", [(a.wall, b.wall) for a, b in pairs])]
+    rows.append(row("seconds of all cores", [(a.cpu, b.cpu) for a, b in pairs]))
+    rows.append(row("largest process, GB", [(a.peak, b.peak) for a, b in pairs]))
+    what = {"counting": f"{documents:,} short generations", "choosing": f"{4 * documents:,} likelihood requests"}[task]
     intro = (
-        f"{documents:,} short generations of a random two-layer Llama in vLLM on a CPU ({page.machine()}), whole "
+        f"{what} of a random two-layer Llama in vLLM on a CPU ({page.machine()}), whole "
         f"processes, medians of {len(pairs)} alternating rounds. The target is a ratio of at most {TARGET:.2f}."
     )
     return f"{page.prose(intro)}\n\n{page.table(('seconds', 'lm-eval', 'fp8pipe evaluate', 'ratio'), rows)}"
@@ -146,13 +176,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--documents", type=int, default=2000)
-    parser.add_argument("--page", type=Path, help="guide whose section `Beside lm-eval` is replaced")
+    parser.add_argument("--task", choices=SECTIONS, default="counting")
+    parser.add_argument("--side", nargs=5, metavar=("SIDE", "TASK", "MODEL", "TASKS", "OUTPUT"), help="one run")
+    parser.add_argument("--page", type=Path, help="guide whose section on the task is replaced")
     options = parser.parse_args(arguments)
+    if options.side is not None:
+        side, task, *paths = options.side
+        {"ours": ours, "theirs": theirs}[side](task, *map(Path, paths))
+        return
     with tempfile.TemporaryDirectory(prefix="fp8pipe-bench-") as folder:
-        text = table(measured(options.rounds, options.documents, Path(folder)), options.documents)
+        pairs = measured(options.task, options.rounds, options.documents, Path(folder))
+        text = table(options.task, pairs, options.documents)
     print(text)
     if options.page is not None:
-        page.put(options.page, "Beside lm-eval", text)
+        page.put(options.page, SECTIONS[options.task], text)
 
 
 if __name__ == "__main__":

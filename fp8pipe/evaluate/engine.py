@@ -6,7 +6,7 @@ Only the worker imports this, after `prepare_process`. Importing vLLM takes most
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fp8pipe.errors import ConfigError, EngineFailed
 from fp8pipe.evaluate import cpu_platform, texts
+from fp8pipe.evaluate.likelihood import Scored, likelihoods
 from fp8pipe.evaluate.worker_side import look_at, weight_bytes
 from fp8pipe.files import digest_of
 from fp8pipe.machine.device import class_of_capability, detect
@@ -63,7 +64,13 @@ class MeteredVLLM(_VLLM):
         self._generated: list[tuple[list[int], bool]] = []
         self.note = lambda words: send({"note": words})
         """Tells the parent what the engine does."""
-        generate, bar = self.model.generate, _reporting_bar(lambda message: send(message | {"note": self.doing}))
+        self._before, self._of = 0, None
+        """Requests of earlier windows, and of all windows; None outside of windows."""
+
+        def report(done: float, total: float | None) -> None:
+            send({"done": self._before + done, "total": self._of or total, "note": self.doing})
+
+        generate, bar = self.model.generate, _reporting_bar(report)
         self.model.generate = lambda *args, **options: generate(*args, **(options | {"use_tqdm": bar}))
 
     def tok_encode(self, string: Any, *args: Any, **options: Any) -> Any:  # Any: as untyped as lm-eval's own
@@ -83,9 +90,23 @@ class MeteredVLLM(_VLLM):
         each: Any = sampling_params if not isinstance(sampling_params, list) else [sampling_params[i] for i in order]
         mixed = super()._model_generate([requests[i] for i in order], generate=generate, sampling_params=each)
         outputs = [output for _, output in sorted(zip(order, mixed, strict=True), key=lambda pair: pair[0])]
-        if generate:  # outputs of likelihood requests would hold a dictionary per prompt token in memory
-            self._generated += [(o.prompt_token_ids, o.outputs[0].finish_reason == "length") for o in outputs]
+        self._generated += [(o.prompt_token_ids, o.outputs[0].finish_reason == "length") for o in outputs]
         return outputs
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> list[Scored]:
+        """As lm-eval's own method; see likelihood.py. requests: (cache key, context, answer), both as token ids."""
+
+        def generate(prompts: list[list[int]], sampling: Any) -> Any:
+            return super(MeteredVLLM, self)._model_generate(prompts, generate=True, sampling_params=sampling)
+
+        def note(before: int, total: int) -> None:
+            self._before, self._of = before, total
+
+        questions = [(context, answer) for _, context, answer in requests]
+        try:
+            return likelihoods(questions, generate, max_length=self.max_length, shuffle=self.shuffle, on_window=note)
+        finally:
+            self._before, self._of = 0, None
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """lm-eval's own method. Then the outputs, which lm-eval sorts by length, are matched to their requests."""
@@ -155,8 +176,8 @@ def sliding_windows(leaves: Mapping[str, Task]) -> dict[str, Window]:
     return {leaf: Window(data["window"], data["context"]) for leaf, data in named.items() if "window" in data}
 
 
-def _reporting_bar(send: Send) -> type[tqdm[Any]]:
-    """A progress bar for vLLM that also sends each step to the parent."""
+def _reporting_bar(report: Callable[[float, float | None], None]) -> type[tqdm[Any]]:
+    """A progress bar for vLLM that also reports each step: requests done, and of how many."""
 
     class Bar(tqdm):
         _quiet: ClassVar[dict[str, Any]] = {"mininterval": 10.0}
@@ -167,7 +188,7 @@ def _reporting_bar(send: Send) -> type[tqdm[Any]]:
         def update(self, n: float | None = 1) -> bool | None:
             shown = super().update(n)
             if self.desc.startswith("Processed"):
-                send({"done": self.n, "total": self.total})
+                report(self.n, self.total)
             return shown
 
     return Bar
