@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import weakref
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.processes import importing_the_repository
 
 from fp8pipe.errors import InputError
 
@@ -22,10 +22,8 @@ SCRIPT = Path(__file__).parents[1] / "support" / "vllm_likelihoods.py"
 @pytest.fixture(scope="module")
 def answers(tiny_llama: Path, warm_python: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("likelihoods") / "answer.json"
-    own = os.environ | {"PYTHONPATH": os.pathsep.join((str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")))}
-    done = subprocess.run(
-        [warm_python, str(SCRIPT), str(tiny_llama), str(path)], env=own, capture_output=True, text=True, check=False
-    )
+    command, own = [warm_python, str(SCRIPT), str(tiny_llama), str(path)], importing_the_repository()
+    done = subprocess.run(command, env=own, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(path.read_bytes())
 

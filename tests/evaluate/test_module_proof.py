@@ -16,6 +16,7 @@ import pytest
 import torch
 from support import TESTS
 from support.evaluation import make_fp8_kv_twin
+from support.processes import importing_the_repository
 from support.reports import checkpoint, pair, policy, recipe, suite
 
 from benchmarks.zoo.models import build, save
@@ -42,7 +43,8 @@ def proofs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Proofs
         *(source_and_fp8("qwen3_moe", root) + source_and_fp8("blip-2", root)),
     ]
     script, answer = TESTS / "support" / "module_cases.py", root / "proofs.json"
-    run = subprocess.run([sys.executable, script, *folders, answer], capture_output=True, text=True)
+    command = [sys.executable, script, *folders, answer]
+    run = subprocess.run(command, env=importing_the_repository(), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return {name: ModuleProof.model_validate(proof) for name, proof in json.loads(answer.read_text()).items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 FP8PIPE = Path(sys.executable).with_name("fp8pipe")
+
+
+def importing_the_repository() -> dict[str, str]:
+    """The environment of a script that imports `benchmarks` or `tests`: only pytest itself has their folder on its
+    path."""
+    folders = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 def running(pid: int) -> bool:
