@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from benchmarks.gpu_check import products
+
 ROOT = Path(__file__).parents[1]
 BARE = """
 import importlib.util, sys
@@ -42,3 +47,14 @@ def test_the_check_needs_no_package_of_ours() -> None:
     command = [sys.executable, "-c", BARE + PARTS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_missing_product_fails_the_check_unless_it_is_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> torch.Tensor:
+        raise NotImplementedError("no kernel")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    rows = {row.name: row for row in products.rows(torch.device("cpu"), quick=True)}
+    assert not rows["torch._scaled_mm per tensor"].passed
+    assert not rows["torch._scaled_mm per channel and token"].passed
+    assert rows["torch._scaled_mm in blocks"].passed

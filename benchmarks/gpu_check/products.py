@@ -15,6 +15,7 @@ _MOST = 0.06
 _EXACT = 0.01
 """Relative L2 error against the same codes and scales multiplied in float32: the rounding of the BF16 result."""
 BLOCK = 128
+PER_CHANNEL, IN_BLOCKS = "per channel and token", "in blocks"
 
 
 def rows(device: torch.device, *, quick: bool) -> Iterator[Row]:
@@ -29,8 +30,8 @@ def rows(device: torch.device, *, quick: bool) -> Iterator[Row]:
     yield Row("product in bf16", f"{operations / baseline / 1e12:.1f} TFLOP/s", value=operations / baseline)
     for name, inputs, weights in (
         ("per tensor", (tokens, width), (out, width)),
-        ("per channel and token", (1, width), (1, width)),
-        ("in blocks", (1, BLOCK), (BLOCK, BLOCK)),
+        (PER_CHANNEL, (1, width), (1, width)),
+        (IN_BLOCKS, (1, BLOCK), (BLOCK, BLOCK)),
     ):
         yield _row(name, _Codes(x, inputs), _Codes(w, weights), whole, operations, device)
     yield from peak_row("products", device)
@@ -53,8 +54,10 @@ def _row(name: str, x: _Codes, w: _Codes, whole: Tensor, operations: int, device
     work = _scaled_mm(x, w)
     try:
         found = work().float()
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # not on this device, or not in this torch
-        return Row(f"torch._scaled_mm {name}", f"not available: {str(error).splitlines()[0][:90]}")
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        optional = name == IN_BLOCKS  # not in every torch, nor on every device
+        missing = f"not available: {str(error).splitlines()[0][:90]}"
+        return Row(f"torch._scaled_mm {name}", missing, "" if optional else "available", optional)
     off, exact = _distance(found, whole), _distance(found, x.values() @ w.values().T)
     rate = operations / seconds(work, device) / 1e12
     return Row(

@@ -30,7 +30,7 @@ for this long."""
 
 
 class CalibrationRequest(Record):
-    """One calibration, as the child is told of it."""
+    """One calibration, as its child reads it."""
 
     snapshot: Snapshot
     plan: Plan

@@ -82,7 +82,7 @@ def _proved(name: str, kind: str, layer: Layer) -> dict[str, Any]:
         return found
     try:
         numbers = expert_numbers(name, layer) if kind == "experts" else linear_numbers(name, layer)
-    except Exception as error:  # whatever a kernel raises: the gate says which layer, and the evaluation goes on
+    except Exception as error:  # whatever a kernel raises: the gate names the layer, and the evaluation continues
         return found | {"fault": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
     stored: Stored | None = getattr(layer, STORED, None)
     return found | {

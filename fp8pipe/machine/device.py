@@ -100,7 +100,7 @@ def examine(needs: Sequence[Need] | None = None, *, starts: bool = False) -> Mac
 def unusable_by_torch() -> str | None:
     """Why torch cannot use the GPUs that this process may use; None if it can, or if there are none.
 
-    Torch itself only warns, and goes on with the CPU. Raises NoSuitableDevice if nvidia-smi fails.
+    Torch itself only warns, and uses the CPU. Raises NoSuitableDevice if nvidia-smi fails.
     """
     return _torch_cannot() if visible() else None
 

@@ -1,4 +1,4 @@
-"""Every shipped configuration loads, and what is wrong in one is said with file and key."""
+"""Every shipped configuration loads, and an error in one names file and key."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The fallback ladder and the looks: which recipes are tried, what each pays, what is told, and one real release."""
+"""The fallback ladder and the looks: the recipes tried, what each pays, what the card tells, one real release."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a machine cannot do is said in one line, with exit code 4, before any work."""
+"""What a machine cannot do is one line, with exit code 4, before any work."""
 
 from __future__ import annotations
 

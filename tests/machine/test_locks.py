@@ -1,4 +1,4 @@
-"""Locks on devices and folders: with whom they end, what a run that waits is told, and which files they are."""
+"""Locks on devices and folders: with whom they end, what a run that waits reports, and which files they are."""
 
 from __future__ import annotations
 

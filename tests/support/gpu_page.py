@@ -1,4 +1,4 @@
-"""The tables of docs/gpu.md, made anew: what is said of machines that are not there, and which kernels vLLM takes."""
+"""The tables of docs/gpu.md, made anew: the answers on machines that are not here, and the kernels that vLLM takes."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _outcome(need: Need, numbers: dict[str, int], *, starts: bool = False) -> st
         machine = device.require([need], starts=starts)
     except NoSuitableDevice:
         return "refuses" + _marks(device.examine([need], starts=starts).problems, numbers)
-    return ("warns" if machine.warnings else "goes on") + _marks(machine.warnings, numbers)
+    return ("warns" if machine.warnings else "runs") + _marks(machine.warnings, numbers)
 
 
 def _marks(texts: Sequence[str], numbers: dict[str, int]) -> str:

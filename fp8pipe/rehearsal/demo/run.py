@@ -47,7 +47,7 @@ def rehearse(
         hub = stack.enter_context(start(workdir / "hub", port=_usual_port(workdir)))
         _talk_to(hub, workdir)
         flows = stack.enter_context(session(workdir / "work", "demo", workdir / "prefect"))
-        _prepare_base(workdir / "base", flows.display)
+        prepare_base(workdir / "base", flows.display)
         spec = _release_spec(workdir, sabotage)
         if sabotage:
             _spoil_calibration(spec, workdir, flows.display)
@@ -78,7 +78,7 @@ def _usual_port(workdir: Path) -> int:
     return port
 
 
-def _prepare_base(folder: Path, progress: Progress) -> None:
+def prepare_base(folder: Path, progress: Progress) -> None:
     """Make the base model and its datasets, and push them to the Hub. What exists is not made again."""
     from fp8pipe.hub.client import client, translated
 

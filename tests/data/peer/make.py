@@ -124,7 +124,7 @@ def main() -> None:
             continue
         try:
             make(source, scheme)
-        except Exception as error:  # a scheme that this version refuses is told, the others are still made
+        except Exception as error:  # a scheme that this version refuses is printed, and the others are still made
             failed[key] = f"{type(error).__name__}: {error}"
     print(json.dumps(failed, indent=1))
 
