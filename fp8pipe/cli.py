@@ -591,6 +591,11 @@ def serve(
     port: Annotated[int, typer.Option(help="Port on loopback")] = 8765,
 ) -> None:
     """Serve the Hub stored in a folder, until interrupted."""
+    from fp8pipe.rehearsal.localhub import local_token
     from fp8pipe.rehearsal.localhub import serve as serve_hub
 
-    serve_hub(root, port)
+    def announce(address: str) -> None:
+        out.print(f"serving {root} at {address}", markup=False, soft_wrap=True)
+        out.print(f"export HF_ENDPOINT={address} HF_TOKEN={local_token(root)}", markup=False, soft_wrap=True)
+
+    serve_hub(root, port, on_ready=announce)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
 
 from fp8pipe import stages
 from fp8pipe.config import ResolvedRelease
 from fp8pipe.records import EvalReport, Snapshot
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets
-from tasks.progress import artifact_key, reporter
+from tasks.progress import artifact_key, keep_page, reporter
 from tasks.retries import STAGE
 
 
@@ -41,5 +40,5 @@ def evaluate_candidate(
     )
     key = artifact_key("evaluation", report.model_id, recipe)
     table = sheets.markdown(sheets.evaluation_sheet(baseline, report))
-    create_markdown_artifact(table, key=key, description=f"Evaluation: {report.model_id}, {recipe}")
+    keep_page(table, key=key, description=f"Evaluation: {report.model_id}, {recipe}")
     return report

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from prefect import task
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.artifacts import create_link_artifact
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.events import emit_event
@@ -19,10 +19,11 @@ from fp8pipe import stages
 from fp8pipe.config import ResolvedRelease
 from fp8pipe.gate.evaluation_plan import EvalPlan
 from fp8pipe.records import Approval, EvalReport, GateDecision, Outcome, record_path
+from fp8pipe.release.card.markdown import escape
 from fp8pipe.release.outcome import earlier_attempts
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets
-from tasks.progress import artifact_key, reporter
+from tasks.progress import artifact_key, keep_page, reporter
 from tasks.retries import STAGE
 
 APPROVAL_DEPLOYMENT = "approve-release/approve-release"
@@ -41,7 +42,7 @@ def plan_evaluation(job: ResolvedRelease, workspace: Workspace) -> EvalPlan:
     evaluation_plan = stages.plan_evaluation(job.policy, job.suite, folder, attempts=len(job.ladder()))
     key = artifact_key("plan-eval", job.policy.name, job.suite.name)
     table = sheets.markdown(sheets.eval_plan_sheet(evaluation_plan, job.policy, job.suite))
-    create_markdown_artifact(table, key=key, description=f"Policy {job.policy.name} on suite {job.suite.name}")
+    keep_page(table, key=key, description=f"Policy {job.policy.name} on suite {job.suite.name}")
     evaluation_plan.require()
     return evaluation_plan
 
@@ -75,7 +76,7 @@ def gate(
     recipe = job.recipe.name
     key = artifact_key("gate", candidate.model_id, recipe)
     text = sheets.markdown(sheets.decision_sheet(decision)) + sheets.plots_markdown(checkpoint_folder)
-    create_markdown_artifact(text, key=key, description=f"Gate: {candidate.model_id}, {recipe}")
+    keep_page(text, key=key, description=f"Gate: {candidate.model_id}, {recipe}")
     emit_event(
         event=f"fp8pipe.gate.{decision.verdict}",
         resource={"prefect.resource.id": f"fp8pipe.release.{key}", "prefect.resource.name": candidate.model_id},
@@ -114,7 +115,7 @@ def ask(job: ResolvedRelease, checkpoint_folder: Path, decision: GateDecision) -
         return
     link = f"{PREFECT_UI_URL.value()}/runs/flow-run/{asked.id}"
     key = artifact_key("approval", job.spec.repo_id)
-    create_link_artifact(link, link_text="Decide here", key=key, description=f"Or with: {commands}")
+    create_link_artifact(link, link_text="Decide here", key=key, description=escape(f"Or with: {commands}"))
 
 
 @task(name="question", **STAGE)

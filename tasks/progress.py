@@ -9,13 +9,14 @@ from contextvars import copy_context
 from dataclasses import replace
 from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.client.orchestration import get_client
 from prefect.context import TaskRunContext
 from prefect.logging import get_logger
 from prefect.states import Running
 
 from fp8pipe.progress import Progress, ProgressEvent, describe, quiet
+from fp8pipe.release.card.markdown import escape
 
 AWAITING = "AwaitingDevice"
 """Name of the state of a flow run that waits until another run is done with a device, or with a folder of both."""
@@ -40,6 +41,11 @@ def reporter(stage: str, note: str) -> Progress:
 def artifact_key(*parts: str) -> str:
     """`parts` as one artifact key: lower case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+
+
+def keep_page(text: str, *, key: str, description: str) -> None:
+    """A Markdown artifact of the running task. The description is words, whatever is in the names that it has."""
+    create_markdown_artifact(text, key=key, description=escape(description))
 
 
 class _Reporter:
@@ -90,7 +96,7 @@ class _Reporter:
             return
         self.updated = time.monotonic()
         line = describe(event, before=self.before or 0, seconds=time.monotonic() - self.started)
-        text = f"{self.stage}: {self.note}, {line}"
+        text = escape(f"{self.stage}: {self.note}, {line}")
         if self.artifact is None:
             self.artifact = _create(artifact_key("progress", self.stage, self.note), percent, text)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 
 from fp8pipe import stages
@@ -12,7 +11,7 @@ from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Snapshot
 from fp8pipe.records.calibration import Calibration
 from fp8pipe.ui import sheets
-from tasks.progress import artifact_key, reporter
+from tasks.progress import artifact_key, keep_page, reporter
 from tasks.retries import STAGE
 
 
@@ -46,7 +45,7 @@ def plan(
     table = sheets.markdown(sheets.plan_sheet(made))
     if made.serving is not None:
         table += "\n" + sheets.markdown(sheets.serving_sheet(made.serving))
-    create_markdown_artifact(table, key=key, description=f"Plan: {snapshot.model_id}, {recipe.name}")
+    keep_page(table, key=key, description=f"Plan: {snapshot.model_id}, {recipe.name}")
     return made
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
 
 from fp8pipe import stages
 from fp8pipe.records import Snapshot, ValidationReport
 from fp8pipe.ui import sheets
-from tasks.progress import artifact_key, reporter
+from tasks.progress import artifact_key, keep_page, reporter
 from tasks.retries import STAGE
 
 
@@ -22,5 +21,5 @@ def validate(folder: Path, source: Snapshot, recipe: str, oracles: bool) -> Vali
     table = sheets.markdown(sheets.findings_sheet(report))
     if report.serving is not None:
         table += "\n" + sheets.markdown(sheets.serving_sheet(report.serving))
-    create_markdown_artifact(table, key=key, description=f"Findings: {source.model_id}, {recipe}")
+    keep_page(table, key=key, description=f"Findings: {source.model_id}, {recipe}")
     return report

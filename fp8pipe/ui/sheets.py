@@ -23,6 +23,7 @@ from fp8pipe.records import (
     ValidationReport,
     metric_label,
 )
+from fp8pipe.release.card.markdown import escape
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -78,18 +79,17 @@ def _broken(cell: str) -> str:
 
 
 def markdown(sheet: Sheet) -> str:
-    """Write the sheet as Markdown."""
-    lines = [f"## {sheet.title}", ""]
+    """Write the sheet as Markdown. Its texts are words, whatever is in the names of other people's models."""
+    lines = [f"## {escape(sheet.title)}", ""]
     if sheet.rows:
         rules = ("---:" if index in sheet.right else "---" for index in range(len(sheet.columns)))
-        lines += [_row(sheet.columns), _row(rules), *(_row(row) for row in sheet.rows), ""]
-    lines += [f"- {note}" for note in sheet.notes]
+        lines += [_row(map(escape, sheet.columns)), _row(rules), *(_row(map(escape, row)) for row in sheet.rows), ""]
+    lines += [f"- {escape(note)}" for note in sheet.notes]
     return "\n".join(lines) + "\n"
 
 
 def _row(cells: Iterable[str]) -> str:
-    escaped = (cell.replace("|", "\\|").replace("\n", " ") for cell in cells)
-    return "| " + " | ".join(escaped) + " |"
+    return "| " + " | ".join(cells) + " |"
 
 
 def plots_markdown(checkpoint_folder: Path) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from support.local_hub import TOKENS, commit, http_client, make_repo
+from support.processes import FP8PIPE
 
 from fp8pipe.errors import ServerFailed
 from fp8pipe.rehearsal.localhub import LocalHub, start
@@ -77,3 +78,20 @@ def test_tokens_stay_out_of_command_line_and_log(local_hub: LocalHub, http: http
     command = Path(f"/proc/{local_hub.process.pid}/cmdline").read_bytes()
     environment = Path(f"/proc/{local_hub.process.pid}/environ").read_bytes()
     assert not any(token.encode() in command + environment + local_hub.log.read_bytes() for token in TOKENS)
+
+
+def test_hub_serve_says_where_it_serves(tmp_path: Path) -> None:
+    command = [str(FP8PIPE), "hub", "serve", "--root", str(tmp_path / "hub"), "--port", "0"]
+    served = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert served.stdout is not None
+    try:
+        address = served.stdout.readline().split()[-1]
+        variables = dict(one.split("=", 1) for one in served.stdout.readline().split()[1:])
+        assert variables["HF_ENDPOINT"] == address
+        asked = httpx.get(
+            f"{address}/api/whoami-v2", headers={"Authorization": f"Bearer {variables['HF_TOKEN']}"}, trust_env=False
+        )
+        assert asked.status_code == 200
+    finally:
+        served.terminate()
+        served.communicate()

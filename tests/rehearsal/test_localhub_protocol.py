@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.local_hub import commit, head, http_client, make_repo, titles, upload_address
 
@@ -173,3 +174,64 @@ def test_a_merge_keeps_what_each_side_did(ancestor: dict, base: dict, ours: dict
     for path in "abcd":
         touched = ours if ours.get(path) != ancestor.get(path) else base
         assert result.get(path) == touched.get(path)
+
+
+def test_an_object_is_named_by_a_sha256_and_by_nothing_else(http: httpx.Client, tmp_path: Path) -> None:
+    """A path in its place would put any file that the server can read into a repository."""
+    repo, secret = make_repo(http, "objects"), tmp_path / "secret"
+    secret.write_bytes(b"secret")
+    for oid in (str(secret), "../" * 20 + str(secret), "A" * 64, "a" * 63, ""):
+        one = {"oid": oid, "size": 6}
+        lines = [{"key": "header", "value": {"summary": "x"}}]
+        lines += [{"key": "lfsFile", "value": {"path": "x.bin", "algo": "sha256", **one}}]
+        body = "\n".join(json.dumps(line) for line in lines).encode()
+        answers = [
+            http.post(f"/api/models/{repo}/commit/main", content=body),
+            http.post(f"/{repo}.git/info/lfs/objects/batch", json={"operation": "upload", "objects": [one]}),
+            http.post("/_lfs/verify", json=one),
+        ]
+        assert [answer.status_code for answer in answers] == [400, 400, 400], oid
+    assert http.get(f"/{repo}/resolve/main/x.bin").status_code == 404
+
+
+WRITES = (
+    *(("POST", f"/api/repos/{what}") for what in ("create", "move")),
+    ("DELETE", "/api/repos/delete"),
+    ("PUT", "/api/models/acme/fuzzed/settings"),
+    *(("POST", f"/api/models/acme/fuzzed/{what}") for what in ("preupload/main", "commit/main", "paths-info/main")),
+    *(("POST", f"/api/models/acme/fuzzed/{what}") for what in ("tag/main", "branch/new", "super-squash/main")),
+    *(("POST", f"/api/models/acme/fuzzed/{what}") for what in ("discussions", "user-access-request/grant")),
+    *(("POST", f"/api/models/acme/fuzzed/discussions/1/{what}") for what in ("comment", "title", "status", "merge")),
+    ("POST", "/acme/fuzzed.git/info/lfs/objects/batch"),
+    ("POST", "/_lfs/verify"),
+    ("POST", "/api/validate-yaml"),
+    ("POST", "/api/collections"),
+)
+FIELDS = (
+    *("name", "organization", "type", "fromRepo", "toRepo", "private", "visibility", "gated", "files", "paths", "tag"),
+    *("message", "startingPoint", "title", "description", "pullRequest", "comment", "status", "user", "operation"),
+    *("objects", "oid", "size", "content", "namespace", "item", "key", "value", "path", "sample", "expand", "summary"),
+)
+ANY_VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 3)
+    | st.floats()
+    | st.sampled_from(["", "upload", "header", "é", "a/b"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
+    max_leaves=6,
+)
+
+
+def test_no_body_is_an_error_of_the_server(local_hub: LocalHub) -> None:
+    with http_client(local_hub) as http:
+        make_repo(http, "fuzzed")
+
+        @settings(max_examples=1000, deadline=None, derandomize=True)
+        @given(st.sampled_from(WRITES), ANY_VALUE, st.sampled_from([b"%s", b"\xff%s", b"%s{"]))
+        def send(route: tuple[str, str], value: object, frame: bytes) -> None:
+            body = frame.replace(b"%s", json.dumps(value).encode())
+            answer = http.request(*route, content=body, headers={"Content-Type": "application/json"})
+            assert answer.status_code < 500, (route, body, answer.text)
+
+        send()

@@ -14,6 +14,7 @@ from fp8pipe.records import Finding, Snapshot
 from fp8pipe.release.card import render_card
 from fp8pipe.release.card.markdown import code, escape, fence
 from fp8pipe.release.card.metadata import inherited_metadata
+from fp8pipe.ui.sheets import Sheet, markdown
 
 HOSTILE = "a|b`c``d</td><script>alert(1)</script>[x](javascript:y)*_~\n# e\n| f |\n```\n{{ 7*7 }} $(rm)"
 
@@ -88,3 +89,14 @@ def test_escaped_text_and_code_render_to_themselves(text: str) -> None:
 )
 def test_a_source_card_that_says_nothing_clear_is_not_quoted(card: str | None) -> None:
     assert inherited_metadata(card) == {}
+
+
+def test_hostile_names_become_plain_text_in_artifacts_too() -> None:
+    sheet = Sheet(title=HOSTILE, columns=("a", HOSTILE), rows=((HOSTILE, "1"),), notes=(HOSTILE,))
+    shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown(sheet))
+    assert "<script" not in shown
+    assert "<a " not in shown
+    assert "<code" not in shown
+    assert shown.count("<h2>") == shown.count("<table>") == shown.count("<ul>") == 1
+    assert shown.count("<th>") + shown.count("<th ") == 2
+    assert html.escape("<script>alert(1)</script>") in shown

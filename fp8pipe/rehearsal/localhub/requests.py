@@ -7,9 +7,10 @@ it, so `KeepQuotedSlashes` hides these slashes from the router, and the path con
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlencode
 
 from starlette.convertors import Convertor, register_url_convertor
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from fp8pipe.rehearsal.localhub.collections import Collections
     from fp8pipe.rehearsal.localhub.discussions import Discussions
 
+T = TypeVar("T")
 HIDDEN_SLASH = "\x1f"
+_JSON_NAMES = {str: "a string", int: "a whole number", bool: "true or false", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +155,32 @@ async def json_object(request: Request) -> dict[str, Any]:
     return body
 
 
-def text_field(body: dict[str, Any], name: str, default: str | None = None) -> str:
-    """A string in a JSON body. Refused if it is missing and has no default, or if it is no string."""
-    value = body.get(name, default)
-    if not isinstance(value, str):
-        raise Refusal(400, f"{name!r}: expected a string, found {value!r}")
+def field(body: object, name: str, kind: type[T], default: T | None = None) -> T:
+    """A field of a JSON object. Refused if `body` is no object, or the field is no `kind`. null counts as missing; what
+    is missing and has no default is refused as well."""
+    if not isinstance(body, dict):
+        raise Refusal(400, f"Expected a JSON object with {name!r}, found {type(body).__name__}")
+    value = default if body.get(name) is None else body[name]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        raise Refusal(400, f"{name!r}: expected {_JSON_NAMES[kind]}, found {value!r}")
     return value
+
+
+def text_field(body: object, name: str, default: str | None = None) -> str:
+    """A string in a JSON body."""
+    return field(body, name, str, default)
+
+
+def digest_field(body: object, name: str) -> str:
+    """A sha256 in a JSON body. It becomes a file name of the store, so nothing else may pass."""
+    return must_be_digest(field(body, name, str))
+
+
+def must_be_digest(oid: str) -> str:
+    """The sha256; refused unless it is one, in 64 lower-case hex digits."""
+    if not re.fullmatch("[0-9a-f]{64}", oid):
+        raise Refusal(400, f"{oid!r} is no sha256; expected 64 lower-case hex digits")
+    return oid
 
 
 def endpoint_of(request: Request) -> str:

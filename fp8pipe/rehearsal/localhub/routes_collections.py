@@ -12,11 +12,14 @@ from starlette.routing import Route
 from fp8pipe.rehearsal.localhub.access import TokenOwner, may_see, must_sign_in, must_write_in
 from fp8pipe.rehearsal.localhub.collections import Collection, Item
 from fp8pipe.rehearsal.localhub.refusals import Refusal
-from fp8pipe.rehearsal.localhub.requests import Hub, caller, hub_of, int_query, json_object, page, text_field
+from fp8pipe.rehearsal.localhub.requests import Hub, caller, field, hub_of, int_query, json_object, page, text_field
 from fp8pipe.rehearsal.localhub.store import Repo
 
 LISTED_ITEMS = 4
 """A listing shows this many items of each collection, as on the Hub."""
+
+CHANGEABLE: dict[str, type] = {"title": str, "description": str, "private": bool, "theme": str, "position": int}
+"""Metadata of a collection that may be changed, and its type in JSON."""
 
 
 async def listing(request: Request) -> Response:
@@ -48,10 +51,10 @@ async def create(request: Request) -> Response:
     description = text_field(body, "description", "")
     hub = hub_of(request)
     collection = hub.collections.create(
-        owner, text_field(body, "title"), description, private=bool(body.get("private"))
+        owner, text_field(body, "title"), description, private=field(body, "private", bool, False)
     )
-    for item in [body["item"]] if "item" in body else []:
-        collection = put_item(hub, collection, who, item, None)
+    if body.get("item") is not None:
+        collection = put_item(hub, collection, who, field(body, "item", dict), None)
     return JSONResponse(described(hub, collection, who))
 
 
@@ -65,7 +68,7 @@ async def change(request: Request) -> Response:
     """Change title, description, privacy, theme or position."""
     collection, who = writable_collection(request)
     body = await json_object(request)
-    known = {key: body[key] for key in ("title", "description", "private", "theme", "position") if key in body}
+    known = {key: field(body, key, kind) for key, kind in CHANGEABLE.items() if body.get(key) is not None}
     hub = hub_of(request)
     return JSONResponse({"success": True, "data": described(hub, hub.collections.change(collection, **known), who)})
 
@@ -81,9 +84,14 @@ async def add_item(request: Request) -> Response:
     """Put a repository or a collection into a collection."""
     collection, who = writable_collection(request)
     body = await json_object(request)
-    note = text_field(body, "note") if "note" in body else None
+    note = optional_note(body)
     hub = hub_of(request)
-    return JSONResponse(described(hub, put_item(hub, collection, who, body["item"], note), who))
+    return JSONResponse(described(hub, put_item(hub, collection, who, field(body, "item", dict), note), who))
+
+
+def optional_note(body: dict[str, Any]) -> str | None:
+    """The note in a body; None if there is none."""
+    return text_field(body, "note") if body.get("note") is not None else None
 
 
 def put_item(hub: Hub, collection: Collection, who: TokenOwner, item: dict[str, Any], note: str | None) -> Collection:
@@ -103,8 +111,9 @@ async def change_item(request: Request) -> Response:
     """Change the note or the position of an item."""
     collection, _ = writable_collection(request)
     body = await json_object(request)
+    position = field(body, "position", int) if body.get("position") is not None else None
     hub_of(request).collections.change_item(
-        collection, request.path_params["item"], note=body.get("note"), position=body.get("position")
+        collection, request.path_params["item"], note=optional_note(body), position=position
     )
     return JSONResponse({"success": True})
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import json
@@ -21,11 +20,14 @@ from fp8pipe.rehearsal.localhub.refusals import Refusal, revision_not_found
 from fp8pipe.rehearsal.localhub.requests import (
     Hub,
     caller,
+    digest_field,
     endpoint_of,
+    field,
     flag_query,
     hub_of,
     int_query,
     json_object,
+    must_be_digest,
     page,
     revision_of,
     text_field,
@@ -46,9 +48,9 @@ async def preupload(request: Request) -> Response:
     must_be_committer(request)
     head = hub_of(request).store.commit_at(repo, revision_of(request))
     answers = []
-    for file in (await json_object(request)).get("files", []):
+    for file in field(await json_object(request), "files", list, []):
         path = must_be_path(text_field(file, "path"))
-        lfs = is_lfs(path, file["size"], base64.b64decode(file["sample"]))
+        lfs = is_lfs(path, field(file, "size", int), from_base64(path, text_field(file, "sample")))
         answer = {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
         if (entry := head.tree.get(path)) is not None:
             answer["oid"] = entry.sha256 if entry.lfs else entry.oid
@@ -83,7 +85,8 @@ async def lfs_batch(request: Request) -> Response:
         raise Refusal(
             400, f"'operation': expected upload, found {body.get('operation')!r}; download files through resolve"
         )
-    objects = [lfs_object(request, hub, one["oid"], one["size"]) for one in body["objects"]]
+    wanted = [(digest_field(one, "oid"), field(one, "size", int)) for one in field(body, "objects", list)]
+    objects = [lfs_object(request, hub, oid, size) for oid, size in wanted]
     answer = {"transfer": "basic", "objects": objects, "hash_algo": "sha256"}
     return JSONResponse(answer, media_type="application/vnd.git-lfs+json")
 
@@ -105,7 +108,7 @@ def signature(key: bytes, oid: str, size: int) -> str:
 async def lfs_upload(request: Request) -> Response:
     """Receive an object's bytes, and keep them only if their size and sha256 are those in the address."""
     hub = hub_of(request)
-    oid, size = request.path_params["oid"], int_query(request, "size", -1)
+    oid, size = must_be_digest(request.path_params["oid"]), int_query(request, "size", -1)
     if not hmac.compare_digest(request.query_params.get("signature", ""), signature(hub.upload_key, oid, size)):
         raise Refusal(403, "This upload address is not valid, or no longer; ask for a new one")
     with hub.store.blobs.receive() as incoming:
@@ -132,8 +135,9 @@ async def lfs_verify(request: Request) -> Response:
     """Succeeds if an object arrived; 404 if not."""
     must_sign_in(caller(request))
     body = await json_object(request)
-    if hub_of(request).store.blobs.size(text_field(body, "oid")) != body.get("size"):
-        raise Refusal(404, f"{body['oid']} did not arrive; upload it again")
+    oid = digest_field(body, "oid")
+    if hub_of(request).store.blobs.size(oid) != field(body, "size", int):
+        raise Refusal(404, f"{oid} did not arrive; upload it again")
     return Response()
 
 
@@ -198,11 +202,9 @@ def parse_commit(body: bytes, blobs: Blobs) -> tuple[CommitHeader, list[Change]]
     for number, line in enumerate(body.splitlines(), 1):
         try:
             operation = json.loads(line)
-            key, value = operation["key"], operation["value"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise Refusal(
-                400, f"Line {number} of the commit: expected an operation with key and value: {error}"
-            ) from error
+        except ValueError as error:
+            raise Refusal(400, f"Line {number} of the commit: expected a JSON object: {error}") from error
+        key, value = text_field(operation, "key"), field(operation, "value", dict)
         if key == "header":
             header = parse_header(value)
         else:
@@ -217,9 +219,7 @@ def parse_header(value: dict[str, Any]) -> CommitHeader:
     title = text_field(value, "summary").strip()
     if not title:
         raise Refusal(400, "A commit needs a summary")
-    parent = value.get("parentCommit")
-    if not isinstance(parent, str | None):
-        raise Refusal(400, f"'parentCommit': expected a commit id, found {parent!r}")
+    parent = text_field(value, "parentCommit", "") or None
     return {"title": title, "message": text_field(value, "description", ""), "parent": parent}
 
 
@@ -250,15 +250,20 @@ def decoded(value: dict[str, Any]) -> bytes:
     content = text_field(value, "content")
     if value.get("encoding") != "base64":
         return content.encode("utf-8")
+    return from_base64(text_field(value, "path"), content)
+
+
+def from_base64(path: str, content: str) -> bytes:
+    """The bytes; refused if `content` is not base64."""
     try:
         return base64.b64decode(content, validate=True)
-    except binascii.Error as error:
-        raise Refusal(400, f"{value['path']}: the content is not base64: {error}") from error
+    except ValueError as error:
+        raise Refusal(400, f"{path}: the content is not base64: {error}") from error
 
 
 def lfs_file(path: str, value: dict[str, Any], blobs: Blobs) -> Put:
     """Put an uploaded object into a commit. Refused if the object never arrived or has another size."""
-    oid = text_field(value, "oid")
+    oid = digest_field(value, "oid")
     entry = blobs.lfs_entry(oid)
     if entry is None:
         raise Refusal(400, f"{path}: the LFS object {oid} was never uploaded; upload it first")

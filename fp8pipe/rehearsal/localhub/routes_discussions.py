@@ -14,6 +14,7 @@ from fp8pipe.rehearsal.localhub.discussions import Discussion, Event
 from fp8pipe.rehearsal.localhub.refusals import Refusal
 from fp8pipe.rehearsal.localhub.requests import (
     caller,
+    field,
     flag_query,
     hub_of,
     int_query,
@@ -50,7 +51,7 @@ async def create(request: Request) -> Response:
     title = text_field(body, "title").strip()
     if not 3 <= len(title) <= 200:
         raise Refusal(400, f"'title': expected 3 to 200 characters, found {len(title)}")
-    pull = bool(body.get("pullRequest"))
+    pull = field(body, "pullRequest", bool, False)
     made = hub_of(request).discussions.open(repo, title, text_field(body, "description", ""), who.name, pull=pull)
     return JSONResponse({"num": made.num, "pullRequest": pull})
 
@@ -89,7 +90,7 @@ async def set_status(request: Request) -> Response:
     """Open or close a discussion."""
     repo, who = writable_repo(request)
     body = await json_object(request)
-    status, text = body.get("status"), body.get("comment") or ""
+    status, text = body.get("status"), text_field(body, "comment", "")
     if status not in ("open", "closed"):
         raise Refusal(400, f"'status': expected open or closed, found {status!r}")
     event = hub_of(request).discussions.set_status(repo, number_of(request), who.name, status, text)
@@ -99,7 +100,7 @@ async def set_status(request: Request) -> Response:
 async def merge(request: Request) -> Response:
     """Merge a pull request into its base branch."""
     repo, who = writable_repo(request)
-    text = (await json_object(request)).get("comment") or ""
+    text = text_field(await json_object(request), "comment", "")
     event = hub_of(request).discussions.merge(repo, number_of(request), who.name, text)
     return JSONResponse({"newStatus": described(event)})
 

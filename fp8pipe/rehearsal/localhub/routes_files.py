@@ -15,7 +15,17 @@ from starlette.routing import Route
 from fp8pipe.rehearsal.localhub.access import must_read_files
 from fp8pipe.rehearsal.localhub.disk import Entry
 from fp8pipe.rehearsal.localhub.refusals import Refusal, entry_not_found
-from fp8pipe.rehearsal.localhub.requests import caller, flag_query, hub_of, int_query, page, revision_of, visible_repo
+from fp8pipe.rehearsal.localhub.requests import (
+    caller,
+    field,
+    flag_query,
+    hub_of,
+    int_query,
+    json_object,
+    page,
+    revision_of,
+    visible_repo,
+)
 from fp8pipe.rehearsal.localhub.store import Commit, Repo, Store
 
 PAGE = 1000
@@ -59,9 +69,9 @@ async def paths_info(request: Request) -> Response:
 async def asked_paths(request: Request) -> tuple[list[str], bool]:
     """The paths and the expand flag of a paths-info request, which huggingface_hub sends as a form, others as JSON."""
     if request.headers.get("content-type", "").startswith("application/json"):
-        body = await request.json()
-        return [str(path).strip("/") for path in body["paths"]], bool(body.get("expand", False))
-    form = parse_qs((await request.body()).decode("utf-8"), keep_blank_values=True)
+        body = await json_object(request)
+        return [str(path).strip("/") for path in field(body, "paths", list)], field(body, "expand", bool, False)
+    form = parse_qs((await request.body()).decode("utf-8", errors="replace"), keep_blank_values=True)
     expand = form.get("expand", ["false"])[0].lower() in {"1", "true"}
     return [path.strip("/") for path in form.get("paths", [])], expand
 

@@ -15,6 +15,7 @@ from fp8pipe.rehearsal.localhub.refusals import Refusal, repo_not_found
 from fp8pipe.rehearsal.localhub.requests import (
     caller,
     endpoint_of,
+    field,
     flag_query,
     hub_of,
     int_query,
@@ -55,7 +56,7 @@ async def create(request: Request) -> Response:
     body = await json_object(request)
     kind, repo_id, who = named_repo(body, caller(request))
     hub = hub_of(request)
-    private = body.get("visibility") == "private" or body.get("private") is True
+    private = body.get("visibility") == "private" or field(body, "private", bool, False)
     existing = hub.store.find(kind, repo_id)
     if existing is not None:
         raise Refusal(409, "You already created this repo", extra={"url": endpoint_of(request) + existing.url_path})
@@ -95,7 +96,7 @@ async def change_settings(request: Request) -> Response:
     visibility = body.get("visibility")
     if visibility not in (None, "public", "private"):
         raise Refusal(400, f"'visibility': expected public or private, found {visibility!r}")
-    private = body.get("private") if visibility is None else visibility == "private"
+    private = field(body, "private", bool, repo.private) if visibility is None else visibility == "private"
     hub_of(request).store.change_settings(repo, private=private, gated=gated)
     return JSONResponse({"private": private, "gated": gated})
 
@@ -220,14 +221,14 @@ def as_json(value: Any) -> Any:
 def named_repo(body: dict[str, Any], who: TokenOwner | None) -> tuple[Kind, str, TokenOwner]:
     """The repository that a create or delete request names, and the caller. Refused unless the caller may write."""
     who = must_sign_in(who)
-    namespace = body.get("organization") or who.name
+    namespace = text_field(body, "organization", who.name)
     must_write_in(namespace, who)
     return repo_kind(body), f"{namespace}/{text_field(body, 'name')}", who
 
 
 def repo_kind(body: dict[str, Any]) -> Kind:
     """The kind that a request's body names; models if it names none."""
-    kind = KINDS.get(body.get("type") or "model")
+    kind = KINDS.get(text_field(body, "type", "model"))
     if kind is None:
         raise Refusal(400, f"'type': expected model or dataset, found {body.get('type')!r}")
     return kind
