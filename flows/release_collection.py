@@ -12,7 +12,7 @@ from prefect.states import Completed, Failed
 import tasks
 from flows.release_model import release_model
 from fp8pipe.config import CollectionSpec, ReleaseSpec, load_collection
-from fp8pipe.errors import Fp8PipeError
+from fp8pipe.errors import from_system
 from fp8pipe.records import BatchEntry, BatchResult, Outcome
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets
@@ -42,7 +42,8 @@ def _release(spec: ReleaseSpec) -> BatchEntry:
     if isinstance(ended, Outcome):
         code, outcome, error = ended.exit_code, ended, None
     else:
-        code = ended.exit_code if isinstance(ended, Fp8PipeError) else 5
+        found = from_system(ended)
+        code = found.exit_code if found is not None else 5
         outcome, error = None, f"{type(ended).__name__}: {ended}"
     return BatchEntry(
         model=spec.model, recipe=spec.recipe, repo_id=spec.repo_id, exit_code=code, outcome=outcome, error=error

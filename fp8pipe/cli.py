@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
 import typer
 from rich.console import Console
 
-from fp8pipe.errors import EnvironmentFault, Fp8PipeError
+from fp8pipe.errors import EnvironmentFault, from_system
 from fp8pipe.model.untrusted import printable
 from fp8pipe.records import VERDICT_EXIT_CODES
 
@@ -63,18 +63,20 @@ def guarded(command: Callable[P, int | None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             code = command(*args, **kwargs) or 0
-        except Fp8PipeError as error:
-            err.print(f"[red]error[/red] ({type(error).__name__}):", end=" ")
-            err.print("\n".join(map(printable, str(error).split("\n"))), markup=False)
-            code = error.exit_code
         except KeyboardInterrupt:
             err.print("interrupted; run the same command again to resume")
             code = 130
         except SystemExit:
             raise
-        except BaseException:  # the outermost frame: an unforeseen error, such as a panic in Rust, is a defect
-            code = 5
-            err.print(f"[red]internal error[/red]: {_store_trace()}")
+        except BaseException as error:  # the outermost frame: an unforeseen error, such as a panic in Rust, is a defect
+            found = from_system(error)
+            if found is None:
+                code = 5
+                err.print(f"[red]internal error[/red]: {_store_trace()}")
+            else:
+                code = found.exit_code
+                err.print(f"[red]error[/red] ({type(found).__name__}):", end=" ")
+                err.print("\n".join(map(printable, str(found).split("\n"))), markup=False)
         raise typer.Exit(code)
 
     return run
@@ -400,6 +402,7 @@ def publish(folder: Folder, repo_id: RepoId, collection: Collection = None) -> N
     from fp8pipe import stages
     from fp8pipe.ui.sheets import release_sheet, terminal
 
+    os.scandir(folder).close()  # raises for what is no folder
     with _stage_display("publish") as display:
         release = stages.publish(folder, repo_id=repo_id, collection=collection, progress=display)
     out.print(terminal(release_sheet(release)))

@@ -28,6 +28,7 @@ they survive pickling between Prefect processes.
 
 from __future__ import annotations
 
+import errno
 from typing import ClassVar
 
 
@@ -125,3 +126,33 @@ class EngineFailed(EnvironmentFault):
 
 class ServerFailed(EnvironmentFault):
     """A server that fp8pipe starts itself (embedded Prefect, local Hub) did not come up."""
+
+
+_ABOUT_THE_PATH = frozenset(
+    getattr(errno, name)
+    for name in ("ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ELOOP", "ENAMETOOLONG", "EINVAL", "ENOTEMPTY", "EXDEV")
+)
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def from_system(error: BaseException) -> Fp8PipeError | None:
+    """What an error that the operating system, Python or an HTTP client raised means, if it is an ordinary one: a path
+    that is wrong is the input's, a machine or server that refuses is the environment's. None for anything else, which
+    is a defect."""
+    if isinstance(error, Fp8PipeError):
+        return error
+    if isinstance(error, UnicodeEncodeError):
+        return InputError(f"{error.object!r}: a name that is not valid text; rename the file or folder")
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib, before Python 3.13
+        return InputError(f"{error}; name a folder or file that is no such link")
+    if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ReadTimeout"):  # httpx, which is not imported here
+        return EnvironmentFault(f"a server cannot be reached: {error}; start it, or correct its address")
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    what = f"{where}: {error.strerror}" if where else str(error.strerror)
+    if error.errno in _FULL:
+        return DiskTooSmall(f"{what}; free some space and run again")
+    if where and error.errno in _ABOUT_THE_PATH:
+        return InputError(f"{what}; name another path, or correct this one")
+    return EnvironmentFault(f"{what}; let this user read and write there, or use another place")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from fp8pipe.config import CollectionSpec, load_recipe
@@ -23,7 +25,11 @@ class ReleaseStatus(Record):
 
 
 def release_status(work_dir: Path, spec: CollectionSpec | None) -> tuple[ReleaseStatus, ...]:
-    """All releases of a work folder. With a collection: only its releases, and those that have not started."""
+    """All releases of a work folder. With a collection: only its releases, and those that have not started.
+
+    Raises OSError for what is there but is no folder."""
+    with suppress(FileNotFoundError):  # nothing was released yet
+        os.scandir(work_dir).close()
     rows = tuple(_status(folder) for folder in Workspace(work_dir).releases())
     if spec is None:
         return rows
