@@ -25,6 +25,7 @@ import typer
 from rich.console import Console
 
 from fp8pipe.errors import EnvironmentFault, from_system
+from fp8pipe.machine.loopback import exempt_loopback
 from fp8pipe.model.untrusted import printable
 from fp8pipe.records import VERDICT_EXIT_CODES
 
@@ -53,6 +54,7 @@ P = ParamSpec("P")
 
 def main() -> None:
     """Console script."""
+    exempt_loopback()
     app()
 
 

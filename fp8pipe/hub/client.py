@@ -27,6 +27,7 @@ from fp8pipe.errors import (
     ModelNotFound,
     RevisionNotFound,
 )
+from fp8pipe.machine.loopback import exempt_loopback
 
 if TYPE_CHECKING:
     import httpx2
@@ -57,6 +58,7 @@ def client() -> HfApi:
     """A client of `endpoint()` that uses HF_TOKEN or the stored login."""
     from huggingface_hub import HfApi, constants
 
+    exempt_loopback()  # a worker's flow does not come through the command line
     _make_quiet_and_impatient()
     # huggingface_hub reads its environment at import, but a Hub that was started since may not speak Xet.
     constants.HF_HUB_DISABLE_XET = os.environ.get("HF_HUB_DISABLE_XET", "").upper() in {"1", "ON", "YES", "TRUE"}

@@ -22,6 +22,7 @@ from pathlib import Path
 from fp8pipe.errors import ServerFailed
 
 _START_LIMIT_S = 180.0
+_ANSWER_S = 15.0
 
 _SERVER_ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -108,8 +109,11 @@ def prefect_api(log_path: Path, home: Path | None = None) -> Iterator[EmbeddedSe
     """Set PREFECT_API_URL inside the context, to the configured server (yields None) or to one started here.
 
     A server of our own starts in the background: call its `ready()` before the first flow. Import prefect only inside.
+    Raises ServerFailed if the configured one does not answer.
     """
-    if configured_api() is not None:
+    configured = configured_api()
+    if configured is not None:
+        _require_answer(configured)
         yield None
         return
     server = EmbeddedServer(log_path, home)
@@ -126,6 +130,20 @@ def prefect_api(log_path: Path, home: Path | None = None) -> Iterator[EmbeddedSe
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _require_answer(api: str) -> None:
+    try:
+        with urllib.request.urlopen(f"{api.rstrip('/')}/health", timeout=_ANSWER_S):
+            return
+    except urllib.error.HTTPError:
+        return  # it answers; whether it lets us in is for Prefect's client to find out
+    except (OSError, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise ServerFailed(
+            f"the Prefect server at {api} (PREFECT_API_URL or the active profile) does not answer: {reason}; start it, "
+            "correct the address, or configure none: then fp8pipe starts one for the run"
+        ) from error
 
 
 def _free_port() -> int:

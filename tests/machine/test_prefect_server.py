@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 from support.processes import all_gone, wait_for_descendant
 
-from fp8pipe.machine.prefect_server import configured_api
+from fp8pipe.errors import ServerFailed
+from fp8pipe.machine.loopback import exempt_loopback, proxy_exemption
+from fp8pipe.machine.prefect_server import configured_api, prefect_api
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +43,25 @@ def test_server_ends_when_its_starter_is_killed(tmp_path):
     starter.kill()
     starter.wait()
     assert all_gone(started)
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/api", "nonsense", "http://[/api"])
+def test_a_configured_server_that_does_not_answer_is_named(tmp_path, monkeypatch, address):
+    monkeypatch.setenv("PREFECT_API_URL", address)
+    with pytest.raises(ServerFailed, match="does not answer"), prefect_api(tmp_path / "log"):
+        pass
+
+
+def test_this_machine_is_never_asked_through_a_proxy(monkeypatch):
+    for name in ("no_proxy", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "")  # so that it is restored, too
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    monkeypatch.setenv("NO_PROXY", "intranet.example")
+    assert proxy_exemption() == dict.fromkeys(("NO_PROXY", "no_proxy"), "intranet.example,127.0.0.1,localhost,::1")
+    exempt_loopback()
+    assert urllib.request.proxy_bypass("127.0.0.1")
+    assert not urllib.request.proxy_bypass("huggingface.co")
+    assert proxy_exemption() == {}
+    monkeypatch.delenv("http_proxy")
+    monkeypatch.setenv("NO_PROXY", "")
+    assert proxy_exemption() == {}

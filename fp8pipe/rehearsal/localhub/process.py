@@ -24,12 +24,12 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
 
 from fp8pipe.errors import ServerFailed
+from fp8pipe.machine.loopback import ADDRESS, proxy_exemption
 
 if TYPE_CHECKING:
     from fp8pipe.rehearsal.localhub.access import TokenOwner, Tokens
     from fp8pipe.rehearsal.localhub.disruptions import Disruptions
 
-LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
 PR_SET_PDEATHSIG = 1
@@ -79,7 +79,7 @@ def serve(
                 on_ready(endpoint)
 
     listener = listen(port)
-    endpoint = f"http://{LOOPBACK}:{listener.getsockname()[1]}"
+    endpoint = f"http://{ADDRESS}:{listener.getsockname()[1]}"
     with listener, only_server_of(root):
         app = create_app(root, local_tokens(root) if tokens is None else tokens, disruptions)
         config = uvicorn.Config(
@@ -110,10 +110,10 @@ def log_to_stderr() -> dict[str, Any]:
 def listen(port: int) -> socket.socket:
     """A listening socket. Raises ServerFailed if the port is taken."""
     try:
-        return socket.create_server((LOOPBACK, port), backlog=128)
+        return socket.create_server((ADDRESS, port), backlog=128)
     except OSError as error:
         raise ServerFailed(
-            f"The local Hub cannot listen on {LOOPBACK}:{port}: {error.strerror}. "
+            f"The local Hub cannot listen on {ADDRESS}:{port}: {error.strerror}. "
             "Choose another port, or 0 for a free one."
         ) from error
 
@@ -154,7 +154,7 @@ class LocalHub:
         Xet is off because this Hub speaks only LFS, and a client with Xet does not fall back to LFS.
         """
         wanted = {"HF_ENDPOINT": self.endpoint, "HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1"}
-        return wanted | without_proxy()
+        return wanted | proxy_exemption()
 
     def stop(self) -> None:
         """End the server. Its state stays on disk. Calling this twice is fine."""
@@ -174,16 +174,6 @@ class LocalHub:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-
-
-def without_proxy() -> dict[str, str]:
-    """The variables that keep a client from asking its proxy for loopback; empty if there is no proxy."""
-    if not any(name.lower() in ("http_proxy", "all_proxy") for name in os.environ):
-        return {}
-    exempt = os.environ.get("NO_PROXY", os.environ.get("no_proxy", ""))
-    if LOOPBACK in exempt.split(","):
-        return {}
-    return dict.fromkeys(("NO_PROXY", "no_proxy"), ",".join(filter(None, [exempt, LOOPBACK])))
 
 
 def start(
