@@ -38,6 +38,7 @@ def release_model(spec: ReleaseSpec) -> State[Outcome]:
     workspace = Workspace(Path(spec.work_dir).resolve())
     tasks.plan_evaluation(job, workspace)
     snapshot = tasks.pin(spec.model)
+    tasks.require_licence(snapshot, spec)
 
     attempts: list[Outcome] = []
     for rung in job.ladder():
@@ -61,7 +62,7 @@ def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, ear
         plan = tasks.plan(snapshot, recipe, spec.trust_remote_code, spec.oracles, calibration)
     identity = fingerprint(snapshot, recipe, calibration.digest() if calibration else None)
     folder = workspace.release(snapshot.model_id, recipe.name, identity)
-    checkpoint, snapshot = tasks.quantize(snapshot, plan, folder.checkpoint, calibration)
+    checkpoint, snapshot = tasks.quantize(snapshot, plan, folder.checkpoint, calibration, spec)
 
     report = tasks.validate(folder.checkpoint, snapshot, recipe.name, spec.oracles)
     if not report.sound:

@@ -13,10 +13,11 @@ import json
 import os
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
@@ -110,6 +111,17 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout,
 WorkDir = Annotated[str, typer.Option("--work-dir", help="Folder for releases and baselines")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let this model bring its own Python code")]
 
+CardTemplate = Annotated[str | None, typer.Option(help="Your own template of the card (Jinja)")]
+LicenceId = Annotated[
+    str | None,
+    typer.Option("--licence", help="The source's licence, where its card leaves it open"),
+]
+LicenceReason = Annotated[str | None, typer.Option(help="How you know the licence; published in the card")]
+LicenceFile = Annotated[
+    Path | None, typer.Option(help="The licence's text, where it must go along and the source has none")
+]
+Licences = Annotated[str | None, typer.Option(help="Your own table of licences, instead of configs/licences.yaml")]
+
 AskVllm = Annotated[
     bool,
     typer.Option("--oracles/--no-oracles", help="Ask vLLM's own model, where vLLM is installed, whether it reads this"),
@@ -142,6 +154,16 @@ def _recipe_with(
     return validated(RecipeClass, content, f"recipe {name} with these options")
 
 
+def _licensing(
+    licence: str | None, licence_reason: str | None, licence_file: Path | None, licences: str | None
+) -> dict[str, Any]:
+    """The options as fields of a ReleaseSpec."""
+    fields: dict[str, Any] = {} if licences is None else {"licences": licences}
+    claim = {"id": licence, "reason": licence_reason, "file": licence_file and str(licence_file)}
+    given = {key: value for key, value in claim.items() if value is not None}
+    return fields | ({"licence": given} if given else {})
+
+
 # ------------------------------------------------------------------------------------------ stages
 
 
@@ -157,16 +179,19 @@ def plan(
     """Show what would become of every tensor, from headers alone: no weight is read."""
     from fp8pipe import stages
     from fp8pipe.config import load_recipe
-    from fp8pipe.ui.sheets import plan_sheet, serving_sheet, terminal
+    from fp8pipe.ui.sheets import plan_sheet, serving_sheet, terminal, terms_lines
 
     chosen = load_recipe(recipe)
-    made = stages.plan(stages.pin(model), chosen, trust_remote_code=trust_remote_code, oracles=oracles)
+    snapshot = stages.pin(model)
+    made = stages.plan(snapshot, chosen, trust_remote_code=trust_remote_code, oracles=oracles)
     if as_json:
         emit_json(made.model_dump(mode="json"))
     else:
         out.print(terminal(plan_sheet(made)))
         if made.serving is not None:
             out.print(terminal(serving_sheet(made.serving)))
+        for line in terms_lines(*stages.licence_terms(snapshot)):
+            out.print(line, markup=False)
 
 
 @app.command()
@@ -188,10 +213,16 @@ def quantize(
         Literal["compressed-tensors", "fp8"] | None, typer.Option(help="Override the recipe")
     ] = None,
     oracles: AskVllm = True,
+    licence: LicenceId = None,
+    licence_reason: LicenceReason = None,
+    licence_file: LicenceFile = None,
+    licences: Licences = None,
 ) -> None:
     """Write the FP8 checkpoint, after calibrating if the recipe needs it."""
     from fp8pipe import stages
+    from fp8pipe.config import LicenceClaim, validated
     from fp8pipe.progress import human_bytes
+    from fp8pipe.records import Terms, record_path
 
     chosen = _recipe_with(
         recipe,
@@ -201,6 +232,9 @@ def quantize(
         activation_scheme=activation_scheme,
         checkpoint_format=checkpoint_format,
     )
+    licensing = _licensing(licence, licence_reason, licence_file, licences)
+    if "licence" in licensing:
+        licensing["claim"] = validated(LicenceClaim, licensing.pop("licence"), "licence")
     with _stage_display("quantize") as display:
         made = stages.quantize_model(
             model,
@@ -210,10 +244,14 @@ def quantize(
             trust_remote_code=trust_remote_code,
             oracles=oracles,
             progress=display,
+            **licensing,
         )
     sizes = f"{human_bytes(made.source_bytes)} -> {human_bytes(made.output_bytes)}"
     out.print(f"{output}: {made.quantized_tensors} tensors in FP8, {made.kept_tensors} kept, {sizes}")
     out.print(f"fingerprint {made.fingerprint}")
+    terms = Terms.load(record_path(output, "terms"))
+    if terms.problem:
+        err.print(f"licence: {printable(terms.problem)}", markup=False)
 
 
 @app.command()
@@ -410,6 +448,30 @@ def publish(folder: Folder, repo_id: RepoId, collection: Collection = None) -> N
     out.print(terminal(release_sheet(release)))
 
 
+@app.command()
+@guarded
+def card(
+    folder: Folder,
+    repo_id: Annotated[
+        str | None, typer.Option(help="Repository that the card names", show_default="the folder")
+    ] = None,
+    card_template: CardTemplate = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the Markdown instead of serving a page")] = False,
+) -> None:
+    """Preview the card of a gated checkpoint in a browser, as the Hub would show it, until interrupted."""
+    from fp8pipe import stages
+    from fp8pipe.rehearsal.preview import preview
+
+    name = repo_id or f"preview/{folder.resolve().name}"
+    text = stages.card(folder, repo_id=name, template=card_template)
+    if markdown:
+        sys.stdout.write(text)
+        return
+    with preview(folder, text, name) as address, suppress(KeyboardInterrupt):
+        out.print(f"{address}\nopen it in a browser; Ctrl-C ends it", soft_wrap=True)
+        threading.Event().wait()
+
+
 # ------------------------------------------------------------------------------------------ flows
 
 
@@ -428,6 +490,10 @@ def release(
     oracles: Annotated[
         bool, typer.Option("--oracles/--no-oracles", help="Ask vLLM's own model before anything is measured")
     ] = True,
+    licence: LicenceId = None,
+    licence_reason: LicenceReason = None,
+    licence_file: LicenceFile = None,
+    licences: Licences = None,
 ) -> int:
     """Quantize, validate, evaluate, gate and publish one model: the Prefect flow, run here and now."""
     from fp8pipe.config import ReleaseSpec, validated
@@ -445,6 +511,7 @@ def release(
         "trust_remote_code": trust_remote_code,
         "oracles": oracles,
     }
+    content |= _licensing(licence, licence_reason, licence_file, licences)
     spec = validated(ReleaseSpec, content, "release")
     spec.resolve()  # reports a wrong name before any server starts
     with _flow_session(Path(spec.work_dir), "release") as session:

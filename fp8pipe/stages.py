@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8pipe.config import EvalSuite, GatePolicy, Recipe
+from fp8pipe.config import EvalSuite, GatePolicy, LicenceClaim, Recipe
 from fp8pipe.errors import ConfigError, InputError, NoSuitableDevice, SourceChanged
 from fp8pipe.files import write_atomically
 from fp8pipe.progress import Overlap, Progress, quiet
@@ -29,6 +29,7 @@ from fp8pipe.records import (
     Release,
     Serving,
     Snapshot,
+    Terms,
     ValidationReport,
 )
 from fp8pipe.records.paths import record_path
@@ -149,6 +150,67 @@ def require_counted(plan: Plan, policy: GatePolicy, device_class: str) -> tuple[
     return warnings
 
 
+# ------------------------------------------------------------------------------------------ licence
+
+
+def licence_terms(
+    snapshot: Snapshot, *, claim: LicenceClaim | None = None, licences: str | None = None
+) -> tuple[Terms, tuple[str, ...]]:
+    """What the source's licence asks of a copy, by its card at the pinned commit, and what is wrong with that card.
+
+    claim: the team's word where the card leaves the licence open. licences: the file that says what each asks for.
+    """
+    from fp8pipe.config import load_licences
+    from fp8pipe.hub.source_card import parse_source_card, read_source_card
+    from fp8pipe.release.licence import settle
+
+    card = parse_source_card(read_source_card(snapshot))
+    return settle(card, load_licences(licences), claim), card.problems
+
+
+def require_licence(
+    snapshot: Snapshot, repo_id: str, *, claim: LicenceClaim | None = None, licences: str | None = None
+) -> tuple[str, ...]:
+    """Refuse, before any work, what could not be published as `repo_id`. Returns what is wrong with the source's card.
+
+    Raises Refused; ConfigError for a claim that contradicts the card, or whose file cannot be read.
+    """
+    from fp8pipe.hub.source import companion_files
+    from fp8pipe.release.licence import require
+
+    terms, problems, made = _terms_and_files(snapshot, claim, licences)
+    require(terms, repo_id, {file.name for file in companion_files(snapshot)} | made.keys())
+    return problems
+
+
+def _terms_and_files(
+    snapshot: Snapshot, claim: LicenceClaim | None, licences: str | None
+) -> tuple[Terms, tuple[str, ...], dict[str, bytes]]:
+    from fp8pipe.release.licence import licence_files
+
+    terms, problems = licence_terms(snapshot, claim=claim, licences=licences)
+    return terms, problems, licence_files(terms, claim, snapshot)
+
+
+def _keep_lineage(snapshot: Snapshot, folder: Path, claim: LicenceClaim | None, licences: str | None) -> None:
+    """Write what the source's repository says of itself among the records: its card, the terms of its licence, its
+    published scores; and beside the weights what the licence needs."""
+    from fp8pipe.hub.source_card import read_source_card
+    from fp8pipe.records.published import PublishedScores
+    from fp8pipe.release.card.published import read_published
+
+    card, kept = read_source_card(snapshot), record_path(folder, "source_card")
+    if card is not None:
+        write_atomically(kept, card.encode())
+    else:
+        kept.unlink(missing_ok=True)
+    terms, _, made = _terms_and_files(snapshot, claim, licences)
+    for name, content in made.items():
+        write_atomically(folder / name, content)
+    terms.save(record_path(folder, "terms"))
+    PublishedScores(scores=read_published(snapshot)).save(record_path(folder, "published"))
+
+
 # ------------------------------------------------------------------------------------------ calibrate, quantize
 
 
@@ -171,6 +233,8 @@ def quantize(
     *,
     calibration: Calibration | None,
     device: str = "cpu",
+    claim: LicenceClaim | None = None,
+    licences: str | None = None,
     progress: Progress = quiet,
 ) -> tuple[Checkpoint, Snapshot]:
     """The checkpoint of `plan` in `folder`, beside its records, and the snapshot with its files on this machine.
@@ -195,6 +259,7 @@ def quantize(
     # Usually a no-op. A finished checkpoint whose source has left the cache is downloaded again, to be validated.
     snapshot = download(snapshot, trust_remote_code=trusted)
     with_hashes(snapshot).model_copy(update={"root": None}).save(record_path(folder, "source"))
+    _keep_lineage(snapshot, folder, claim, licences)
     return checkpoint, snapshot
 
 
@@ -206,13 +271,19 @@ def quantize_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     oracles: bool = True,
+    claim: LicenceClaim | None = None,
+    licences: str | None = None,
     progress: Progress = quiet,
 ) -> Checkpoint:
-    """A checkpoint folder from a model's name: pin, plan, calibrate if the recipe needs it, quantize."""
+    """A checkpoint folder from a model's name: pin, plan, calibrate if the recipe needs it, quantize.
+
+    Its licence may still be open: nothing is published here.
+    """
     from fp8pipe.quantize import device_for, preload
 
     device_for(device)  # refuses an unknown device before anything is asked of the Hub
     snapshot = pin(model)
+    _terms_and_files(snapshot, claim, licences)  # refuses a wrong claim before hours of work
     chosen = plan(snapshot, recipe, trust_remote_code=trust_remote_code, oracles=oracles, meanwhile=preload)
     calibration = None
     if recipe.needs_calibration:
@@ -221,7 +292,16 @@ def quantize_model(
         calibration = calibrate(snapshot, chosen, recipe, workspace, device=device, progress=progress)
     if recipe.keep_bf16 is not None:
         chosen = plan(snapshot, recipe, calibration=calibration, trust_remote_code=trust_remote_code, oracles=oracles)
-    return quantize(snapshot, chosen, folder, calibration=calibration, device=device, progress=progress)[0]
+    return quantize(
+        snapshot,
+        chosen,
+        folder,
+        calibration=calibration,
+        device=device,
+        claim=claim,
+        licences=licences,
+        progress=progress,
+    )[0]
 
 
 def sensitivity(folder: Path) -> tuple[Calibration, Path | None]:
@@ -569,6 +649,27 @@ def approve(folder: Path, *, who: str, reason: str) -> Approval:
     return approve(folder, who=who, reason=reason)
 
 
+def card(folder: Path, *, repo_id: str, template: str | None = None) -> str:
+    """The card of a checkpoint folder as `publish` would make it; `template` as in a release. Writes nothing.
+
+    Raises InputError for a record that is missing, ConfigError for a template that is wrong.
+    """
+    from dataclasses import replace
+
+    from fp8pipe.release.card import render_card
+    from fp8pipe.release.card.facts import facts_of_folder
+
+    facts = facts_of_folder(folder, repo_id=repo_id)
+    return render_card(facts if template is None else replace(facts, template=_template(template)))
+
+
+def _template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"card template {path}: cannot be read: {error}") from error
+
+
 def publish(
     folder: Path,
     *,
@@ -580,9 +681,12 @@ def publish(
     """Card, upload, verification, tag and collection item for an accepted checkpoint; idempotent."""
     from fp8pipe.gate.publishable import require_publishable
     from fp8pipe.release.card import card_for_folder, collection_note
+    from fp8pipe.release.licence import require
     from fp8pipe.release.publish import publish
 
     decision = require_publishable(folder).decision
+    terms = Terms.load(record_path(folder, "terms"))
+    require(terms, repo_id, [path.name for path in folder.iterdir() if path.is_file()])
     card, note = card_for_folder(folder, repo_id=repo_id), collection_note(decision)
     return publish(
         folder,

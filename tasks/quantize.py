@@ -7,7 +7,7 @@ from pathlib import Path
 from prefect import task
 
 from fp8pipe import stages
-from fp8pipe.config import Recipe
+from fp8pipe.config import Recipe, ReleaseSpec
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Checkpoint, Snapshot
 from fp8pipe.records.calibration import Calibration
@@ -33,8 +33,16 @@ def calibrate(snapshot: Snapshot, plan: Plan, recipe: Recipe, workspace: Workspa
     **STAGE,
 )
 def quantize(
-    snapshot: Snapshot, plan: Plan, folder: Path, calibration: Calibration | None
+    snapshot: Snapshot, plan: Plan, folder: Path, calibration: Calibration | None, spec: ReleaseSpec
 ) -> tuple[Checkpoint, Snapshot]:
     """The FP8 checkpoint, and the snapshot on this machine. Files still on the Hub are quantized as they arrive."""
     progress = reporter("quantize", plan.recipe)
-    return stages.quantize(snapshot, plan, folder, calibration=calibration, progress=progress)
+    return stages.quantize(
+        snapshot,
+        plan,
+        folder,
+        calibration=calibration,
+        claim=spec.licence,
+        licences=spec.licences,
+        progress=progress,
+    )

@@ -6,7 +6,7 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from fp8pipe import stages
-from fp8pipe.config import EvalSuite, GatePolicy, Recipe
+from fp8pipe.config import EvalSuite, GatePolicy, Recipe, ReleaseSpec
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Snapshot
 from fp8pipe.records.calibration import Calibration
@@ -58,6 +58,17 @@ def require_machine(snapshot: Snapshot, plan: Plan, suite: EvalSuite, policy: Ga
     """Refuse before any work what this machine cannot evaluate or no verdict here could release; log warnings."""
     for warning in stages.require_machine(snapshot, plan, suite, policy):
         get_run_logger().warning("%s", warning)
+
+
+@task(
+    name="require-licence",
+    task_run_name="require-licence {snapshot.model_id}",
+    **STAGE,
+)
+def require_licence(snapshot: Snapshot, spec: ReleaseSpec) -> None:
+    """Refuse before any work what the source's licence does not let be published; log what is wrong with its card."""
+    for problem in stages.require_licence(snapshot, spec.repo_id, claim=spec.licence, licences=spec.licences):
+        get_run_logger().warning("%s", problem)
 
 
 @task(

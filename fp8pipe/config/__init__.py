@@ -21,6 +21,12 @@ from fp8pipe.config.files import (
     shipped,
     validated,
 )
+from fp8pipe.config.licences import (
+    Licence,
+    LicenceClaim,
+    LicenceTable,
+    load_licences,
+)
 from fp8pipe.config.policy import (
     LIKELIHOODS,
     GatePolicy,
@@ -70,6 +76,9 @@ __all__ = [
     "KVCacheScheme",
     "KeepRule",
     "Kind",
+    "Licence",
+    "LicenceClaim",
+    "LicenceTable",
     "ModelEntry",
     "PerplexityPolicy",
     "Recipe",
@@ -86,6 +95,7 @@ __all__ = [
     "is_local_data",
     "load",
     "load_collection",
+    "load_licences",
     "load_policy",
     "load_recipe",
     "load_suite",

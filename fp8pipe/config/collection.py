@@ -40,6 +40,8 @@ class CollectionSpec(Config):
     policy: str
     repo_name: str = "{namespace}/{model}{suffix}"
     """Repository of a release, from {namespace}, {model} (last part of its id), {suffix} (of the recipe), {recipe}."""
+    licences: str | None = None
+    """File that says what each licence asks of a copy; None: the shipped one."""
     work_dir: str = "fp8pipe-work"
 
     def releases(self) -> tuple[ReleaseSpec, ...]:
@@ -66,6 +68,7 @@ class CollectionSpec(Config):
             "repo_id": repo_id,
             "collection": f"{self.collection.namespace}/{self.collection.title}",
             "collection_description": self.collection.description,
+            "licences": self.licences,
             "work_dir": self.work_dir,
         }
         return validated(ReleaseSpec, fields | entry.overrides, f"model {entry.id}")

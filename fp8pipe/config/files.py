@@ -20,13 +20,19 @@ C = TypeVar("C", bound=Config)
 
 def load(kind_class: type[C], kind: Kind, name: str) -> C:
     """Read one YAML file into `kind_class`. Raises ConfigError, which names file and key."""
-    path = find(kind, name)
+    return load_file(kind_class, find(kind, name))
+
+
+def load_file(kind_class: type[C], path: Path) -> C:
+    """The same for a file that has no kind of its own."""
     return validated(kind_class, _read(path), str(path))
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from error
     if not isinstance(content, dict):

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from fp8pipe.config.base import Config
 from fp8pipe.config.files import validated
+from fp8pipe.config.licences import LicenceClaim, load_licences
 from fp8pipe.config.policy import GatePolicy, load_policy
 from fp8pipe.config.recipe import Recipe, load_recipe
 from fp8pipe.config.suite import EvalSuite, load_suite
@@ -26,6 +27,12 @@ class ReleaseSpec(Config):
     collection_description: str = Field(
         default="", max_length=150, description="Description of the collection, if this release creates it"
     )
+    licence: LicenceClaim | None = Field(
+        default=None, description="The source's licence, where its card leaves it open: id, reason, file"
+    )
+    licences: str | None = Field(
+        default=None, description="File that says what each licence asks for, instead of the shipped one"
+    )
     trust_remote_code: bool = Field(default=False, description="Let this model bring its own Python code")
     work_dir: str = Field(default="fp8pipe-work", description="Folder for releases and baselines")
     device: str = Field(default="auto", description="auto, cpu or cuda, for calibration")
@@ -35,6 +42,7 @@ class ReleaseSpec(Config):
         """Read the files that the spec names. Raises ConfigError if one is wrong or they do not fit together."""
         resolved = ResolvedRelease(self, load_recipe(self.recipe), load_suite(self.suite), load_policy(self.policy))
         check_fit(resolved.policy, resolved.suite)
+        load_licences(self.licences)
         resolved.ladder()  # reports a wrong fallback now, not after hours
         return resolved
 

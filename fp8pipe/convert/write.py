@@ -30,8 +30,8 @@ LOCK = "convert.lock"
 TILE = 1 << 23
 """Bytes read and written at a time."""
 
-LINEAGE = ("source.json", "source_config.json", "calibration.json")
-"""Records of the source that hold for the result too: where its weights and ranges came from."""
+LINEAGE = ("source.json", "source_config.json", "source_card.md", "terms.json", "published.json", "calibration.json")
+"""Records of the source that hold for the result too: where its weights and ranges came from, and their licence."""
 
 
 def write(conversion: ConversionPlan, folder: Path, progress: Progress) -> Conversion:

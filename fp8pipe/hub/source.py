@@ -29,8 +29,9 @@ COMPANIONS = (
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm"),
     *("readme.md", "license*", "licence*", "notice*", "use_policy*"),
     "additional_chat_templates/*.jinja",
+    ".eval_results/*.yaml",
 )
-"""Names, in lower case, of what a checkpoint needs besides its weights."""
+"""Names, in lower case, of what a checkpoint or its card needs besides its weights."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TRAINING_STATE = ("training_args.bin", "optimizer.*", "scheduler.*", "rng_state*", "scaler.*")
 """Pickles that hold no weights."""

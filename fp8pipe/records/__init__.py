@@ -42,6 +42,7 @@ from fp8pipe.records.release import (
 )
 from fp8pipe.records.serving import Serves, Serving
 from fp8pipe.records.source import Snapshot, SourceFile
+from fp8pipe.records.terms import Terms
 from fp8pipe.records.validation import (
     DEPTHS,
     Depth,
@@ -86,6 +87,7 @@ __all__ = [
     "SourceFile",
     "TaskDecision",
     "TaskResult",
+    "Terms",
     "ValidationReport",
     "Verdict",
     "mean_of_samples",

@@ -9,6 +9,9 @@ from fp8pipe.records.base import RECORD_DIR
 RECORD_FILES = {
     "source": "source.json",
     "source_config": "source_config.json",
+    "source_card": "source_card.md",
+    "terms": "terms.json",
+    "published": "published.json",
     "plan": "plan.json",
     "calibration": "calibration.json",
     "checkpoint": "checkpoint.json",
@@ -18,6 +21,7 @@ RECORD_FILES = {
     "candidate": "candidate.json",
     "gate": "gate.json",
     "approval": "approval.json",
+    "card_template": "card_template.md.j2",
 }
 """Files in DIR/fp8pipe/, written by the stages and published with the checkpoint."""
 

@@ -20,6 +20,7 @@ from fp8pipe.records import (
     Outcome,
     Release,
     Serving,
+    Terms,
     ValidationReport,
     metric_label,
 )
@@ -399,6 +400,21 @@ def plan_sheet(plan: Plan) -> Sheet:
     notes = (*filter(None, (plan.settings.description,)), size, *plan.notes)
     columns = ("action", "reason", "tensors", "source", "output")
     return Sheet(f"Plan {plan.model_id}, {plan.recipe}", columns, rows, notes, right=frozenset({2, 3, 4}))
+
+
+def terms_lines(terms: Terms, problems: Sequence[str]) -> list[str]:
+    """The source's licence, what it asks of a copy, and what is wrong with the source's card."""
+    licence = terms.licence
+    if licence is None:
+        return [f"licence: {terms.problem}"]
+    asked = (
+        "" if licence.publish else f"a quantized copy may not be published: {licence.because}",
+        f"the name must begin with {licence.name_prefix}" if licence.name_prefix else "",
+        "a copy of its text goes along" if licence.text == "required" else "",
+        "a NOTICE goes along" if licence.notice else "",
+    )
+    first = f"licence: {licence.title} ({terms.id})"
+    return ["; ".join([first, *filter(None, asked)]), *(f"card of the source: {problem}" for problem in problems)]
 
 
 def _with_error(mean: float, stderr: float | None) -> str:

@@ -31,7 +31,7 @@ from fp8pipe.hub.collections import MAX_NOTE
 from fp8pipe.records import Finding, FlipRate, ModuleProof, ServingFigures, Snapshot
 from fp8pipe.release.card import collection_note, render_card
 from fp8pipe.release.card.facts import PLOTS, CardFacts
-from fp8pipe.release.card.verdict import summary_rows
+from fp8pipe.release.card.verdict import comparison_rows, summary_rows
 from fp8pipe.release.plots import write_plots
 from fp8pipe.ui.sheets import decision_sheet
 
@@ -68,14 +68,12 @@ def test_card_states_calibration_data_with_revision_and_hash() -> None:
 
 def test_card_names_the_licence_of_the_source_and_its_link() -> None:
     card = render_card(facts_of())
-    assert f"acme/tiny at {SOURCE_COMMIT}, under that model's licence: other (llama3.1), https" in plain(card)
+    assert f"A copy of acme/tiny at {SOURCE_COMMIT}, quantized to FP8" in plain(card)
+    assert "Apache License 2.0 (apache-2.0, https://www.apache.org/licenses/LICENSE-2.0)" in plain(card)
     matter = front_matter(card)
-    assert (matter["license"], matter["license_name"]) == ("other", "llama3.1")
+    assert matter["license"] == "apache-2.0"
     assert matter["language"] == ["en", "de"]
     assert "extra_gated_prompt" not in matter
-    unknown = render_card(facts_of(source_card=None))
-    assert "names no licence" in unknown
-    assert "license" not in front_matter(unknown)
 
 
 def test_front_matter_says_what_the_hub_indexes() -> None:
@@ -209,8 +207,9 @@ def test_summary_rows_show_both_sides_with_intervals() -> None:
     (row,) = summary_rows(facts.decision, facts.baseline, facts.candidate)
     assert row["BF16"] == "91.00 (89.67 to 92.18)"
     assert row["FP8"].startswith("90.60 (")
-    assert row["drop"] == "0.40 (-0.24 to 1.06)"
-    assert (row["n"], row["verdict"]) == ("2,000", "accepted")
+    assert (row["task"], row["recovery"]) == ("qa", "99.56 %")
+    (compared,) = comparison_rows(facts.decision, facts.baseline)
+    assert list(compared.values()) == ["qa: exact_match, 0-shot", "2,000", "0.40 (-0.24 to 1.06)", "2.00", "accepted"]
 
 
 def test_flipped_loses_ones_and_wins_zeros() -> None:

@@ -13,7 +13,6 @@ from fp8pipe.quantize.plan import SummaryRow
 from fp8pipe.records import Finding, Snapshot
 from fp8pipe.release.card import render_card
 from fp8pipe.release.card.markdown import code, escape, fence
-from fp8pipe.release.card.metadata import inherited_metadata
 from fp8pipe.ui.sheets import Sheet, markdown
 
 HOSTILE = "a|b`c``d</td><script>alert(1)</script>[x](javascript:y)*_~\n# e\n| f |\n```\n{{ 7*7 }} $(rm)"
@@ -69,26 +68,6 @@ def test_escaped_text_and_code_render_to_themselves(text: str) -> None:
     if "|" not in text:  # a pipe in a code span is escaped for the table around it
         assert html.unescape(renderer.renderInline(code(text))) == f"<code>{flat}</code>"
     assert html.unescape(renderer.render(fence(text))) == f"<pre><code>{text}\n</code></pre>\n"
-
-
-@pytest.mark.parametrize(
-    "card",
-    [
-        None,
-        "",
-        "# no front matter",
-        "---\nlicense: 2024-99-99\n---\n",
-        "---\nlicense: " + "[" * 5000 + "\n---\n",
-        "---\na: &a " + "x" * 1001 + "\nlicense: *a\n---\n",
-        "---" + "\n" * 90_000,
-        "---\n: [broken\n---\n",
-        "---\n- a list\n---\n",
-        "---\nlicense: {a: b}\nlanguage: 3\n---\n",
-        "---\nlicense: !!python/object/apply:os.system [id]\n---\n",
-    ],
-)
-def test_a_source_card_that_says_nothing_clear_is_not_quoted(card: str | None) -> None:
-    assert inherited_metadata(card) == {}
 
 
 def test_hostile_names_become_plain_text_in_artifacts_too() -> None:

@@ -7,8 +7,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.config import GatePolicy
+from fp8pipe.config import GatePolicy, LicenceClaim, load_licences
 from fp8pipe.gate import decide
+from fp8pipe.hub.source_card import parse_source_card
 from fp8pipe.quantize.plan import Plan, SummaryRow
 from fp8pipe.records import (
     EvalReport,
@@ -17,7 +18,9 @@ from fp8pipe.records import (
     ValidationReport,
 )
 from fp8pipe.records.calibration import Calibration
+from fp8pipe.records.published import PublishedScores
 from fp8pipe.release.card.facts import PLOTS, CardFacts
+from fp8pipe.release.licence import settle
 from fp8pipe.release.plots import write_plots
 from support.reports import (
     SOURCE_COMMIT,
@@ -29,10 +32,8 @@ from support.reports import (
 )
 
 SOURCE_CARD_TEXT = """---
-license: other
-license_name: llama3.1
-license_link: https://example.com/licence
-language: [en, de]
+license: Apache 2.0
+language: [English, de]
 pipeline_tag: text-generation
 extra_gated_prompt: sign here
 ---
@@ -75,6 +76,12 @@ def validation(*findings: Finding) -> ValidationReport:
     )
 
 
+def licensed(card: str | None, claim: LicenceClaim | None = None) -> dict[str, Any]:
+    """The fields of CardFacts that follow from the source's card and the shipped table of licences."""
+    source_card = parse_source_card(card)
+    return {"source_card": source_card, "terms": settle(source_card, load_licences(), claim)}
+
+
 def facts_of(
     sides: tuple[EvalReport, EvalReport] | None = None, rules: GatePolicy | None = None, **more: Any
 ) -> CardFacts:
@@ -88,7 +95,7 @@ def facts_of(
     known: dict[str, Any] = {
         "repo_id": "acme/tiny-FP8-KV",
         "source": Snapshot(model_id="acme/tiny", commit=SOURCE_COMMIT, files=()),
-        "source_card": SOURCE_CARD_TEXT,
+        **licensed(SOURCE_CARD_TEXT),
         "recipe": recipe(),
         "checkpoint": checkpoint(),
         "plan_summary": (SummaryRow("quantize", "Linear", 28, 1_800_000, 900_000),),
@@ -128,17 +135,19 @@ def saved(folder: Path) -> CardFacts:
         "baseline": facts.baseline,
         "candidate": facts.candidate,
         "gate": facts.decision,
+        "terms": facts.terms,
+        "published": PublishedScores(scores=()),
     }.items():
         record.save(records / f"{name}.json")
     write_plots(facts.decision, facts.baseline, facts.candidate, records / "plots")
-    (folder / "README.md").write_text(SOURCE_CARD_TEXT)
+    (records / "source_card.md").write_text(SOURCE_CARD_TEXT)
     return facts
 
 
 def commands(card: str) -> list[list[str]]:
     """Every command line in a bash block, split as a shell does."""
     blocks = re.findall(r"```bash\n(.*?)\n```", card, re.DOTALL)
-    return [shlex.split(line) for block in blocks for line in block.splitlines()]
+    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 def plain(card: str) -> str:

@@ -1,7 +1,7 @@
 """The files of a checkpoint beside its weights: companions copied byte for byte, the index, and config.json last.
 
-Not copied: weights, pickles, the source's README (the card replaces it), configs of other loaders, and `*.py` unless
-remote code is trusted."""
+Not copied: weights, pickles, the source's README and scores (the card replaces them), configs of other loaders, and
+`*.py` unless remote code is trusted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Snapshot, record_path
 
 _NOT_COPIED = frozenset(
-    ("config.json", "readme.md", "params.json", "hf_quant_config.json", "adapter_config.json", "quantize_config.json")
+    (
+        *(".eval_results", "readme.md"),
+        *("config.json", "params.json", "hf_quant_config.json", "adapter_config.json", "quantize_config.json"),
+    )
 )
 """config.json is rewritten; the others do not describe this checkpoint."""
 
@@ -28,7 +31,9 @@ def companions(snapshot: Snapshot, plan: Plan) -> tuple[str, ...]:
 def companion_names(snapshot: Snapshot, *, trust_remote_code: bool) -> tuple[str, ...]:
     """Names of the files that belong to any copy of the model; its own code only if `trust_remote_code`."""
     names = (file.name for file in source.companion_files(snapshot, trust_remote_code=trust_remote_code))
-    return tuple(name for name in names if name.lower() not in _NOT_COPIED and not name.endswith(".index.json"))
+    return tuple(
+        name for name in names if name.lower().partition("/")[0] not in _NOT_COPIED and not name.endswith(".index.json")
+    )
 
 
 def write_companions(snapshot: Snapshot, plan: Plan, folder: Path) -> None:

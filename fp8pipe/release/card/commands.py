@@ -2,23 +2,95 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator
 from itertools import groupby
 
 from fp8pipe.release.card.facts import CardFacts
+from fp8pipe.release.card.parsers import reasoning_parser, tool_parser
+
+READ = ("w8a8", "otherwise")
+"""Verdicts on an engine that loads the checkpoint."""
+
+
+WIDTH = 84
+"""Letters of a line in a block of code that a laptop's page shows without scrolling."""
 
 
 def shell(*words: str) -> str:
-    """A command line that a shell reads back as `words`."""
-    return " ".join(shlex.quote(" ".join(word.split())) for word in words)
+    """A command that a shell reads back as `words`, continued where a line would be too long."""
+    parts: list[str] = []
+    for word in (shlex.quote(" ".join(word.split())) for word in words):
+        if parts and parts[-1].startswith("--") and " " not in parts[-1] and not word.startswith("--"):
+            parts[-1] += f" {word}"  # an option stays with its value
+        else:
+            parts.append(word)
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + len(part) < WIDTH:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(f"  {part}")
+    return " \\\n".join(lines)
 
 
 def serve_command(facts: CardFacts) -> str:
     """How to serve the release as it was measured."""
-    return shell(
-        "vllm", "serve", facts.repo_id, "--revision", facts.checkpoint.release_tag, *_trust(facts), *_cache(facts)
-    )
+    serve = ("vllm", "serve", facts.repo_id, "--revision", facts.checkpoint.release_tag)
+    return shell(*serve, *_trust(facts), *_cache(facts), *_parallelism(facts), *_parsers(facts))
+
+
+def _parallelism(facts: CardFacts) -> Iterator[str]:
+    """How the measured engine was spread over GPUs."""
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        size = facts.candidate.engine.arguments.get(name, 1)
+        if isinstance(size, int) and size > 1:
+            yield from (f"--{name.replace('_', '-')}", str(size))
+    if facts.candidate.engine.arguments.get("enable_expert_parallel"):
+        yield "--enable-expert-parallel"
+
+
+def _parsers(facts: CardFacts) -> Iterator[str]:
+    """What turns the model's reasoning and tool calls into fields of an answer."""
+    if (reasoning := reasoning_parser(facts.chat_template)) is not None:
+        yield from ("--reasoning-parser", reasoning)
+    if (tools := tool_parser(facts.chat_template)) is not None:
+        yield from ("--enable-auto-tool-choice", "--tool-call-parser", tools)
+
+
+def client_code(facts: CardFacts) -> str:
+    """A request to that server, with the OpenAI client."""
+    asked = 'messages=[{"role": "user", "content": "What is FP8?"}]' if facts.chat_template else 'prompt="FP8 is"'
+    api, answer = ("chat.completions", "message.content") if facts.chat_template else ("completions", "text")
+    return f"""\
+from openai import OpenAI
+
+client = OpenAI(base_url="http://localhost:8000/v1", api_key="-")
+answer = client.{api}.create(
+    model={json.dumps(facts.repo_id)},
+    {asked},
+    max_tokens=512,
+)
+print(answer.choices[0].{answer})"""
+
+
+def transformers_code(facts: CardFacts) -> str:
+    """How transformers loads it; empty where it does not, or nobody knows."""
+    serving = facts.validation.serving
+    reads = serving is not None and any(a.engine == "transformers" and a.verdict in READ for a in serving.answers)
+    if not reads:
+        return ""
+    architectures = facts.config.get("architectures")
+    causal = isinstance(architectures, list) and any(str(name).endswith("ForCausalLM") for name in architectures)
+    auto, source = ("AutoModelForCausalLM" if causal else "AutoModelForImageTextToText"), json.dumps(facts.repo_id)
+    tag = json.dumps(facts.checkpoint.release_tag)
+    return f"""\
+from transformers import {auto}, AutoTokenizer
+
+name, tag = {source}, {tag}
+model = {auto}.from_pretrained(name, revision=tag, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(name, revision=tag)"""
 
 
 def _cache(facts: CardFacts) -> tuple[str, ...]:

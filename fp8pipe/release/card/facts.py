@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8pipe.config import GatePolicy, Recipe
-from fp8pipe.files import write_atomically
 from fp8pipe.gate.publishable import read_approval, read_policy
-from fp8pipe.records import RECORD_DIR, Approval, Checkpoint, EvalReport, GateDecision, Snapshot, ValidationReport
+from fp8pipe.hub.source_card import SourceCard, parse_source_card
+from fp8pipe.model.untrusted import parse_config
+from fp8pipe.records import (
+    RECORD_DIR,
+    Approval,
+    Checkpoint,
+    EvalReport,
+    GateDecision,
+    Snapshot,
+    Terms,
+    ValidationReport,
+)
 from fp8pipe.records.paths import record_path
+from fp8pipe.records.published import PublishedScore, PublishedScores
 
 if TYPE_CHECKING:
     from fp8pipe.quantize.plan import SummaryRow
     from fp8pipe.records.calibration import Calibration
-
-SOURCE_CARD = f"{RECORD_DIR}/source_card.md"
-"""The source's own README.md, kept because the release's card takes its place."""
 
 RECORDS = {
     "gate.json": "the verdict, with every number compared and one reason per rule",
@@ -34,6 +42,9 @@ RECORDS = {
     "manifest.json": "sha256 of every published file",
     "approval.json": "who released an inconclusive result, when and why",
     "source_card.md": "the source's own card",
+    "terms.json": "the source's licence, and what it asks of a copy",
+    "published.json": "scores of the source that others publish",
+    "card_template.md.j2": "the template of this card",
 }
 """Records that a release may carry in fp8pipe/, the most important first, and what each holds."""
 
@@ -45,9 +56,6 @@ PLOTS = {
 }
 """Titles of the plots, in the order of the card."""
 
-_MARK = b"and released by fp8pipe "
-"""In the first paragraph of every card of ours, and of no source's."""
-
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -55,8 +63,8 @@ class CardFacts:
 
     repo_id: str
     source: Snapshot
-    source_card: str | None
-    """The source's README.md; its front matter names the licence."""
+    source_card: SourceCard
+    terms: Terms
     recipe: Recipe
     checkpoint: Checkpoint
     plan_summary: Sequence[SummaryRow]
@@ -73,6 +81,16 @@ class CardFacts:
     """Name of a plot, as in PLOTS -> its path in the repository."""
     records: Sequence[str] = ()
     """Names of the files in fp8pipe/."""
+    files: Sequence[str] = ()
+    """Names of the files beside the weights."""
+    config: Mapping[str, Any] = field(default_factory=dict)  # Any: JSON
+    """The checkpoint's config.json."""
+    chat_template: str = ""
+    """Empty without one."""
+    template: str | None = None
+    """A team's own template; None: the shipped one."""
+    published: Sequence[PublishedScore] = ()
+    """What others give as the source's scores."""
 
     @property
     def fp8_cache(self) -> bool:
@@ -91,14 +109,14 @@ def facts_of_folder(folder: Path, *, repo_id: str) -> CardFacts:
     from fp8pipe.quantize.plan import Plan
     from fp8pipe.records.calibration import Calibration
 
-    _keep_source_card(folder)
     checkpoint = Checkpoint.load(record_path(folder, "checkpoint"))
     plan = Plan.load(record_path(folder, "plan"))
-    source_card, records = folder / SOURCE_CARD, folder / RECORD_DIR
+    source_card, records = record_path(folder, "source_card"), folder / RECORD_DIR
     return CardFacts(
         repo_id=repo_id,
         source=Snapshot.load(record_path(folder, "source")),
-        source_card=source_card.read_text(errors="replace") if source_card.is_file() else None,
+        source_card=parse_source_card(source_card.read_text(errors="replace") if source_card.is_file() else None),
+        terms=Terms.load(record_path(folder, "terms")),
         recipe=plan.settings,
         checkpoint=checkpoint,
         plan_summary=plan.summary(),
@@ -113,14 +131,27 @@ def facts_of_folder(folder: Path, *, repo_id: str) -> CardFacts:
         plots={name: f"{RECORD_DIR}/plots/{name}.png" for name in PLOTS if (records / f"plots/{name}.png").is_file()},
         # The manifest is written after the card, because it lists it.
         records=[name for name in RECORDS if name == "manifest.json" or (records / name).is_file()],
+        files=sorted(path.name for path in folder.iterdir() if path.is_file()),
+        config=_json(folder / "config.json"),
+        chat_template=_chat_template(folder),
+        template=template.read_text() if (template := record_path(folder, "card_template")).is_file() else None,
+        published=PublishedScores.load(record_path(folder, "published")).scores,
     )
 
 
-def _keep_source_card(folder: Path) -> None:
-    """Copy the source's README.md, once, before ours takes its place."""
-    readme, kept = folder / "README.md", folder / SOURCE_CARD
-    if kept.exists() or not readme.is_file():
-        return
-    content = readme.read_bytes()
-    if _MARK not in content:
-        write_atomically(kept, content)
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a small file of the checkpoint; empty if there is none."""
+    value = parse_config(path.read_bytes())[0] if path.is_file() else None
+    return value or {}
+
+
+def _chat_template(folder: Path) -> str:
+    """The template that a chat uses: the file, or the (default) one in the tokenizer's config."""
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        return own.read_text(errors="replace")
+    given = _json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(given, list):
+        named = {one.get("name"): one.get("template") for one in given if isinstance(one, dict)}
+        given = named.get("default")
+    return given if isinstance(given, str) else ""

@@ -42,7 +42,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     if not rows:
         return ""
     columns = list(rows[0])
-    numeric = [all(re.match(r"^[\d.,+\-]", row[column]) for row in rows) for column in columns]
+    numeric = [all(re.match(r"$|[\d.,+\-]", row[column]) for row in rows) for column in columns]
     lines = [[escape(column) for column in columns], ["---:" if right else "---" for right in numeric]]
     lines += [[escape(row[column]) for column in columns] for row in rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -21,10 +21,11 @@ def engine_rows(report: EvalReport) -> list[tuple[str, str]]:
         ("attention", engine.attention_backend),
         ("KV cache dtype", engine.kv_cache_dtype),
         ("unquantized dtype", engine.dtype),
-        ("context", f"{engine.max_model_len:,} tokens"),
+        ("context", f"up to {engine.max_model_len:,} tokens"),
         ("chat template", "applied" if report.chat_template_hash else "not applied"),
         ("beginning-of-sequence token", "added" if report.add_bos_token else "not added"),
     ]
+    rows.append(("seeds", ", ".join(f"{name} {seed}" for name, seed in report.seeds.items()) or "not recorded"))
     rows += [(name, report.versions[name]) for name in ("lm_eval", "transformers", "torch") if name in report.versions]
     return rows
 

@@ -3,44 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
-
-import yaml
 
 from fp8pipe.config import Recipe, is_local_data
 from fp8pipe.hub.model_card import front_matter
-from fp8pipe.model.untrusted import is_plain
 from fp8pipe.release.card.facts import CardFacts
-
-_INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-"""Front matter that holds for a quantized copy too."""
-MAX_FRONT_MATTER = 100_000
-"""Characters of a card that are searched for front matter."""
-MAX_VALUES = 1000
-"""Entries of one list; there are 200 languages."""
-
-
-def inherited_metadata(card: str | None) -> dict[str, Any]:
-    """The front matter that a copy inherits from the source's README.md; empty if there is none, or it is not YAML."""
-    start = (card or "")[:MAX_FRONT_MATTER].replace("\r\n", "\n")
-    found = re.match(r"\A\ufeff?---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)", start, re.DOTALL)
-    if found is None:
-        return {}
-    try:
-        content = yaml.safe_load(found.group(1))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return {}  # it is somebody else's card: what it does not say clearly is not repeated
-    if not isinstance(content, dict):
-        return {}
-    return {key: content[key] for key in _INHERITED if _is_text(content.get(key))}
-
-
-def _is_text(value: object) -> bool:
-    """A text, or a list of texts, of a length that a person may have written."""
-    listed = value if isinstance(value, list) else [value]
-    return 0 < len(listed) <= MAX_VALUES and all(
-        isinstance(item, str) and is_plain(item) and item.strip() for item in listed
-    )
+from fp8pipe.release.licence import NOTICE_FILES
 
 
 def card_front_matter(facts: CardFacts) -> str:
@@ -53,8 +22,40 @@ def card_front_matter(facts: CardFacts) -> str:
         tags=("fp8", "vllm", *_format_tags(facts.recipe), "fp8pipe"),
         datasets=[calibration.dataset] if calibration is not None and on_hub else (),
         base_model=None if facts.source.is_local else facts.source.model_id,
-        inherited=inherited_metadata(facts.source_card),
+        inherited=_licence_entries(facts) | _inherited(facts),
     )
+
+
+def _inherited(facts: CardFacts) -> dict[str, Any]:
+    """Languages and task of the source hold for a quantized copy too."""
+    card = facts.source_card
+    languages, task = card.texts.get("language", ()), card.one("pipeline_tag")
+    known: dict[str, Any] = {"language": list(languages)} if languages else {}
+    return known | ({"pipeline_tag": task} if task is not None else {})
+
+
+def _licence_entries(facts: CardFacts) -> dict[str, str]:
+    """`license`, and what the Hub asks for beside `other`: a name of small letters, and a link."""
+    terms = facts.terms
+    if terms.id is None or terms.licence is None:
+        return {}
+    if terms.licence.on_hub:
+        return {"license": terms.id}
+    entries = {"license": "other", "license_name": re.sub(r"[^a-z0-9.-]+", "-", terms.id.lower())}
+    link = licence_link(facts)
+    return entries | ({"license_link": link} if link is not None else {})
+
+
+def licence_link(facts: CardFacts) -> str | None:
+    """Where the text is: what the source's card says, if that is an address or a file that went along; else what the
+    table of licences says, else such a file."""
+    terms = facts.terms
+    given = terms.link or ""
+    if re.match(r"https?://", given) or given in facts.files:
+        return given
+    if terms.licence is not None and terms.licence.link:
+        return terms.licence.link
+    return next((name for name in facts.files if name.lower().startswith(("license", "licence"))), None)
 
 
 def _format_tags(recipe: Recipe) -> tuple[str, ...]:
@@ -62,12 +63,20 @@ def _format_tags(recipe: Recipe) -> tuple[str, ...]:
     return (width, "compressed-tensors") if recipe.checkpoint_format == "compressed-tensors" else (width,)
 
 
-def licence_sentence(facts: CardFacts) -> str:
-    """Which model this is a copy of, and under which licence."""
-    known = inherited_metadata(facts.source_card)
-    source = f"{facts.source.model_id} at {facts.source.commit}"
-    if "license" not in known:
-        return f"A copy of {source}, whose card names no licence: ask its owners before you use it."
-    named = f" ({known['license_name']})" if "license_name" in known else ""
-    link = f", {known['license_link']}" if "license_link" in known else ""
-    return f"A copy of {source}, under that model's licence: {known['license']}{named}{link}."
+def licence_lines(facts: CardFacts) -> Iterator[str]:
+    """Whose copy this is, what was changed, under which licence, and what that asks of users."""
+    terms, source = facts.terms, f"{facts.source.model_id} at {facts.source.commit}"
+    yield f"A copy of {source}, quantized to FP8: *.safetensors and config.json are changed, other files are not."
+    if terms.licence is None:
+        yield f"Its licence is not settled: {terms.problem}."
+        return
+    link = licence_link(facts)
+    yield f"Under that model's licence: {terms.licence.title} ({terms.id}{f', {link}' if link else ''})."
+    if terms.licence.terms:
+        yield terms.licence.terms
+    if terms.licence.notice:
+        held = [name for name in NOTICE_FILES if name in facts.files]
+        yield f"{terms.licence.notice.rstrip('.')}. {', '.join(held)} says so too."
+    if terms.claim is not None:
+        given = f"; its text, {terms.claim.file}, came from them" if terms.claim.file else ""
+        yield f"The licence is what the publisher of this copy states{given}. On what ground: {terms.claim.reason}"

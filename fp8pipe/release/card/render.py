@@ -6,37 +6,67 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fp8pipe.errors import Refused
+from fp8pipe.errors import ConfigError, Refused
 from fp8pipe.gate.publishable import verdict_objections
 from fp8pipe.records import RECORD_DIR
 from fp8pipe.release.card import markdown
-from fp8pipe.release.card.commands import fp8pipe_commands, lm_eval_commands, serve_command
+from fp8pipe.release.card.commands import (
+    client_code,
+    fp8pipe_commands,
+    lm_eval_commands,
+    serve_command,
+    transformers_code,
+)
 from fp8pipe.release.card.facts import PLOTS, RECORDS, CardFacts, facts_of_folder
 from fp8pipe.release.card.limits import known_limits, validation_line
 from fp8pipe.release.card.measurement import engine_rows, noise_lines, serving_limits, serving_note, serving_rows
-from fp8pipe.release.card.metadata import card_front_matter, licence_sentence
+from fp8pipe.release.card.metadata import card_front_matter, licence_lines
 from fp8pipe.release.card.modules import modules_note, worst_modules
-from fp8pipe.release.card.scheme import calibration_rows, describe_scheme, plan_rows, recipe_yaml, scheme_rows
-from fp8pipe.release.card.verdict import alpha_note, headline, summary_rows, verdict_lines
+from fp8pipe.release.card.published import published_for
+from fp8pipe.release.card.scheme import (
+    calibration_rows,
+    describe_scheme,
+    llmcompressor_recipe,
+    plan_rows,
+    recipe_yaml,
+    scheme_rows,
+)
+from fp8pipe.release.card.verdict import (
+    alpha_note,
+    comparison_rows,
+    headline,
+    recovery_sentence,
+    summary_rows,
+    verdict_lines,
+)
 
 
 def card_for_folder(folder: Path, *, repo_id: str) -> str:
-    """The card of the checkpoint in `folder`. InputError names a record that is missing.
-
-    The source's own README.md is kept as fp8pipe/source_card.md before the card takes its place.
-    """
+    """The card of the checkpoint in `folder`. InputError names a record that is missing."""
     return render_card(facts_of_folder(folder, repo_id=repo_id))
 
 
 def render_card(facts: CardFacts) -> str:
     """The release's README.md. Refused if the verdict does not allow a release."""
-    from importlib.resources import files
-
-    from jinja2 import Environment, StrictUndefined
-
     for objection in verdict_objections(facts.decision, facts.policy, facts.approval):
         raise Refused(f"no card for {facts.repo_id}: {objection}")
-    environment = Environment(
+    return re.sub(r"\n{3,}", "\n\n", _filled(facts.template, _context(facts)))
+
+
+def shipped_template() -> str:
+    """The text of the template that makes a card unless a team has its own."""
+    from importlib.resources import files
+
+    return (files("fp8pipe.release.card") / "card.md.j2").read_text()
+
+
+def _filled(template: str | None, context: dict[str, Any]) -> str:
+    """The template with its values. Raises ConfigError for one of a team's own that is wrong, or asks for more than its
+    values: it is run in a sandbox, because it may come from somebody else."""
+    from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
     environment.filters |= {
@@ -45,13 +75,19 @@ def render_card(facts: CardFacts) -> str:
         "url": markdown.url,
         "fence": markdown.fence,
     }
-    template = environment.from_string((files("fp8pipe.release.card") / "card.md.j2").read_text())
-    return re.sub(r"\n{3,}", "\n\n", template.render(_context(facts)))
+    if template is None:
+        return environment.from_string(shipped_template()).render(context)
+    try:
+        return environment.from_string(template).render(context)
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+        raise ConfigError(f"card template{line}: {error}; compare it with the shipped card.md.j2") from error
 
 
 def _context(facts: CardFacts) -> dict[str, Any]:
     """What the template names."""
     decision, candidate = facts.decision, facts.candidate
+    published = facts.published
     serving = facts.validation.serving
     served = serving.table() if serving is not None else ([], [])
     return {
@@ -65,7 +101,10 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "verdict_lines": list(verdict_lines(facts)),
         "on_cpu": candidate.engine.device_class == "cpu",
         "engine": candidate.engine,
+        "recovery": recovery_sentence(decision),
         "serve_command": serve_command(facts),
+        "client_code": client_code(facts),
+        "transformers_code": transformers_code(facts),
         "tag": facts.checkpoint.release_tag,
         "fp8_cache": facts.fp8_cache,
         "asks_for_cache": facts.asks_for_cache,
@@ -73,7 +112,9 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "served_notes": served[1],
         "served_rules": " and ".join(map(" ".join, serving.rules.items())) if serving is not None else "",
         "engine_rows": engine_rows(candidate),
-        "accuracy_table": markdown.table(summary_rows(decision, facts.baseline, candidate)),
+        "accuracy_table": markdown.table(summary_rows(decision, facts.baseline, candidate, published)),
+        "test_table": markdown.table(comparison_rows(decision, facts.baseline)),
+        "published": any(published_for(task, published) for task in decision.tasks),
         "noise": list(noise_lines(facts.baseline)),
         "serving_table": markdown.table(serving_rows(facts)),
         "serving_note": serving_note(facts),
@@ -94,7 +135,9 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "fp8pipe_commands": "\n".join(fp8pipe_commands(facts)),
         "lm_eval_commands": "\n".join(lm_eval_commands(facts)),
         "recipe_yaml": recipe_yaml(facts.recipe),
-        "licence": licence_sentence(facts),
+        "llmcompressor_recipe": llmcompressor_recipe(facts.recipe, facts.config),
+        "licence_lines": list(licence_lines(facts)),
+        "shown": facts.terms.licence.shown if facts.terms.licence is not None else "",
         "limits": list(known_limits(facts)),
         "records": [(f"{RECORD_DIR}/{name}", meaning) for name, meaning in RECORDS.items() if name in facts.records],
     }

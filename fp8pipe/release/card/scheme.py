@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -70,6 +70,40 @@ def recipe_yaml(recipe: Recipe) -> str:
     content = recipe.without_paths().model_dump(mode="json")
     if not recipe.needs_calibration:
         del content["calibration"]
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+_FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
+_OBSERVERS = {"minmax": "static_minmax", "mse": "mse"}
+
+
+def llmcompressor_recipe(recipe: Recipe, config: Mapping[str, Any]) -> str:
+    """The same scheme as a recipe of llm-compressor, with the modules that `config` (config.json) names as kept. Empty
+    if that has no word for it: activations cut at a percentile, or the most sensitive modules kept."""
+    acts, cache = recipe.activations, recipe.kv_cache
+    observers = [one.observer for one in (acts, cache) if one is not None]
+    if "percentile" in observers or recipe.keep_bf16 is not None:
+        return ""
+    quantized = config.get("quantization_config")
+    quantized = quantized if isinstance(quantized, dict) else {}
+    listed = (quantized.get(key) for key in ("ignore", "modules_to_not_convert", "ignored_layers"))
+    kept = next((names for names in listed if isinstance(names, list)), [])
+    weights = _FP8 | {"strategy": recipe.weights.strategy, "observer": f"memoryless_{recipe.weights.observer}"}
+    if recipe.weights.strategy == "block":
+        weights["block_structure"] = list(recipe.weights.block_shape)
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
+    if acts is not None:
+        dynamic = acts.mode == "dynamic"
+        group["input_activations"] = _FP8 | {"strategy": acts.strategy, "dynamic": dynamic}
+        group["input_activations"] |= {"group_size": 128} if acts.strategy == "group" else {}
+        group["input_activations"] |= {} if dynamic else {"observer": _OBSERVERS[acts.observer]}
+    modifier: dict[str, Any] = {"config_groups": {"group_0": group}}
+    if cache is not None:
+        strategy = "attn_head" if cache.strategy == "head" else "tensor"
+        scheme = _FP8 | {"strategy": strategy, "dynamic": False, "observer": _OBSERVERS[cache.observer]}
+        modifier["kv_cache_scheme"] = scheme
+    modifier["ignore"] = list(kept) or ["lm_head"]
+    content = {"quant_stage": {"quant_modifiers": {"QuantizationModifier": modifier}}}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
