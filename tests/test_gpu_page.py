@@ -11,6 +11,8 @@ import pytest
 from support import TESTS
 from support.gpu_page import PAGE, kernel_cases, kernels, machines, section
 
+from benchmarks.estimate import estimate
+
 ASK = """
 import json, sys
 from pathlib import Path
@@ -39,3 +41,7 @@ def test_tables_fit_80_columns() -> None:
     tables = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
     assert [line for line in tables if len(line) > 80] == []
     assert len(tables) > 20
+
+
+def test_the_estimate_is_what_its_script_prints() -> None:
+    assert section("estimate").strip() == estimate().strip()

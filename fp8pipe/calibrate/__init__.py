@@ -4,11 +4,12 @@ dataset       rows of a local file or a Hub dataset     hooks        observes on
 tokenization  rows -> token ids; the chat template      experts      observes mixtures of experts
 samples       which rows are run                        observers    values -> range: minmax, percentile, mse
 targets       plan -> modules to observe                cpu_linear   16-bit Linears on CPUs without instructions
-skeleton      the model without weights                 resume       finished layers survive a kill
-lockstep      all passes, one layer at a time           key          equal keys, equal ranges
-forward       the loop over layers                      sensitivity  what FP8 costs each Linear
-ranges        ranges that are measured, or taken        memory       samples share passes; smaller passes when memory
-              instead, or refused                                    runs out
+skeleton      the model without weights                 waiting      hidden states of parked passes
+layers        weights of one layer, then the next       moves        copies between host and device
+weights       their ranges, kept for quantizing         memory       what the device holds; smaller passes
+lockstep      all passes, one layer at a time           resume       finished layers survive a kill
+forward       the loop over layers                      key          equal keys, equal ranges
+ranges        measured, taken instead, or refused       sensitivity  what FP8 costs each Linear
 child         all of it in a process that ends
 """
 
@@ -140,6 +141,7 @@ def _samples(snapshot: Snapshot, plan: Plan, recipe: Recipe, revision: str) -> S
 def _skeleton(snapshot: Snapshot, plan: Plan, device: str, stack: ExitStack) -> Skeleton:
     """The model without weights; those of an FP8 source are dequantized when they are loaded."""
     from fp8pipe.calibrate.skeleton import Skeleton
+    from fp8pipe.calibrate.weights import WeightRanges
     from fp8pipe.hub.headers import read_headers
     from fp8pipe.model.shards import SourceFiles
 
@@ -152,6 +154,7 @@ def _skeleton(snapshot: Snapshot, plan: Plan, device: str, stack: ExitStack) -> 
         trust_remote_code=plan.trust_remote_code,
         scales=scales,
         block=plan.source_block,
+        weights=WeightRanges(plan),
     )
 
 

@@ -12,11 +12,13 @@ from torch import nn
 
 from fp8pipe.calibrate.cpu_linear import fast_products
 from fp8pipe.calibrate.hooks import LayerWatch, ObservingCache
+from fp8pipe.calibrate.layers import LayerLoader
 from fp8pipe.calibrate.lockstep import Lockstep, Step
-from fp8pipe.calibrate.memory import Batches, return_freed_memory, with_smaller_batches
+from fp8pipe.calibrate.memory import Batches, placement, return_freed_memory, with_smaller_batches
 from fp8pipe.calibrate.resume import Bookmark, Handover, restore
 from fp8pipe.calibrate.skeleton import Skeleton
 from fp8pipe.calibrate.targets import LayerModules, Schemes, Targets, check_observed, kv_absent, modules_by_layer
+from fp8pipe.calibrate.waiting import HiddenStates
 from fp8pipe.errors import Fp8PipeError, UnsupportedArchitecture
 from fp8pipe.oracle.loading import is_out_of_memory
 from fp8pipe.progress import Progress, ProgressEvent, quiet
@@ -44,8 +46,15 @@ def run(
 
     def attempt(batches: Batches) -> Ranges:
         forwards = [_forward(skeleton, [token_ids[index] for index in batch]) for batch in batches]
-        loop = _Loop(skeleton, modules, schemes, bookmark, batches, sum(map(len, token_ids)), progress)
-        with _errors_of(skeleton.model), Lockstep(skeleton.layers, forwards) as steps:
+        tokens = sum(map(len, token_ids))
+        place = placement(skeleton.moves, layer=skeleton.layer_bytes(), hidden=skeleton.hidden_bytes(tokens))
+        hidden = HiddenStates(skeleton.moves, on_host=place.hidden_on_host)
+        with (
+            _errors_of(skeleton.model),
+            LayerLoader(skeleton, ahead=place.load_ahead) as loader,
+            Lockstep(skeleton.layers, forwards, hidden.park) as steps,
+        ):
+            loop = _Loop(skeleton, loader, hidden, modules, schemes, bookmark, batches, tokens, progress)
             return loop.run(steps)
 
     ranges = with_smaller_batches(attempt, token_ids, skeleton.device)
@@ -85,6 +94,8 @@ class _Loop:
     """One attempt at running all layers."""
 
     skeleton: Skeleton
+    loader: LayerLoader
+    hidden: HiddenStates
     modules: Mapping[str, LayerModules]
     schemes: Schemes
     bookmark: Bookmark
@@ -103,34 +114,38 @@ class _Loop:
             if step.layer in done:
                 raise UnsupportedArchitecture(f"{step.layer} runs twice in one pass; calibration cannot follow")
             if len(done) == len(finished) and stored:
-                restore(step.passes, self.batches, stored, self.skeleton.device)
+                for one, batch in zip(self.hidden.each(step.passes), self.batches, strict=True):
+                    restore(one, batch, stored, self.skeleton.device)
+                    self.hidden.park(one)
                 stored = {}
             elif outputs and handover.is_hidden_states(step.passes, self.batches, outputs):
                 self._set_bookmark(step, done, ranges)
             if len(done) < len(finished):
-                for one in step.passes:
+                for one in self.hidden.each(step.passes):
                     one.proceed(one.hidden)  # any tensor of this shape: the stored ones replace what comes of it
             else:
                 outputs = []  # the passes hold them, each until this layer has replaced it
                 watch = LayerWatch(self.schemes, self.modules[step.layer], self.tokens)
-                with self.skeleton.loaded(step.layer), watch, fast_products(self.skeleton.dtype, self.skeleton.device):
+                fast = fast_products(self.skeleton.dtype, self.skeleton.device)
+                with self.loader.loaded(step.layer) as weights, watch, fast:
                     outputs = self._compute(step, len(done))
                     watch.finish()
-                ranges = ranges.joined(watch.ranges())
+                ranges = ranges.joined(watch.ranges()).joined(Ranges(weights=dict(weights)))
             done.append(step.layer)
         return ranges
 
     def _set_bookmark(self, step: Step, done: Sequence[str], ranges: Ranges) -> None:
-        hidden = {batch: one.hidden for batch, one in zip(self.batches, step.passes, strict=True)}
+        hidden = {batch: self.hidden.read(one) for batch, one in zip(self.batches, step.passes, strict=True)}
         self.bookmark.set(done, ranges, hidden)
 
     def _compute(self, step: Step, done: int) -> list[Any]:
-        """Outputs of the layer for every pass; each pass runs on to its next layer call."""
+        """Outputs of the layer for every pass; each pass runs on to its next layer call, or to its end."""
         outputs = []
-        for count, one in enumerate(step.passes, start=1):
+        for count, one in enumerate(self.hidden.each(step.passes), start=1):
             output = step.compute(one)
             one.proceed(output)
-            outputs.append(output)
+            if one.layer is not None:  # nothing asks for the outputs of the last layer
+                outputs.append(output)
             share, layers = count / len(step.passes), len(self.skeleton.layers)
             self.progress(ProgressEvent("calibrate", done + share, layers, "layers", step.layer))
         return outputs

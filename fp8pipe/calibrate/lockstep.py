@@ -31,8 +31,8 @@ class _Abandoned(BaseException):
 class Pass:
     """One forward pass. Between two steps it is parked at a layer call."""
 
-    def __init__(self, forward: Callable[[], object]) -> None:
-        self._forward = forward
+    def __init__(self, forward: Callable[[], object], parked: Callable[[Pass], None] | None = None) -> None:
+        self._forward, self._parked = forward, parked
         self._go = threading.Semaphore(0)
         self._stopped = threading.Semaphore(0)
         self._abandoned = False
@@ -88,6 +88,8 @@ class Pass:
         self._stopped.acquire()
         if self._error is not None:
             raise self._error
+        if self._parked is not None:
+            self._parked(self)
 
     def _run(self) -> None:
         self._go.acquire()
@@ -127,10 +129,16 @@ class Lockstep:
     Raises UnsupportedArchitecture when passes call different layers, and whatever a pass itself raises.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], forwards: Sequence[Callable[[], object]]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        forwards: Sequence[Callable[[], object]],
+        parked: Callable[[Pass], None] | None = None,
+    ) -> None:
+        """parked: called with each pass that has parked at a layer or has ended."""
         self._layers = layers
         self._computes = {name: layer.forward for name, layer in layers.items()}
-        self._passes = [Pass(forward) for forward in forwards]
+        self._passes = [Pass(forward, parked) for forward in forwards]
 
     def __enter__(self) -> Self:
         for name, layer in self._layers.items():

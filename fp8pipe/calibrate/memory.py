@@ -1,4 +1,4 @@
-"""Which samples share a forward pass, and smaller passes when memory runs out.
+"""Which samples share a forward pass, what the device holds, and smaller passes when memory runs out.
 
 Samples of equal length share a pass, so that weights are read once for many tokens and nothing is padded. Out of memory
 looks different on a GPU, on a CPU and in each library; `oracle.loading.is_out_of_memory` knows them all.
@@ -10,10 +10,12 @@ import ctypes
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
+from fp8pipe.calibrate.moves import Moves
 from fp8pipe.errors import EnvironmentFault
 from fp8pipe.oracle.loading import is_out_of_memory
 
@@ -85,6 +87,33 @@ def _release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What is in the memory of the device that computes."""
+
+    load_ahead: bool
+    """The next layer, while one is computed."""
+    hidden_on_host: bool
+    """Hidden states wait in the host's memory for their pass."""
+
+
+def placement(moves: Moves, *, layer: int, hidden: int) -> Placement:
+    """Where a calibration keeps things. layer: bytes of the largest one; hidden: of all hidden states.
+
+    On a CPU there is only one memory, and a second layer in it would break the promise of docs/calibration.md."""
+    if moves.device.type == "cpu":
+        return Placement(load_ahead=False, hidden_on_host=False)
+    return placement_in(moves.free_bytes(), layer=layer, hidden=hidden)
+
+
+def placement_in(free: int, *, layer: int, hidden: int) -> Placement:
+    """The same for a GPU with `free` bytes. Passes need room to compute: half of the memory is left for them."""
+    loading = 2 * layer  # experts that are joined, and FP8 weights, exist twice for a while
+    load_ahead = layer + loading <= free // 2
+    taken = loading + (layer if load_ahead else 0)
+    return Placement(load_ahead, hidden_on_host=hidden > (free - taken) // 2)
 
 
 def return_freed_memory() -> None:

@@ -135,7 +135,6 @@ def _dictionaries(one: Pass) -> dict[str, dict[Any, int]]:
     return {name: {key: id(value) for key, value in held.items()} for name, held in found.items()}
 
 
-def restore(passes: Sequence[Pass], batches: Batches, hidden: Mapping[int, Tensor], device: torch.device) -> None:
-    """Replace the hidden states of parked passes by those of an earlier run."""
-    for one, batch in zip(passes, batches, strict=True):
-        one.hidden = torch.stack([hidden[index] for index in batch]).to(device)
+def restore(one: Pass, batch: Sequence[int], hidden: Mapping[int, Tensor], device: torch.device) -> None:
+    """Replace the hidden states of a parked pass by those of an earlier run."""
+    one.hidden = torch.stack([hidden[index] for index in batch]).to(device)

@@ -7,9 +7,10 @@ they are needed. Names and fused tensors are converted by transformers' own rule
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
+from fp8pipe.calibrate.moves import Moves
+from fp8pipe.calibrate.weights import WeightRanges
 from fp8pipe.errors import MalformedCheckpoint, UnsupportedArchitecture
 from fp8pipe.model import fp8_source
 from fp8pipe.model.headers import Headers
@@ -42,15 +45,19 @@ class Skeleton:
         trust_remote_code: bool = False,
         scales: Mapping[str, str] | None = None,
         block: tuple[int, int] | None = None,
+        weights: WeightRanges | None = None,
     ) -> None:
         """files: opened here, and read until the last layer has run. scales: weight of an FP8 source -> the tensor with
         its scales; such weights are dequantized when they are loaded. block: shape of their blocks, if they have any.
+        weights: what to note of the layers' weights while they are loaded.
 
         Raises UnsupportedArchitecture for a model that cannot be calibrated layer by layer.
         """
         self.folder = folder
         self.device = torch.device(device)
+        self.moves = Moves(self.device)
         self._scales, self._block = scales or {}, block
+        self._weights = weights
         self.model = _on_meta(folder, trust_remote_code, quantized=bool(scales))
         self.dtype = cast(torch.dtype, self.model.dtype)
         self.decoder: PreTrainedModel = self.model.get_decoder()
@@ -83,14 +90,31 @@ class Skeleton:
         """Load embeddings, norms and everything else outside the layers, for good."""
         self._load(_OUTSIDE)
 
-    @contextmanager
-    def loaded(self, layer: str) -> Iterator[None]:
-        """Context in which the layer's weights are in memory."""
-        try:
-            self._load(layer)
-            yield
-        finally:
-            self._drop(layer)
+    def load(self, layer: str) -> Mapping[str, float]:
+        """Load the layer's weights. Returns their ranges, as `Ranges.weights`."""
+        return self._load(layer)
+
+    def drop(self, layer: str) -> None:
+        """Free the layer's weights."""
+        for name in self._expected(layer):
+            set_tensor(self.model, name, self._meta[name])
+
+    def will_load(self, layer: str) -> None:
+        """Have the kernel read the layer's bytes into the page cache, beside what is done meanwhile."""
+        for key in self._groups[layer]:
+            info = self._tensors[key]
+            self._files.will_need(info.shard, info.begin, info.end)
+
+    def layer_bytes(self) -> int:
+        """Memory of the largest layer, in the model's dtype."""
+        width = self.dtype.itemsize
+        return max(
+            sum(math.prod(self._tensors[key].shape) * width for key in self._groups[layer]) for layer in self.layers
+        )
+
+    def hidden_bytes(self, tokens: int) -> int:
+        """Memory of the hidden states of so many tokens, and of their embeddings, which the model holds too."""
+        return 2 * tokens * self.decoder.config.get_text_config().hidden_size * self.dtype.itemsize
 
     def _group(self) -> dict[str, list[str]]:
         """Layer name, or _OUTSIDE -> tensors on disk."""
@@ -108,11 +132,11 @@ class Skeleton:
         prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
         return next((prefix for prefix in prefixes if prefix in self.layers), None)
 
-    def _load(self, group: str) -> None:
-        keys = self._groups[group]
+    def _load(self, group: str) -> Mapping[str, float]:
+        keys, ranges = self._groups[group], dict[str, float]()
         with ExitStack() as stack:
             # Tensors outside the layers are mapped: of the embeddings only the rows of tokens that occur are read.
-            tensors = self._read(keys) if group else self._mapped(keys, stack)
+            tensors = self._read(keys, ranges) if group else self._mapped(keys, stack)
             self._convert(tensors)
         self._tie(group)
         for shard in {self._tensors[key].shard for key in keys}:
@@ -123,6 +147,7 @@ class Skeleton:
                 f"{self.folder}: {len(missing)} tensors that {type(self.model).__name__} needs are not in the "
                 f"safetensors files, the first is {missing[0]}; download the model again"
             )
+        return ranges
 
     def _tie(self, group: str) -> None:
         """Give parameters that the model ties the tensor of the one on disk: filling one of them parted them."""
@@ -134,11 +159,17 @@ class Skeleton:
                 if filled is not None and tensor.is_meta and name in expected:
                     set_tensor(self.model, name, filled)
 
-    def _read(self, keys: Sequence[str]) -> dict[str, Any]:
-        """Tensors that are read one by one, when the conversion asks for them."""
-        tensors: dict[str, Any] = {key: OnDisk(self._files, self._tensors[key]) for key in keys}
+    def _read(self, keys: Sequence[str], ranges: dict[str, float]) -> dict[str, Any]:
+        """Tensors that are read one by one, when the conversion asks for them; `ranges` gets those of weights."""
+
+        def arrived(name: str, values: torch.Tensor) -> torch.Tensor:
+            if self._weights is not None:
+                ranges.update(self._weights.amax(name, values))
+            return self.moves.to_device(values)
+
+        tensors: dict[str, Any] = {key: OnDisk(self._files, self._tensors[key], arrived) for key in keys}
         for key in self._scales.keys() & tensors.keys():
-            scale = OnDisk(self._files, self._tensors[self._scales[key]])
+            scale = OnDisk(self._files, self._tensors[self._scales[key]], arrived)
             tensors[key] = self._dequantized(tensors[key][:], scale[:])
         return tensors
 
@@ -166,10 +197,6 @@ class Skeleton:
         names = cast(nn.Module, self.model.get_submodule(root)).state_dict().keys()
         full = (f"{root}.{name}" if root else name for name in names)
         return [name for name in full if (self.layer_of(name) or _OUTSIDE) == group]
-
-    def _drop(self, group: str) -> None:
-        for name in self._expected(group):
-            set_tensor(self.model, name, self._meta[name])
 
     def _fill_computed_buffers(self) -> None:
         """Compute what no checkpoint contains (rotary tables), and nothing else, by the model's own initialisation."""

@@ -52,6 +52,10 @@ class SourceFiles:
                 raise SourceChanged(f"{what}: {shard} ends at byte {offset + done}; it was truncated while it was read")
             done += count
 
+    def will_need(self, shard: str, begin: int, end: int) -> None:
+        """Have the kernel start reading these bytes, so that they are in the page cache when they are asked for."""
+        os.posix_fadvise(self._files[shard], begin, end - begin, os.POSIX_FADV_WILLNEED)
+
     def check_unchanged(self, shard: str) -> None:
         """Raise SourceChanged if the open file, or what its path now names, is no longer what was opened."""
         try:

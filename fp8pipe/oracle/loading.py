@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +85,8 @@ class OnDisk:
 
     files: SourceFiles
     info: TensorInfo
+    arrived: Callable[[str, Tensor], Tensor] | None = None
+    """Given the name and the values, on the CPU, as soon as they are read; returns what the loader gets."""
 
     def __getitem__(self, index: object) -> Tensor:
         """The whole tensor: the loader asks for `[...]`. Raises SourceChanged, EnvironmentFault, MemoryError."""
@@ -95,7 +97,8 @@ class OnDisk:
             return torch.empty(info.shape, dtype=DTYPES[info.dtype])
         memory = _map(info.nbytes)
         self.files.read_into(info.shard, info.begin, memoryview(memory), info.name)
-        return torch.frombuffer(memory, dtype=DTYPES[info.dtype]).view(info.shape)
+        tensor = torch.frombuffer(memory, dtype=DTYPES[info.dtype]).view(info.shape)
+        return tensor if self.arrived is None else self.arrived(info.name, tensor)
 
 
 def _map(size: int) -> mmap.mmap:

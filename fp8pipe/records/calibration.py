@@ -76,6 +76,9 @@ class Ranges(Record):
     """Attention module -> ranges of its cached keys and values."""
     kv_absent: dict[str, str] = Field(default_factory=dict)
     """Attention module, or layer without attention -> why it gets no KV ranges."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Weight in the checkpoint, with one scale per tensor -> its largest magnitude, float32, for quantizing to use. Not
+    part of any identity, since it follows from the source."""
     sensitivity: dict[str, Sensitivity] = Field(default_factory=dict)
     """Quantized module -> what FP8 does to it."""
     layers: dict[str, LayerSensitivity] = Field(default_factory=dict)

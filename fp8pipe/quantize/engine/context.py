@@ -24,6 +24,8 @@ class Context:
     pool: Pool
     bench: Workbench
     meter: Meter
+    amax: Mapping[str, float]
+    """Largest magnitudes of weights by output name, as far as calibration has kept them."""
     on_finished: Callable[[OutputTensor], None]
     """Called when all bytes of an output are written."""
 

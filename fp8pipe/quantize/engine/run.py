@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,8 @@ def run(
         plan.save(records / "plan.json")
         if calibration is not None:
             calibration.save(records / "calibration.json")
-        _write_shards(snapshot, plan, folder, scales, journal, threads, arriving, device, progress)
+        amax = calibration.weights if calibration is not None else {}
+        _write_shards(snapshot, plan, folder, scales, amax, journal, threads, arriving, device, progress)
         write_companions(snapshot, plan, folder)
         write_config(snapshot, plan, folder)
         checkpoint = _record(snapshot, plan, identity, calibration, journal, time.monotonic() - started)
@@ -90,6 +91,7 @@ def _write_shards(
     plan: Plan,
     folder: Path,
     scales: dict[str, bytes],
+    amax: Mapping[str, float],
     journal: Journal,
     threads: int | None,
     arriving: Iterable[Path] | None,
@@ -105,7 +107,7 @@ def _write_shards(
         stack.callback(pool.close)
         finisher = Finisher(plan, shards, journal, stack)
         meter = Meter(plan, journal.finished, progress)
-        work = Work(plan, Context(files, shards, journal, pool, bench, meter, finisher.count_down))
+        work = Work(plan, Context(files, shards, journal, pool, bench, meter, amax, finisher.count_down))
         finisher.start()
         wanted = {tensor.shard for tensor in plan.tensors}
         try:

@@ -79,6 +79,7 @@ def refuse_impossible(calibration: Calibration | None) -> None:
     if calibration is None:
         return
     ranges = {name: (amax,) for name, amax in calibration.inputs.items()}
+    ranges |= {name: (amax,) for name, amax in calibration.weights.items()}
     ranges |= {name: (*found.k_amax, *found.v_amax) for name, found in calibration.kv.items()}
     bad = [name for name, values in ranges.items() if not all(math.isfinite(v) and v >= 0 for v in values)]
     if bad:

