@@ -42,7 +42,7 @@ def _release(spec: ReleaseSpec) -> BatchEntry:
     if isinstance(ended, Outcome):
         code, outcome, error = ended.exit_code, ended, None
     else:
-        found = from_system(ended)
+        found = from_system(ended) if isinstance(ended, Exception) else None
         code = found.exit_code if found is not None else 5
         outcome, error = None, f"{type(ended).__name__}: {ended}"
     return BatchEntry(
