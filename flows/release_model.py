@@ -13,7 +13,7 @@ from fp8pipe import stages
 from fp8pipe.config import ReleaseSpec, ResolvedRelease
 from fp8pipe.machine import device
 from fp8pipe.quantize import fingerprint
-from fp8pipe.records import GateDecision, Outcome, Snapshot
+from fp8pipe.records import EvalReport, GateDecision, Outcome, Snapshot
 from fp8pipe.release.outcome import decided, unsound
 from fp8pipe.release.workspace import ReleaseFolder, Workspace
 
@@ -80,11 +80,13 @@ def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, ear
 def _decide(
     job: ResolvedRelease, snapshot: Snapshot, folder: ReleaseFolder, workspace: Workspace, earlier: list[Outcome]
 ) -> GateDecision:
-    """Measure and gate, look by look, until the samples settle it or the looks are used up."""
-    for look in job.policy.look_numbers:
-        baseline = tasks.evaluate_baseline(snapshot, job, workspace, look)
-        candidate = tasks.evaluate_candidate(folder.checkpoint, job, folder.evaluation, baseline, look)
-        decision = tasks.gate(baseline, candidate, job, folder.checkpoint, look, earlier)
-        if decision.final:
-            return decision
-    raise AssertionError("the last look is final")
+    """Measure both sides, and gate them look by look until the samples settle it or the looks are used up."""
+    decisions: list[GateDecision] = []
+
+    def decide(baseline: EvalReport, candidate: EvalReport, look: int) -> GateDecision:
+        decisions.append(tasks.gate(baseline, candidate, job, folder.checkpoint, look, earlier))
+        return decisions[-1]
+
+    baseline = tasks.evaluate_baseline(snapshot, job, workspace)
+    tasks.evaluate_candidate(folder.checkpoint, job, folder.evaluation, baseline, decide)
+    return decisions[-1]

@@ -37,6 +37,7 @@ from fp8pipe.release.workspace import Workspace
 
 if TYPE_CHECKING:
     from fp8pipe.convert import Conversion, Method
+    from fp8pipe.evaluate import Settles
     from fp8pipe.gate.evaluation_plan import EvalPlan
     from fp8pipe.quantize.plan import Plan
     from fp8pipe.records.calibration import Calibration
@@ -427,11 +428,13 @@ def evaluate_baseline(
     workspace: Workspace,
     *,
     looks: tuple[float, ...] = (1.0,),
-    look: int = 1,
     trust_remote_code: bool = False,
     progress: Progress = quiet,
-) -> EvalReport:
-    """The source model's own measurement up to this look, made once for all recipes."""
+) -> tuple[EvalReport, ...]:
+    """The source model's own measurement, made once for all recipes: one report for each look.
+
+    It is measured to the end, since it cannot wait on its device for the verdicts on a candidate that needs the same.
+    """
     from fp8pipe.evaluate import baseline_key, evaluate, request_for
 
     request = request_for(
@@ -440,11 +443,18 @@ def evaluate_baseline(
         role="baseline",
         model_id=snapshot.model_id,
         fingerprint=snapshot.commit,
-        looks=looks[:look],
+        looks=looks,
         trust_remote_code=trust_remote_code,
     )
     folder = workspace.baseline(baseline_key(snapshot.commit, suite, looks=looks))
-    return evaluate(request, folder, progress=progress)
+    reports: list[EvalReport] = []
+
+    def collect(report: EvalReport, look: int) -> bool:
+        reports.append(report)
+        return False
+
+    evaluate(request, folder, settles=collect, progress=progress)
+    return tuple(reports)
 
 
 def evaluate_candidate(
@@ -454,10 +464,10 @@ def evaluate_candidate(
     *,
     baseline: EvalReport | None = None,
     looks: tuple[float, ...] = (1.0,),
-    look: int = 1,
+    settles: Settles | None = None,
     progress: Progress = quiet,
 ) -> EvalReport:
-    """The checkpoint's measurement up to this look, served as its recipe intends.
+    """The checkpoint's measurement, served as its recipe intends, up to the look whose report `settles` the matter.
 
     The engine starts with the smaller settings that its `baseline` needed to fit into memory. FP8 may fit where BF16
     did not, but measurements with two context lengths cannot be compared.
@@ -473,11 +483,11 @@ def evaluate_candidate(
         model_id=checkpoint.model_id,
         fingerprint=checkpoint.fingerprint,
         kv_cache_dtype=_kv_cache_dtype(checkpoint_folder),
-        looks=looks[:look],
+        looks=looks,
         retries=baseline.retries if baseline is not None else (),
         trust_remote_code=Plan.load(record_path(checkpoint_folder, "plan")).trust_remote_code,
     )
-    return evaluate(request, folder, progress=progress)
+    return evaluate(request, folder, settles=settles, progress=progress)
 
 
 def evaluate_model(
@@ -573,14 +583,20 @@ def gate_reports(
 
     A checkpoint that was an attempt of a fallback ladder stays that attempt: gating it again adds nothing to its alpha.
     """
+    from fp8pipe.evaluate import looks
     from fp8pipe.evaluate.request import EvalRequest
     from fp8pipe.gate.foreign import read_report
     from fp8pipe.model.identity import folder_identity
 
     ours, theirs = read_report(baseline, role="baseline"), read_report(candidate, role="candidate")
+    request = EvalRequest.load_if_present(baseline / "request.json")
+    asked = EvalRequest.load_if_present(candidate / "request.json")
+    if request is not None and asked is not None and asked.share in request.looks[:-1]:
+        # The candidate was decided early, or is not through: compare with the baseline up to the same look.
+        request = request.up_to(request.looks.index(asked.share) + 1)
+        ours = looks.find(baseline, request) or ours
     if checkpoint is not None and theirs.folder_identity not in {None, folder_identity(checkpoint)}:
         raise SourceChanged(f"{checkpoint}: not what {candidate} measured, or changed since then; evaluate it again")
-    request = EvalRequest.load_if_present(baseline / "request.json")
     share = request.share if request is not None else 1.0
     if share not in policy.looks:
         raise InputError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from prefect import task
 
 from fp8pipe import stages
 from fp8pipe.config import ResolvedRelease
-from fp8pipe.records import EvalReport, Snapshot
+from fp8pipe.records import EvalReport, GateDecision, Snapshot
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets
 from tasks.progress import artifact_key, keep_page, reporter
@@ -16,14 +17,13 @@ from tasks.retries import STAGE
 
 
 @task(name="evaluate baseline", task_run_name="evaluate {snapshot.model_id}", **STAGE)
-def evaluate_baseline(snapshot: Snapshot, job: ResolvedRelease, workspace: Workspace, look: int) -> EvalReport:
-    """The BF16 source, measured up to this look; one measurement serves all recipes."""
+def evaluate_baseline(snapshot: Snapshot, job: ResolvedRelease, workspace: Workspace) -> tuple[EvalReport, ...]:
+    """The BF16 source, one report for each look; one measurement serves all recipes."""
     return stages.evaluate_baseline(
         snapshot,
         job.suite,
         workspace,
         looks=job.policy.looks,
-        look=look,
         trust_remote_code=job.spec.trust_remote_code,
         progress=reporter("evaluate baseline", job.suite.name),
     )
@@ -31,14 +31,32 @@ def evaluate_baseline(snapshot: Snapshot, job: ResolvedRelease, workspace: Works
 
 @task(name="evaluate candidate", task_run_name="evaluate {job.recipe.name}", **STAGE)
 def evaluate_candidate(
-    checkpoint_folder: Path, job: ResolvedRelease, folder: Path, baseline: EvalReport, look: int
+    checkpoint_folder: Path,
+    job: ResolvedRelease,
+    folder: Path,
+    baseline: tuple[EvalReport, ...],
+    decide: Callable[[EvalReport, EvalReport, int], GateDecision],
 ) -> EvalReport:
-    """The checkpoint, measured up to this look and served as its recipe intends; leaves a table of both sides."""
+    """The checkpoint, served as its recipe intends and measured up to the look whose decision is final; one engine
+    waits for the decisions between the looks. Leaves a table of both sides.
+
+    decide: the decision on baseline and candidate at a look.
+    """
     progress, recipe = reporter("evaluate candidate", job.suite.name), job.recipe.name
-    report = stages.evaluate_candidate(
-        checkpoint_folder, job.suite, folder, baseline=baseline, looks=job.policy.looks, look=look, progress=progress
+
+    def settles(report: EvalReport, look: int) -> bool:
+        ours = baseline[look - 1]
+        key = artifact_key("evaluation", report.model_id, recipe)
+        table = sheets.markdown(sheets.evaluation_sheet(ours, report))
+        keep_page(table, key=key, description=f"Evaluation: {report.model_id}, {recipe}")
+        return decide(ours, report, look).final
+
+    return stages.evaluate_candidate(
+        checkpoint_folder,
+        job.suite,
+        folder,
+        baseline=baseline[-1],
+        looks=job.policy.looks,
+        settles=settles,
+        progress=progress,
     )
-    key = artifact_key("evaluation", report.model_id, recipe)
-    table = sheets.markdown(sheets.evaluation_sheet(baseline, report))
-    keep_page(table, key=key, description=f"Evaluation: {report.model_id}, {recipe}")
-    return report

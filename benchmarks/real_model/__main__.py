@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     folder = make(options.folder.resolve())
     snapshot = stages.pin(str(folder / "model"))
-    baseline = stages.evaluate_baseline(snapshot, suite(folder), stages.Workspace(folder / "work"))
+    (baseline,) = stages.evaluate_baseline(snapshot, suite(folder), stages.Workspace(folder / "work"))
     accuracy = sum(_answers(baseline)) / QUESTIONS
     print(f"bf16: {accuracy:.4f}", flush=True)
     rows = []

@@ -125,11 +125,6 @@ class GatePolicy(Config):
     """Classes of devices on which a verdict counts."""
 
     @property
-    def look_numbers(self) -> tuple[int, ...]:
-        """1, 2, ... one for each look."""
-        return tuple(range(1, len(self.looks) + 1))
-
-    @property
     def gated(self) -> tuple[tuple[str, TaskPolicy | PerplexityPolicy], ...]:
         """Every limit, with its task."""
         several = [(name, metric) for name, metrics in self.tasks.items() for metric in metrics]

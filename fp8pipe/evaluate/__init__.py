@@ -10,10 +10,13 @@ Nothing here imports torch, vLLM or lm-eval: a report that exists already is fou
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fp8pipe.errors import EngineFailed, SourceChanged
+from fp8pipe.evaluate import looks
+from fp8pipe.evaluate.looks import GO_ON, STOP
 from fp8pipe.evaluate.memory import MAX_RETRIES, shortage, smaller
 from fp8pipe.evaluate.request import EvalRequest, baseline_key, request_for
 from fp8pipe.evaluate.texts import require_answer
@@ -24,7 +27,7 @@ from fp8pipe.model.identity import folder_identity
 from fp8pipe.progress import Progress, ProgressEvent, quiet
 from fp8pipe.records import EvalReport, Retry
 
-__all__ = ["baseline_key", "evaluate", "request_for"]
+__all__ = ["Settles", "baseline_key", "evaluate", "request_for"]
 
 _SHORTAGE_LINES = 400
 """Lines of the log in which to look for a shortage of memory: a worker of the engine reports it, and then its parent
@@ -35,11 +38,23 @@ STALL_S = 1800.0
 long. Loading and compiling a large model takes less."""
 
 
-def evaluate(request: EvalRequest, folder: Path, *, progress: Progress = quiet) -> EvalReport:
-    """Measure as requested. The report is `folder/report.json`, the full log `folder/worker.log`.
+Settles = Callable[[EvalReport, int], bool]
+"""Whether the report of a look, counted from 1, settles the matter, so that no further look is measured."""
 
-    A finished report of an equal request is returned without starting anything. Otherwise the run waits until no other
-    uses the device or the folder, and the worker holds them. Tasks that an interrupted run finished,
+
+def evaluate(
+    request: EvalRequest,
+    folder: Path,
+    *,
+    settles: Settles | None = None,
+    progress: Progress = quiet,
+) -> EvalReport:
+    """Measure as requested, look by look until `settles` says so, or the looks are used up; returns the last report.
+    It is `folder/report.json`; the full log is `folder/worker.log`.
+
+    `settles` is asked once about each look, in order. One engine serves all looks, and waits for that answer between
+    two of them. Finished reports of an equal request are used without starting anything. Otherwise the run waits until
+    no other uses the device or the folder, and the worker holds them. Tasks that an interrupted run finished,
     and documents of earlier looks, are not scored again; nor are those of a smaller `limit`, unless examples are drawn
     for the prompts. An engine that runs out of memory is started again with smaller batches, then with less context;
     the report lists these retries.
@@ -48,59 +63,53 @@ def evaluate(request: EvalRequest, folder: Path, *, progress: Progress = quiet) 
     measured as requested, or whose tokenizer or chat template does not work; HubUnreachable when task data cannot be
     downloaded; SourceChanged when a candidate's folder is altered meanwhile.
     """
-    finished = _finished(folder, request)
-    if finished is not None:
-        return finished
-    locks = (folder_lock(folder), *device_locks(request.device, request.ranks))
-    work = f"evaluate {request.model_id} as {request.role} in {folder}"
-    with hold(locks, work, stage="evaluate", progress=progress) as held:
-        # Whoever had the folder may have measured the same.
-        return _finished(folder, request) or _measured(request, folder, held, progress)
+    run = _Run(request, folder, settles)
+    if not run.settled():
+        locks = (folder_lock(folder), *device_locks(request.device, request.ranks))
+        work = f"evaluate {request.model_id} as {request.role} in {folder}"
+        with hold(locks, work, stage="evaluate", progress=progress) as held:
+            if not run.settled():  # whoever had the folder may have measured the same
+                _run_worker(run, held, progress)
+        run.settled()
+    assert run.report is not None
+    return run.report
 
 
-def _measured(request: EvalRequest, folder: Path, locks: Sequence[int], progress: Progress) -> EvalReport:
-    report = _run_worker(request, folder, locks, progress)
-    if request.role == "candidate" and folder_identity(Path(request.model)) != request.folder_identity:
-        (folder / "report.json").unlink()
-        raise SourceChanged(f"{request.model}: altered while it was measured; the measurement is void, run it again")
-    if request.share < 1:
-        report.save(_look_path(folder, request))
-    return report
+@dataclass
+class _Run:
+    """One call of `evaluate`: which looks have been judged."""
+
+    request: EvalRequest
+    folder: Path
+    settles: Settles | None
+    look: int = 1
+    """The first look that has not been judged."""
+    report: EvalReport | None = None
+    """That of the last look, once there is one."""
+
+    def settled(self) -> bool:
+        """Judge the looks that have a report; whether nothing more is to be measured."""
+        while self.report is None and (found := looks.find(self.folder, self.request.up_to(self.look))) is not None:
+            settled = self.settles is not None and self.settles(found, self.look)
+            if settled or self.look == len(self.request.looks):
+                self.report = found
+            self.look += 1
+        return self.report is not None
 
 
-def _finished(folder: Path, request: EvalRequest) -> EvalReport | None:
-    """The report of an equal request that finished here. That of an earlier look stays valid once the next begins."""
-    if request.share < 1:
-        report = EvalReport.load_if_present(_look_path(folder, request))
-    else:
-        earlier = EvalRequest.load_if_present(folder / "request.json")
-        if earlier is None or earlier.identity() != request.identity():
-            return None
-        report = EvalReport.load_if_present(folder / "report.json")
-    return report if report is not None and _begins_with(report.retries, request.retries) else None
-
-
-def _begins_with(retries: tuple[Retry, ...], given: tuple[Retry, ...]) -> bool:
-    return retries[: len(given)] == given
-
-
-def _look_path(folder: Path, request: EvalRequest) -> Path:
-    return folder / "looks" / f"{request.share:g}-{request.identity()[:16]}.json"
-
-
-def _run_worker(request: EvalRequest, folder: Path, locks: Sequence[int], progress: Progress) -> EvalReport:
-    """Run the worker until it reports; start it again with smaller settings when memory runs out."""
+def _run_worker(run: _Run, locks: Sequence[int], progress: Progress) -> None:
+    """Run the worker until it has measured what is wanted; start it again with less when memory runs out."""
+    request, folder = run.request, run.folder
     earlier = EvalRequest.load_if_present(folder / "request.json")
-    known = earlier is not None and earlier.identity() == request.identity()
-    if earlier is not None and known and _begins_with(earlier.retries, request.retries):
+    known = earlier is not None and earlier.identity() == request.up_to(len(earlier.looks)).identity()
+    if earlier is not None and known and looks.begins_with(earlier.retries, request.retries):
         request = request.model_copy(update={"retries": earlier.retries})  # what did not fit then does not fit now
     while True:
-        # The old report goes before the new request comes, so that the two in the folder always belong together.
-        (folder / "report.json").unlink(missing_ok=True)
-        request.save(folder / "request.json")
-        ending = _run_once(request, folder, locks, progress)
+        looks.clear(folder, request)
+        ending = _run_once(request, run, locks, progress)
         if ending.succeeded:
-            return EvalReport.load(folder / "report.json")
+            _require_unchanged(request, folder)
+            return
         cause = shortage(ending.tail(_SHORTAGE_LINES), ending.returncode) if ending.reason == "exited" else None
         if cause is None or len(request.retries) == MAX_RETRIES:
             raise EngineFailed(_explain(request, ending))
@@ -109,19 +118,30 @@ def _run_worker(request: EvalRequest, folder: Path, locks: Sequence[int], progre
         progress(ProgressEvent("evaluate", 0, None, "requests", f"out of memory; again with {_listed(changed)}"))
 
 
-def _run_once(request: EvalRequest, folder: Path, locks: Sequence[int], progress: Progress) -> Ending:
+def _run_once(request: EvalRequest, run: _Run, locks: Sequence[int], progress: Progress) -> Ending:
     note = ""
 
-    def on_message(message: Message) -> None:
+    def on_message(message: Message) -> Message | None:
         nonlocal note
+        if "look" in message:
+            _require_unchanged(request.up_to(message["look"]), run.folder)
+            return STOP if run.settled() else GO_ON
         note = message.get("note", f"suite {request.suite.name}")
         progress(ProgressEvent("evaluate", message.get("done", 0), message.get("total"), "requests", note))
+        return None
 
-    path, log = folder / "request.json", folder / "worker.log"
+    path, log = run.folder / "request.json", run.folder / "worker.log"
     ending = run_child("fp8pipe.evaluate.worker", path, log=log, on_message=on_message, stall_s=STALL_S, locks=locks)
     if ending.reason == "exited":
         require_answer(request.model, ending, note)
     return ending
+
+
+def _require_unchanged(request: EvalRequest, folder: Path) -> None:
+    """Discard the report of `request` if its model's folder is no longer the one that was to be measured."""
+    if request.role == "candidate" and folder_identity(Path(request.model)) != request.folder_identity:
+        looks.discard(folder, request)
+        raise SourceChanged(f"{request.model}: altered while it was measured; the measurement is void, run it again")
 
 
 _CAUSE = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt|NotFound|Fault)\b.*", re.MULTILINE)

@@ -23,7 +23,7 @@ from fp8pipe.records import PROOF_VERSION, Record, Retry
 
 
 class EvalRequest(Record):
-    """One measurement of one model, up to one look."""
+    """One measurement of one model."""
 
     role: Literal["baseline", "candidate"]
     model_id: str
@@ -38,8 +38,8 @@ class EvalRequest(Record):
     limit: int | None
     """Score only the first N documents of each task's permutation; None: all that the suite asks for."""
     looks: tuple[float, ...] = (1.0,)
-    """Shares of the documents at which the gate decides, up to this look. The documents that a look adds are scored in
-    one pass of their own."""
+    """Shares of the documents at which the gate decides. The documents that a look adds are scored in one pass of their
+    own, and each look has a report, which answers this request cut short at that look."""
     engine: dict[str, Any]  # Any: values of vLLM's engine arguments
     """vLLM's engine arguments, defaults included."""
     versions: dict[str, str]
@@ -50,9 +50,13 @@ class EvalRequest(Record):
     retries: tuple[Retry, ...] = ()
     """Reductions of the engine's arguments that earlier starts needed to fit into memory."""
 
+    def up_to(self, look: int) -> EvalRequest:
+        """This request cut short at that look, counted from 1."""
+        return self.model_copy(update={"looks": self.looks[:look]})
+
     @property
     def share(self) -> float:
-        """Share of the documents to score."""
+        """Share of the documents to score by the last look."""
         return self.looks[-1]
 
     @property

@@ -13,7 +13,7 @@ import functools
 import random
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fp8pipe.config import EvalSuite, TaskSpec, look_sizes
@@ -42,8 +42,17 @@ class LoadedTask:
     group: Group | None
     picks: tuple[Pick, ...]
     """Documents to score, in order."""
-    stops: tuple[int, ...]
-    """Numbers of picks at which a look ends, ascending; the last is all of them. Each look is scored in one pass."""
+    ends: tuple[int, ...]
+    """Number of picks at the end of each look; the last is all of them. Looks at few documents may end at the same."""
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Numbers of picks at which a look ends, ascending. What lies between two of them is scored in one pass."""
+        return tuple(dict.fromkeys(self.ends))
+
+    def up_to(self, look: int) -> LoadedTask:
+        """This task cut short at that look, counted from 1."""
+        return replace(self, picks=self.picks[: self.ends[look - 1]], ends=self.ends[:look])
 
     @property
     def documents(self) -> int:
@@ -99,10 +108,10 @@ def load_tasks(suite: EvalSuite, *, limit: int | None, looks: tuple[float, ...] 
         sizes = {leaf: len(task.eval_docs) for leaf, task in leaves.items()}
         _check_counts(name, spec, sizes)
         total = _samples(name, sum(sizes.values()), spec.samples, limit)
-        stops = tuple(dict.fromkeys(look_sizes(total, looks)))  # looks at a few documents may end at the same one
-        picks = permutation(sizes, suite.seed)[: stops[-1]]
+        ends = look_sizes(total, looks)
+        picks = permutation(sizes, suite.seed)[: ends[-1]]
         group = loaded.get("groups", {}).get(name)
-        found.append(LoadedTask(name, spec.num_fewshot, leaves, group, picks, stops))
+        found.append(LoadedTask(name, spec.num_fewshot, leaves, group, picks, ends))
     return found
 
 

@@ -1,7 +1,8 @@
 """The child process of one evaluation: `python -m fp8pipe.evaluate.worker request.json`.
 
-It reads the request, loads the tasks, starts vLLM in this process, runs lm-eval task by task and writes report.json
-beside the request. Each finished task is kept in parts/ at once, so that an interrupted evaluation resumes there.
+It reads the request, loads the tasks, starts vLLM in this process, runs lm-eval task by task, look by look, and writes
+report.json beside the request. After a look it asks the parent whether to go on with the next, in the same engine. Each
+finished task is kept in parts/ at once, so that an interrupted evaluation resumes there.
 Progress and errors of fp8pipe's own kind go to the parent as messages; all output goes to the parent's worker.log.
 """
 
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import fp8pipe
 from fp8pipe.errors import EngineFailed
+from fp8pipe.evaluate import looks
 from fp8pipe.evaluate.cpu_platform import NOTES_WEIGHTS
 from fp8pipe.evaluate.environment import library_versions, prepare_process, use_cpu_engine
 from fp8pipe.evaluate.footprint import need_for
@@ -25,7 +27,7 @@ from fp8pipe.evaluate.parts import ROWS, Part, Parts, joined, table_rows
 from fp8pipe.evaluate.request import EvalRequest
 from fp8pipe.machine import device
 from fp8pipe.machine.child import reporting_errors
-from fp8pipe.machine.supervise import Send, take_channel
+from fp8pipe.machine.supervise import Channel, Send, take_channel
 from fp8pipe.records import (
     PROOF_VERSION,
     EngineFacts,
@@ -47,32 +49,38 @@ them."""
 
 
 def main() -> None:
-    """Entry point. Exits without shutting the engine down: the report is on disk, and nothing else has to be saved."""
-    path, send = Path(sys.argv[1]), take_channel()
-    with reporting_errors(send):
-        report = measure(EvalRequest.load(path), send, path.parent)
-    report.save(path.with_name("report.json"))
+    """Entry point. Exits without shutting the engine down: the reports are on disk, nothing else has to be saved."""
+    path, channel = Path(sys.argv[1]), take_channel()
+    with reporting_errors(channel):
+        measure(EvalRequest.load(path), channel, path.parent)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def measure(request: EvalRequest, send: Send, folder: Path) -> EvalReport:
-    """Start the engine and measure as requested; finished parts of tasks are kept in `folder`/parts."""
+def measure(request: EvalRequest, channel: Channel, folder: Path) -> None:
+    """Start the engine, measure look by look, and save the report of each; after every look but the last, the parent
+    answers whether to go on. Finished parts of tasks are kept in `folder`/parts. Looks with a report are left out."""
     started = time.monotonic()
-    send({"note": "loading tasks"})
+    channel({"note": "loading tasks"})
     device.require([need_for(request)], starts=True)
     prepare_process()
     from fp8pipe.evaluate.tasks import load_tasks
 
     tasks = load_tasks(request.suite, limit=request.limit, looks=request.looks)
-    lm = _start_engine(request, send)
+    lm = _start_engine(request, channel)
     ready = time.monotonic()
-    report = measure_with(lm, request, tasks, Parts(folder / "parts", request.parts_identity()))
-    done = time.monotonic()
-    return report.model_copy(
-        update={"seconds": {"start": ready - started, "evaluate": done - ready, "total": done - started}}
-    )
+    measurement = Measurement(lm, request, tasks, Parts(folder / "parts", request.parts_identity()))
+    for look in range(1, len(request.looks) + 1):
+        asked = request.up_to(look)
+        if looks.find(folder, asked) is not None:
+            continue
+        report = measurement.up_to(look)
+        done = time.monotonic()
+        seconds = {"start": ready - started, "evaluate": done - ready, "total": done - started}
+        looks.keep(folder, asked, report.model_copy(update={"seconds": seconds}))
+        if look < len(request.looks) and channel.ask({"look": look}) != looks.GO_ON:
+            break
 
 
 def _start_engine(request: EvalRequest, send: Send) -> MeteredVLLM:
@@ -86,22 +94,39 @@ def _start_engine(request: EvalRequest, send: Send) -> MeteredVLLM:
     return MeteredVLLM(send=send, templated=templated, **arguments, **(request.engine | request.reduced))
 
 
-def measure_with(lm: MeteredVLLM, request: EvalRequest, tasks: list[LoadedTask], parts: Parts) -> EvalReport:
-    """Measure on a running engine: module proof, samples, tasks, the second run of a baseline, serving figures."""
-    from fp8pipe.evaluate.engine import engine_facts
-    from fp8pipe.evaluate.sample_texts import sample_texts
-    from fp8pipe.evaluate.serving import check_fits
+class Measurement:
+    """A measurement on a running engine: module proof and samples at once, then tasks look by look."""
 
-    suite, facts = request.suite, engine_facts(lm, request.engine | request.reduced)
-    if suite.serving is not None:
-        check_fits(suite.serving, facts.max_model_len)
-    proof = _proof(lm, parts)
-    lm.doing = "sample generation"
-    samples = sample_texts(lm, suite)
-    chains = [_scored(request, task, lm, parts) for task in tasks]
-    flips = _flips(request, tasks, chains, lm, parts.again()) if request.role == "baseline" else ()
-    served = _served(request, lm, parts, comparable=facts.device_class != "cpu")
-    return _report(request, lm, facts, chains, proof=proof, samples=samples, flips=flips, serving=served)
+    def __init__(self, lm: MeteredVLLM, request: EvalRequest, tasks: list[LoadedTask], parts: Parts) -> None:
+        from fp8pipe.evaluate.engine import engine_facts
+        from fp8pipe.evaluate.sample_texts import sample_texts
+        from fp8pipe.evaluate.serving import check_fits
+
+        self._lm, self._request, self._tasks, self._parts = lm, request, tasks, parts
+        self._facts = engine_facts(lm, request.engine | request.reduced)
+        if request.suite.serving is not None:
+            check_fits(request.suite.serving, self._facts.max_model_len)
+        self._proof = _proof(lm, parts)
+        lm.doing = "sample generation"
+        self._samples = sample_texts(lm, request.suite)
+        self._flips: tuple[FlipRate, ...] | None = None
+
+    def up_to(self, look: int) -> EvalReport:
+        """Tasks up to this look; a baseline's second run of the first look; serving figures, timed once."""
+        lm, request, parts = self._lm, self._request, self._parts
+        chains = [_scored(request, task.up_to(look), lm, parts) for task in self._tasks]
+        if self._flips is None:
+            self._flips = _flips(request, self._tasks, lm, parts) if request.role == "baseline" else ()
+        return _report(
+            request,
+            lm,
+            self._facts,
+            chains,
+            proof=self._proof,
+            samples=self._samples,
+            flips=self._flips,
+            serving=_served(request, lm, parts, comparable=self._facts.device_class != "cpu"),
+        )
 
 
 def _proof(lm: MeteredVLLM, parts: Parts) -> ModuleProof:
@@ -152,16 +177,15 @@ def _plain(value: Any) -> Any:  # Any: lm-eval's results, in which numbers may b
     return value.item() if hasattr(value, "item") else value
 
 
-def _flips(
-    request: EvalRequest, tasks: list[LoadedTask], chains: list[list[Part]], lm: MeteredVLLM, again: Parts
-) -> tuple[FlipRate, ...]:
-    """Score tasks marked `repeat` again, part by part, with the prompts in another order and so in other batches."""
+def _flips(request: EvalRequest, tasks: list[LoadedTask], lm: MeteredVLLM, parts: Parts) -> tuple[FlipRate, ...]:
+    """Score the documents of the first look again, of the tasks marked `repeat`: part by part, with the prompts in
+    another order and so in other batches."""
     from fp8pipe.evaluate.flips import flip_rates
 
     found: list[FlipRate] = []
-    for task, chain in zip(tasks, chains, strict=True):
-        if not request.suite.tasks[task.name].repeat:
-            continue
+    again = parts.again()
+    for task in (task.up_to(1) for task in tasks if request.suite.tasks[task.name].repeat):
+        chain = _scored(request, task, lm, parts)
         known = {(part.start, part.stop): part for part in again.find(task.name, task.stops)}
         second: list[Part] = []
         lm.doing = f"{task.name} again, in other batches"

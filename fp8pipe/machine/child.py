@@ -22,21 +22,22 @@ def run_child(
     request: Path,
     *,
     log: Path,
-    on_message: Callable[[Message], None] = lambda message: None,
+    on_message: Callable[[Message], Message | None] = lambda message: None,
     stall_s: float | None = None,
     locks: Sequence[int] = (),
 ) -> Ending:
     """Run the module on the request to its end. Raises the error that it reported, if it did.
 
+    on_message: returns the answer to a message that asks for one.
     locks: descriptors of locks that it shares, as `hold` yields them.
     """
     reported: list[Message] = []
 
-    def receive(message: Message) -> None:
-        if "error" in message:
-            reported.append(message)
-        else:
-            on_message(message)
+    def receive(message: Message) -> Message | None:
+        if "error" not in message:
+            return on_message(message)
+        reported.append(message)
+        return None
 
     command = [sys.executable, "-m", module, str(request.resolve())]
     ending = supervise(command, log=log, env=os.environ | _ORDER, on_message=receive, stall_s=stall_s, locks=locks)

@@ -1,7 +1,7 @@
 """Run one command so that no process of it outlives its parent, and report how it ended.
 
-What the command prints goes to a log file; the JSON messages that it sends go to a callback. Between parent and command
-runs a guard, which is this file run as a script and leads a session and process group of its own:
+What the command prints goes to a log file; the JSON messages that it sends go to a callback, which may answer. Between
+parent and command runs a guard, which is this file run as a script and leads a session and process group of its own:
 
     parent --- lifeline pipe ---> guard ---> command ---> whatever the command starts
 
@@ -21,6 +21,7 @@ import os
 import resource
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 CHANNEL = "SUPERVISE_CHANNEL"
-"""Environment variable that holds the file descriptor for the command's messages."""
+"""Environment variable that holds the file descriptor of the command's messages, and of the answers to them."""
 
 GRACE_S = 10.0
 """Time between TERM and KILL."""
@@ -80,7 +81,7 @@ def supervise(
     *,
     log: Path,
     env: Mapping[str, str] | None = None,
-    on_message: Callable[[Message], None] = lambda message: None,
+    on_message: Callable[[Message], Message | None] = lambda message: None,
     timeout_s: float | None = None,
     stall_s: float | None = None,
     memory_bytes: int | None = None,
@@ -90,7 +91,8 @@ def supervise(
 
     It is ended after `timeout_s`, not counting the time that it waited for a processor, or when it has neither logged
     nor sent a message for `stall_s`, or has sent none for four times `stall_s`; all in seconds. `env` replaces the
-    environment. `on_message` runs in the calling thread.
+    environment. `on_message` runs in the calling thread; what it returns is the answer to a message that asked for one,
+    and the time that it takes is no stall.
     memory_bytes: private memory of each of its processes; beyond it the kernel refuses them more.
     locks: descriptors that guard and command keep open, so that a lock on them lasts until both have ended.
 
@@ -101,7 +103,7 @@ def supervise(
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("wb"))
         lifeline, _held_open = _pipe(stack)
-        messages, messages_end = _pipe(stack)
+        messages, messages_end = (stack.enter_context(end) for end in socket.socketpair())
         channel = messages_end.fileno()
         orders = json.dumps([lifeline.fileno(), channel, list(locks), GRACE_S, memory_bytes])
         started = time.monotonic()
@@ -138,9 +140,9 @@ def supervise(
 
 
 class _Reader:
-    """The parent's end of the message pipe, and when the command last showed a sign of life."""
+    """The parent's end of the channel, and when the command last showed a sign of life."""
 
-    def __init__(self, messages: io.FileIO, log: Path, on_message: Callable[[Message], None]) -> None:
+    def __init__(self, messages: socket.socket, log: Path, on_message: Callable[[Message], Message | None]) -> None:
         self.last_sign = self.last_message = time.monotonic()
         self._messages, self._log, self._on_message = messages, log, on_message
         self._buffer, self._log_size, self._open = b"", 0, True
@@ -153,41 +155,70 @@ class _Reader:
             self._log_size += size
             self.last_sign = time.monotonic()
         if not self._open:
-            time.sleep(min(wait_s, 0.02))  # the command has closed the pipe: it is about to end
+            time.sleep(min(wait_s, 0.02))  # the command has closed the channel: it is about to end
             return False
         if not self._selector.select(wait_s):
             return False
-        chunk = os.read(self._messages.fileno(), 65536)
+        chunk = _received(self._messages)
         self._open = bool(chunk)
         *lines, self._buffer = (self._buffer + chunk).split(b"\n")
         for line in lines:
+            answer = self._on_message(json.loads(line))
             self.last_sign = self.last_message = time.monotonic()
-            self._on_message(json.loads(line))
+            if answer is not None:
+                with contextlib.suppress(BrokenPipeError):  # it ended before it was answered
+                    self._messages.sendall(_line(answer))
         return bool(chunk)
 
     def drain(self) -> None:
-        """Deliver what is left in the pipe of a command that has ended."""
+        """Deliver what is left in the channel of a command that has ended."""
         while self.read(0.0):
             pass
 
 
-def take_channel() -> Send:
-    """A function that sends one message to the parent; without a supervisor it does nothing.
+class Channel:
+    """The command's end of its line to the parent. Without a supervisor nothing is sent, and nobody answers."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._socket = socket.socket(fileno=descriptor) if descriptor is not None else None
+
+    def __call__(self, message: Message) -> None:
+        """Send one message."""
+        if self._socket is not None:
+            self._socket.sendall(_line(message))
+
+    def ask(self, message: Message) -> Message | None:
+        """Send a message and wait for its answer; None if the parent is gone."""
+        self(message)
+        answer = b""
+        while self._socket is not None and not answer.endswith(b"\n") and (chunk := _received(self._socket)):
+            answer += chunk
+        return json.loads(answer) if answer.endswith(b"\n") else None
+
+
+def take_channel() -> Channel:
+    """The channel to the parent.
 
     For the command, to be called once and early: it takes the descriptor out of the environment, so that processes
     which the command starts do not inherit it.
     """
     descriptor = os.environ.pop(CHANNEL, None)
     if descriptor is None:
-        return lambda message: None
+        return Channel(None)
     os.set_inheritable(int(descriptor), False)
+    return Channel(int(descriptor))
 
-    def send(message: Message) -> None:
-        line = json.dumps(message).encode() + b"\n"
-        while line:
-            line = line[os.write(int(descriptor), line) :]
 
-    return send
+def _line(message: Message) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def _received(channel: socket.socket) -> bytes:
+    """What has come; empty once the other end is closed."""
+    try:
+        return channel.recv(65536)
+    except ConnectionResetError:  # it was closed before it read the last answer
+        return b""
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[io.FileIO, io.FileIO]:

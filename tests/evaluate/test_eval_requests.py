@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.evaluation import ask, evaluate_by, interpreter, make_suite, make_tasks
+from support.evaluation import ask, evaluate_by, interpreter, looker, make_suite, make_tasks
 from support.tiny_models import make_model
 
 from fp8pipe.config import EvalSuite, TaskSpec, load_recipe
@@ -79,7 +79,7 @@ def test_report_of_another_request_is_not_reused(model: Path, tmp_path: Path, ch
 
 
 def test_report_of_an_earlier_look_is_found_after_the_next_one(model: Path, tmp_path: Path) -> None:
-    python, folder = interpreter(tmp_path), tmp_path / "evaluation"
+    python, folder = looker(tmp_path), tmp_path / "evaluation"
     first = evaluate_by(python, ask(model, looks=(0.5,)), folder)
     evaluate_by(python, ask(model, looks=(0.5, 1.0)), folder)
     assert evaluate_by(python, ask(model, looks=(0.5,)), folder) == first

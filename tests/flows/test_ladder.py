@@ -23,7 +23,7 @@ from fp8pipe.config import ReleaseSpec, ResolvedRelease, load_recipe
 from fp8pipe.errors import ConfigError, InputError, SourceChanged
 from fp8pipe.gate import decide
 from fp8pipe.hub.source import resolve
-from fp8pipe.records import EarlierAttempt, EvalReport, Finding, GateDecision, Outcome, ValidationReport
+from fp8pipe.records import EarlierAttempt, Finding, GateDecision, Outcome, ValidationReport
 from fp8pipe.records.paths import record_path
 from fp8pipe.rehearsal.demo.model import BASE_ID
 from fp8pipe.release.card import render_card
@@ -223,28 +223,3 @@ honest = stages.calibrate(snapshot, plan, recipe, Workspace(Path({str(work)!r}) 
 honest.scaled(1 / 16).save(workspace.calibration(calibration_key(snapshot, recipe, device="auto")) / RECORD_NAME)
 """
     subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | environment, capture_output=True)
-
-
-@pytest.mark.vllm
-def test_a_later_look_appends_and_both_sides_are_asked_the_same(tmp_path: Path) -> None:
-    """Half of the documents, then all of them: the first half is not scored again, and its prompts stay the same."""
-    from support.evaluation import make_suite, make_tasks, make_tiny_llama
-
-    from fp8pipe.evaluate import evaluate, request_for
-
-    make_tasks(tmp_path / "tasks")
-    measured = make_suite(tmp_path / "tasks")
-    model = make_tiny_llama(tmp_path / "model")
-    fields: dict[str, Any] = {"role": "baseline", "model_id": "tiny", "fingerprint": "0" * 40}
-    first = request_for(model, measured, looks=(0.5,), **fields)
-    half = evaluate(first, tmp_path / "out")
-    whole = evaluate(request_for(model, measured, looks=(0.5, 1.0), **fields), tmp_path / "out")
-    again = evaluate(first, tmp_path / "out")
-    assert again == half
-    for before, after in zip(half.tasks, whole.tasks, strict=True):
-        n = len(before.doc_ids)
-        assert n == -(-len(after.doc_ids) // 2)
-        assert after.doc_ids[:n] == before.doc_ids
-        assert after.prompt_hashes[:n] == before.prompt_hashes
-        assert [m.values[:n] for m in after.metrics] == [m.values for m in before.metrics]
-    assert isinstance(whole, EvalReport)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.processes import all_gone, running
 
-from fp8pipe.machine.supervise import Ending, supervise
+from fp8pipe.machine.supervise import CHANNEL, Ending, supervise
 
 FAMILY = """
 import os, pathlib, signal, subprocess, sys, time
@@ -67,6 +67,31 @@ def test_supervise_reports_exit_status_log_and_messages(tmp_path: Path) -> None:
     assert (ending.reason, ending.returncode, ending.succeeded) == ("exited", 3, False)
     assert [message["n"] for message in messages] == [1, 2]
     assert ending.tail() == "hello"
+
+
+ASKING = """
+from fp8pipe.machine.supervise import take_channel
+channel = take_channel()
+channel({"n": 1})
+print(channel.ask({"n": 2}), channel.ask({"n": 3, "pad": "x" * 500_000})["pad"] == "y" * 500_000, flush=True)
+channel.ask({"n": 4})
+"""
+
+
+def test_supervise_answers_a_message_that_asks(tmp_path: Path) -> None:
+    def answer(message: dict[str, Any]) -> dict[str, Any] | None:
+        return {2: {"good": True}, 3: {"pad": "y" * 500_000}}.get(message["n"])
+
+    ending = supervise([sys.executable, "-c", ASKING], log=tmp_path / "log", on_message=answer, stall_s=3.0)
+    assert ending.tail() == "{'good': True} True"
+    assert ending.reason == "stalled", "its last question was left without an answer"
+
+
+def test_without_a_supervisor_nobody_answers(tmp_path: Path) -> None:
+    code = "from fp8pipe.machine.supervise import take_channel; print(take_channel().ask({}))"
+    environment = {name: value for name, value in os.environ.items() if name != CHANNEL}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout == "None\n"
 
 
 def test_supervise_reports_the_signal_that_killed_the_command(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fp8pipe.config import EvalSuite, ServingWorkload, TaskSpec
-from fp8pipe.evaluate import evaluate, request_for
+from fp8pipe.evaluate import Settles, evaluate, request_for
 from fp8pipe.evaluate.request import EvalRequest
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.records import EngineFacts, EvalReport
@@ -151,11 +151,13 @@ def ask(model: Path, suite: EvalSuite | None = None, **options: Any) -> EvalRequ
     return request_for(model, suite, **({"role": "baseline", "model_id": "m", "fingerprint": "f"} | options))
 
 
-def evaluate_by(python: str, request: EvalRequest, folder: Path, progress: Progress = quiet) -> EvalReport:
+def evaluate_by(
+    python: str, request: EvalRequest, folder: Path, progress: Progress = quiet, settles: Settles | None = None
+) -> EvalReport:
     """`evaluate` with a worker that this interpreter runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", python)
-        return evaluate(request, folder, progress=progress)
+        return evaluate(request, folder, settles=settles, progress=progress)
 
 
 INTERPRETER = """\
@@ -179,6 +181,15 @@ def report():
 
 def interpreter(folder: Path, worker: str = "report()") -> str:
     """A program in the place of python whose worker notes in `started` that it ran, and runs this code instead."""
+    path = folder / "python"
+    code, report = textwrap.dedent(worker), empty_report().model_dump_json()
+    path.write_text(INTERPRETER.format(python=sys.executable, report=report, worker=code))
+    path.chmod(0o755)
+    return str(path)
+
+
+def empty_report() -> EvalReport:
+    """Of a baseline, nothing scored."""
     engine = EngineFacts(
         linear_kernels=(),
         attention_backend="",
@@ -191,7 +202,7 @@ def interpreter(folder: Path, worker: str = "report()") -> str:
         device_name="cpu",
         plugin=None,
     )
-    report = EvalReport(
+    return EvalReport(
         role="baseline",
         model_id="m",
         fingerprint="f",
@@ -207,9 +218,25 @@ def interpreter(folder: Path, worker: str = "report()") -> str:
         table="",
         seconds={},
     )
-    path = folder / "python"
-    code = textwrap.dedent(worker)
-    path.write_text(INTERPRETER.format(python=sys.executable, report=report.model_dump_json(), worker=code))
+
+
+LOOKER = """\
+#!{python} -IS
+import os, sys
+from pathlib import Path
+if sys.argv[1] != "-m":
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])  # the guard of `supervise`
+os.environ["LOOKER"] = {worker!r}
+os.execv({python!r}, [{python!r}, {script!r}, sys.argv[-1]])
+"""
+
+
+def looker(folder: Path, worker: str = "") -> str:
+    """A program in the place of python that runs the worker with an engine in which nothing is scored. It notes in
+    `started` that it ran, and in `scored` each look that it measures, after which it runs this code."""
+    path = folder / "looker"
+    script = str(Path(__file__).with_name("looker.py"))
+    path.write_text(LOOKER.format(python=sys.executable, worker=textwrap.dedent(worker), script=script))
     path.chmod(0o755)
     return str(path)
 

@@ -12,7 +12,7 @@ from fp8pipe.config import EvalSuite, ServingWorkload, load_suite, shipped
 from fp8pipe.evaluate.environment import library_versions, prepare_process, use_cpu_engine
 from fp8pipe.evaluate.parts import Parts
 from fp8pipe.evaluate.request import EvalRequest
-from fp8pipe.evaluate.worker import measure_with
+from fp8pipe.evaluate.worker import Measurement
 
 CONTEXT = 32768
 DOCUMENTS = {"mmlu": 57, "leaderboard_bbh": 24, "leaderboard_math_hard": 7, "needle": 2, "hops": 2}
@@ -61,7 +61,7 @@ def main() -> None:
         suite = cut(load_suite(name))
         print(f"suite {name}", flush=True)
         request, tasks = request_for(suite, model), load_tasks(suite, limit=None)
-        report = measure_with(lm, request, tasks, Parts(folder / name, request.parts_identity()))
+        report = Measurement(lm, request, tasks, Parts(folder / name, request.parts_identity())).up_to(1)
         report.save(folder / f"{name}.json")
 
 
