@@ -16,6 +16,7 @@ from fp8pipe.quantize import fingerprint
 from fp8pipe.records import EvalReport, GateDecision, Outcome, Snapshot
 from fp8pipe.release.outcome import decided, unsound
 from fp8pipe.release.workspace import ReleaseFolder, Workspace
+from tasks.baseline import Baseline
 
 STATE_NAMES = {
     "released": "Released",
@@ -62,13 +63,14 @@ def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, ear
         plan = tasks.plan(snapshot, recipe, spec.trust_remote_code, spec.oracles, calibration)
     identity = fingerprint(snapshot, recipe, calibration.digest() if calibration else None)
     folder = workspace.release(snapshot.model_id, recipe.name, identity)
-    checkpoint, snapshot = tasks.quantize(snapshot, plan, folder.checkpoint, calibration, spec)
+    with Baseline(job, workspace) as baseline:
+        checkpoint, snapshot = tasks.quantize(snapshot, plan, folder.checkpoint, calibration, spec, baseline)
+        report = tasks.validate(folder.checkpoint, snapshot, recipe.name, spec.oracles, baseline)
+        if not report.sound:
+            return unsound(job, snapshot, plan, checkpoint, report).kept(folder.outcome)
+        reports = baseline.reports(snapshot)
 
-    report = tasks.validate(folder.checkpoint, snapshot, recipe.name, spec.oracles)
-    if not report.sound:
-        return unsound(job, snapshot, plan, checkpoint, report).kept(folder.outcome)
-
-    decision = _decide(job, snapshot, folder, workspace, earlier)
+    decision = _decide(job, folder, reports, earlier)
     release = None
     if stages.may_publish(folder.checkpoint):
         release = tasks.publish(folder.checkpoint, spec.repo_id, spec.collection, spec.collection_description)
@@ -78,15 +80,14 @@ def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, ear
 
 
 def _decide(
-    job: ResolvedRelease, snapshot: Snapshot, folder: ReleaseFolder, workspace: Workspace, earlier: list[Outcome]
+    job: ResolvedRelease, folder: ReleaseFolder, baseline: tuple[EvalReport, ...], earlier: list[Outcome]
 ) -> GateDecision:
-    """Measure both sides, and gate them look by look until the samples settle it or the looks are used up."""
+    """Measure the candidate, and gate it look by look until the samples settle it or the looks are used up."""
     decisions: list[GateDecision] = []
 
-    def decide(baseline: EvalReport, candidate: EvalReport, look: int) -> GateDecision:
-        decisions.append(tasks.gate(baseline, candidate, job, folder.checkpoint, look, earlier))
+    def decide(ours: EvalReport, theirs: EvalReport, look: int) -> GateDecision:
+        decisions.append(tasks.gate(ours, theirs, job, folder.checkpoint, look, earlier))
         return decisions[-1]
 
-    baseline = tasks.evaluate_baseline(snapshot, job, workspace)
     tasks.evaluate_candidate(folder.checkpoint, job, folder.evaluation, baseline, decide)
     return decisions[-1]

@@ -22,6 +22,10 @@ class ProgressEvent:
     """What the stage is working on, in a few words."""
     waiting: bool = False
     """Whether it waits for another run; `note` says for which."""
+    beside: bool = False
+    """Whether the stage runs beside the others of its release: none of them ends when it begins, nor it with them."""
+    ended: bool = False
+    """Whether the stage has ended. One that does not say so has ended when the next begins."""
 
 
 SETTLE_S = 1.0
@@ -31,6 +35,8 @@ SETTLE_SHARE = 0.01
 stage also pays for its start."""
 
 Progress = Callable[[ProgressEvent], None]
+"""A listener. An error that it raises ends the stage. So that it can, a stage that waits for a child process or for a
+lock repeats its last event several times a second."""
 
 
 def quiet(event: ProgressEvent) -> None:

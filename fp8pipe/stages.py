@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -236,12 +236,15 @@ def quantize(
     device: str = "cpu",
     claim: LicenceClaim | None = None,
     licences: str | None = None,
+    arrived: Callable[[Snapshot], None] = lambda snapshot: None,
     progress: Progress = quiet,
 ) -> tuple[Checkpoint, Snapshot]:
     """The checkpoint of `plan` in `folder`, beside its records, and the snapshot with its files on this machine.
 
     Files that are still on the Hub are downloaded at the same time: each shard is quantized as soon as it has arrived.
     device: cpu, auto (also the CPU), cuda or cuda:<n>; the bytes are the same on each.
+    arrived: called as soon as all files are on this machine, with the snapshot that says where; not for a checkpoint
+    that was finished before.
     """
     from fp8pipe.hub.download import download_iter, local_snapshot
     from fp8pipe.hub.source import with_hashes
@@ -249,13 +252,18 @@ def quantize(
 
     target, trusted = device_for(device), plan.trust_remote_code
     if snapshot.root is not None:
+        arrived(snapshot)
         checkpoint = quantize(snapshot, plan, folder, calibration=calibration, device=target, progress=progress)
     else:
         both = Overlap(progress, "quantize")
-        arriving = download_iter(snapshot, trust_remote_code=trusted, progress=both.earlier)
         local = local_snapshot(snapshot, trust_remote_code=trusted)
+
+        def arriving() -> Iterator[Path]:
+            yield from download_iter(snapshot, trust_remote_code=trusted, progress=both.earlier)
+            arrived(local)
+
         checkpoint = quantize(
-            local, plan, folder, calibration=calibration, arriving=arriving, device=target, progress=both.later
+            local, plan, folder, calibration=calibration, arriving=arriving(), device=target, progress=both.later
         )
     # Usually a no-op. A finished checkpoint whose source has left the cache is downloaded again, to be validated.
     snapshot = download(snapshot, trust_remote_code=trusted)
@@ -420,6 +428,13 @@ def plan_evaluation(policy: GatePolicy, suite: EvalSuite, folder: Path, *, attem
     gated = suite.model_copy(update={"tasks": {name: suite.tasks[name] for name in policy.gated_tasks}})
     found = count_documents(gated, folder)
     return plan_evaluation(policy, suite.name, found.counts, subtasks=found.subtasks, attempts=attempts)
+
+
+def engine_leaves_the_cpu() -> bool:
+    """Whether an engine on this machine serves on another device than the CPU, on which a release quantizes."""
+    from fp8pipe.evaluate.request import this_host
+
+    return not this_host().on_cpu
 
 
 def evaluate_baseline(

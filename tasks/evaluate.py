@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,16 +18,24 @@ from tasks.retries import STAGE
 
 
 @task(name="evaluate baseline", task_run_name="evaluate {snapshot.model_id}", **STAGE)
-def evaluate_baseline(snapshot: Snapshot, job: ResolvedRelease, workspace: Workspace) -> tuple[EvalReport, ...]:
-    """The BF16 source, one report for each look; one measurement serves all recipes."""
-    return stages.evaluate_baseline(
+def evaluate_baseline(
+    snapshot: Snapshot, job: ResolvedRelease, workspace: Workspace, beside: threading.Event | None
+) -> tuple[EvalReport, ...]:
+    """The BF16 source, one report for each look; one measurement serves all recipes.
+
+    beside: where it runs beside other stages, ends it when it is set.
+    """
+    progress = reporter("evaluate baseline", job.suite.name, stop=beside, beside=beside is not None)
+    reports = stages.evaluate_baseline(
         snapshot,
         job.suite,
         workspace,
         looks=job.policy.looks,
         trust_remote_code=job.spec.trust_remote_code,
-        progress=reporter("evaluate baseline", job.suite.name),
+        progress=progress,
     )
+    progress.end()
+    return reports
 
 
 @task(name="evaluate candidate", task_run_name="evaluate {job.recipe.name}", **STAGE)

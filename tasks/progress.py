@@ -31,11 +31,15 @@ def show_on(listener: Progress) -> None:
     _terminal = listener
 
 
-def reporter(stage: str, note: str) -> Progress:
-    """A listener for one task, which announces `stage` at once. note: what it works on. Call it in the task."""
-    listener = _Reporter(stage, note)
-    _terminal(ProgressEvent(stage, 0, None, note=note))
-    return listener
+class Stopped(Exception):
+    """The stage was ended because something else in its release was."""
+
+
+def reporter(stage: str, note: str, *, stop: threading.Event | None = None, beside: bool = False) -> Reporter:
+    """A listener for one task, which announces `stage` at once. note: what it works on. Call it in the task.
+
+    stop: once it is set, the listener raises Stopped, which ends the stage. beside: the stage runs beside others."""
+    return Reporter(stage, note, stop, beside)
 
 
 def artifact_key(*parts: str) -> str:
@@ -48,7 +52,7 @@ def keep_page(text: str, *, key: str, description: str) -> None:
     create_markdown_artifact(text, key=key, description=escape(description))
 
 
-class _Reporter:
+class Reporter:
     """Renames a stage's events to the task's stage and keeps one progress artifact, updated every few seconds. While
     the stage waits for another run, the state of the flow run says so.
 
@@ -56,9 +60,12 @@ class _Reporter:
     Prefect does not answer, artifact and state are lost but the work continues.
     """
 
-    def __init__(self, stage: str, note: str) -> None:
+    def __init__(self, stage: str, note: str, stop: threading.Event | None, beside: bool) -> None:
         self.stage = stage
         self.note = note
+        self.stop = stop
+        self.beside = beside
+        self.last = ProgressEvent(stage, 0, None, note=note, beside=beside)
         self.artifact: UUID | None = None
         self.updated = 0.0
         self.started = time.monotonic()
@@ -67,9 +74,16 @@ class _Reporter:
         self.lock = threading.Lock()
         self.failed = False
         self.waits_for = ""
+        self._go_on_or_end()
+        _terminal(self.last)
 
     def __call__(self, event: ProgressEvent) -> None:
-        _terminal(replace(event, stage=self.stage))
+        self._go_on_or_end()
+        event = replace(event, stage=self.stage, beside=self.beside)
+        if event == self.last:  # a stage that waits repeats it
+            return
+        self.last = event
+        _terminal(event)
         with self.lock:
             try:
                 self.task.copy().run(self._show, event)  # a copy: a context serves one thread at a time
@@ -78,6 +92,14 @@ class _Reporter:
                 if not self.failed:
                     get_logger(__name__).warning("%s: Prefect shows no progress: %s", self.stage, error)
                 self.failed = True
+
+    def _go_on_or_end(self) -> None:
+        if self.stop is not None and self.stop.is_set():
+            raise Stopped(f"{self.stage}: ended, because another stage of this release was")
+
+    def end(self) -> None:
+        """Say that the stage has ended, where another one may not begin at once."""
+        _terminal(replace(self.last, ended=True))
 
     def _show(self, event: ProgressEvent) -> None:
         waits_for = event.note if event.waiting else ""

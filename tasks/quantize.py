@@ -12,6 +12,7 @@ from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Checkpoint, Snapshot
 from fp8pipe.records.calibration import Calibration
 from fp8pipe.release.workspace import Workspace
+from tasks.baseline import Baseline
 from tasks.progress import reporter
 from tasks.retries import STAGE
 
@@ -33,10 +34,16 @@ def calibrate(snapshot: Snapshot, plan: Plan, recipe: Recipe, workspace: Workspa
     **STAGE,
 )
 def quantize(
-    snapshot: Snapshot, plan: Plan, folder: Path, calibration: Calibration | None, spec: ReleaseSpec
+    snapshot: Snapshot,
+    plan: Plan,
+    folder: Path,
+    calibration: Calibration | None,
+    spec: ReleaseSpec,
+    baseline: Baseline,
 ) -> tuple[Checkpoint, Snapshot]:
-    """The FP8 checkpoint, and the snapshot on this machine. Files still on the Hub are quantized as they arrive."""
-    progress = reporter("quantize", plan.recipe)
+    """The FP8 checkpoint, and the snapshot on this machine. Files still on the Hub are quantized as they arrive; once
+    all are here, the baseline may start."""
+    progress = reporter("quantize", plan.recipe, stop=baseline.stop)
     return stages.quantize(
         snapshot,
         plan,
@@ -44,5 +51,6 @@ def quantize(
         calibration=calibration,
         claim=spec.licence,
         licences=spec.licences,
+        arrived=baseline.start,
         progress=progress,
     )

@@ -119,19 +119,27 @@ def _run_worker(run: _Run, locks: Sequence[int], progress: Progress) -> None:
 
 
 def _run_once(request: EvalRequest, run: _Run, locks: Sequence[int], progress: Progress) -> Ending:
-    note = ""
+    note, last = "", ProgressEvent("evaluate", 0, None, "requests")
 
     def on_message(message: Message) -> Message | None:
-        nonlocal note
+        nonlocal note, last
         if "look" in message:
             _require_unchanged(request.up_to(message["look"]), run.folder)
             return STOP if run.settled() else GO_ON
         note = message.get("note", f"suite {request.suite.name}")
-        progress(ProgressEvent("evaluate", message.get("done", 0), message.get("total"), "requests", note))
+        last = ProgressEvent("evaluate", message.get("done", 0), message.get("total"), "requests", note)
+        progress(last)
         return None
 
-    path, log = run.folder / "request.json", run.folder / "worker.log"
-    ending = run_child("fp8pipe.evaluate.worker", path, log=log, on_message=on_message, stall_s=STALL_S, locks=locks)
+    ending = run_child(
+        "fp8pipe.evaluate.worker",
+        run.folder / "request.json",
+        log=run.folder / "worker.log",
+        on_message=on_message,
+        on_tick=lambda: progress(last),
+        stall_s=STALL_S,
+        locks=locks,
+    )
     if ending.reason == "exited":
         require_answer(request.model, ending, note)
     return ending

@@ -23,12 +23,13 @@ def run_child(
     *,
     log: Path,
     on_message: Callable[[Message], Message | None] = lambda message: None,
+    on_tick: Callable[[], None] = lambda: None,
     stall_s: float | None = None,
     locks: Sequence[int] = (),
 ) -> Ending:
     """Run the module on the request to its end. Raises the error that it reported, if it did.
 
-    on_message: returns the answer to a message that asks for one.
+    on_message: returns the answer to a message that asks for one. on_tick: runs several times a second.
     locks: descriptors of locks that it shares, as `hold` yields them.
     """
     reported: list[Message] = []
@@ -40,7 +41,15 @@ def run_child(
         return None
 
     command = [sys.executable, "-m", module, str(request.resolve())]
-    ending = supervise(command, log=log, env=os.environ | _ORDER, on_message=receive, stall_s=stall_s, locks=locks)
+    ending = supervise(
+        command,
+        log=log,
+        env=os.environ | _ORDER,
+        on_message=receive,
+        on_tick=on_tick,
+        stall_s=stall_s,
+        locks=locks,
+    )
     if reported:
         raise _error_in(reported[-1], ending)
     return ending

@@ -102,7 +102,7 @@ class _Note:
 
 @dataclass(slots=True)
 class _Wait:
-    """Tells of a wait, once for each holder."""
+    """Tells of a wait: the log once for each holder, the listener all the time."""
 
     stage: str
     progress: Progress
@@ -115,7 +115,7 @@ class _Wait:
         if text != self.told:
             self.told = text
             _log.warning("%s: %s", self.stage, text)
-            self.progress(ProgressEvent(self.stage, 0, None, note=text, waiting=True))
+        self.progress(ProgressEvent(self.stage, 0, None, note=text, waiting=True))
 
     def end(self) -> None:
         if self.told:

@@ -82,6 +82,7 @@ def supervise(
     log: Path,
     env: Mapping[str, str] | None = None,
     on_message: Callable[[Message], Message | None] = lambda message: None,
+    on_tick: Callable[[], None] = lambda: None,
     timeout_s: float | None = None,
     stall_s: float | None = None,
     memory_bytes: int | None = None,
@@ -92,7 +93,7 @@ def supervise(
     It is ended after `timeout_s`, not counting the time that it waited for a processor, or when it has neither logged
     nor sent a message for `stall_s`, or has sent none for four times `stall_s`; all in seconds. `env` replaces the
     environment. `on_message` runs in the calling thread; what it returns is the answer to a message that asked for one,
-    and the time that it takes is no stall.
+    and the time that it takes is no stall. `on_tick` runs there too, several times a second.
     memory_bytes: private memory of each of its processes; beyond it the kernel refuses them more.
     locks: descriptors that guard and command keep open, so that a lock on them lasts until both have ended.
 
@@ -122,6 +123,7 @@ def supervise(
         while True:
             exited = _has_exited(guard)
             reader.read(0.0 if exited else _TICK_S)
+            on_tick()
             now = time.monotonic()
             if exited:
                 reader.drain()

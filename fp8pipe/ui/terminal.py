@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +74,8 @@ class _Stage:
 
 @dataclass
 class StageDisplay:
-    """A live list of stages: a context manager that takes ProgressEvents from any thread.
+    """A live list of stages: a context manager that takes ProgressEvents from any thread. A stage lasts until the next
+    one begins, or until its own end if it runs beside the others.
 
     If the output is not a terminal, it prints a line when a stage starts, one every half minute, one when it ends, and
     one for each run that it waits for.
@@ -83,6 +85,7 @@ class StageDisplay:
     stages: list[_Stage] = field(default_factory=list)
     _live: Live | None = None
     _printed: float = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> StageDisplay:
         if self.console.is_terminal:
@@ -93,24 +96,33 @@ class StageDisplay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._finish_last(failed=error is not None)
+        with self._lock:
+            self._finish(self._running(), failed=error is not None)
         if self._live is not None:
             self._live.__exit__(kind, error, trace)
 
     def __call__(self, event: ProgressEvent) -> None:
-        if not self.stages or self.stages[-1].name != event.stage:
-            self._finish_last()
-            self.stages.append(_Stage(event.stage, time.monotonic(), event, before=event.done))
-            self._print(f"  ... {event.stage} {event.note}")
-        else:
-            waits = event.waiting and event.note != self.stages[-1].event.note
-            self.stages[-1].take(event)
-            if waits or time.monotonic() - self._printed > PRINT_EVERY_S:
-                self._print(f"      {event.stage:<22} {self.stages[-1].line()}")
+        with self._lock:
+            stage = next((stage for stage in self._running() if stage.name == event.stage), None)
+            if not event.beside:
+                self._finish([other for other in self._running() if other is not stage and not other.event.beside])
+            if stage is None:
+                stage = _Stage(event.stage, time.monotonic(), event, before=event.done)
+                self.stages.append(stage)
+                self._print(f"  ... {event.stage} {event.note}")
+            else:
+                waits = event.waiting and event.note != stage.event.note
+                stage.take(event)
+                if waits or time.monotonic() - self._printed > PRINT_EVERY_S:
+                    self._print(f"      {event.stage:<22} {stage.line()}")
+            if event.ended:
+                self._finish([stage])
 
-    def _finish_last(self, *, failed: bool = False) -> None:
-        if self.stages and self.stages[-1].seconds is None:
-            stage = self.stages[-1]
+    def _running(self) -> list[_Stage]:
+        return [stage for stage in self.stages if stage.seconds is None]
+
+    def _finish(self, stages: Iterable[_Stage], *, failed: bool = False) -> None:
+        for stage in stages:
             stage.seconds, stage.failed = stage.elapsed(), failed
             self._print(f"  {'--' if failed else 'ok'}  {stage.name:<22} {stage.seconds:6.1f} s  {stage.line()}")
 
