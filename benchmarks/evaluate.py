@@ -2,12 +2,16 @@
 
     python -m benchmarks.evaluate [--rounds 3] [--documents 2000] [--page docs/evaluation.md]
     python -m benchmarks.evaluate --task choosing [--rounds 1] [--documents 2500] [--page docs/evaluation.md]
+    python -m benchmarks.evaluate --task looks [--rounds 1] [--documents 400] [--page docs/evaluation.md]
 
 Both sides score the same documents of a random two-layer Llama with the same engine arguments, each in a process of its
 own, alternating. Ours is `fp8pipe.evaluate.evaluate` as a release uses it, without what lm-eval does not do (sample
 generation, second run, serving figures); theirs is lm-eval's command line, in the set-up that makes it run on a CPU.
 `counting` is short generations. `choosing` is questions with four answers of one letter after a context of 300 tokens,
 so four likelihood requests a document. Peak memory is the largest resident set of any process of a side.
+
+`looks` measures a quarter, a half and all of the documents of `counting`, both sides ours: one engine that waits for
+the verdict on each look, and an engine for each look, which finds what those before it have scored.
 """
 
 from __future__ import annotations
@@ -20,19 +24,25 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import page
 from fp8pipe.config import EvalSuite, TaskSpec
 from fp8pipe.evaluate import evaluate, request_for
+from fp8pipe.progress import ProgressEvent
 
 TARGET = 1.05
 """The overhead that is allowed."""
 
-SECTIONS = {"counting": "Beside lm-eval", "choosing": "Likelihoods beside lm-eval"}
+SECTIONS = {"counting": "Beside lm-eval", "choosing": "Likelihoods beside lm-eval", "looks": "One engine for all looks"}
 """Tasks, and the section of the page on each."""
+
+LOOKS = (0.25, 0.5, 1.0)
+
+STARTS = "starts"
+"""File in a side's folder with one letter for each engine that it started."""
 
 MAX_LEN = 384
 
@@ -104,11 +114,13 @@ def make_task(folder: Path, documents: int) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run took: seconds on the clock, seconds of all cores in all its processes, and GB of its largest."""
+    """What one run took: seconds on the clock, seconds of all cores in all its processes, GB of its largest process,
+    and engines that it started."""
 
     wall: float
     cpu: float
     peak: float
+    engines: int
 
 
 def cost_of(side: str, *arguments: str | Path) -> Cost:
@@ -118,15 +130,37 @@ def cost_of(side: str, *arguments: str | Path) -> Cost:
     _, status, used = os.wait4(run.pid, 0)
     if status:
         sys.exit(f"{side} failed")
-    return Cost(time.monotonic() - started, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9)
+    wall, starts = time.monotonic() - started, Path(arguments[-1]) / STARTS
+    engines = len(starts.read_text()) if starts.exists() else 1
+    return Cost(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e9, engines)
 
 
-def ours(task: str, model: Path, tasks: Path, output: Path) -> None:
-    """One evaluation."""
+def ours(task: str, model: Path, tasks: Path, output: Path, looks: tuple[float, ...] = (1.0,)) -> None:
+    """One evaluation. Each start of an engine is noted in STARTS."""
     suite = EvalSuite(
         name=task, tasks={task: TaskSpec()}, task_dir=str(tasks), engine={"max_model_len": MAX_LEN}, sample_prompts=()
     )
-    evaluate(request_for(model, suite, role="baseline", model_id="tiny", fingerprint="tiny"), output)
+    request = request_for(model, suite, role="baseline", model_id="tiny", fingerprint="tiny", looks=looks)
+    notes = [""]
+
+    def listen(event: ProgressEvent) -> None:
+        if event.note != notes[-1]:
+            notes.append(event.note)
+
+    evaluate(request, output, settles=lambda report, look: False, progress=listen)
+    with (output / STARTS).open("a") as starts:
+        starts.write("x" * notes.count("starting vLLM"))
+
+
+def one_engine(task: str, model: Path, tasks: Path, output: Path) -> None:
+    """All looks by one engine, which waits for the verdict on each."""
+    ours("counting", model, tasks, output, LOOKS)
+
+
+def engine_each(task: str, model: Path, tasks: Path, output: Path) -> None:
+    """An engine for each look."""
+    for look in range(1, len(LOOKS) + 1):
+        ours("counting", model, tasks, output, LOOKS[:look])
 
 
 def theirs(task: str, model: Path, tasks: Path, output: Path) -> None:
@@ -139,17 +173,21 @@ def theirs(task: str, model: Path, tasks: Path, output: Path) -> None:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
 
 
+SIDES = {"ours": ours, "theirs": theirs, "one engine": one_engine, "engine each": engine_each}
+
+
 def measured(task: str, rounds: int, documents: int, folder: Path) -> list[tuple[Cost, Cost]]:
-    """(ours, theirs) of each round; one unmeasured run of each first, so that files are cached for both."""
+    """(ours, the other side) of each round; one unmeasured run of each first, so that files are cached for both."""
+    sides = ("one engine", "engine each") if task == "looks" else ("ours", "theirs")
     model = make_model(folder / "model")
     make_task(folder / "warm", 8)
     make_task(folder / "tasks", documents)
     pairs: list[tuple[Cost, Cost]] = []
     for i in range(rounds + 1):
         tasks = folder / ("tasks" if i else "warm")
-        mine = cost_of("ours", task, model, tasks, folder / f"ours-{i}")
-        pairs.append((mine, cost_of("theirs", task, model, tasks, folder / f"theirs-{i}")))
-        print(f"round {i}: ours {pairs[-1][0]}, lm-eval {pairs[-1][1]}", flush=True)
+        mine, other = (cost_of(side, task, model, tasks, folder / f"{side}-{i}") for side in sides)
+        pairs.append((mine, other))
+        print(f"round {i}: {sides[0]} {mine}, {sides[1]} {other}", flush=True)
     return pairs[1:]
 
 
@@ -158,6 +196,15 @@ def table(task: str, pairs: list[tuple[Cost, Cost]], documents: int) -> str:
     rows = [row("seconds on the clock", [(a.wall, b.wall) for a, b in pairs])]
     rows.append(row("seconds of all cores", [(a.cpu, b.cpu) for a, b in pairs]))
     rows.append(row("largest process, GB", [(a.peak, b.peak) for a, b in pairs]))
+    if task == "looks":
+        starts = [(a.engines, b.engines) for a, b in pairs]
+        intro = (
+            f"Looks at a quarter, a half and all of {documents:,} generations of a random two-layer Llama in vLLM "
+            f"on a CPU ({page.machine()}), whole processes, medians of {len(pairs)} alternating rounds: an engine for "
+            "each look, and one that waits for the verdict on each. A large model takes minutes to start."
+        )
+        head = ("", "an engine each", "one engine", "ratio")
+        return f"{page.prose(intro)}\n\n{page.table(head, [row('engine starts', starts), *rows])}"
     what = {"counting": f"{documents:,} short generations", "choosing": f"{4 * documents:,} likelihood requests"}[task]
     intro = (
         f"{what} of a random two-layer Llama in vLLM on a CPU ({page.machine()}), whole "
@@ -166,7 +213,7 @@ def table(task: str, pairs: list[tuple[Cost, Cost]], documents: int) -> str:
     return f"{page.prose(intro)}\n\n{page.table(('seconds', 'lm-eval', 'fp8pipe evaluate', 'ratio'), rows)}"
 
 
-def row(name: str, pairs: list[tuple[float, float]]) -> tuple[str, ...]:
+def row(name: str, pairs: Sequence[tuple[float, float]]) -> tuple[str, ...]:
     mine, direct = (statistics.median(side) for side in zip(*pairs, strict=True))
     ratio = statistics.median(one / other for one, other in pairs)
     return name, f"{direct:.1f}", f"{mine:.1f}", f"{ratio:.2f}"
@@ -182,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.side is not None:
         side, task, *paths = options.side
-        {"ours": ours, "theirs": theirs}[side](task, *map(Path, paths))
+        SIDES[side](task, *map(Path, paths))
         return
     with tempfile.TemporaryDirectory(prefix="fp8pipe-bench-") as folder:
         pairs = measured(options.task, options.rounds, options.documents, Path(folder))

@@ -459,6 +459,7 @@ def evaluate_baseline(
         model_id=snapshot.model_id,
         fingerprint=snapshot.commit,
         looks=looks,
+        rates=workspace.flip_rates,
         trust_remote_code=trust_remote_code,
     )
     folder = workspace.baseline(baseline_key(snapshot.commit, suite, looks=looks))

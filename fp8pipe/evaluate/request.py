@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from fp8pipe.config import EvalSuite
+from fp8pipe.config import EvalSuite, TaskSpec
 from fp8pipe.errors import EngineFailed, ModelNotFound
 from fp8pipe.evaluate.arguments import check_arguments
 from fp8pipe.evaluate.environment import CPU_ENGINE_ARGUMENTS, library_versions
@@ -49,6 +49,8 @@ class EvalRequest(Record):
     """Of the module proof: a report without it, or with that of another version, is made again from its parts."""
     retries: tuple[Retry, ...] = ()
     """Reductions of the engine's arguments that earlier starts needed to fit into memory."""
+    rates: str | None = None
+    """Folder with the flip rates that other measurements found; not part of the identity."""
 
     def up_to(self, look: int) -> EvalRequest:
         """This request cut short at that look, counted from 1."""
@@ -77,12 +79,22 @@ class EvalRequest(Record):
 
     def identity(self) -> str:
         """sha256 hex of everything that may change a result."""
-        return digest_of(self.model_dump(mode="json", exclude={"model", "suite", "retries"}))
+        return digest_of(self.model_dump(mode="json", exclude={"model", "suite", "retries", "rates"}))
 
     def parts_identity(self) -> str:
         """sha256 hex of what is measured and how, but not of how many documents: equal ones can share their parts."""
-        asked = self.model_dump(mode="json", exclude={"model", "suite", "limit", "looks", "proof_version", "retries"})
+        of_how_much = {"limit", "looks", "proof_version"}
+        asked = self.model_dump(mode="json", exclude={"model", "suite", "retries", "rates"} | of_how_much)
         return digest_of([asked, self.reduced.get("max_model_len")])
+
+    def rate_identity(self, task: str) -> str:
+        """sha256 hex of all that the engine's flip rate on a task depends on: model, engine, versions, device and the
+        task as it is asked, but neither the other tasks of the suite nor the number of documents."""
+        spec = TaskSpec(num_fewshot=self.suite.tasks[task].num_fewshot)
+        of_the_suite = {"name": "alone", "engine": {}, "sample_prompts": (), "serving": None}
+        alone = self.suite.model_copy(update={"tasks": {task: spec}} | of_the_suite)
+        engine = self.engine | self.reduced
+        return digest_of([self.fingerprint, alone.digest(), engine, self.versions, self.device_class])
 
 
 def request_for(
@@ -97,13 +109,15 @@ def request_for(
     limit: int | None = None,
     looks: tuple[float, ...] = (1.0,),
     retries: tuple[Retry, ...] = (),
+    rates: Path | None = None,
     trust_remote_code: bool = False,
 ) -> EvalRequest:
     """The request to measure the checkpoint folder `model` on this machine.
 
     `online` is vLLM's `quantization` while loading; `retries` are those that the other side's engine needed, so that
-    this side starts with the same engine. Raises ModelNotFound for a folder without config.json, ConfigError for engine
-    arguments that do not fit, and EngineFailed when vLLM or lm-eval is not installed.
+    this side starts with the same engine; `rates` is the folder in which baselines share their flip rates. Raises
+    ModelNotFound for a folder without config.json, ConfigError for engine arguments that do not fit, and EngineFailed
+    when vLLM or lm-eval is not installed.
     """
     if not (model / "config.json").is_file():
         raise ModelNotFound(f"{model}: no config.json; expected the folder of a checkpoint")
@@ -121,6 +135,7 @@ def request_for(
         limit=limit,
         looks=looks,
         retries=retries,
+        rates=None if rates is None else str(rates.resolve()),
         engine=_engine_arguments(
             suite, kv_cache_dtype=kv_cache_dtype, online=online, on_cpu=host.on_cpu, trusted=trust_remote_code
         ),

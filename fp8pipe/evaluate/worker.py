@@ -22,6 +22,7 @@ from fp8pipe.errors import EngineFailed
 from fp8pipe.evaluate import looks
 from fp8pipe.evaluate.cpu_platform import NOTES_WEIGHTS
 from fp8pipe.evaluate.environment import library_versions, prepare_process, use_cpu_engine
+from fp8pipe.evaluate.flips import flip_rates, keep_rates, known_rates
 from fp8pipe.evaluate.footprint import need_for
 from fp8pipe.evaluate.parts import ROWS, Part, Parts, joined, table_rows
 from fp8pipe.evaluate.request import EvalRequest
@@ -179,22 +180,25 @@ def _plain(value: Any) -> Any:  # Any: lm-eval's results, in which numbers may b
 
 def _flips(request: EvalRequest, tasks: list[LoadedTask], lm: MeteredVLLM, parts: Parts) -> tuple[FlipRate, ...]:
     """Score the documents of the first look again, of the tasks marked `repeat`: part by part, with the prompts in
-    another order and so in other batches."""
-    from fp8pipe.evaluate.flips import flip_rates
-
+    another order and so in other batches. Tasks whose rates are known are not scored."""
     found: list[FlipRate] = []
     again = parts.again()
     for task in (task.up_to(1) for task in tasks if request.suite.tasks[task.name].repeat):
         chain = _scored(request, task, lm, parts)
-        known = {(part.start, part.stop): part for part in again.find(task.name, task.stops)}
+        begun = {(part.start, part.stop): part for part in again.find(task.name, task.stops)}
+        if not begun and (known := known_rates(request, task.name)):
+            found += known
+            continue
         second: list[Part] = []
         lm.doing = f"{task.name} again, in other batches"
         lm.shuffle = random.Random(request.suite.seed)
         for start, stop in ((part.start, part.stop) for part in chain):
             lm.model.reset_prefix_cache()
-            second.append(known.get((start, stop)) or _score(request, task, lm, again, start, stop))
+            second.append(begun.get((start, stop)) or _score(request, task, lm, again, start, stop))
         lm.shuffle = None
-        found += flip_rates(joined(chain), joined(second))
+        rates = flip_rates(joined(chain), joined(second))
+        keep_rates(request, task.name, rates)
+        found += rates
     return tuple(found)
 
 

@@ -111,6 +111,8 @@ class FlipRate(Record):
     n: int
     flipped: int
     """Samples whose value differs between the two runs."""
+    suite: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The suite with which it was measured before, on the same model and engine; None: in this measurement."""
 
     @property
     def rate(self) -> float:

@@ -4,6 +4,7 @@ WORK/releases/<model>--<recipe>--<fingerprint>/checkpoint/    the publishable fo
                                               /evaluation/    the candidate's report, request and log
                                               /release.json   how the release ended
 WORK/baselines/<key>/                                         one BF16 measurement, shared by all recipes
+WORK/flip-rates/                                              the engine's own noise, shared by baselines of all suites
 WORK/suites/<key>/                                            how many documents the tasks of a suite have
 WORK/calibrations/<key>/                                      ranges, shared by recipes that need the same ones
 WORK/logs/                                                    full logs of runs started here
@@ -50,6 +51,11 @@ class Workspace:
 
     def baseline(self, key: str) -> Path:
         return self.root / "baselines" / key[:32]
+
+    @property
+    def flip_rates(self) -> Path:
+        """What baselines share of their second runs."""
+        return self.root / "flip-rates"
 
     def suite(self, key: str) -> Path:
         return self.root / "suites" / key[:32]

@@ -167,6 +167,7 @@ def measurement_notes(report: EvalReport) -> list[str]:
     ]
     notes += [
         f"{flip.task} {flip.metric},{flip.filter}: {flip.flipped} of {flip.n} answers differ when the {who} runs twice"
+        + (f" (measured with suite {flip.suite})" if flip.suite else "")
         for flip in report.flips
     ]
     if report.serving is not None:

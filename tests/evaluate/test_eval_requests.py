@@ -106,6 +106,20 @@ def test_description_and_place_of_a_suite_are_no_reason_to_measure_again(tmp_pat
     assert baseline_key("sha", suite) != baseline_key("sha", suite, looks=(0.5, 1.0))
 
 
+def test_the_engines_noise_on_a_task_is_the_same_in_every_suite_that_asks_it_so(model: Path) -> None:
+    spec = TaskSpec(num_fewshot=2, samples=10, repeat=True)
+    suite = EvalSuite(name="one", tasks={"t": spec, "u": TaskSpec()})
+    other = EvalSuite(name="two", tasks={"t": TaskSpec(num_fewshot=2, repeat=True)}, sample_prompts=())
+    rate = ask(model, suite).rate_identity("t")
+    assert ask(model, other, limit=3, looks=(0.5, 1.0)).rate_identity("t") == rate
+    shots = EvalSuite(name="one", tasks={"t": TaskSpec(num_fewshot=3)})
+    templated = other.model_copy(update={"apply_chat_template": True})
+    for changed in (shots, templated, other.model_copy(update={"engine": {"tensor_parallel_size": 2}})):
+        assert ask(model, changed).rate_identity("t") != rate
+    assert ask(model, suite).rate_identity("u") != rate
+    assert ask(model, suite, fingerprint="g").rate_identity("t") != rate
+
+
 def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match=r"no config\.json"):
         ask(tmp_path / "nothing")

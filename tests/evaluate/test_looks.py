@@ -13,6 +13,7 @@ import pytest
 from support.evaluation import ask, evaluate_by, looker, make_suite, processes_of
 from support.processes import all_gone, importing_the_repository
 
+from fp8pipe.config import TaskSpec
 from fp8pipe.errors import SourceChanged
 from fp8pipe.evaluate import Settles
 from fp8pipe.evaluate.request import EvalRequest
@@ -162,6 +163,25 @@ def test_looks_of_one_engine_equal_those_of_two(
         assert after.doc_ids[:n] == before.doc_ids
         assert after.prompt_hashes[:n] == before.prompt_hashes
         assert [m.values[:n] for m in after.metrics] == [m.values for m in before.metrics]
+
+
+@pytest.mark.vllm
+def test_the_engines_noise_is_measured_at_the_first_look_and_used_again_by_another_suite(
+    warm_python: str, tiny_llama: Path, task_dir: Path, tmp_path: Path
+) -> None:
+    twice = {"tiny_generate": TaskSpec(num_fewshot=2, samples=10, repeat=True)}
+    first, rates = make_suite(task_dir, **twice), tmp_path / "rates"
+    seen: list[EvalReport] = []
+    asked = ask(tiny_llama, first, looks=(0.5, 1.0), rates=rates)
+    evaluate_by(warm_python, asked, tmp_path / "one", settles=collecting(seen))
+    assert [{(flip.n, flip.suite) for flip in report.flips} for report in seen] == [{(5, None)}] * 2
+    second = make_suite(task_dir, tiny_choose=TaskSpec(), **twice).model_copy(update={"name": "other"})
+    notes: list[str] = []
+    report = evaluate_by(
+        warm_python, ask(tiny_llama, second, rates=rates), tmp_path / "two", lambda event: notes.append(event.note)
+    )
+    assert report.flips == tuple(flip.model_copy(update={"suite": "tiny"}) for flip in seen[0].flips)
+    assert not any("again" in note for note in notes)
 
 
 def collecting(seen: list[EvalReport]) -> Settles:

@@ -107,7 +107,7 @@ def test_baseline_and_candidate_scored_the_same_samples(
 def test_baseline_reports_its_own_noise_and_its_timings(
     baseline: EvalReport, candidate: tuple[EvalReport, list[ProgressEvent]]
 ) -> None:
-    assert {(flip.task, flip.n) for flip in baseline.flips} == {("tiny_generate", 10)}
+    assert {(flip.task, flip.n, flip.suite) for flip in baseline.flips} == {("tiny_generate", 10, None)}
     assert candidate[0].flips == ()
     assert len(baseline.samples) == 6
     served = baseline.serving

@@ -21,6 +21,7 @@ from support.tiny_models import make_model, plan_of
 from fp8pipe import stages
 from fp8pipe.config import ReleaseSpec, ResolvedRelease, load_recipe
 from fp8pipe.errors import ConfigError, InputError, SourceChanged
+from fp8pipe.evaluate import looks, request_for
 from fp8pipe.gate import decide
 from fp8pipe.hub.source import resolve
 from fp8pipe.records import EarlierAttempt, Finding, GateDecision, Outcome, ValidationReport
@@ -83,6 +84,21 @@ def test_a_checkpoint_that_was_not_what_was_measured_is_not_gated(tmp_path: Path
     (folder / "config.json").write_text("{}")
     with pytest.raises(SourceChanged, match=r"checkpoint: not what .*candidate measured, or changed since then"):
         stages.gate_reports(tmp_path / "baseline", tmp_path / "candidate", policy(), checkpoint=folder)
+
+
+def test_a_candidate_that_an_early_look_decided_is_gated_against_the_baseline_up_to_that_look(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    rules = policy(looks=(0.5, 1.0))
+    asked = request_for(model, suite(2000), role="baseline", model_id="m", fingerprint="b" * 40, looks=rules.looks)
+    sides = {look: pair(n, right=n * 9 // 10, lost=0, won=0) for look, n in ((1, 1000), (2, 2000))}
+    for look, (baseline, _) in sides.items():
+        looks.keep(tmp_path / "baseline", asked.up_to(look), baseline)
+    looks.keep(tmp_path / "candidate", asked.up_to(1), sides[1][1])
+    decision = stages.gate_reports(tmp_path / "baseline", tmp_path / "candidate", rules)
+    assert decision.look == 1
+    assert decision.baseline_report == sides[1][0].digest()
+    looks.keep(tmp_path / "candidate", asked, sides[2][1])
+    assert stages.gate_reports(tmp_path / "baseline", tmp_path / "candidate", rules).look == 2
 
 
 def test_a_fallback_is_published_under_its_own_ending() -> None:

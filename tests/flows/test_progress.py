@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
@@ -145,6 +146,35 @@ def test_a_stage_that_failed_is_not_shown_as_done() -> None:
     text = shown(ProgressEvent("plan", 0, None), ProgressEvent("quantize", 1, 9, "tensors"), error=RuntimeError)
     lines = text.splitlines()
     assert [line.split()[:2] for line in lines if not line.startswith("  ...")] == [["ok", "plan"], ["--", "quantize"]]
+
+
+def test_a_stage_beside_others_lasts_until_its_own_end_and_does_not_end_them() -> None:
+    beside = ProgressEvent("evaluate baseline", 1, 9, "requests", beside=True)
+    text = shown(
+        ProgressEvent("quantize", 1, 9, "B"),
+        beside,
+        ProgressEvent("quantize", 2, 9, "B"),
+        ProgressEvent("validate", 1, 9, "B"),
+        ProgressEvent("validate", 9, 9, "B", ended=True),
+        replace(beside, done=9, ended=True),
+        ProgressEvent("gate", 0, None),
+    )
+    lines = [line.split()[:2] for line in text.splitlines()]
+    begun = [line[1] for line in lines if line[0] == "..."]
+    assert begun == ["quantize", "evaluate", "validate", "gate"]
+    assert [line[1] for line in lines if line[0] == "ok"] == ["quantize", "validate", "evaluate", "gate"]
+
+
+def test_a_listener_ends_its_stage_once_another_one_was(terminal: list[ProgressEvent]) -> None:
+    stop = threading.Event()
+    report = task_progress.reporter("quantize", "model", stop=stop)
+    event = ProgressEvent("quantize", 0, None)
+    report(event)
+    report(event)  # a stage that waits repeats its last event: it is shown once
+    assert len(terminal) == 2
+    stop.set()
+    with pytest.raises(task_progress.Stopped):
+        report(event)
 
 
 def test_square_brackets_in_a_note_are_shown_as_they_are() -> None:

@@ -34,7 +34,8 @@ def noise_lines(baseline: EvalReport) -> Iterator[str]:
     """How often the baseline's answers change when it is run twice, metric by metric."""
     for flip in baseline.flips:
         share = f"{flip.flipped:,} of {flip.n:,} ({100 * flip.rate:.2f} %)"
-        yield f"{flip.task}, {flip.metric} ({flip.filter}): {share}"
+        where = f", measured with suite {flip.suite}" if flip.suite else ""
+        yield f"{flip.task}, {flip.metric} ({flip.filter}): {share}{where}"
 
 
 def serving_rows(facts: CardFacts) -> list[dict[str, str]]:
