@@ -47,12 +47,18 @@ gpu-check:
 # torch's CPU build, as in scripts/setup: pip's find-links folder where one is set, else PyTorch's own index.
 TORCH = $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
 
-# The lock is a requirements file without index or folder, so that it names no machine.
+# A lock is a requirements file without index or folder, so that it names no machine. The flows' own environment has the
+# versions of the one environment, which uv prefers when it finds them in the output, but the newest Prefect.
+COMPILE = $(BIN)/uv pip compile pyproject.toml --no-emit-index-url --no-emit-find-links --python-version 3.11
+ON_CPU = $(TORCH) --override locks/cpu-overrides.txt
+
 lock: setup
-	$(BIN)/uv pip compile pyproject.toml $(TORCH) --extra cpu --group dev --override locks/cpu-overrides.txt \
-	  --no-emit-index-url --no-emit-find-links --python-version 3.11 -o locks/cpu.txt
-	env -u UV_FIND_LINKS $(BIN)/uv pip compile pyproject.toml --extra gpu --group dev \
-	  --no-emit-index-url --no-emit-find-links --python-version 3.11 -o locks/gpu.txt
+	$(COMPILE) $(ON_CPU) --extra cpu --group dev -o locks/cpu.txt
+	env -u UV_FIND_LINKS $(COMPILE) --extra gpu --group dev -o locks/gpu.txt
+	cp locks/cpu.txt locks/flows-cpu.txt
+	$(COMPILE) $(ON_CPU) --extra flows --upgrade-package prefect -o locks/flows-cpu.txt
+	cp locks/gpu.txt locks/flows-gpu.txt
+	env -u UV_FIND_LINKS $(COMPILE) --extra flows --upgrade-package prefect -o locks/flows-gpu.txt
 
 clean:
 	rm -rf $(VENV) fp8pipe-demo

@@ -13,6 +13,7 @@ import tasks
 from flows.release_model import release_model
 from fp8pipe.config import CollectionSpec, ReleaseSpec, load_collection
 from fp8pipe.errors import from_system
+from fp8pipe.machine import engine_python
 from fp8pipe.records import BatchEntry, BatchResult, Outcome
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui import sheets
@@ -25,7 +26,8 @@ def release_collection(collection: CollectionSpec | str) -> State[BatchResult]:
     spec = load_collection(collection) if isinstance(collection, str) else collection
     releases = spec.releases()
     for one in releases:
-        tasks.plan_evaluation(one.resolve(), Workspace(Path(one.work_dir).resolve()))
+        with engine_python.using(one.engine.python):
+            tasks.plan_evaluation(one.resolve(), Workspace(Path(one.work_dir).resolve()))
     result = BatchResult(collection=spec.collection.title, entries=tuple(_release(one) for one in releases))
     key = artifact_key("collection", spec.collection.namespace, spec.collection.title)
     create_markdown_artifact(

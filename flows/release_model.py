@@ -11,7 +11,7 @@ from prefect.states import Completed
 import tasks
 from fp8pipe import stages
 from fp8pipe.config import ReleaseSpec, ResolvedRelease
-from fp8pipe.machine import device
+from fp8pipe.machine import device, engine_python
 from fp8pipe.quantize import fingerprint
 from fp8pipe.records import EvalReport, GateDecision, Outcome, Snapshot
 from fp8pipe.release.outcome import decided, unsound
@@ -34,20 +34,25 @@ def release_model(spec: ReleaseSpec) -> State[Outcome]:
 
     When the numbers reject it, the recipe's next fallback is tried.
     """
-    job = spec.resolve()
+    with engine_python.using(spec.engine.python):
+        outcome = _release(spec.resolve())
+    return Completed(name=STATE_NAMES[outcome.ending], message=outcome.reason, data=outcome)
+
+
+def _release(job: ResolvedRelease) -> Outcome:
+    """Attempt after attempt; the outcome of the last."""
     device.require(())
-    workspace = Workspace(Path(spec.work_dir).resolve())
+    workspace = Workspace(Path(job.spec.work_dir).resolve())
     tasks.plan_evaluation(job, workspace)
-    snapshot = tasks.pin(spec.model)
-    tasks.require_licence(snapshot, spec)
+    snapshot = tasks.pin(job.spec.model)
+    tasks.require_licence(snapshot, job.spec)
 
     attempts: list[Outcome] = []
     for rung in job.ladder():
         attempts.append(_attempt(rung, snapshot, workspace, attempts))
         if not attempts[-1].falls_back:
             break
-    outcome = attempts[-1]
-    return Completed(name=STATE_NAMES[outcome.ending], message=outcome.reason, data=outcome)
+    return attempts[-1]
 
 
 def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, earlier: list[Outcome]) -> Outcome:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.served.answers import save_answers
-from fp8pipe.evaluate.environment import CPU_ENGINE_ARGUMENTS, import_architecture, prepare_process
-from fp8pipe.machine.builds import is_cpu_build, vllm_version
+from fp8pipe.evaluate.environment import CPU_ENGINE_ARGUMENTS, import_architecture, library_versions, prepare_process
+from fp8pipe.machine.builds import is_cpu_build
 from fp8pipe.oracle.vllm_probe import FOREIGN
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _engine(folder: str, kv_cache_dtype: str) -> Iterator[LLM]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     import_architecture(folder, False)
-    on_cpu = CPU_ENGINE_ARGUMENTS if is_cpu_build(vllm_version()) else {}
+    on_cpu = CPU_ENGINE_ARGUMENTS if is_cpu_build(library_versions()["vllm"]) else {}
     llm = None
     try:
         llm = LLM(folder, **(on_cpu | ENGINE), kv_cache_dtype=kv_cache_dtype)

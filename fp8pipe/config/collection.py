@@ -9,7 +9,7 @@ from pydantic import Field
 from fp8pipe.config.base import Config
 from fp8pipe.config.files import load, validated
 from fp8pipe.config.recipe import load_recipe
-from fp8pipe.config.release import ReleaseSpec
+from fp8pipe.config.release import EngineSpec, ReleaseSpec
 
 
 class ModelEntry(Config):
@@ -43,6 +43,8 @@ class CollectionSpec(Config):
     licences: str | None = None
     """File that says what each licence asks of a copy; None: the shipped one."""
     work_dir: str = "fp8pipe-work"
+    engine: EngineSpec = EngineSpec()
+    """The environment of vLLM and lm-eval, for every release that names none of its own."""
 
     def releases(self) -> tuple[ReleaseSpec, ...]:
         """One release spec for every model and recipe."""
@@ -70,6 +72,7 @@ class CollectionSpec(Config):
             "collection_description": self.collection.description,
             "licences": self.licences,
             "work_dir": self.work_dir,
+            "engine": self.engine.model_dump(),
         }
         return validated(ReleaseSpec, fields | entry.overrides, f"model {entry.id}")
 

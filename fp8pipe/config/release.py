@@ -15,6 +15,16 @@ from fp8pipe.config.suite import EvalSuite, load_suite
 from fp8pipe.errors import ConfigError
 
 
+class EngineSpec(Config):
+    """Where vLLM and lm-eval run."""
+
+    python: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Interpreter of their environment; default: FP8PIPE_ENGINE_PYTHON, else the flow's own",
+    )
+
+
 class ReleaseSpec(Config):
     """One model, one recipe, one release: the parameter of the flow `release_model`."""
 
@@ -36,6 +46,7 @@ class ReleaseSpec(Config):
     trust_remote_code: bool = Field(default=False, description="Let this model bring its own Python code")
     work_dir: str = Field(default="fp8pipe-work", description="Folder for releases and baselines")
     device: str = Field(default="auto", description="auto, cpu or cuda, for calibration")
+    engine: EngineSpec = Field(default=EngineSpec(), description="The environment of vLLM and lm-eval")
     oracles: bool = Field(default=True, description="Ask vLLM's own model about a checkpoint before it is measured")
 
     def resolve(self) -> ResolvedRelease:

@@ -135,6 +135,7 @@ def _run_once(request: EvalRequest, run: _Run, locks: Sequence[int], progress: P
         "fp8pipe.evaluate.worker",
         run.folder / "request.json",
         log=run.folder / "worker.log",
+        in_engine=True,
         on_message=on_message,
         on_tick=lambda: progress(last),
         stall_s=STALL_S,

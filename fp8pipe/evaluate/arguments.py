@@ -8,14 +8,13 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from fp8pipe.config import EvalSuite
 from fp8pipe.errors import ConfigError
+from fp8pipe.machine.engine_python import Environment, engine
 
 _SOURCES = {
     "vllm": (("engine/arg_utils.py", "EngineArgs"), ("entrypoints/llm.py", "LLM")),
@@ -35,7 +34,7 @@ def check_arguments(suite: EvalSuite, config: Mapping[str, Any]) -> None:
 
     config: content of the model's config.json.
     """
-    known = known_arguments()
+    known = known_arguments(engine())
     for name in suite.engine:
         if known and name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -71,15 +70,15 @@ def _rope_factors(place: Mapping[str, Any]) -> Iterator[float]:
 
 
 @functools.cache
-def known_arguments() -> frozenset[str]:
+def known_arguments(environment: Environment) -> frozenset[str]:
     """Names that lm-eval's vLLM model and vLLM's engine take; empty if one is not installed or has other sources."""
     names: set[str] = set()
     for package, classes in _SOURCES.items():
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
+        folder = environment.place(package)
+        if folder is None:
             return frozenset()
         for file, name in classes:
-            path = Path(spec.origin).parent / file
+            path = folder / file
             if not path.is_file():
                 return frozenset()
             names |= set(_arguments(ast.parse(path.read_text()), name))

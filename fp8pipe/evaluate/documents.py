@@ -47,7 +47,8 @@ def count_documents(suite: EvalSuite, folder: Path) -> DocumentCounts:
     if known is not None and known.suite_digest == request.suite_digest:
         return known
     request.save(folder / "request.json")
-    ending = run_child("fp8pipe.evaluate.documents", folder / "request.json", log=folder / "documents.log")
+    log = folder / "documents.log"
+    ending = run_child("fp8pipe.evaluate.documents", folder / "request.json", log=log, in_engine=True)
     if not ending.succeeded:
         tail = ending.tail()
         raise EngineFailed(f"the tasks of suite {suite.name} could not be loaded:\n{tail}\n(full log: {ending.log})")

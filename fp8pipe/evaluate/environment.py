@@ -10,7 +10,9 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fp8pipe.errors import EngineFailed
 from fp8pipe.machine.builds import is_cpu_build, vllm_version
+from fp8pipe.machine.engine_python import VARIABLE, engine
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -36,9 +38,15 @@ _CPU_VARIABLES = {
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that build prompts and answer them. Raises PackageNotFoundError if one is missing."""
-    names = ("lm_eval", "transformers", "torch")
-    return {"vllm": vllm_version()} | {name: importlib.metadata.version(name) for name in names}
+    """Versions of the engine's libraries that build prompts and answer them. Raises EngineFailed if one is missing."""
+    found = {"vllm": vllm_version()} | {name: engine().version(name) for name in ("lm_eval", "transformers", "torch")}
+    versions = {name: version for name, version in found.items() if version is not None}
+    if missing := found.keys() - versions.keys():
+        raise EngineFailed(
+            f"evaluating needs {', '.join(sorted(missing))}, not installed for {engine().python}; "
+            f"install the cpu or gpu extra, or name the interpreter of an environment that has them in {VARIABLE}"
+        )
+    return versions
 
 
 def prepare_process() -> None:
@@ -47,7 +55,7 @@ def prepare_process() -> None:
     lm-eval asks `importlib.metadata` for the distribution `vllm`, which the CPU build does not have. Call this before
     torch, vLLM or lm-eval is imported.
     """
-    version = vllm_version()
+    version = library_versions()["vllm"]
     for name, value in (_VARIABLES | (_CPU_VARIABLES if is_cpu_build(version) else {})).items():
         os.environ.setdefault(name, value)
     installed: Callable[[str], str] = importlib.metadata.version

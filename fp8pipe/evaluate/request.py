@@ -6,13 +6,12 @@ the class of device are part of it; the path of the model is not.
 
 from __future__ import annotations
 
-import importlib.metadata
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 from fp8pipe.config import EvalSuite, TaskSpec
-from fp8pipe.errors import EngineFailed, ModelNotFound
+from fp8pipe.errors import ModelNotFound
 from fp8pipe.evaluate.arguments import check_arguments
 from fp8pipe.evaluate.environment import CPU_ENGINE_ARGUMENTS, library_versions
 from fp8pipe.files import digest_of
@@ -169,10 +168,7 @@ def this_host() -> Host:
     """Library versions and device class, without importing torch or vLLM. Raises EngineFailed if one is missing."""
     from fp8pipe.machine.device import detect
 
-    try:
-        versions = library_versions()
-    except importlib.metadata.PackageNotFoundError as error:
-        raise EngineFailed(f"{error}; evaluating needs vLLM and lm-eval: install the cpu or gpu extra") from error
+    versions = library_versions()
     return Host(versions=versions, device_class="cpu" if is_cpu_build(versions["vllm"]) else detect().device_class)
 
 

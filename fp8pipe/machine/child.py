@@ -4,13 +4,12 @@ child meets is raised in the parent, as the class it was."""
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fp8pipe import errors
 from fp8pipe.errors import Fp8PipeError
+from fp8pipe.machine.engine_python import engine, own
 from fp8pipe.machine.supervise import Ending, Message, Send, supervise
 
 _ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
@@ -22,6 +21,7 @@ def run_child(
     request: Path,
     *,
     log: Path,
+    in_engine: bool = False,
     on_message: Callable[[Message], Message | None] = lambda message: None,
     on_tick: Callable[[], None] = lambda: None,
     stall_s: float | None = None,
@@ -29,6 +29,7 @@ def run_child(
 ) -> Ending:
     """Run the module on the request to its end. Raises the error that it reported, if it did.
 
+    in_engine: in the engine's environment, not in that of this process.
     on_message: returns the answer to a message that asks for one. on_tick: runs several times a second.
     locks: descriptors of locks that it shares, as `hold` yields them.
     """
@@ -40,11 +41,11 @@ def run_child(
         reported.append(message)
         return None
 
-    command = [sys.executable, "-m", module, str(request.resolve())]
+    place = engine() if in_engine else own()
     ending = supervise(
-        command,
+        place.command(module, request.resolve()),
         log=log,
-        env=os.environ | _ORDER,
+        env=place.variables(_ORDER),
         on_message=receive,
         on_tick=on_tick,
         stall_s=stall_s,

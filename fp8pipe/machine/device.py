@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fp8pipe.errors import NoSuitableDevice
 from fp8pipe.machine import builds
+from fp8pipe.machine.engine_python import Environment, engine, own
 from fp8pipe.machine.fit import Need, too_busy, too_large
 from fp8pipe.machine.gpus import Gpu, driver, installed, selected, visible
 
@@ -88,7 +89,7 @@ def examine(needs: Sequence[Need] | None = None, *, starts: bool = False) -> Mac
         hidden = f"CUDA_VISIBLE_DEVICES={setting!r} leaves none of {len(everything)} devices" if everything else ""
         return Machine(_cpu(), _without_gpu(hidden, cached), ())
     device = _gpu(gpus)
-    if unusable := _torch_cannot() or _vllm_cannot():
+    if unusable := _torch_cannot(engine()) or _vllm_cannot():
         return Machine(device, (unusable,), ())
     problems = [*_unfit(gpus, everything), *filter(None, (too_large(need, gpus) for need in needs or ()))]
     warnings = list(_flashinfer(device))
@@ -98,11 +99,11 @@ def examine(needs: Sequence[Need] | None = None, *, starts: bool = False) -> Mac
 
 
 def unusable_by_torch() -> str | None:
-    """Why torch cannot use the GPUs that this process may use; None if it can, or if there are none.
+    """Why this environment's torch cannot use the GPUs that the process may use; None if it can, or there are none.
 
     Torch itself only warns, and uses the CPU. Raises NoSuitableDevice if nvidia-smi fails.
     """
-    return _torch_cannot() if visible() else None
+    return _torch_cannot(own()) if visible() else None
 
 
 def class_of_capability(major: int, minor: int) -> str:
@@ -113,8 +114,8 @@ def class_of_capability(major: int, minor: int) -> str:
 _INSTALL = "install the GPU profile (`scripts/setup gpu .venv`), or set CUDA_VISIBLE_DEVICES to nothing to use the CPU"
 
 
-def _torch_cannot() -> str | None:
-    built = builds.torch_cuda()
+def _torch_cannot(environment: Environment) -> str | None:
+    built = builds.torch_cuda(environment)
     if built is None:
         return f"this host has GPUs, and torch is a CPU build; {_INSTALL}"
     version, newest = driver()
@@ -132,7 +133,7 @@ def _vllm_cannot() -> str | None:
 
 
 def _built_for_gpus() -> bool:
-    return builds.torch_cuda() is not None or builds.vllm_device() == "cuda"
+    return builds.torch_cuda(engine()) is not None or builds.vllm_device() == "cuda"
 
 
 def _gpu(gpus: tuple[Gpu, ...]) -> Device:

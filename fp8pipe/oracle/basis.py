@@ -10,11 +10,11 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fp8pipe.machine.device import detect
+from fp8pipe.machine.engine_python import engine
 
 _ROOT = Path(__file__).parents[1]
 _CODE = ("oracle/*.py", "evaluate/environment.py", "evaluate/cpu_platform.py", "evaluate/cpu/*.py")
@@ -28,7 +28,7 @@ def basis(vllm: str | None) -> list[Any]:  # Any: what JSON holds
     """It, as JSON. `vllm`: the version of the vLLM that is asked; None if there is none."""
     device = detect()
     settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)}
-    versions = {name: version(name) for name in _LIBRARIES} | {"vllm": vllm}
+    versions = {name: engine().version(name) for name in _LIBRARIES} | {"vllm": vllm}
     return [_code(), versions, [device.device_class, device.name], settings]
 
 

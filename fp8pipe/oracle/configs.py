@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 from pydantic import Field
 
 from fp8pipe.files import digest_of
+from fp8pipe.machine.engine_python import engine
 from fp8pipe.machine.supervise import supervise
 from fp8pipe.oracle.basis import basis
 from fp8pipe.oracle.cache import cache_dir
@@ -86,9 +85,9 @@ def compare_each(ours: Sequence[dict[str, Any]], theirs: dict[str, Any], *, dtyp
     with tempfile.TemporaryDirectory(prefix="fp8pipe-") as name:  # answers are files: libraries print on stdout
         asked, answer = Path(name) / "request.json", Path(name) / "answer.json"
         asked.write_text(json.dumps(request))
-        command = [sys.executable, "-m", "fp8pipe.oracle.configs_probe", str(asked), str(answer)]
+        command = engine().command("fp8pipe.oracle.configs_probe", asked, answer)
         limit = _TIMEOUT_S * (1 + len(ours))
-        ending = supervise(command, log=Path(name) / "log", env=os.environ | quiet, timeout_s=limit)
+        ending = supervise(command, log=Path(name) / "log", env=engine().variables(quiet), timeout_s=limit)
         if not ending.succeeded or not answer.exists():
             raise _NoAnswer(ending.tail(3).replace("\n", " | ") or ending.reason)
         return [Comparison.model_validate(found) for found in json.loads(answer.read_bytes())]

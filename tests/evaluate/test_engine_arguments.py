@@ -15,6 +15,7 @@ from support.evaluation import ask
 from fp8pipe.config import EvalSuite, TaskSpec
 from fp8pipe.errors import ConfigError
 from fp8pipe.evaluate.arguments import known_arguments, longest_context
+from fp8pipe.machine.engine_python import own
 
 
 def suite(**engine: Any) -> EvalSuite:
@@ -43,7 +44,7 @@ def test_arguments_of_vllm_and_of_lm_evals_model_are_known(model: Path) -> None:
 def test_the_known_names_are_the_fields_of_vllms_own_class() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
-    assert {field.name for field in dataclasses.fields(EngineArgs)} <= known_arguments()
+    assert {field.name for field in dataclasses.fields(EngineArgs)} <= known_arguments(own())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from fp8pipe.calibrate.key import resolved
 from fp8pipe.errors import NoSuitableDevice
 from fp8pipe.evaluate.footprint import need_of
 from fp8pipe.machine import builds, device
+from fp8pipe.machine.engine_python import own
 from fp8pipe.machine.fit import Need
 from fp8pipe.ui import doctor
 
@@ -217,7 +218,7 @@ def test_the_installed_torch_is_what_it_says_itself():
     import torch
 
     cuda = torch.version.cuda
-    assert builds.torch_cuda() == (None if cuda is None else tuple(int(part) for part in cuda.split(".")[:2]))
+    assert builds.torch_cuda(own()) == (None if cuda is None else tuple(int(part) for part in cuda.split(".")[:2]))
 
 
 # ---------------------------------------------------------------------------------------------- what a model takes

@@ -12,6 +12,7 @@ import pytest
 from transformers import AutoConfig, PreTrainedConfig
 
 from fp8pipe.evaluate import cpu_platform, environment
+from fp8pipe.machine import survey
 from fp8pipe.machine.device import Device
 from fp8pipe.oracle import basis, configs, configs_probe
 from fp8pipe.oracle.cache import cache_dir
@@ -139,7 +140,7 @@ def test_other_code_versions_device_and_settings_are_asked_again(
     kept: Callable[[], list[Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(configs, "compare_each", lambda *_, **__: [Comparison(readers=(), differences=())])
-    installed = basis.version
+    installed = survey.version
 
     def count() -> int:
         compare({"a": 1}, {}, dtype=None)
@@ -147,7 +148,7 @@ def test_other_code_versions_device_and_settings_are_asked_again(
 
     assert [count(), count()] == [1, 1]
     for change in (
-        lambda: monkeypatch.setattr(basis, "version", lambda name: f"{installed(name)}.{name == 'compressed-tensors'}"),
+        lambda: monkeypatch.setattr(survey, "version", lambda n: "9" if n == "compressed-tensors" else installed(n)),
         lambda: monkeypatch.setattr(basis, "detect", lambda: Device("hopper", "NVIDIA H100")),
         lambda: monkeypatch.setenv("VLLM_MLA_DISABLE", "1"),
         lambda: monkeypatch.setattr(basis, "_code", lambda: "other"),

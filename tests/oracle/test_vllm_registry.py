@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +22,8 @@ from transformers.models.auto.modeling_auto import (
 from fp8pipe import stages
 from fp8pipe.errors import UnsupportedArchitecture
 from fp8pipe.hub.source import resolve
+from fp8pipe.machine import survey
+from fp8pipe.machine.engine_python import own
 from fp8pipe.oracle import transformers as oracle
 from fp8pipe.oracle import vllm_registry
 from fp8pipe.oracle.transformers_probe import is_backend_compatible
@@ -88,10 +89,9 @@ def test_a_model_that_vllm_lists_needs_no_note(model: str) -> None:
 def test_what_the_registry_cannot_tell_is_planned(model: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     architecture = architecture_of(Path(model))
     if why == "no vLLM":
-        monkeypatch.setattr(vllm_registry.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(survey, "place", lambda package: None)
     elif why == "a plugin":
-        added = SimpleNamespace(value="mpt_for_vllm:register")
-        monkeypatch.setattr(vllm_registry, "entry_points", lambda group: [added])
+        monkeypatch.setattr(survey, "plugins", lambda: ("mpt_for_vllm:register",))
     else:
         path = Path(model) / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["LlamaForCausalLM"]}))
@@ -103,7 +103,7 @@ def test_what_the_registry_cannot_tell_is_planned(model: str, why: str, monkeypa
 
 
 def test_for_a_class_that_a_plugin_adds_the_plugin_is_named() -> None:
-    registry = vllm_registry.installed()
+    registry = vllm_registry.installed(own())
     assert registry is not None and registry.elsewhere
     assert all(f"install {address}" in registry.lacks(name) for name, address in registry.elsewhere.items())
 
@@ -111,7 +111,7 @@ def test_for_a_class_that_a_plugin_adds_the_plugin_is_named() -> None:
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore")  # some of transformers' modules warn when they are imported
 def test_the_rules_are_those_of_vllms_own_registry(tmp_path: Path) -> None:
-    ours = vllm_registry.installed()
+    ours = vllm_registry.installed(own())
     names = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
     names |= {name.replace("ForCausalLM", "Model") for name in names} | {"MPTForCausalLM", "Nobody"}
     request, answer = tmp_path / "request.json", tmp_path / "answer.json"

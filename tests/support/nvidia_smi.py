@@ -60,7 +60,7 @@ class Machine:
     ) -> None:
         """Make this host such a machine, on which by default the GPU profile is installed."""
         self.install(folder, monkeypatch)
-        monkeypatch.setattr(builds, "torch_cuda", lambda: torch)
+        monkeypatch.setattr(builds, "torch_cuda", lambda environment: torch)
         monkeypatch.setattr(builds, "vllm_device", lambda: vllm)
         monkeypatch.setattr(builds, "compiler", lambda: "/usr/local/cuda/bin/nvcc")
         monkeypatch.setattr(builds, "has_package", lambda name: False)
