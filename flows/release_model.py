@@ -59,7 +59,7 @@ def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, ear
     """One recipe, from plan to publication."""
     spec, recipe = job.spec, job.recipe
     plan = tasks.plan(snapshot, recipe, spec.trust_remote_code, spec.oracles)
-    tasks.require_machine(snapshot, plan, job.suite, job.policy)
+    job = job.spread(tasks.require_machine(snapshot, plan, job.suite, job.policy))
     calibration = None
     if recipe.needs_calibration:
         snapshot = tasks.download(snapshot, spec.trust_remote_code)

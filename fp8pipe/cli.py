@@ -107,6 +107,10 @@ Folder = Annotated[Path, typer.Argument(help="Checkpoint folder", show_default=F
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to", show_default=False)]
 RepoId = Annotated[str, typer.Option("--repo-id", help="Where to publish: namespace/name", show_default=False)]
 Collection = Annotated[str | None, typer.Option("--collection", help="namespace/title, or a slug")]
+Spread = Annotated[
+    str | None,
+    typer.Option("--parallel", help="auto, or tensor=4,pipeline=2,data=2,expert; default: as the suite says"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, logs on stderr")]
 WorkDir = Annotated[str, typer.Option("--work-dir", help="Folder for releases and baselines")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let this model bring its own Python code")]
@@ -349,15 +353,18 @@ def evaluate(
         typer.Option(help="KV cache dtype to serve with; auto: the recipe's"),
     ] = "auto",
     online: Annotated[Literal["fp8"] | None, typer.Option(help="Let vLLM quantize the BF16 model at load")] = None,
+    parallel: Spread = None,
     limit: Annotated[int | None, typer.Option(help="Score only the first N samples of each task", min=1)] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let this model bring its own Python code")] = False,
 ) -> None:
     """Measure a model or checkpoint with lm-eval in vLLM, and write report.json."""
     from fp8pipe import stages
-    from fp8pipe.config import load_suite
+    from fp8pipe.config import EvalSuite, load_suite, validated
     from fp8pipe.ui.sheets import measurement_notes
 
     chosen = load_suite(suite)
+    if parallel is not None:
+        chosen = validated(EvalSuite, chosen.model_dump() | {"parallel": parallel}, "--parallel")
     with _stage_display("evaluate") as display:
         report = stages.evaluate_model(
             model,
@@ -486,6 +493,7 @@ def release(
     collection: Collection = None,
     work_dir: WorkDir = "fp8pipe-work",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for calibration")] = "auto",
+    parallel: Spread = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Let this model bring its own Python code")] = False,
     oracles: Annotated[
         bool, typer.Option("--oracles/--no-oracles", help="Ask vLLM's own model before anything is measured")
@@ -508,6 +516,7 @@ def release(
         "collection": collection,
         "work_dir": work_dir,
         "device": device,
+        "parallel": parallel,
         "trust_remote_code": trust_remote_code,
         "oracles": oracles,
     }

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8pipe.config import EvalSuite, GatePolicy, LicenceClaim, Recipe
+from fp8pipe.config import EvalSuite, GatePolicy, LicenceClaim, Parallel, Recipe
 from fp8pipe.errors import ConfigError, InputError, NoSuitableDevice, SourceChanged
 from fp8pipe.files import write_atomically
 from fp8pipe.progress import Overlap, Progress, quiet
@@ -106,15 +106,18 @@ def _serving(snapshot: Snapshot, plan: Plan) -> Serving | None:
     return what_serves(config, read_scheme(plan.quantization_config), tensors)
 
 
-def require_machine(snapshot: Snapshot, plan: Plan, suite: EvalSuite, policy: GatePolicy) -> tuple[str, ...]:
+def require_machine(
+    snapshot: Snapshot, plan: Plan, suite: EvalSuite, policy: GatePolicy
+) -> tuple[Parallel, tuple[str, ...]]:
     """Refuse, before anything is calibrated or quantized, what this machine cannot evaluate or what could not count.
 
-    Returns warnings: of the machine, and of each device class of the policy on which no verdict would count. Raises
+    Returns how both sides are to be spread over its GPUs, so that they hold the model before and after; and warnings:
+    of the machine, and of each device class of the policy on which no verdict would count. Raises
     NoSuitableDevice for a machine that cannot serve FP8, or cannot hold the model before or after, ConfigError for
     engine arguments that do not fit, and as `require_counted` does.
     """
     from fp8pipe.evaluate.arguments import check_arguments
-    from fp8pipe.evaluate.footprint import need_of
+    from fp8pipe.evaluate.footprint import need_of, spread, spread_over
     from fp8pipe.hub.source import read_file
     from fp8pipe.machine import device
 
@@ -124,18 +127,26 @@ def require_machine(snapshot: Snapshot, plan: Plan, suite: EvalSuite, policy: Ga
     before = need_of(f"{plan.model_id} unquantized", plan.source_bytes, config, suite.engine)
     engine = suite.engine | {"kv_cache_dtype": cache}
     after = need_of(f"{plan.model_id} under {plan.recipe}", plan.output_bytes, config, engine)
-    machine = device.require([before, after])
-    return (*machine.warnings, *require_counted(plan, policy, machine.device.device_class))
+    here = device.detect()
+
+    def serves(size: int) -> bool:
+        known = plan.serving.on([here.device_class], size) if plan.serving is not None else ()
+        return all(answer.counts for answer in known)
+
+    parallel = spread(suite, [before, after], here.gpus, serves)
+    machine = device.require([spread_over(need, parallel) for need in (before, after)])
+    return parallel, (*machine.warnings, *require_counted(plan, policy, machine.device.device_class, parallel))
 
 
-def require_counted(plan: Plan, policy: GatePolicy, device_class: str) -> tuple[str, ...]:
+def require_counted(plan: Plan, policy: GatePolicy, device_class: str, parallel: Parallel) -> tuple[str, ...]:
     """A warning for each device class of the policy on which no verdict would count, because vLLM serves the plan's
     checkpoint by another kernel than its scheme asks for, or not at all.
 
     device_class: that of this machine. Raises NoSuitableDevice if it is one of them, and ConfigError if all are: two
     evaluations would end in a veto.
     """
-    known = plan.serving.on_one_gpu(policy.device_classes) if plan.serving is not None else ()
+    serving, size, expert = plan.serving, parallel.tensor, parallel.expert
+    known = serving.on(policy.device_classes, size, expert_parallel=expert) if serving is not None else ()
     useless: dict[str, str] = {answer.device: answer.reason for answer in known if not answer.counts}
     warnings = tuple(f"recipe {plan.recipe}: no verdict counts on {name}: {why}" for name, why in useless.items())
     if useless and useless.keys() >= set(policy.device_classes):
@@ -462,7 +473,7 @@ def evaluate_baseline(
         rates=workspace.flip_rates,
         trust_remote_code=trust_remote_code,
     )
-    folder = workspace.baseline(baseline_key(snapshot.commit, suite, looks=looks))
+    folder = workspace.baseline(baseline_key(snapshot.commit, suite, looks=looks, parallel=request.parallel))
     reports: list[EvalReport] = []
 
     def collect(report: EvalReport, look: int) -> bool:
@@ -502,6 +513,7 @@ def evaluate_candidate(
         looks=looks,
         retries=baseline.retries if baseline is not None else (),
         trust_remote_code=Plan.load(record_path(checkpoint_folder, "plan")).trust_remote_code,
+        source_bytes=checkpoint.source_bytes,
     )
     return evaluate(request, folder, settles=settles, progress=progress)
 
@@ -540,6 +552,7 @@ def evaluate_model(
         online=online,
         limit=limit,
         trust_remote_code=trust_remote_code,
+        source_bytes=checkpoint.source_bytes if checkpoint is not None else 0,
     )
     return evaluate(request, folder, progress=progress)
 

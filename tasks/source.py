@@ -6,7 +6,7 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from fp8pipe import stages
-from fp8pipe.config import EvalSuite, GatePolicy, Recipe, ReleaseSpec
+from fp8pipe.config import EvalSuite, GatePolicy, Parallel, Recipe, ReleaseSpec
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Snapshot
 from fp8pipe.records.calibration import Calibration
@@ -54,10 +54,15 @@ def plan(
     task_run_name="require-machine {plan.model_id} {plan.recipe}",
     **STAGE,
 )
-def require_machine(snapshot: Snapshot, plan: Plan, suite: EvalSuite, policy: GatePolicy) -> None:
-    """Refuse before any work what this machine cannot evaluate or no verdict here could release; log warnings."""
-    for warning in stages.require_machine(snapshot, plan, suite, policy):
+def require_machine(snapshot: Snapshot, plan: Plan, suite: EvalSuite, policy: GatePolicy) -> Parallel:
+    """Refuse before any work what this machine cannot evaluate or no verdict here could release; log warnings.
+
+    Returns how both sides are to be spread over its GPUs.
+    """
+    parallel, warnings = stages.require_machine(snapshot, plan, suite, policy)
+    for warning in warnings:
         get_run_logger().warning("%s", warning)
+    return parallel
 
 
 @task(

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.nvidia_smi import MACHINES
 from support.tiny_models import make_model
 
 from fp8pipe import stages
-from fp8pipe.config import load_recipe
-from fp8pipe.errors import EnvironmentFault
+from fp8pipe.config import Parallel, load_policy, load_recipe, load_suite
+from fp8pipe.errors import EnvironmentFault, NoSuitableDevice
 from fp8pipe.hub.client import client
 from fp8pipe.progress import ProgressEvent
 from fp8pipe.quantize import JOURNAL_NAME
@@ -32,6 +33,22 @@ def model(hub: LocalHub, repo_id: str, tmp_path: Path) -> str:
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_release_is_spread_over_the_fewest_gpus_that_hold_both_sides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = stages.pin(str(make_model(tmp_path / "model")))
+    small = stages.plan(snapshot, load_recipe("fp8-dynamic"), oracles=False)
+    suite, policy = load_suite("gsm8k"), load_policy("gsm8k")
+    suite = suite.model_copy(update={"engine": {"max_model_len": 64}})
+    MACHINES["8 x H100"].become(tmp_path / "bin", monkeypatch)
+    assert stages.require_machine(snapshot, small, suite, policy) == (Parallel(), ())
+    large = small.model_copy(update={"source_bytes": 141 * 10**9})
+    assert stages.require_machine(snapshot, large, suite, policy) == (Parallel(tensor=2), ())
+    MACHINES["H100"].become(tmp_path / "bin", monkeypatch)
+    with pytest.raises(NoSuitableDevice, match=r"unquantized takes 141\.0 GB.*it takes 2 such GPUs.*may use 1"):
+        stages.require_machine(snapshot, large, suite, policy)
 
 
 def test_a_model_on_the_hub_is_quantized_while_it_arrives(

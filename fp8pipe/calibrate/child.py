@@ -17,7 +17,7 @@ from fp8pipe.calibrate.key import resolved
 from fp8pipe.config import Recipe
 from fp8pipe.errors import EnvironmentFault, Fp8PipeError
 from fp8pipe.machine.child import reporting_errors, run_child
-from fp8pipe.machine.locks import device_locks, folder_lock, hold
+from fp8pipe.machine.locks import devices, folder_lock, hold
 from fp8pipe.machine.supervise import Ending, take_channel
 from fp8pipe.progress import Progress, ProgressEvent, quiet
 from fp8pipe.quantize.plan import Plan
@@ -60,13 +60,16 @@ def calibrate_in_child(
     if done := finished(folder, key, plan):
         return done
     device = resolved(device)
-    locks = (folder_lock(folder), *device_locks(device))
     work = f"calibrate {snapshot.model_id} for {recipe.name} in {folder}"
-    with hold(locks, work, stage="calibrate", progress=progress) as held:
+    with hold([folder_lock(folder), devices(device)], work, stage="calibrate", progress=progress) as held:
         if done := finished(folder, key, plan):
             return done  # whoever had the folder has measured the same
         request = CalibrationRequest(
-            snapshot=snapshot, plan=plan, recipe=recipe, device=device, threads=torch.get_num_threads()
+            snapshot=snapshot,
+            plan=plan,
+            recipe=recipe,
+            device="cuda" if held.gpus else device,  # of which the child sees one
+            threads=torch.get_num_threads(),
         )
         ending = run_child(
             "fp8pipe.calibrate.child",
@@ -74,7 +77,7 @@ def calibrate_in_child(
             log=folder / "calibration.log",
             on_message=lambda message: progress(ProgressEvent(**message)),
             stall_s=STALL_S,
-            locks=held,
+            held=held,
         )
         if not ending.succeeded:
             raise _failure(snapshot, ending)

@@ -80,9 +80,9 @@ def _class_of(device: str) -> str:
     """Hardware class of cuda or cuda:<n>, from the driver's own tool: asking torch would start CUDA in a process that
     only looks for a record. Raises NoSuitableDevice."""
     from fp8pipe.machine.device import class_of_capability
-    from fp8pipe.machine.gpus import nth
+    from fp8pipe.machine.gpus import of_device
 
-    return class_of_capability(*nth(device)[0].capability)
+    return class_of_capability(*of_device(device)[0].capability)
 
 
 def _instructions() -> str:

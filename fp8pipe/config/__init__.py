@@ -27,6 +27,10 @@ from fp8pipe.config.licences import (
     LicenceTable,
     load_licences,
 )
+from fp8pipe.config.parallel import (
+    Parallel,
+    Parallelism,
+)
 from fp8pipe.config.policy import (
     LIKELIHOODS,
     GatePolicy,
@@ -80,6 +84,8 @@ __all__ = [
     "LicenceClaim",
     "LicenceTable",
     "ModelEntry",
+    "Parallel",
+    "Parallelism",
     "PerplexityPolicy",
     "Recipe",
     "ReleaseSpec",

@@ -9,6 +9,7 @@ from pydantic import Field
 from fp8pipe.config.base import Config
 from fp8pipe.config.files import validated
 from fp8pipe.config.licences import LicenceClaim, load_licences
+from fp8pipe.config.parallel import Parallelism
 from fp8pipe.config.policy import GatePolicy, load_policy
 from fp8pipe.config.recipe import Recipe, load_recipe
 from fp8pipe.config.suite import EvalSuite, load_suite
@@ -47,11 +48,16 @@ class ReleaseSpec(Config):
     work_dir: str = Field(default="fp8pipe-work", description="Folder for releases and baselines")
     device: str = Field(default="auto", description="auto, cpu or cuda, for calibration")
     engine: EngineSpec = Field(default=EngineSpec(), description="The environment of vLLM and lm-eval")
+    parallel: Parallelism | None = Field(
+        default=None, description="How the engines are spread over GPUs; default: as the suite says"
+    )
     oracles: bool = Field(default=True, description="Ask vLLM's own model about a checkpoint before it is measured")
 
     def resolve(self) -> ResolvedRelease:
         """Read the files that the spec names. Raises ConfigError if one is wrong or they do not fit together."""
         resolved = ResolvedRelease(self, load_recipe(self.recipe), load_suite(self.suite), load_policy(self.policy))
+        if self.parallel is not None:
+            resolved = resolved.spread(self.parallel)
         check_fit(resolved.policy, resolved.suite)
         load_licences(self.licences)
         resolved.ladder()  # reports a wrong fallback now, not after hours
@@ -84,6 +90,10 @@ class ResolvedRelease:
     attempt: int = 1
     attempts: int = 1
     """How many recipes the ladder has; the policy's alpha is divided among them."""
+
+    def spread(self, parallel: Parallelism) -> ResolvedRelease:
+        """The same, measured in this parallelism."""
+        return replace(self, suite=self.suite.model_copy(update={"parallel": parallel}))
 
     def ladder(self) -> tuple[ResolvedRelease, ...]:
         """This release and its recipe's fallbacks, as many as the policy allows.

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fp8pipe.config.base import Config
 from fp8pipe.config.files import find, load
+from fp8pipe.config.parallel import Parallelism, refuse_raw
 from fp8pipe.files import digest_of
 
 
@@ -101,6 +102,8 @@ class EvalSuite(Config):
     """Folder with lm-eval task files of your own, relative to the suite's file."""
     engine: dict[str, Any] = Field(default={})
     """vLLM engine arguments for both sides: max_model_len, dtype, ..."""
+    parallel: Parallelism = "auto"
+    """How both sides are spread over devices. Not part of the digest: what becomes of `auto` is part of a request."""
     generation: dict[str, Any] = Field(default={})
     """Overrides of the tasks' generation_kwargs."""
     apply_chat_template: bool = False
@@ -115,7 +118,8 @@ class EvalSuite(Config):
         """sha256 hex of what is measured. The contents of `task_dir` and of local data count; paths, descriptions and
         document counts do not."""
         counts = {"__all__": {"documents", "subtasks"}}  # checks on the data, not part of the measurement
-        content = self.model_dump(mode="json", exclude={"description": True, "task_dir": True, "tasks": counts})
+        apart = {"description": True, "task_dir": True, "parallel": True}
+        content = self.model_dump(mode="json", exclude=apart | {"tasks": counts})
         if self.task_dir is not None:
             root = Path(self.task_dir)
             files = sorted(p for p in root.rglob("*") if p.is_file() and "__pycache__" not in p.parts)
@@ -131,6 +135,7 @@ class EvalSuite(Config):
         owned = {"model", "pretrained", "tokenizer", "quantization", "kv_cache_dtype", "revision"} & set(value)
         if owned:
             raise ValueError(f"{', '.join(sorted(owned))}: fp8pipe sets these itself; remove them from the suite")
+        refuse_raw(value)
         return value
 
 

@@ -21,7 +21,7 @@ from fp8pipe.evaluate.memory import MAX_RETRIES, shortage, smaller
 from fp8pipe.evaluate.request import EvalRequest, baseline_key, request_for
 from fp8pipe.evaluate.texts import require_answer
 from fp8pipe.machine.child import run_child
-from fp8pipe.machine.locks import device_locks, folder_lock, hold
+from fp8pipe.machine.locks import Held, devices, folder_lock, hold
 from fp8pipe.machine.supervise import Ending, Message
 from fp8pipe.model.identity import folder_identity
 from fp8pipe.progress import Progress, ProgressEvent, quiet
@@ -65,9 +65,9 @@ def evaluate(
     """
     run = _Run(request, folder, settles)
     if not run.settled():
-        locks = (folder_lock(folder), *device_locks(request.device, request.ranks))
+        wanted = (folder_lock(folder), devices(request.device, request.parallel.devices))
         work = f"evaluate {request.model_id} as {request.role} in {folder}"
-        with hold(locks, work, stage="evaluate", progress=progress) as held:
+        with hold(wanted, work, stage="evaluate", progress=progress) as held:
             if not run.settled():  # whoever had the folder may have measured the same
                 _run_worker(run, held, progress)
         run.settled()
@@ -97,7 +97,7 @@ class _Run:
         return self.report is not None
 
 
-def _run_worker(run: _Run, locks: Sequence[int], progress: Progress) -> None:
+def _run_worker(run: _Run, held: Held, progress: Progress) -> None:
     """Run the worker until it has measured what is wanted; start it again with less when memory runs out."""
     request, folder = run.request, run.folder
     earlier = EvalRequest.load_if_present(folder / "request.json")
@@ -106,7 +106,7 @@ def _run_worker(run: _Run, locks: Sequence[int], progress: Progress) -> None:
         request = request.model_copy(update={"retries": earlier.retries})  # what did not fit then does not fit now
     while True:
         looks.clear(folder, request)
-        ending = _run_once(request, run, locks, progress)
+        ending = _run_once(request, run, held, progress)
         if ending.succeeded:
             _require_unchanged(request, folder)
             return
@@ -118,7 +118,7 @@ def _run_worker(run: _Run, locks: Sequence[int], progress: Progress) -> None:
         progress(ProgressEvent("evaluate", 0, None, "requests", f"out of memory; again with {_listed(changed)}"))
 
 
-def _run_once(request: EvalRequest, run: _Run, locks: Sequence[int], progress: Progress) -> Ending:
+def _run_once(request: EvalRequest, run: _Run, held: Held, progress: Progress) -> Ending:
     note, last = "", ProgressEvent("evaluate", 0, None, "requests")
 
     def on_message(message: Message) -> Message | None:
@@ -139,7 +139,7 @@ def _run_once(request: EvalRequest, run: _Run, locks: Sequence[int], progress: P
         on_message=on_message,
         on_tick=lambda: progress(last),
         stall_s=STALL_S,
-        locks=locks,
+        held=held,
     )
     if ending.reason == "exited":
         require_answer(request.model, ending, note)

@@ -6,21 +6,22 @@ Only the worker imports this, after `prepare_process`. Importing vLLM takes most
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from lm_eval.models import vllm_causallms
 from lm_eval.models.utils import Collator
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from fp8pipe.errors import ConfigError, EngineFailed
 from fp8pipe.evaluate import cpu_platform, texts
+from fp8pipe.evaluate.bars import reporting_bar
 from fp8pipe.evaluate.likelihood import Scored, likelihoods
 from fp8pipe.evaluate.worker_side import look_at, weight_bytes
 from fp8pipe.files import digest_of
 from fp8pipe.machine.device import class_of_capability, detect
+from fp8pipe.machine.gpus import visible
 from fp8pipe.machine.supervise import Send
 from fp8pipe.records import EngineFacts
 
@@ -70,7 +71,7 @@ class MeteredVLLM(_VLLM):
         def report(done: float, total: float | None) -> None:
             send({"done": self._before + done, "total": self._of or total, "note": self.doing})
 
-        generate, bar = self.model.generate, _reporting_bar(report)
+        generate, bar = self.model.generate, reporting_bar(report)
         self.model.generate = lambda *args, **options: generate(*args, **(options | {"use_tqdm": bar}))
 
     def tok_encode(self, string: Any, *args: Any, **options: Any) -> Any:  # Any: as untyped as lm-eval's own
@@ -176,24 +177,6 @@ def sliding_windows(leaves: Mapping[str, Task]) -> dict[str, Window]:
     return {leaf: Window(data["window"], data["context"]) for leaf, data in named.items() if "window" in data}
 
 
-def _reporting_bar(report: Callable[[float, float | None], None]) -> type[tqdm[Any]]:
-    """A progress bar for vLLM that also reports each step: requests done, and of how many."""
-
-    class Bar(tqdm):
-        _quiet: ClassVar[dict[str, Any]] = {"mininterval": 10.0}
-
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **(options | self._quiet))
-
-        def update(self, n: float | None = 1) -> bool | None:
-            shown = super().update(n)
-            if self.desc.startswith("Processed"):
-                report(self.n, self.total)
-            return shown
-
-    return Bar
-
-
 # ---------------------------------------------------------------------------------------------- facts
 
 
@@ -221,6 +204,7 @@ def engine_facts(lm: MeteredVLLM, arguments: dict[str, Any]) -> EngineFacts:
         max_model_len=config.model_config.max_model_len,
         arguments={key: value for key, value in arguments.items() if key not in _PATHS},
         device_class="cpu" if capability is None else class_of_capability(capability.major, capability.minor),
+        gpus=() if capability is None else tuple(gpu.uuid for gpu in visible()),
         device_name=detect().name if capability is None else current_platform.get_device_name(),
         plugin=cpu_platform.NAME if current_platform.is_cpu() and cpu_platform.active() else None,
     )

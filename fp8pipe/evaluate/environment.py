@@ -5,6 +5,7 @@ Versions are read from package metadata, so this module answers without importin
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 from collections.abc import Callable
@@ -65,11 +66,28 @@ def prepare_process() -> None:
 def use_cpu_engine() -> None:
     """On the CPU platform, make CPU_ENGINE_ARGUMENTS the defaults of the `LLM` that lm-eval creates."""
     from lm_eval.models import vllm_causallms
+
+    vllm_causallms.LLM = engine_class()  # pyright: ignore[reportAttributeAccessIssue]  a class becomes a function
+
+
+def use_copies(count: int) -> None:
+    """Make the `LLM` that lm-eval creates so many copies of one."""
+    from lm_eval.models import vllm_causallms
+
+    from fp8pipe.evaluate.copies import Copies
+
+    vllm_causallms.LLM = functools.partial(Copies, count)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def engine_class() -> Callable[..., LLM]:
+    """vLLM's `LLM`; on the CPU platform with CPU_ENGINE_ARGUMENTS as its defaults."""
+    from vllm import LLM
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
-        _record_loaded_bytes()
-        vllm_causallms.LLM = _cpu_engine  # pyright: ignore[reportAttributeAccessIssue]  a class becomes a function
+    if not current_platform.is_cpu():
+        return LLM
+    _record_loaded_bytes()
+    return _cpu_engine
 
 
 def _cpu_engine(model: str, **given: Any) -> LLM:  # Any: vLLM's engine arguments, passed through

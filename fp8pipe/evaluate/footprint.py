@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from fp8pipe.evaluate.request import EvalRequest
-from fp8pipe.machine.fit import UTILIZATION, Need
-from fp8pipe.model.untrusted import parse_json
+from fp8pipe.config import EvalSuite, Parallel
+from fp8pipe.machine.fit import UTILIZATION, Need, tensor_size
+from fp8pipe.machine.gpus import Gpu
 
 _WINDOWED = ("sliding_attention", "chunked_attention")
 _FULL = "full_attention"
@@ -23,6 +22,7 @@ def need_of(model: str, weights: int, config: Mapping[str, Any], engine: Mapping
     text = config.get("text_config")
     text = text if isinstance(text, Mapping) else config
     context = _number(engine, "max_model_len") or _number(text, "max_position_embeddings")
+    parallel = Parallel.of(engine)
     fp8 = str(engine.get("kv_cache_dtype", "auto")).startswith("fp8")
     return Need(
         model=model,
@@ -30,18 +30,30 @@ def need_of(model: str, weights: int, config: Mapping[str, Any], engine: Mapping
         kv_cache=_cached_numbers(text, context) * (1 if fp8 else 2),
         context=context,
         fp8_cache=fp8,
-        gpus=math.prod(_number(engine, f"{name}_parallel_size") or 1 for name in ("tensor", "pipeline")),
+        heads=_number(text, "num_attention_heads"),
+        gpus=parallel.copy_devices,
+        copies=parallel.data,
         utilization=float(engine.get("gpu_memory_utilization") or UTILIZATION),
     )
 
 
-def need_for(request: EvalRequest) -> Need:
-    """What the request's engine must hold: the safetensors files of the folder, and its cache."""
-    folder = Path(request.model)
-    config, _ = parse_json((folder / "config.json").read_bytes(), constants=True)
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    settings = request.engine | request.reduced
-    return need_of(request.model_id, weights, config if isinstance(config, dict) else {}, settings)
+def spread(
+    suite: EvalSuite, needs: Sequence[Need], gpus: Sequence[Gpu], serves: Callable[[int], bool] = lambda size: True
+) -> Parallel:
+    """How both sides of a suite are spread over GPUs of which they may use these: as the suite says; for `auto` over
+    the fewest that hold the larger of `needs`, and over one device where there is no GPU.
+
+    serves: whether the model can be served in a tensor-parallel size.
+    """
+    if suite.parallel != "auto":
+        return suite.parallel
+    larger = max(needs, key=lambda need: need.weights + need.kv_cache)
+    return Parallel(tensor=tensor_size(larger, gpus, serves)) if gpus else Parallel()
+
+
+def spread_over(need: Need, parallel: Parallel) -> Need:
+    """The same model on so many GPUs."""
+    return replace(need, gpus=parallel.copy_devices, copies=parallel.data)
 
 
 def _cached_numbers(text: Mapping[str, Any], context: int) -> int:

@@ -6,16 +6,18 @@ the class of device are part of it; the path of the model is not.
 
 from __future__ import annotations
 
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from fp8pipe.config import EvalSuite, TaskSpec
+from fp8pipe.config import EvalSuite, Parallel, TaskSpec
 from fp8pipe.errors import ModelNotFound
 from fp8pipe.evaluate.arguments import check_arguments
 from fp8pipe.evaluate.environment import CPU_ENGINE_ARGUMENTS, library_versions
+from fp8pipe.evaluate.footprint import need_of, spread
 from fp8pipe.files import digest_of
 from fp8pipe.machine.builds import is_cpu_build
+from fp8pipe.machine.device import detect
+from fp8pipe.machine.fit import Need
 from fp8pipe.model.identity import folder_identity
 from fp8pipe.model.untrusted import parse_json
 from fp8pipe.records import PROOF_VERSION, Record, Retry
@@ -71,10 +73,9 @@ class EvalRequest(Record):
         return "cpu" if self.device_class == "cpu" else "cuda"
 
     @property
-    def ranks(self) -> int:
-        """How many devices the engine takes."""
-        sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-        return prod(int(self.engine.get(name) or 1) for name in sizes)
+    def parallel(self) -> Parallel:
+        """How the engine is spread over devices."""
+        return Parallel.of(self.engine)
 
     def identity(self) -> str:
         """sha256 hex of everything that may change a result."""
@@ -110,19 +111,23 @@ def request_for(
     retries: tuple[Retry, ...] = (),
     rates: Path | None = None,
     trust_remote_code: bool = False,
+    source_bytes: int = 0,
 ) -> EvalRequest:
     """The request to measure the checkpoint folder `model` on this machine.
 
     `online` is vLLM's `quantization` while loading; `retries` are those that the other side's engine needed, so that
-    this side starts with the same engine; `rates` is the folder in which baselines share their flip rates. Raises
+    this side starts with the same engine; `rates` is the folder in which baselines share their flip rates.
+    source_bytes: of the unquantized weights, by which a suite with `parallel: auto` spreads both sides alike. Raises
     ModelNotFound for a folder without config.json, ConfigError for engine arguments that do not fit, and EngineFailed
     when vLLM or lm-eval is not installed.
     """
     if not (model / "config.json").is_file():
         raise ModelNotFound(f"{model}: no config.json; expected the folder of a checkpoint")
-    config, _ = parse_json((model / "config.json").read_bytes(), constants=True)
-    check_arguments(suite, config if isinstance(config, dict) else {})
+    config = _config_of(model)
+    check_arguments(suite, config)
     host = this_host()
+    weights = max(_weights_of(model), source_bytes)
+    parallel = spread(suite, [need_of(model_id, weights, config, suite.engine)], detect().gpus)
     return EvalRequest(
         role=role,
         model_id=model_id,
@@ -136,20 +141,38 @@ def request_for(
         retries=retries,
         rates=None if rates is None else str(rates.resolve()),
         engine=_engine_arguments(
-            suite, kv_cache_dtype=kv_cache_dtype, online=online, on_cpu=host.on_cpu, trusted=trust_remote_code
+            suite, parallel, kv_cache_dtype=kv_cache_dtype, online=online, on_cpu=host.on_cpu, trusted=trust_remote_code
         ),
         versions=host.versions,
         device_class=host.device_class,
     )
 
 
+def need_for(request: EvalRequest) -> Need:
+    """What the request's engine must hold: the safetensors files of the folder, and its cache."""
+    model, settings = Path(request.model), request.engine | request.reduced
+    return need_of(request.model_id, _weights_of(model), _config_of(model), settings)
+
+
+def _weights_of(model: Path) -> int:
+    """Bytes of the weights in the folder."""
+    return sum(path.stat().st_size for path in model.glob("*.safetensors"))
+
+
+def _config_of(model: Path) -> dict[str, Any]:
+    """Content of config.json; nothing if it is no mapping."""
+    config, _ = parse_json((model / "config.json").read_bytes(), constants=True)
+    return config if isinstance(config, dict) else {}
+
+
 def _engine_arguments(
-    suite: EvalSuite, *, kv_cache_dtype: str, online: str | None, on_cpu: bool, trusted: bool
+    suite: EvalSuite, parallel: Parallel, *, kv_cache_dtype: str, online: str | None, on_cpu: bool, trusted: bool
 ) -> dict[str, Any]:
     """The platform's defaults, overridden by the suite, overridden by what is measured."""
     measured: dict[str, Any] = {"kv_cache_dtype": kv_cache_dtype} | ({"quantization": online} if online else {})
     measured |= {"trust_remote_code": True} if trusted else {}
-    return (CPU_ENGINE_ARGUMENTS if on_cpu else {}) | {"seed": suite.seed} | suite.engine | measured
+    defaults = (CPU_ENGINE_ARGUMENTS if on_cpu else {}) | {"seed": suite.seed}
+    return defaults | suite.engine | parallel.arguments | measured
 
 
 class Host(Record):
@@ -166,19 +189,21 @@ class Host(Record):
 
 def this_host() -> Host:
     """Library versions and device class, without importing torch or vLLM. Raises EngineFailed if one is missing."""
-    from fp8pipe.machine.device import detect
-
     versions = library_versions()
     return Host(versions=versions, device_class="cpu" if is_cpu_build(versions["vllm"]) else detect().device_class)
 
 
-def baseline_key(source_commit: str, suite: EvalSuite, *, looks: tuple[float, ...] = (1.0,)) -> str:
+def baseline_key(
+    source_commit: str, suite: EvalSuite, *, looks: tuple[float, ...] = (1.0,), parallel: Parallel | None = None
+) -> str:
     """Name of the folder that holds a model's baseline, which all its recipes share.
 
-    Other looks make another baseline: the examples in a prompt may depend on which documents are scored in one pass.
+    parallel: how it is spread over devices; None: over one. Other looks make another baseline: the examples in a prompt
+    may depend on which documents are scored in one pass.
     """
     host = this_host()
     versions = {name: host.versions[name] for name in ("vllm", "lm_eval", "transformers")}
     limit = None  # a baseline is measured whole; the entry stays so that keys equal those of earlier versions
-    parts = [source_commit, suite.digest(), versions, host.device_class, limit, looks]
+    parts: list[object] = [source_commit, suite.digest(), versions, host.device_class, limit, looks]
+    parts += [parallel.arguments] if parallel is not None and parallel.arguments else []
     return f"{source_commit.removeprefix('local-')[:12]}-{digest_of(parts)[:20]}"

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from fp8pipe.config import ServingWorkload
 from fp8pipe.errors import EngineFailed, InputError
+from fp8pipe.evaluate.copies import Copies
 from fp8pipe.records import ServingFigures
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
     from tqdm import tqdm
-    from vllm import SamplingParams, TokensPrompt
+    from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.benchmarks.datasets import SampleRequest
     from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, RequestFuncOutput
 
@@ -31,13 +32,29 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 def serving_figures(lm: MeteredVLLM, workload: ServingWorkload, seed: int, *, comparable: bool) -> ServingFigures:
-    """Time `workload`. Raises EngineFailed if a request fails."""
+    """Time `workload`; of several copies of an engine, one. Raises EngineFailed if a request fails."""
+    given = (lm.tokenizer, _requests(lm, workload, seed), workload)
+    result = lm.model.on_first(_timed, *given) if isinstance(lm.model, Copies) else _timed(lm.model, *given)
+    if result["completed"] != workload.num_prompts:
+        errors = [error for error in result["errors"] if error]
+        count = f"{result['completed']} of {workload.num_prompts}"
+        raise EngineFailed(f"serving: {count} requests completed; the first error: {errors[:1]}")
+    throughputs = ("request_throughput", "output_throughput", "total_token_throughput")
+    times = [f"{kind}_{name}_ms" for name in ("ttft", "itl") for kind in ("mean", "median", "p99")]
+    figures = {name: float(result[name]) for name in (*throughputs, *times)}
+    return ServingFigures(workload=workload.model_dump() | {"seed": seed}, comparable=comparable, **figures)
+
+
+def _timed(
+    engine: LLM, tokenizer: Any, requests: list[SampleRequest], workload: ServingWorkload
+) -> dict[str, Any]:  # Any: of whatever class; the figures of vLLM's benchmark
+    """What vLLM's benchmark says of the engine in this process."""
     from vllm.benchmarks import serve
     from vllm.benchmarks.lib.endpoint_request_func import ASYNC_REQUEST_FUNCS
 
-    lm.model.reset_prefix_cache()
-    ASYNC_REQUEST_FUNCS[BACKEND] = EngineRequests(lm.model.llm_engine)
-    result = asyncio.run(
+    engine.reset_prefix_cache()
+    ASYNC_REQUEST_FUNCS[BACKEND] = EngineRequests(engine.llm_engine)
+    return asyncio.run(
         serve.benchmark(
             task_type=serve.TaskType.GENERATION,
             endpoint_type=BACKEND,
@@ -45,8 +62,8 @@ def serving_figures(lm: MeteredVLLM, workload: ServingWorkload, seed: int, *, co
             base_url=NOWHERE,
             model_id="model",
             model_name="model",
-            tokenizer=lm.tokenizer,
-            input_requests=_requests(lm, workload, seed),
+            tokenizer=tokenizer,
+            input_requests=requests,
             logprobs=None,
             request_rate=float("inf"),
             burstiness=1.0,
@@ -64,14 +81,6 @@ def serving_figures(lm: MeteredVLLM, workload: ServingWorkload, seed: int, *, co
             ready_check_timeout_sec=0,
         )
     )
-    if result["completed"] != workload.num_prompts:
-        errors = [error for error in result["errors"] if error]
-        count = f"{result['completed']} of {workload.num_prompts}"
-        raise EngineFailed(f"serving: {count} requests completed; the first error: {errors[:1]}")
-    throughputs = ("request_throughput", "output_throughput", "total_token_throughput")
-    times = [f"{kind}_{name}_ms" for name in ("ttft", "itl") for kind in ("mean", "median", "p99")]
-    figures = {name: float(result[name]) for name in (*throughputs, *times)}
-    return ServingFigures(workload=workload.model_dump() | {"seed": seed}, comparable=comparable, **figures)
 
 
 def check_fits(workload: ServingWorkload, context: int) -> None:

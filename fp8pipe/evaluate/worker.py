@@ -21,11 +21,10 @@ import fp8pipe
 from fp8pipe.errors import EngineFailed
 from fp8pipe.evaluate import looks
 from fp8pipe.evaluate.cpu_platform import NOTES_WEIGHTS
-from fp8pipe.evaluate.environment import library_versions, prepare_process, use_cpu_engine
+from fp8pipe.evaluate.environment import library_versions, prepare_process, use_copies, use_cpu_engine
 from fp8pipe.evaluate.flips import flip_rates, keep_rates, known_rates
-from fp8pipe.evaluate.footprint import need_for
 from fp8pipe.evaluate.parts import ROWS, Part, Parts, joined, table_rows
-from fp8pipe.evaluate.request import EvalRequest
+from fp8pipe.evaluate.request import EvalRequest, need_for
 from fp8pipe.machine import device
 from fp8pipe.machine.child import reporting_errors
 from fp8pipe.machine.supervise import Channel, Send, take_channel
@@ -88,11 +87,14 @@ def _start_engine(request: EvalRequest, send: Send) -> MeteredVLLM:
     send({"note": "importing vLLM"})
     os.environ[NOTES_WEIGHTS] = "1"
     use_cpu_engine()
+    engine = request.engine | request.reduced
+    if (copies := engine.pop("data_parallel_size", 1)) > 1:
+        use_copies(copies)
     from fp8pipe.evaluate.engine import MeteredVLLM
 
     arguments = {"pretrained": request.model, "add_bos_token": request.suite.add_bos_token, "batch_size": "auto"}
     templated = request.suite.apply_chat_template
-    return MeteredVLLM(send=send, templated=templated, **arguments, **(request.engine | request.reduced))
+    return MeteredVLLM(send=send, templated=templated, **arguments, **engine)
 
 
 class Measurement:

@@ -4,12 +4,13 @@ child meets is raised in the parent, as the class it was."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fp8pipe import errors
 from fp8pipe.errors import Fp8PipeError
 from fp8pipe.machine.engine_python import engine, own
+from fp8pipe.machine.locks import Held
 from fp8pipe.machine.supervise import Ending, Message, Send, supervise
 
 _ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
@@ -25,13 +26,13 @@ def run_child(
     on_message: Callable[[Message], Message | None] = lambda message: None,
     on_tick: Callable[[], None] = lambda: None,
     stall_s: float | None = None,
-    locks: Sequence[int] = (),
+    held: Held | None = None,
 ) -> Ending:
     """Run the module on the request to its end. Raises the error that it reported, if it did.
 
     in_engine: in the engine's environment, not in that of this process.
     on_message: returns the answer to a message that asks for one. on_tick: runs several times a second.
-    locks: descriptors of locks that it shares, as `hold` yields them.
+    held: locks that it shares, and the GPUs that it may use.
     """
     reported: list[Message] = []
 
@@ -41,15 +42,16 @@ def run_child(
         reported.append(message)
         return None
 
+    held = held or Held()
     place = engine() if in_engine else own()
     ending = supervise(
         place.command(module, request.resolve()),
         log=log,
-        env=place.variables(_ORDER),
+        env=place.variables(_ORDER | held.environ),
         on_message=receive,
         on_tick=on_tick,
         stall_s=stall_s,
-        locks=locks,
+        locks=held.locks,
     )
     if reported:
         raise _error_in(reported[-1], ending)

@@ -93,7 +93,11 @@ def examine(needs: Sequence[Need] | None = None, *, starts: bool = False) -> Mac
         return Machine(device, (unusable,), ())
     problems = [*_unfit(gpus, everything), *filter(None, (too_large(need, gpus) for need in needs or ()))]
     warnings = list(_flashinfer(device))
-    busy = [too_busy(gpus[: need.gpus], need.utilization) for need in needs or ()] or [too_busy(gpus[:1])]
+    busy = [
+        # An engine's process sees the GPUs that were chosen for it; before that, any that are free will do.
+        too_busy(gpus[: need.all_gpus] if starts else gpus, need.all_gpus, need.utilization)
+        for need in needs or ()
+    ] or [too_busy(gpus)]
     (problems if starts else warnings).extend(dict.fromkeys(filter(None, busy)))
     return Machine(device, tuple(problems), tuple(warnings))
 

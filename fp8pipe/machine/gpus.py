@@ -53,18 +53,23 @@ def visible(environ: Mapping[str, str] = os.environ) -> tuple[Gpu, ...]:
     return selected(installed(), environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def nth(device: str, count: int = 1) -> tuple[Gpu, ...]:
-    """`count` GPUs from `device` on, which is cuda or cuda:<n> as this process numbers them.
+def of_device(device: str, count: int = 1) -> tuple[Gpu, ...]:
+    """The GPUs of which a process on `device` takes `count`, in its own order: for cuda all that are of the first one's
+    model, for cuda:<n> `count` from number n on.
 
     Raises NoSuitableDevice if there are not as many.
     """
-    first, gpus = int(device.partition(":")[2] or 0), visible()
-    found = gpus[first : first + count]
+    gpus, (_, pinned, number) = visible(), device.partition(":")
+    first = int(number or 0)
+    found = gpus[first : first + count] if pinned else tuple(gpu for gpu in gpus if gpu.name == gpus[0].name)
     if len(found) < count:
+        where = f" from number {first} on" if pinned else " of one model"
         raise NoSuitableDevice(
-            f"{device}: this takes {count} GPU{'s' * (count > 1)} from number {first} on, and this process may use "
-            f"{len(gpus)}; see nvidia-smi and CUDA_VISIBLE_DEVICES"
+            f"{device}: this takes {count} GPU{'s' * (count > 1)}{where}, and this process may use "
+            f"{len(gpus if pinned else found)}; see nvidia-smi and CUDA_VISIBLE_DEVICES"
         )
+    if count > 1 and found[0].is_instance:
+        raise NoSuitableDevice(f"{device}: this takes {count} GPUs, and an engine can use one MIG instance at a time")
     return found
 
 

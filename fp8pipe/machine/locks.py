@@ -6,6 +6,9 @@ was killed. The run waits and locks before it starts the process that uses the d
 run that is killed, until its processes are gone from the device; and it covers all processes that a run starts one
 after the other. Nobody ever unlocks, because that would free all copies: they are closed.
 
+On a host with several GPUs a run takes as many as it needs of those that are free, all at once or none: it never waits
+with one in hand that another waits for. Its child sees these alone.
+
 The file says who has it. It stays when the lock is free, since removing it would let two runs lock two files.
 
 Files of devices are in /run/lock, where the folder lets all users write (mode 1777), else in /tmp: every run of the
@@ -20,16 +23,18 @@ import fcntl
 import json
 import logging
 import os
+import random
 import socket
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fp8pipe.errors import EnvironmentFault
-from fp8pipe.machine.gpus import nth
+from fp8pipe.machine.fit import is_busy
+from fp8pipe.machine.gpus import of_device
 from fp8pipe.progress import Progress, ProgressEvent
 
 _POLL_S = 0.3
@@ -38,14 +43,29 @@ _LOCK_FOLDER = Path("/run/lock")
 _log = logging.getLogger(__name__)
 
 
-def device_locks(device: str, count: int = 1) -> tuple[Path, ...]:
-    """The lock files of a process's devices: `cpu`, or `count` GPUs (or MIG instances) from `device` on, which is cuda
-    or cuda:<n> as the process numbers them. Named by UUID, since two runs may number them differently.
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Devices of one kind, of which a run takes `count`."""
+
+    names: tuple[str, ...]
+    """UUIDs of GPUs or MIG instances, those first that are taken first; or `cpu`."""
+    count: int = 1
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Their lock files. Named by UUID, since two runs may number the devices differently."""
+        return tuple(_folder() / f"fp8pipe-{name}.lock" for name in self.names)
+
+
+def devices(device: str, count: int = 1) -> Devices:
+    """`cpu`; or for `cuda` any `count` GPUs (or one MIG instance) that this process may use, those first on which
+    nobody holds memory; for `cuda:<n>` exactly those from number n on, as the process numbers them.
 
     Raises NoSuitableDevice if there are not as many.
     """
-    names = ["cpu"] if device == "cpu" else sorted(gpu.uuid for gpu in nth(device, count))
-    return tuple(_folder() / f"fp8pipe-{name}.lock" for name in names)
+    if device == "cpu":
+        return Devices(("cpu",))
+    return Devices(tuple(gpu.uuid for gpu in sorted(of_device(device, count), key=is_busy)), count)
 
 
 def folder_lock(folder: Path) -> Path:
@@ -53,22 +73,43 @@ def folder_lock(folder: Path) -> Path:
     return folder / "lock"
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a run has locked, for the processes that share it."""
+
+    locks: tuple[int, ...] = ()
+    """Descriptors."""
+    gpus: tuple[str, ...] = ()
+    """UUIDs."""
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """Environment variables that show a process these GPUs alone, as cuda:0, cuda:1, ..."""
+        return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
+
+
 @contextmanager
-def hold(paths: Sequence[Path], work: str, *, stage: str, progress: Progress) -> Iterator[tuple[int, ...]]:
-    """Hold these locks; yields their descriptors, for the processes that share them.
+def hold(wanted: Sequence[Path | Devices], work: str, *, stage: str, progress: Progress) -> Iterator[Held]:
+    """Hold these locks.
 
     work: what for, in a few words, for those who wait. They are locked in the given order, which all callers share:
-    folders before devices, devices by name. While another run has one, `progress` and the log say which.
+    folders before devices. While others have them, `progress` and the log say who.
     Raises EnvironmentFault for a file that cannot be locked.
     """
     held: list[int] = []
+    gpus: list[str] = []
     wait = _Wait(stage, progress)
     try:
-        for path in paths:
-            held.append(_locked(path, wait))
-            _Note(os.getpid(), socket.gethostname(), work, time.time()).write(held[-1])
+        for one in wanted:
+            files, count = (one.files, one.count) if isinstance(one, Devices) else ((one,), 1)
+            taken = _locked(files, count, wait)
+            held += taken.values()
+            gpus += [name for path in taken if (name := _device_of(path)) and name != "cpu"]
+            note = _Note(os.getpid(), socket.gethostname(), work, time.time())
+            for descriptor in taken.values():
+                note.write(descriptor)
         wait.end()
-        yield tuple(held)
+        yield Held(tuple(held), tuple(gpus))
     finally:
         for descriptor in held:
             os.close(descriptor)
@@ -108,10 +149,15 @@ class _Wait:
     progress: Progress
     told: str = ""
 
-    def on(self, path: Path, holder: _Note | None) -> None:
-        if holder is None and self.told:
+    def on(self, files: Sequence[Path], count: int, busy: Mapping[Path, _Note | None]) -> None:
+        if None in busy.values() and self.told:
             return
-        text = f"waiting for {_device_of(path) or path.parent}, in use by {holder or 'another run'}"
+        what = str(_device_of(files[0]) or files[0].parent)
+        if len(files) > 1:
+            what = f"{count} of {len(files)} GPUs, {len(files) - len(busy)} of which are free"
+        text = f"waiting for {what}, in use by " + "; ".join(
+            dict.fromkeys(str(holder or "another run") for holder in busy.values())
+        )
         if text != self.told:
             self.told = text
             _log.warning("%s: %s", self.stage, text)
@@ -136,20 +182,42 @@ def _folder() -> Path:
     return Path("/tmp")
 
 
-def _locked(path: Path, wait: _Wait) -> int:
-    """A descriptor of the file at `path`, locked as soon as nobody else has it."""
+def _locked(files: Sequence[Path], count: int, wait: _Wait) -> dict[Path, int]:
+    """`count` of the files with their descriptors, locked as soon as nobody else has them."""
+    while True:
+        taken: dict[Path, int] = {}
+        busy: dict[Path, _Note | None] = {}
+        try:
+            for path in files:
+                found = _lock_now(path)
+                if isinstance(found, int):
+                    taken[path] = found
+                else:
+                    busy[path] = found
+                if len(taken) == count:
+                    return taken
+        finally:
+            if len(taken) < count:  # whoever keeps some of them might wait for one who has the others
+                for descriptor in taken.values():
+                    os.close(descriptor)
+        wait.on(files, count, busy)
+        time.sleep(_POLL_S * random.uniform(0.5, 1.5))  # two who disturbed each other do not do so again
+
+
+def _lock_now(path: Path) -> int | _Note | None:
+    """A descriptor of the file at `path`, locked; else who has it, or None while that is not told."""
     while True:
         descriptor = _opened(path)
+        locked = False
         try:
-            while not _try_lock(path, descriptor):
-                wait.on(path, _Note.read(descriptor))
-                time.sleep(_POLL_S)
-            if _is_at(path, descriptor):
+            if not _try_lock(path, descriptor):
+                return _Note.read(descriptor)
+            locked = _is_at(path, descriptor)
+            if locked:
                 return descriptor
-            os.close(descriptor)  # someone has cleaned the folder meanwhile: the file that counts is another
-        except BaseException:
-            os.close(descriptor)
-            raise
+        finally:
+            if not locked:  # someone else has it; or has cleaned the folder meanwhile: the file that counts is another
+                os.close(descriptor)
 
 
 def _try_lock(path: Path, descriptor: int) -> bool:

@@ -86,6 +86,8 @@ class EngineFacts(Record):
     device_class: str
     """hopper | ada | blackwell | ... | cpu, as the device reports it."""
     device_name: str
+    gpus: tuple[str, ...] = ()
+    """UUIDs of the GPUs that served; () on a CPU."""
     plugin: str | None
     """The platform plugin that supplied kernels (reference kernels on a CPU); None on stock vLLM."""
     model_bytes: int | None = None

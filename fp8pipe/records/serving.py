@@ -80,10 +80,16 @@ class Serving(Record):
             cells = [{name: cell for name, cell in row.items() if name != "expert parallel"} for row in cells]
         return cells, [f"[{number}] {reason}" for reason, number in numbers.items()]
 
-    def on_one_gpu(self, device_classes: Sequence[str]) -> Iterator[Serves]:
-        """What vLLM does on one GPU of each of these classes that is known here."""
+    def on(self, device_classes: Sequence[str], ranks: int = 1, *, expert_parallel: bool = False) -> Iterator[Serves]:
+        """What vLLM does on so many GPUs of each of these classes, where it is known here."""
+        sparse = any(answer.expert_parallel for answer in self.answers)
+        wanted = (ranks, expert_parallel and sparse and ranks > 1)
         for answer in self.answers:
-            if answer.engine == "vLLM" and answer.ranks == 1 and answer.device in device_classes:
+            if (
+                answer.engine == "vLLM"
+                and answer.device in device_classes
+                and (answer.ranks, answer.expert_parallel) == wanted
+            ):
                 yield answer
 
 

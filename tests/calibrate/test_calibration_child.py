@@ -15,7 +15,7 @@ from fp8pipe.calibrate import calibration_key
 from fp8pipe.calibrate.child import calibrate_in_child
 from fp8pipe.config import Recipe
 from fp8pipe.errors import CalibrationDataError, EnvironmentFault
-from fp8pipe.machine.locks import device_locks, folder_lock, hold
+from fp8pipe.machine.locks import devices, folder_lock, hold
 from fp8pipe.progress import Progress, ProgressEvent, quiet
 from fp8pipe.records.calibration import Calibration
 
@@ -61,7 +61,7 @@ def test_a_killed_child_is_explained_resumed_and_ends_with_the_record_of_this_pr
     assert {event.note for event in events} == {"model.layers.2", "model.layers.3"}
     assert {(event.stage, event.total, event.unit) for event in events} == {("calibrate", 4, "layers")}
     assert not children()
-    with hold([folder_lock(folder), *device_locks("cpu")], "", stage="", progress=quiet):
+    with hold([folder_lock(folder), devices("cpu")], "", stage="", progress=quiet):
         assert in_child(llama, recipe, folder) == record, "a finished record is found without a lock"
 
     here = run_calibration(llama, recipe, tmp_path / "here")

@@ -159,3 +159,39 @@ def test_a_folder_of_the_machine_is_no_identity_and_is_not_published(name):
     assert shown.fallback == ("mine.yaml", {"calibration": {"dataset": "more.txt"}}, "fp8-block")
     hub = recipe.model_copy(update={"calibration": config.CalibrationSpec(dataset="acme/data")})
     assert hub.without_paths().calibration.dataset == "acme/data"
+
+
+SUITE = "name: mine\ntasks: {t: {}}\n"
+
+
+def test_a_suite_is_spread_over_as_few_devices_as_hold_the_model_unless_it_says_otherwise(tmp_path):
+    assert config.load_suite(written(tmp_path, SUITE)).parallel == "auto"
+    given = config.load_suite(written(tmp_path, SUITE + "parallel: {tensor: 4, pipeline: 2, data: 2, expert: true}\n"))
+    assert given.parallel == config.Parallel(tensor=4, pipeline=2, data=2, expert=True)
+    with pytest.raises(ConfigError, match=r"(?s)mine\.yaml.*parallel.*tensor.*greater than or equal to 1"):
+        config.load_suite(written(tmp_path, SUITE + "parallel: {tensor: 0}\n"))
+
+
+def test_a_release_and_a_model_of_a_collection_override_the_suites_parallelism(tmp_path):
+    spec = config.ReleaseSpec(model="m", repo_id="acme/m", suite=written(tmp_path, SUITE + "parallel: {data: 2}\n"))
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("name: mine\ntasks: {t: {metric: acc, margin: 0.02, min_baseline: 0.25}}\n")
+    spec = spec.model_copy(update={"policy": str(policy)})
+    assert spec.resolve().suite.parallel == config.Parallel(data=2)
+    fields = spec.model_dump() | {"parallel": {"tensor": 2}}
+    other = config.validated(config.ReleaseSpec, fields, "release").resolve()
+    assert other.suite.parallel == config.Parallel(tensor=2)
+    assert other.suite.digest() == spec.resolve().suite.digest()
+
+
+def test_parallelism_in_words_is_that_of_a_file():
+    def read(words):
+        return config.validated(
+            config.ReleaseSpec, {"model": "m", "repo_id": "a/m", "parallel": words}, "release"
+        ).parallel
+
+    assert read("auto") == "auto"
+    assert read("tensor=4,data=2, expert") == config.Parallel(tensor=4, data=2, expert=True)
+    assert str(read("pipeline=2,expert")) == "pipeline 2, expert"
+    with pytest.raises(ConfigError, match=r"parallel\.Parallel\.tensr: unknown key"):
+        read("tensr=4")

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from support.evaluation import ask
 
-from fp8pipe.config import EvalSuite, TaskSpec
+from fp8pipe.config import EvalSuite, Parallel, TaskSpec
 from fp8pipe.errors import ConfigError
 from fp8pipe.evaluate.arguments import known_arguments, longest_context
 from fp8pipe.machine.engine_python import own
@@ -33,11 +34,21 @@ def test_arguments_of_vllm_and_of_lm_evals_model_are_known(model: Path) -> None:
     engine = {
         "max_model_len": 256,
         "enforce_eager": True,
-        "tensor_parallel_size": 2,
         "max_gen_toks": 64,
         "dtype": "auto",
     }
     assert ask(model, suite(**engine)).engine.items() >= engine.items()
+
+
+def test_how_the_engine_is_spread_is_no_engine_argument_of_a_suite_but_becomes_one(model: Path) -> None:
+    words = "tensor_parallel_size: write `parallel: {tensor: 4}` beside `engine` instead"
+    with pytest.raises(ValidationError, match=words):
+        suite(tensor_parallel_size=4)
+    parallel = Parallel(tensor=4, pipeline=2, expert=True)
+    asked = ask(model, suite().model_copy(update={"parallel": parallel}))
+    known = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "enable_expert_parallel": True}
+    assert asked.engine == ask(model, suite()).engine | known
+    assert asked.parallel == parallel and asked.parallel.devices == 8
 
 
 @pytest.mark.vllm

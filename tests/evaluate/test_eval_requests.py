@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 from support.evaluation import ask, evaluate_by, interpreter, looker, make_suite, make_tasks
+from support.nvidia_smi import MACHINES
 from support.tiny_models import make_model
 
-from fp8pipe.config import EvalSuite, TaskSpec, load_recipe
+from fp8pipe.config import EvalSuite, Parallel, TaskSpec, load_recipe
 from fp8pipe.errors import EngineFailed, ModelNotFound
 from fp8pipe.evaluate import baseline_key
 from fp8pipe.evaluate.request import EvalRequest
@@ -68,6 +69,7 @@ def test_finished_report_is_returned_without_starting_anything(model: Path, tmp_
         {"online": "fp8"},
         {"suite": EvalSuite(name="tiny", tasks={"t": TaskSpec(num_fewshot=1)})},
         {"suite": EvalSuite(name="tiny", tasks={"t": TaskSpec()}, engine={"max_model_len": 9})},
+        {"suite": EvalSuite(name="tiny", tasks={"t": TaskSpec()}, parallel=Parallel(data=2))},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -114,10 +116,26 @@ def test_the_engines_noise_on_a_task_is_the_same_in_every_suite_that_asks_it_so(
     assert ask(model, other, limit=3, looks=(0.5, 1.0)).rate_identity("t") == rate
     shots = EvalSuite(name="one", tasks={"t": TaskSpec(num_fewshot=3)})
     templated = other.model_copy(update={"apply_chat_template": True})
-    for changed in (shots, templated, other.model_copy(update={"engine": {"tensor_parallel_size": 2}})):
+    for changed in (shots, templated, other.model_copy(update={"parallel": Parallel(tensor=2)})):
         assert ask(model, changed).rate_identity("t") != rate
     assert ask(model, suite).rate_identity("u") != rate
     assert ask(model, suite, fingerprint="g").rate_identity("t") != rate
+
+
+def test_a_baseline_on_several_devices_is_another_and_its_suite_the_same() -> None:
+    one = EvalSuite(name="tiny", tasks={"t": TaskSpec()})
+    two = one.model_copy(update={"parallel": Parallel(tensor=2)})
+    assert one.digest() == two.digest()
+    assert baseline_key("sha", one) == baseline_key("sha", one, parallel=Parallel())
+    assert baseline_key("sha", one) != baseline_key("sha", one, parallel=Parallel(tensor=2))
+
+
+def test_both_sides_are_spread_alike_by_the_unquantized_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MACHINES["8 x H100"].become(tmp_path / "bin", monkeypatch)
+    assert ask(model).parallel == Parallel()
+    assert ask(model, source_bytes=141 * 10**9).parallel == Parallel(tensor=2)
 
 
 def test_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 from support.evaluation import ask, evaluate_by, interpreter
+from support.nvidia_smi import H100, Machine, uuid_of
 from support.processes import FP8PIPE
 
-from fp8pipe.machine.locks import device_locks, folder_lock, hold
+from fp8pipe.config import Parallel
+from fp8pipe.evaluate.request import EvalRequest
+from fp8pipe.machine.locks import Devices, devices, folder_lock, hold
 from fp8pipe.progress import ProgressEvent, quiet
 
 
@@ -24,17 +27,17 @@ def locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FP8PIPE_LOCKS", str(tmp_path / "locks"))
 
 
-def others(*paths: Path) -> ExitStack:
+def others(*wanted: Path | Devices) -> ExitStack:
     """These locks, held as by another run until the stack is closed."""
     stack = ExitStack()
-    stack.enter_context(hold(paths, "another run", stage="", progress=quiet))
+    stack.enter_context(hold(wanted, "another run", stage="", progress=quiet))
     return stack
 
 
 def test_a_finished_measurement_is_found_while_another_run_has_the_device(model: Path, tmp_path: Path) -> None:
     python, folder = interpreter(tmp_path), tmp_path / "evaluation"
     report = evaluate_by(python, ask(model), folder)
-    with others(folder_lock(folder), *device_locks("cpu")):
+    with others(folder_lock(folder), devices("cpu")):
         assert evaluate_by(python, ask(model), folder) == report
 
 
@@ -64,15 +67,37 @@ def test_the_worker_holds_its_device_and_its_folder(model: Path, tmp_path: Path)
     folder = tmp_path / "evaluation"
     evaluate_by(interpreter(tmp_path, worker), ask(model), folder)
     log = (folder / "worker.log").read_text()
-    assert all(str(path) in log for path in (folder_lock(folder), *device_locks("cpu")))
-    with others(folder_lock(folder), *device_locks("cpu")):
+    assert all(str(path) in log for path in (folder_lock(folder), *devices("cpu").files))
+    with others(folder_lock(folder), devices("cpu")):
         pass  # free again
+
+
+def on_gpus(model: Path, **parallel: int) -> EvalRequest:
+    """A request as made on a host with H100s."""
+    request = ask(model)
+    return request.model_copy(
+        update={"device_class": "hopper", "engine": request.engine | Parallel(**parallel).arguments}
+    )
+
+
+def test_two_engines_on_one_host_run_at_the_same_time_each_on_gpus_of_its_own(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Machine((H100,) * 8).install(tmp_path / "bin", monkeypatch)
+    told: list[ProgressEvent] = []
+    python = interpreter(tmp_path, 'print(os.environ["CUDA_VISIBLE_DEVICES"])\nreport()')
+    with others(devices("cuda", 4)):
+        for folder, parallel in (("tensor", {"tensor": 4}), ("data", {"tensor": 2, "data": 2})):
+            evaluate_by(python, on_gpus(model, **parallel), tmp_path / folder, told.append)
+            seen = (tmp_path / folder / "worker.log").read_text().strip()
+            assert seen == ",".join(uuid_of(i) for i in range(4, 8))
+    assert not told
 
 
 def test_ctrl_c_ends_a_command_that_waits(model: Path, tmp_path: Path) -> None:
     (model / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     output = tmp_path / "out"
-    with others(*device_locks("cpu")):
+    with others(devices("cpu")):
         run = subprocess.Popen(
             [str(FP8PIPE), "evaluate", str(model), "--output", str(output)], stderr=subprocess.PIPE, text=True
         )

@@ -12,19 +12,19 @@ from typing import Any
 import pytest
 from support.processes import importing_the_repository
 
-from fp8pipe.machine.locks import device_locks, hold
+from fp8pipe.machine.locks import devices, hold
 from fp8pipe.progress import quiet
 
 FLOW = """
 import sys
 from pathlib import Path
 from prefect import flow, task
-from fp8pipe.machine.locks import device_locks, hold
+from fp8pipe.machine.locks import devices, hold
 from tasks.progress import reporter
 
 @task
 def measure():
-    with hold(device_locks("cpu"), "evaluate it", stage="evaluate", progress=reporter("evaluate baseline", "quick")):
+    with hold([devices("cpu")], "evaluate it", stage="evaluate", progress=reporter("evaluate baseline", "quick")):
         Path(sys.argv[1]).touch()
         sys.stdin.read()
 
@@ -47,7 +47,7 @@ def test_a_run_that_waits_for_a_device_says_so_in_its_state(tmp_path: Path, monk
     own = importing_the_repository() | {"PREFECT_API_URL": server.api_url, "PREFECT_HOME": str(tmp_path / "home")}
     try:
         server.ready()
-        with hold(device_locks("cpu"), "evaluate acme/other", stage="evaluate", progress=quiet):
+        with hold([devices("cpu")], "evaluate acme/other", stage="evaluate", progress=quiet):
             with (tmp_path / "run.log").open("w") as log:
                 command = [sys.executable, "-c", FLOW, str(tmp_path / "locked")]
                 run = subprocess.Popen(

@@ -105,13 +105,14 @@ def test_what_lm_eval_does_not_write_is_unchecked(tmp_path):
 def test_what_lm_eval_writes_is_compared(tmp_path):
     def other_setting(rows: Rows, results: dict[str, Any]) -> None:
         results["config"]["model_args"] = "pretrained=acme/tiny,dtype=float16,max_model_len=2048,add_bos_token=False"
+        results["config"]["model_args"] += ",tensor_parallel_size=2"
         results["config"]["fewshot_seed"] = 1
         results["n-shot"]["qa"] = 0
         results["chat_template_sha"] = "ab"
         results["lm_eval_version"] = "0.4.12"
 
     vetoed = decided(tmp_path, change=other_setting).vetoed
-    assert set(vetoed) == {"versions", "templates", "seeds", "shots", "bos", "context", "dtype"}
+    assert set(vetoed) == {"versions", "templates", "seeds", "shots", "bos", "context", "dtype", "parallelism"}
 
 
 def test_failed_extractions_are_read_from_the_filters_answers(tmp_path):

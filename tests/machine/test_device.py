@@ -9,17 +9,21 @@ import pytest
 from support.nvidia_smi import A100, B200, GB10, H100, H100_MIG, L40S, MACHINES, RTX_PRO_6000, Machine
 
 from fp8pipe.calibrate.key import resolved
+from fp8pipe.config import EvalSuite, Parallel, TaskSpec
 from fp8pipe.errors import NoSuitableDevice
-from fp8pipe.evaluate.footprint import need_of
+from fp8pipe.evaluate.footprint import need_of, spread
 from fp8pipe.machine import builds, device
 from fp8pipe.machine.engine_python import own
-from fp8pipe.machine.fit import Need
+from fp8pipe.machine.fit import Need, tensor_size
 from fp8pipe.ui import doctor
 
 OLD = "model name : Old CPU\nflags : fpu sse2 avx2\n"
 NEW = "model name : New CPU\nflags : fpu sse2 avx2 avx512f\n"
 LLAMA_8B = Need("Llama 8B at BF16", 16_060_000_000, 537_000_000, 4096)
 LLAMA_70B = Need("Llama 70B at BF16", 141_100_000_000, 1_342_000_000, 4096)
+
+
+DEEPSEEK = Need("DeepSeek-V3 at BF16", 1_342_000_000_000, 300_000_000, 4096, heads=128)
 
 
 @pytest.fixture
@@ -153,14 +157,61 @@ def test_a_model_that_one_gpu_cannot_hold_is_refused_with_the_number_that_can(ho
     with pytest.raises(NoSuitableDevice, match=words):
         device.require([LLAMA_8B, LLAMA_70B])
     device.require([replace(LLAMA_70B, gpus=2)])
+    device.require([replace(LLAMA_70B, gpus=2, copies=4)])
+    with pytest.raises(NoSuitableDevice, match="to be served on 10 GPUs, and this process may use 8"):
+        device.require([replace(LLAMA_70B, gpus=2, copies=5)])
+    with pytest.raises(
+        NoSuitableDevice,
+        match=r"2 such GPUs for each of 2 copies, and this process may use 8; set `parallel: \{tensor: 2\}`",
+    ):
+        device.require([replace(LLAMA_70B, copies=2)])
     host(MACHINES["H100"])
     with pytest.raises(NoSuitableDevice, match="to be served on 2 GPUs, and this process may use 1"):
         device.require([replace(LLAMA_70B, gpus=2)])
-    deepseek = Need("DeepSeek-V3 at BF16", 1_342_000_000_000, 300_000_000, 4096)
-    with pytest.raises(NoSuitableDevice, match="it takes 32 such GPUs, on 4 hosts of 8"):
-        device.require([deepseek])
+    words = "it takes 32 such GPUs, on 4 hosts of 8, and this process may use 1; use more of them"
+    with pytest.raises(NoSuitableDevice, match=words):
+        device.require([DEEPSEEK])
+    host(Machine((H100, B200, B200)))
+    with pytest.raises(NoSuitableDevice, match="to be served on 2 GPUs, and this process may use 1"):
+        device.require([replace(LLAMA_8B, gpus=2)])
     host(MACHINES["B300"])
     device.require([LLAMA_70B])
+
+
+@pytest.mark.parametrize(
+    ("machine", "need", "size"),
+    [
+        (MACHINES["8 x H100"], LLAMA_8B, 1),
+        (MACHINES["8 x H100"], LLAMA_70B, 2),
+        (MACHINES["8 x H100"], replace(LLAMA_70B, weights=282_000_000_000), 4),
+        (MACHINES["8 x H100"], replace(LLAMA_70B, weights=282_000_000_000, heads=20), 4),
+        (MACHINES["8 x H100"], replace(LLAMA_70B, weights=400_000_000_000, heads=20), 4),
+        (MACHINES["8 x H100"], DEEPSEEK, 8),
+        (MACHINES["B300"], LLAMA_70B, 1),
+        (MACHINES["MIG"], LLAMA_70B, 1),
+        (Machine((H100, B200, B200)), LLAMA_70B, 1),
+        (Machine((GB10, GB10)), LLAMA_70B, 1),
+    ],
+)
+def test_the_smallest_number_of_gpus_that_hold_a_model(host, machine, need, size):
+    """Or the largest that there are, of which it is then told what it lacks."""
+    host(machine)
+    assert tensor_size(need, device.detect().gpus) == size
+
+
+def test_a_size_that_cannot_serve_is_left_out(host):
+    host(MACHINES["8 x H100"])
+    assert tensor_size(LLAMA_70B, device.detect().gpus, lambda size: size != 2) == 4
+
+
+def test_the_larger_side_decides_for_both_and_the_suite_before_it(host):
+    host(MACHINES["8 x H100"])
+    small, large = need_of("m", 10**9, DENSE, {}), need_of("m", 2 * 10**11, DENSE, {})
+    suite = EvalSuite(name="own", tasks={"t": TaskSpec()})
+    assert spread(suite, [small, large], device.detect().gpus) == Parallel(tensor=4)
+    assert spread(suite, [small, large], ()) == Parallel()
+    given = suite.model_copy(update={"parallel": Parallel(tensor=2, data=4)})
+    assert spread(given, [small, large], device.detect().gpus) == given.parallel
 
 
 def test_a_mig_instance_serves_alone(host):
@@ -169,7 +220,7 @@ def test_a_mig_instance_serves_alone(host):
     with pytest.raises(NoSuitableDevice, match="use the whole GPU"):
         device.require([LLAMA_70B])
     with pytest.raises(NoSuitableDevice, match="may use one MIG instance at a time"):
-        device.require([replace(LLAMA_70B, gpus=2)])
+        device.require([replace(LLAMA_8B, gpus=2)])
 
 
 def test_a_gpu_that_others_use_stops_an_engine_but_not_the_work_before(host):
@@ -179,6 +230,8 @@ def test_a_gpu_that_others_use_stops_an_engine_but_not_the_work_before(host):
         device.require([LLAMA_8B], starts=True)
     device.require([replace(LLAMA_8B, weights=10**9, utilization=0.1)], starts=True)
     host(Machine((replace(H100, free=9800), H100)))
+    assert not device.require([LLAMA_8B]).warnings, "the other will be taken"
+    assert device.require([replace(LLAMA_8B, gpus=2)]).warnings
     with pytest.raises(NoSuitableDevice, match="GPU 0"):  # vLLM takes the first that it may use
         device.require([LLAMA_8B], starts=True)
     host(Machine((replace(H100, free=9800), H100)), CUDA_VISIBLE_DEVICES="1")
@@ -256,6 +309,8 @@ def test_need_follows_the_engines_arguments():
     engine = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "gpu_memory_utilization": 0.5}
     need = need_of("m", 1, DENSE, engine)
     assert (need.gpus, need.utilization, need.context, need.fp8_cache) == (8, 0.5, 131072, False)
+    assert (need.heads, need.all_gpus) == (32, 8)
+    assert need_of("m", 1, DENSE, engine | {"data_parallel_size": 2}).all_gpus == 16
 
 
 # ---------------------------------------------------------------------------------------------- doctor

@@ -95,6 +95,14 @@ def test_serve_command_pins_the_tag_and_turns_on_the_cache_that_was_measured() -
     assert serve in commands(render_card(replace(plain_cache, decision=accepted, recipe=recipe(kv_cache=None))))
 
 
+def test_a_card_says_how_the_measured_engine_was_spread() -> None:
+    assert "| parallelism | none |" in plain(render_card(facts_of()))
+    arguments = {"tensor_parallel_size": 4, "enable_expert_parallel": True}
+    baseline, candidate = (change_engine(side, arguments=arguments) for side in pair())
+    card = render_card(facts_of((baseline, candidate)))
+    assert "| parallelism | tensor 4, expert |" in plain(card)
+
+
 def test_a_card_says_what_turns_the_cache_on() -> None:
     """As measured in tests/evaluate/test_reports_from_vllm.py."""
     facts = facts_of()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from benchmarks.page import table
 from fp8pipe.errors import NoSuitableDevice
 from fp8pipe.machine import device
-from fp8pipe.machine.fit import Need
+from fp8pipe.machine.fit import Need, tensor_size
 from fp8pipe.ui import doctor
 from support import ROOT
 from support.nvidia_smi import MACHINES, Machine
@@ -78,6 +79,8 @@ def machines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def _outcome(need: Need, numbers: dict[str, int], *, starts: bool = False) -> str:
     try:
+        if gpus := device.detect().gpus:
+            need = replace(need, gpus=tensor_size(need, gpus))
         machine = device.require([need], starts=starts)
     except NoSuitableDevice:
         return "refuses" + _marks(device.examine([need], starts=starts).problems, numbers)

@@ -16,7 +16,7 @@ from support import TESTS
 from support import reference_checkpoints as reference
 
 from fp8pipe import stages
-from fp8pipe.config import load_policy, load_recipe
+from fp8pipe.config import Parallel, load_policy, load_recipe
 from fp8pipe.errors import ConfigError, NoSuitableDevice
 from fp8pipe.model.headers import TensorInfo
 from fp8pipe.quantize.formats import kept_of
@@ -414,7 +414,7 @@ def test_blocks_on_ada_are_served_with_16_bit_inputs() -> None:
     for method in ("fp8", "compressed-tensors"):
         found = serving(dense(), scheme(method, "block"))
         assert found.of("vLLM", "ada", 1).word == "W8A16"
-        counts = {answer.device: answer.counts for answer in found.on_one_gpu(("ada", "hopper", "cpu"))}
+        counts = {answer.device: answer.counts for answer in found.on(("ada", "hopper", "cpu"))}
         assert counts == {"ada": False, "hopper": True}
 
 
@@ -461,13 +461,27 @@ def test_a_release_is_refused_where_no_verdict_could_count() -> None:
     blocks = planned(scheme("compressed-tensors", "block"))
     policy = load_policy("gsm8k")
     everywhere = policy.model_copy(update={"device_classes": ("ada", "hopper")})
-    [warning] = stages.require_counted(blocks, everywhere, "hopper")
+    [warning] = stages.require_counted(blocks, everywhere, "hopper", Parallel())
     assert "ada" in warning and "16-bit" in warning
     with pytest.raises(NoSuitableDevice, match="run it on hopper"):
-        stages.require_counted(blocks, everywhere, "ada")
+        stages.require_counted(blocks, everywhere, "ada", Parallel())
     with pytest.raises(ConfigError, match="choose another recipe"):
-        stages.require_counted(blocks, policy.model_copy(update={"device_classes": ("ada",)}), "cpu")
-    assert stages.require_counted(planned(scheme("fp8", "tensor", "static")), everywhere, "ada") == ()
+        stages.require_counted(blocks, policy.model_copy(update={"device_classes": ("ada",)}), "cpu", Parallel())
+    assert stages.require_counted(planned(scheme("fp8", "tensor", "static")), everywhere, "ada", Parallel()) == ()
+    cut = Parallel(tensor=8)
+    with pytest.raises(ConfigError, match=r"rows per GPU are not whole blocks"):
+        stages.require_counted(planned(scheme("compressed-tensors", "block")), everywhere, "hopper", cut)
+
+
+def test_expert_parallelism_is_asked_for_where_there_are_experts() -> None:
+    channels = scheme("compressed-tensors", "channel")
+    dense_ones, sparse_ones = serving(dense(), channels), serving(sparse(kv=8), channels)
+    for ranks in (1, 2):
+        [answer] = dense_ones.on(("hopper",), ranks, expert_parallel=True)
+        assert (answer.ranks, answer.expert_parallel) == (ranks, False)
+        [answer] = sparse_ones.on(("hopper",), ranks, expert_parallel=True)
+        assert (answer.ranks, answer.expert_parallel) == (ranks, ranks > 1)
+    assert list(dense_ones.on(("hopper",), 3)) == [], "nothing is known of such a size"
 
 
 def test_the_table_fits_a_terminal_and_names_every_reason() -> None:

@@ -23,6 +23,7 @@ RULES: dict[str, Rule] = {
     "tokenizer": setting.tokenizer,
     "dtype": setting.dtype,
     "device": setting.device,
+    "parallelism": setting.parallelism,
     "chance": setting.chance,
     "fingerprint": candidate.fingerprint,
     "kernels": candidate.kernels,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from fp8pipe.config import Parallel
 from fp8pipe.gate.rules.pair import Pair, Ruling, differences, passed, same, settled, unchecked, vetoed
 
 _LIBRARIES = ("vllm", "lm_eval", "transformers")
@@ -94,6 +95,12 @@ def device(pair: Pair) -> Ruling:
     if answer.outcome == "passed" and theirs not in allowed:
         return vetoed(f"measured on {theirs}, but policy {pair.policy.name} accepts only {', '.join(allowed)}")
     return answer
+
+
+def parallelism(pair: Pair) -> Ruling:
+    """Both sides were spread over devices in the same way, which decides in what order numbers are added up."""
+    ours, theirs = (Parallel.of(side.engine.arguments) for side in (pair.baseline, pair.candidate))
+    return same("parallelism", str(ours), str(theirs))
 
 
 def chance(pair: Pair) -> Ruling:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fp8pipe.errors import EnvironmentFault, Fp8PipeError, InputError, NoSuitableDevice
 from fp8pipe.hub import source
-from fp8pipe.machine.locks import device_locks, hold
+from fp8pipe.machine.locks import devices, hold
 from fp8pipe.model.shards import OutputShard, SourceFiles, sync_folder
 from fp8pipe.progress import Progress
 from fp8pipe.quantize.engine.context import Context
@@ -59,7 +59,8 @@ def run(
         stack.callback(lock.release)
         if device != "cpu":
             work = f"quantize {snapshot.model_id} into {folder}"
-            stack.enter_context(hold(device_locks(device), work, stage="quantize", progress=progress))
+            exactly = device if ":" in device else f"{device}:0"  # torch's first, in this process
+            stack.enter_context(hold([devices(exactly)], work, stage="quantize", progress=progress))
         journal = begin(snapshot, plan, folder, identity, stack)
         plan.save(records / "plan.json")
         if calibration is not None:

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from itertools import groupby
 
+from fp8pipe.config import Parallel
 from fp8pipe.release.card.facts import CardFacts
 from fp8pipe.release.card.parsers import reasoning_parser, tool_parser
 
@@ -42,13 +43,11 @@ def serve_command(facts: CardFacts) -> str:
 
 
 def _parallelism(facts: CardFacts) -> Iterator[str]:
-    """How the measured engine was spread over GPUs."""
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        size = facts.candidate.engine.arguments.get(name, 1)
-        if isinstance(size, int) and size > 1:
-            yield from (f"--{name.replace('_', '-')}", str(size))
-    if facts.candidate.engine.arguments.get("enable_expert_parallel"):
-        yield "--enable-expert-parallel"
+    """How the measured engine was spread over GPUs, by vLLM's own names."""
+    for name, value in Parallel.of(facts.candidate.engine.arguments).arguments.items():
+        yield f"--{name.replace('_', '-')}"
+        if value is not True:
+            yield str(value)
 
 
 def _parsers(facts: CardFacts) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fp8pipe.config import Parallel
 from fp8pipe.records import EvalReport
 from fp8pipe.release.card.facts import CardFacts
 
@@ -17,6 +18,7 @@ def engine_rows(report: EvalReport) -> list[tuple[str, str]]:
     rows = [
         ("vLLM", report.versions.get("vllm", "not recorded")),
         ("device", f"{engine.device_class} ({engine.device_name})"),
+        ("parallelism", str(Parallel.of(engine.arguments))),
         ("Linear kernels", ", ".join(engine.linear_kernels) or "not recorded"),
         ("attention", engine.attention_backend),
         ("KV cache dtype", engine.kv_cache_dtype),
