@@ -10,7 +10,7 @@ Nothing here imports torch, vLLM or lm-eval: a report that exists already is fou
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 

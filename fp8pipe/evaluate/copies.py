@@ -27,6 +27,13 @@ Message = tuple[Literal["answer", "error", "progress"], Any]
 """What a copy sends: an answer, the words of an error, or how many requests are done."""
 
 
+def use_copies(count: int) -> None:
+    """Make the `LLM` that lm-eval creates so many copies of one."""
+    from lm_eval.models import vllm_causallms
+
+    vllm_causallms.LLM = functools.partial(Copies, count)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class Copies:
     """What lm-eval and the worker use of vLLM's `LLM`."""
 

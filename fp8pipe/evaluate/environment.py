@@ -5,7 +5,6 @@ Versions are read from package metadata, so this module answers without importin
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import os
 from collections.abc import Callable
@@ -68,15 +67,6 @@ def use_cpu_engine() -> None:
     from lm_eval.models import vllm_causallms
 
     vllm_causallms.LLM = engine_class()  # pyright: ignore[reportAttributeAccessIssue]  a class becomes a function
-
-
-def use_copies(count: int) -> None:
-    """Make the `LLM` that lm-eval creates so many copies of one."""
-    from lm_eval.models import vllm_causallms
-
-    from fp8pipe.evaluate.copies import Copies
-
-    vllm_causallms.LLM = functools.partial(Copies, count)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def engine_class() -> Callable[..., LLM]:

@@ -21,7 +21,7 @@ import fp8pipe
 from fp8pipe.errors import EngineFailed
 from fp8pipe.evaluate import looks
 from fp8pipe.evaluate.cpu_platform import NOTES_WEIGHTS
-from fp8pipe.evaluate.environment import library_versions, prepare_process, use_copies, use_cpu_engine
+from fp8pipe.evaluate.environment import library_versions, prepare_process, use_cpu_engine
 from fp8pipe.evaluate.flips import flip_rates, keep_rates, known_rates
 from fp8pipe.evaluate.parts import ROWS, Part, Parts, joined, table_rows
 from fp8pipe.evaluate.request import EvalRequest, need_for
@@ -88,7 +88,9 @@ def _start_engine(request: EvalRequest, send: Send) -> MeteredVLLM:
     os.environ[NOTES_WEIGHTS] = "1"
     use_cpu_engine()
     engine = request.engine | request.reduced
-    if (copies := engine.pop("data_parallel_size", 1)) > 1:
+    if (copies := int(engine.pop("data_parallel_size", 1))) > 1:
+        from fp8pipe.evaluate.copies import use_copies
+
         use_copies(copies)
     from fp8pipe.evaluate.engine import MeteredVLLM
 

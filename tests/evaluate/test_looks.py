@@ -17,7 +17,7 @@ from fp8pipe.config import TaskSpec
 from fp8pipe.errors import SourceChanged
 from fp8pipe.evaluate import Settles
 from fp8pipe.evaluate.request import EvalRequest
-from fp8pipe.machine.locks import device_locks, hold
+from fp8pipe.machine.locks import devices, hold
 from fp8pipe.records import EvalReport
 
 LOOKS = (0.25, 0.5, 1.0)
@@ -59,7 +59,7 @@ def test_a_look_that_settles_the_matter_ends_the_engine_and_frees_the_device(mod
     folder, judge = tmp_path / "evaluation", Judge(at=2)
     report = evaluate_by(looker(tmp_path), ask(model, looks=LOOKS), folder, settles=judge)
     waits = []
-    with hold(device_locks("cpu"), "another run", stage="", progress=waits.append):
+    with hold((devices("cpu"),), "another run", stage="", progress=waits.append):
         assert waits == []
     assert not processes_of(folder)
     assert (folder / "scored").read_text() == "12"

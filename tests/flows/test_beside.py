@@ -16,7 +16,7 @@ import pytest
 from support.evaluation import looker, processes_of
 from support.processes import all_gone, importing_the_repository
 
-from fp8pipe.machine.locks import device_locks, folder_lock, hold
+from fp8pipe.machine.locks import devices, folder_lock, hold
 from fp8pipe.machine.prefect_server import EmbeddedServer
 
 pytestmark = pytest.mark.prefect
@@ -103,7 +103,10 @@ def releasing(environment: dict[str, str], model: Path, then: str, engine: str) 
     script.write_text(FLOW)
     command = [sys.executable, str(script), looker(root, engine), str(root), then]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=(root / "log").open("w"), text=True, env=environment) as run:
+    with (
+        (root / "log").open("w") as log,
+        subprocess.Popen(command, stdout=pipe, stderr=log, text=True, env=environment) as run,
+    ):
         assert run.stdout is not None
         assert run.stdout.readline() == "both run\n", (root / "log").read_text()
         yield run
@@ -146,7 +149,7 @@ def test_the_end_of_the_checkpoint_ends_the_baseline(
     assert all_gone(members)
     assert not processes_of(tmp_path / "baseline")
     waits = []
-    with hold((folder_lock(tmp_path / "baseline"), *device_locks("cpu")), "", stage="", progress=waits.append):
+    with hold((folder_lock(tmp_path / "baseline"), devices("cpu")), "", stage="", progress=waits.append):
         assert waits == []
     assert not (tmp_path / "baseline" / "report.json").exists()
 

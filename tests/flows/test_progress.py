@@ -98,8 +98,7 @@ def test_events_of_other_threads_belong_to_the_task_that_made_the_listener(monke
     token = RUN.set("the task")
     report = task_progress.reporter("quantize", "model")
     RUN.reset(token)
-    done = partial(report, ProgressEvent("quantize", 2, 2, "B"))
-    in_threads(done, done, done)
+    in_threads(*(partial(report, ProgressEvent("quantize", 2, 2, "B", note)) for note in "abc"))
     assert runs == ["the task"] * 3
 
 
@@ -122,8 +121,8 @@ def test_a_prefect_that_does_not_answer_costs_the_artifact_and_not_the_work(
     report = task_progress.reporter("quantize", "model")
     prefect_logger = logging.getLogger("prefect")
     monkeypatch.setattr(prefect_logger, "propagate", True)
-    for _ in range(3):
-        report(ProgressEvent("quantize", 2, 2, "B"))
+    for note in "abc":
+        report(ProgressEvent("quantize", 2, 2, "B", note))
     assert len(terminal) == 4
     assert [record.getMessage() for record in caplog.records] == ["quantize: Prefect shows no progress: no server"]
 
