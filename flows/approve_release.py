@@ -14,6 +14,7 @@ from prefect.states import Completed
 from pydantic import Field
 
 import tasks
+from fp8pipe.config import Target
 from fp8pipe.records import Release
 from fp8pipe.release.outcome import released_by_decision
 from tasks.suspend import answer_to
@@ -29,14 +30,9 @@ class Answer(RunInput):
     reason: str = Field(min_length=1, description="Your reason; the card shows it")
 
 
-@flow(name="approve-release", flow_run_name="approve {repo_id}", persist_result=True)
-def approve_release(
-    folder: Path, repo_id: str, collection: str | None = None, description: str = ""
-) -> State[Release | None]:
-    """Ask a person whether to publish the checkpoint in `folder`, which the gate left inconclusive; act accordingly.
-
-    `description` is given to the collection if this release creates it.
-    """
+@flow(name="approve-release", flow_run_name="approve {target.repo_id}", persist_result=True)
+def approve_release(folder: Path, target: Target) -> State[Release | None]:
+    """Ask a person whether to publish the checkpoint in `folder`, which the gate left inconclusive; act accordingly."""
     form = Answer.with_initial_data(description=tasks.question(folder))
     answer = answer_to(form, key="approval", timeout_s=WEEK_S)
     by = f"{answer.who}: {answer.reason}"
@@ -44,6 +40,6 @@ def approve_release(
         return Completed(name="Declined", message=f"declined by {by}", data=None)
 
     tasks.approve(folder, answer.who, answer.reason)
-    release = tasks.publish(folder, repo_id, collection, description)
+    release = tasks.publish(folder, target)
     released_by_decision(folder, release)
     return Completed(name="Released", message=f"inconclusive, released by decision of {by}", data=release)

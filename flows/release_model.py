@@ -42,10 +42,10 @@ def release_model(spec: ReleaseSpec) -> State[Outcome]:
 def _release(job: ResolvedRelease) -> Outcome:
     """Attempt after attempt; the outcome of the last."""
     device.require(())
+    tasks.check_target(job)
     workspace = Workspace(Path(job.spec.work_dir).resolve())
     tasks.plan_evaluation(job, workspace)
     snapshot = tasks.pin(job.spec.model)
-    tasks.require_licence(snapshot, job.spec)
 
     attempts: list[Outcome] = []
     for rung in job.ladder():
@@ -78,7 +78,7 @@ def _attempt(job: ResolvedRelease, snapshot: Snapshot, workspace: Workspace, ear
     decision = _decide(job, folder, reports, earlier)
     release = None
     if stages.may_publish(folder.checkpoint):
-        release = tasks.publish(folder.checkpoint, spec.repo_id, spec.collection, spec.collection_description)
+        release = tasks.publish(folder.checkpoint, spec.target)
     elif stages.is_question(decision, job.policy):
         tasks.ask(job, folder.checkpoint, decision)
     return decided(job, snapshot, plan, checkpoint, decision, release).kept(folder.outcome)

@@ -106,10 +106,17 @@ PolicyName = Annotated[str, typer.Option("--policy", help="Name in configs/gates
 Folder = Annotated[Path, typer.Argument(help="Checkpoint folder", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to", show_default=False)]
 RepoId = Annotated[str, typer.Option("--repo-id", help="Where to publish: namespace/name", show_default=False)]
-Collection = Annotated[str | None, typer.Option("--collection", help="namespace/title, or a slug")]
+Collection = Annotated[str | None, typer.Option("--collection", help="namespace/title, a slug, or its address")]
 Spread = Annotated[
     str | None,
     typer.Option("--parallel", help="auto, or tensor=4,pipeline=2,data=2,expert; default: as the suite says"),
+]
+Visible = Annotated[
+    Literal["private", "gated", "public"] | None,
+    typer.Option("--visibility", help="Who may see a new repository", show_default="as its base model"),
+]
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Overwrite another model's repository, or files and README made by hand")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, logs on stderr")]
 WorkDir = Annotated[str, typer.Option("--work-dir", help="Folder for releases and baselines")]
@@ -444,14 +451,23 @@ def approve(
 
 @app.command()
 @guarded
-def publish(folder: Folder, repo_id: RepoId, collection: Collection = None) -> None:
+def publish(
+    folder: Folder,
+    repo_id: RepoId,
+    collection: Collection = None,
+    visibility: Visible = None,
+    replace: Replace = False,
+) -> None:
     """Publish an accepted checkpoint with its card and evidence, then verify it on the Hub."""
     from fp8pipe import stages
+    from fp8pipe.config import Target, validated
     from fp8pipe.ui.sheets import release_sheet, terminal
 
     os.scandir(folder).close()  # raises for what is no folder
+    content = {"repo_id": repo_id, "collection": collection, "visibility": visibility, "replace": replace}
+    target = validated(Target, content, "publish")
     with _stage_display("publish") as display:
-        release = stages.publish(folder, repo_id=repo_id, collection=collection, progress=display)
+        release = stages.publish(folder, target, progress=display)
     out.print(terminal(release_sheet(release)))
 
 
@@ -491,6 +507,8 @@ def release(
     suite: SuiteName = "quick",
     policy: PolicyName = "quick",
     collection: Collection = None,
+    visibility: Visible = None,
+    replace: Replace = False,
     work_dir: WorkDir = "fp8pipe-work",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for calibration")] = "auto",
     parallel: Spread = None,
@@ -514,6 +532,8 @@ def release(
         "suite": suite,
         "policy": policy,
         "collection": collection,
+        "visibility": visibility,
+        "replace": replace,
         "work_dir": work_dir,
         "device": device,
         "parallel": parallel,

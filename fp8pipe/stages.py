@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8pipe.config import EvalSuite, GatePolicy, LicenceClaim, Parallel, Recipe
+from fp8pipe.config import EvalSuite, GatePolicy, LicenceClaim, Parallel, Recipe, ResolvedRelease, Target
 from fp8pipe.errors import ConfigError, InputError, NoSuitableDevice, SourceChanged
 from fp8pipe.files import write_atomically
 from fp8pipe.progress import Overlap, Progress, quiet
@@ -51,6 +51,23 @@ def pin(model: str) -> Snapshot:
     from fp8pipe.hub.source import resolve
 
     return resolve(model)
+
+
+def check_target(job: ResolvedRelease) -> tuple[str, ...]:
+    """Refuse, before any work, a release that could not be published after it: because of its repository, under the
+    name of each recipe of the ladder, its collection, the token, who would see it, or the source's licence.
+
+    Returns notes for a person. Raises as `fp8pipe.hub.target.check_target`, `require_licence` and `pin` do.
+    """
+    from fp8pipe.hub.target import check_target
+
+    spec, snapshot = job.spec, pin(job.spec.model)
+    notes: list[str] = []
+    for target in (rung.spec.target for rung in job.ladder()):
+        clearance = check_target(target, snapshot.model_id, local=snapshot.is_local)
+        notes += [clearance.note] if clearance.note is not None else []
+        notes += require_licence(snapshot, target.repo_id, claim=spec.licence, licences=spec.licences)
+    return tuple(dict.fromkeys(notes))
 
 
 def download(snapshot: Snapshot, *, trust_remote_code: bool = False, progress: Progress = quiet) -> Snapshot:
@@ -695,7 +712,8 @@ def approve(folder: Path, *, who: str, reason: str) -> Approval:
 
 
 def card(folder: Path, *, repo_id: str, template: str | None = None) -> str:
-    """The card of a checkpoint folder as `publish` would make it; `template` as in a release. Writes nothing.
+    """The card of a checkpoint folder as `publish` would make it, were it the first of its repository; `template` as in
+    a release. Writes nothing.
 
     Raises InputError for a record that is missing, ConfigError for a template that is wrong.
     """
@@ -703,8 +721,10 @@ def card(folder: Path, *, repo_id: str, template: str | None = None) -> str:
 
     from fp8pipe.release.card import render_card
     from fp8pipe.release.card.facts import facts_of_folder
+    from fp8pipe.release.tags import tag_of
 
-    facts = facts_of_folder(folder, repo_id=repo_id)
+    tag = tag_of(Checkpoint.load(record_path(folder, "checkpoint")).fingerprint, 1)
+    facts = facts_of_folder(folder, repo_id=repo_id, tag=tag)
     return render_card(facts if template is None else replace(facts, template=_template(template)))
 
 
@@ -715,30 +735,18 @@ def _template(path: str) -> str:
         raise ConfigError(f"card template {path}: cannot be read: {error}") from error
 
 
-def publish(
-    folder: Path,
-    *,
-    repo_id: str,
-    collection: str | None,
-    collection_description: str = "",
-    progress: Progress = quiet,
-) -> Release:
+def publish(folder: Path, target: Target, *, progress: Progress = quiet) -> Release:
     """Card, upload, verification, tag and collection item for an accepted checkpoint; idempotent."""
     from fp8pipe.gate.publishable import require_publishable
     from fp8pipe.release.card import card_for_folder, collection_note
     from fp8pipe.release.licence import require
     from fp8pipe.release.publish import publish
 
-    decision = require_publishable(folder).decision
+    note = collection_note(require_publishable(folder).decision)
     terms = Terms.load(record_path(folder, "terms"))
-    require(terms, repo_id, [path.name for path in folder.iterdir() if path.is_file()])
-    card, note = card_for_folder(folder, repo_id=repo_id), collection_note(decision)
-    return publish(
-        folder,
-        repo_id=repo_id,
-        card=card,
-        note=note,
-        collection=collection,
-        collection_description=collection_description,
-        progress=progress,
-    )
+    require(terms, target.repo_id, [path.name for path in folder.iterdir() if path.is_file()])
+
+    def card(tag: str) -> str:
+        return card_for_folder(folder, repo_id=target.repo_id, tag=tag)
+
+    return publish(folder, target, card=card, note=note, progress=progress)

@@ -5,15 +5,16 @@
 
 from tasks.evaluate import evaluate_baseline, evaluate_candidate
 from tasks.gate import approve, ask, gate, plan_evaluation, question
-from tasks.publish import publish
+from tasks.publish import check_target, publish
 from tasks.quantize import calibrate, quantize
-from tasks.source import download, pin, plan, require_licence, require_machine
+from tasks.source import download, pin, plan, require_machine
 from tasks.validate import validate
 
 __all__ = [
     "approve",
     "ask",
     "calibrate",
+    "check_target",
     "download",
     "evaluate_baseline",
     "evaluate_candidate",
@@ -24,7 +25,6 @@ __all__ = [
     "publish",
     "quantize",
     "question",
-    "require_licence",
     "require_machine",
     "validate",
 ]

@@ -94,9 +94,7 @@ def ask(job: ResolvedRelease, checkpoint_folder: Path, decision: GateDecision) -
     )
     parameters = {
         "folder": str(checkpoint_folder),
-        "repo_id": job.spec.repo_id,
-        "collection": job.spec.collection,
-        "description": job.spec.collection_description,
+        "target": job.spec.target.model_dump(mode="json"),
     }
     try:
         # One question per decision, however often the release runs again.

@@ -1,4 +1,4 @@
-"""Publishing an accepted checkpoint. Every step checks before it acts, so a retry converges."""
+"""Checks where a release would be published, and publishes it. Every step checks before it acts: retries converge."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from pathlib import Path
 
 from prefect import task
 from prefect.artifacts import create_link_artifact
+from prefect.logging import get_run_logger
 
 from fp8pipe import stages
+from fp8pipe.config import ResolvedRelease, Target
 from fp8pipe.records import Release
 from tasks.progress import artifact_key, reporter
 from tasks.retries import STAGE
 
 
-@task(
-    name="publish",
-    task_run_name="publish {repo_id}",
-    **STAGE,
-)
-def publish(folder: Path, repo_id: str, collection: str | None, description: str = "") -> Release:
-    """One commit, verified on the Hub, tagged, and added to its collection; `description` is for a new collection."""
-    progress = reporter("publish", repo_id)
-    release = stages.publish(
-        folder, repo_id=repo_id, collection=collection, collection_description=description, progress=progress
-    )
+@task(name="check target", task_run_name="check target {job.spec.repo_id}", **STAGE)
+def check_target(job: ResolvedRelease) -> None:
+    """Refuse, before the first second of a GPU, what the Hub or a licence would refuse after the last one."""
+    reporter("check target", job.spec.repo_id)
+    for note in stages.check_target(job):
+        get_run_logger().warning("%s", note)
+
+
+@task(name="publish", task_run_name="publish {target.repo_id}", **STAGE)
+def publish(folder: Path, target: Target) -> Release:
+    """One commit, verified on the Hub, tagged, shown to those who may see it, and added to its collection."""
+    release = stages.publish(folder, target, progress=reporter("publish", target.repo_id))
     link = f"{release.repo_url}/tree/{release.tag}"
-    create_link_artifact(link, link_text=f"{repo_id}@{release.tag}", key=artifact_key("release", repo_id))
+    key = artifact_key("release", target.repo_id)
+    create_link_artifact(link, link_text=f"{target.repo_id}@{release.tag}", key=key)
     return release

@@ -6,7 +6,7 @@ from prefect import task
 from prefect.logging import get_run_logger
 
 from fp8pipe import stages
-from fp8pipe.config import EvalSuite, GatePolicy, Parallel, Recipe, ReleaseSpec
+from fp8pipe.config import EvalSuite, GatePolicy, Parallel, Recipe
 from fp8pipe.quantize.plan import Plan
 from fp8pipe.records import Snapshot
 from fp8pipe.records.calibration import Calibration
@@ -63,17 +63,6 @@ def require_machine(snapshot: Snapshot, plan: Plan, suite: EvalSuite, policy: Ga
     for warning in warnings:
         get_run_logger().warning("%s", warning)
     return parallel
-
-
-@task(
-    name="require-licence",
-    task_run_name="require-licence {snapshot.model_id}",
-    **STAGE,
-)
-def require_licence(snapshot: Snapshot, spec: ReleaseSpec) -> None:
-    """Refuse before any work what the source's licence does not let be published; log what is wrong with its card."""
-    for problem in stages.require_licence(snapshot, spec.repo_id, claim=spec.licence, licences=spec.licences):
-        get_run_logger().warning("%s", problem)
 
 
 @task(

@@ -8,6 +8,7 @@ Nothing heavy is imported, so a config error is reported at once.
 
 from fp8pipe.config.base import Config
 from fp8pipe.config.collection import (
+    MAX_TITLE,
     CollectionMeta,
     CollectionSpec,
     ModelEntry,
@@ -55,6 +56,8 @@ from fp8pipe.config.recipe import (
 from fp8pipe.config.release import (
     ReleaseSpec,
     ResolvedRelease,
+    Target,
+    Visibility,
     check_fit,
 )
 from fp8pipe.config.suite import (
@@ -69,6 +72,7 @@ __all__ = [
     "CONFIG_DIR",
     "LIKELIHOODS",
     "LOCAL_DATA",
+    "MAX_TITLE",
     "SAMPLE_PROMPTS",
     "ActivationScheme",
     "CalibrationSpec",
@@ -91,9 +95,11 @@ __all__ = [
     "ReleaseSpec",
     "ResolvedRelease",
     "ServingWorkload",
+    "Target",
     "TaskPolicies",
     "TaskPolicy",
     "TaskSpec",
+    "Visibility",
     "WeightScheme",
     "check_fit",
     "dataset_name",

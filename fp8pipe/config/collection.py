@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fp8pipe.config.base import Config
 from fp8pipe.config.files import load, validated
 from fp8pipe.config.recipe import load_recipe
-from fp8pipe.config.release import EngineSpec, ReleaseSpec
+from fp8pipe.config.release import EngineSpec, ReleaseSpec, Visibility
+from fp8pipe.errors import ConfigError
+
+MAX_TITLE = 59
+"""Characters that the Hub accepts in the title of a collection."""
 
 
 class ModelEntry(Config):
@@ -25,7 +29,7 @@ class CollectionMeta(Config):
     """The Hub collection to fill."""
 
     namespace: str
-    title: str = Field(max_length=59)
+    title: str = Field(min_length=1, max_length=MAX_TITLE)
     description: str = Field(default="", max_length=150)
     """Shown by the Hub under the title. Given to a collection that is created, not to one that exists."""
 
@@ -42,9 +46,26 @@ class CollectionSpec(Config):
     """Repository of a release, from {namespace}, {model} (last part of its id), {suffix} (of the recipe), {recipe}."""
     licences: str | None = None
     """File that says what each licence asks of a copy; None: the shipped one."""
+    visibility: Visibility | None = None
+    """Who may see the repositories that the releases create; by default, each as its base model."""
+    replace: bool = False
+    """Overwrite repositories of other models, or with files or a README made by hand."""
     work_dir: str = "fp8pipe-work"
     engine: EngineSpec = EngineSpec()
     """The environment of vLLM and lm-eval, for every release that names none of its own."""
+
+    @model_validator(mode="after")
+    def _one_repository_each(self) -> Self:
+        """Refuse two releases that would overwrite each other. The Hub takes names that differ in case as one."""
+        named: dict[str, ReleaseSpec] = {}
+        for one in self.releases():
+            first = named.setdefault(one.repo_id.lower(), one)
+            if first is not one:
+                raise ConfigError(
+                    f"{one.model} with {one.recipe} and {first.model} with {first.recipe} would both be released as "
+                    f"{one.repo_id}; put {{model}} and {{suffix}} or {{recipe}} into repo_name, or override repo_id"
+                )
+        return self
 
     def releases(self) -> tuple[ReleaseSpec, ...]:
         """One release spec for every model and recipe."""
@@ -71,6 +92,8 @@ class CollectionSpec(Config):
             "collection": f"{self.collection.namespace}/{self.collection.title}",
             "collection_description": self.collection.description,
             "licences": self.licences,
+            "visibility": self.visibility,
+            "replace": self.replace,
             "work_dir": self.work_dir,
             "engine": self.engine.model_dump(),
         }

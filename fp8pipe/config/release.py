@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from pydantic import Field
 
@@ -15,6 +16,9 @@ from fp8pipe.config.recipe import Recipe, load_recipe
 from fp8pipe.config.suite import EvalSuite, load_suite
 from fp8pipe.errors import ConfigError
 
+Visibility = Literal["private", "gated", "public"]
+"""Who may read a repository: its owners; who asked and was granted access; everybody. From few to many."""
+
 
 class EngineSpec(Config):
     """Where vLLM and lm-eval run."""
@@ -26,18 +30,29 @@ class EngineSpec(Config):
     )
 
 
-class ReleaseSpec(Config):
+class Target(Config):
+    """Where a release is published, and who may see it there."""
+
+    repo_id: str = Field(description="Repository to publish to: namespace/name", pattern=r"^[\w.-]+/[\w.-]+$")
+    collection: str | None = Field(default=None, description="Collection: namespace/title, a slug, or its address")
+    collection_description: str = Field(
+        default="", max_length=150, description="Description of the collection, if this release creates it"
+    )
+    visibility: Visibility | None = Field(
+        default=None, description="Who may see a repository that this release creates; by default, as its base model"
+    )
+    replace: bool = Field(
+        default=False, description="Overwrite a repository of another model, or with files or a README made by hand"
+    )
+
+
+class ReleaseSpec(Target):
     """One model, one recipe, one release: the parameter of the flow `release_model`."""
 
     model: str = Field(description="Hub id, Hub id@revision, or folder")
     recipe: str = Field(default="fp8-dynamic", description="Name in configs/recipes or path")
     suite: str = Field(default="quick", description="Name in configs/suites or path")
     policy: str = Field(default="quick", description="Name in configs/gates or path")
-    repo_id: str = Field(description="Repository to publish to: namespace/name", pattern=r"^[\w.-]+/[\w.-]+$")
-    collection: str | None = Field(default=None, description="Collection: namespace/title, or a slug")
-    collection_description: str = Field(
-        default="", max_length=150, description="Description of the collection, if this release creates it"
-    )
     licence: LicenceClaim | None = Field(
         default=None, description="The source's licence, where its card leaves it open: id, reason, file"
     )
@@ -52,6 +67,11 @@ class ReleaseSpec(Config):
         default=None, description="How the engines are spread over GPUs; default: as the suite says"
     )
     oracles: bool = Field(default=True, description="Ask vLLM's own model about a checkpoint before it is measured")
+
+    @property
+    def target(self) -> Target:
+        """Where it is published."""
+        return Target(**self.model_dump(include=set(Target.model_fields)))
 
     def resolve(self) -> ResolvedRelease:
         """Read the files that the spec names. Raises ConfigError if one is wrong or they do not fit together."""

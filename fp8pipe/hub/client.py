@@ -2,7 +2,8 @@
 
 In: the environment (HF_ENDPOINT, HF_TOKEN or the stored login, HF_HUB_CACHE). Out: a quiet `HfApi`, and `translated`,
 which turns the library's errors into those of `errors.py`, with what was asked, which Hub was asked, and what to do
-next. Nothing is retried here: HubUnreachable is transient, and the caller of a stage decides how often to try.
+next. Nothing is retried here: HubUnreachable is transient, and the caller of a stage decides how often to try. Only a
+Hub that says how long to wait (HTTP 429) is waited for, as its quotas are hourly, and no caller would try that long.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ import errno
 import functools
 import json
 import os
+import re
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8pipe.errors import (
     AccessDenied,
@@ -37,6 +41,10 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 120.0
 """The longest pause within one answer of the Hub. By itself, huggingface_hub waits forever."""
+LONGEST_WAIT_S = 2 * 3600.0
+"""A Hub that asks to wait for longer is answered with an error."""
+
+_on_wait: ContextVar[Callable[[float], None] | None] = ContextVar("on_wait", default=None)
 
 
 def endpoint() -> str:
@@ -73,15 +81,62 @@ def _make_quiet_and_impatient() -> None:
     from huggingface_hub.utils import disable_progress_bars, logging
     from huggingface_hub.utils._http import default_client_factory
 
-    def with_timeout() -> httpx2.Client:
-        session = default_client_factory()
-        session.timeout = httpx2.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
-        return session
+    class Client(httpx2.Client):
+        """A client that waits for as long as the Hub asks, and sends the request again."""
+
+        def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:  # Any: those of the base class
+            while True:
+                response = super().send(request, **options)
+                # a body that comes from a file or generator is gone; huggingface_hub itself sends those again
+                wait = _asked_wait(response) if isinstance(request.stream, httpx2.ByteStream) else None
+                if wait is None or wait > LONGEST_WAIT_S:
+                    return response
+                response.close()
+                if (told := _on_wait.get()) is not None:
+                    told(wait)
+                time.sleep(wait)
+
+    def patient() -> httpx2.Client:
+        usual = default_client_factory()
+        timeout = httpx2.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        return Client(event_hooks=usual.event_hooks, follow_redirects=usual.follow_redirects, timeout=timeout)
 
     disable_progress_bars()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", module=r"huggingface_hub\.|httpx2\.")
-    set_client_factory(with_timeout)
+    set_client_factory(patient)
+
+
+_AGAIN_IN = re.compile(r"retry this action in (\d+) (second|minute|hour)s?", re.IGNORECASE)
+"""How the Hub words the quota of commits; its headers then speak of another quota, of requests."""
+_UNITS_S = {"second": 1, "minute": 60, "hour": 3600}
+
+
+def _asked_wait(response: httpx2.Response) -> float | None:
+    """How many seconds the Hub asks to wait before the same request may succeed; None if it asks for no wait."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    if response.status_code != 429:
+        return None
+    said = _AGAIN_IN.search(response.read().decode(errors="replace"))
+    limit = parse_ratelimit_headers(response.headers)
+    after = response.headers.get("retry-after", "")
+    waits = [
+        int(said[1]) * _UNITS_S[said[2].lower()] if said else 0,
+        limit.reset_in_seconds if limit is not None and limit.remaining == 0 else 0,
+        int(after) if after.isdecimal() else 0,
+    ]
+    return max(waits) + 1.0 if any(waits) else None  # a second more, as all of these are rounded
+
+
+@contextmanager
+def waits_told_to(tell: Callable[[float], None]) -> Iterator[None]:
+    """Call `tell` with the seconds that the Hub asks to wait for, before each wait."""
+    before = _on_wait.set(tell)
+    try:
+        yield
+    finally:
+        _on_wait.reset(before)
 
 
 @contextmanager

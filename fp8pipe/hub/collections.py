@@ -1,24 +1,40 @@
-"""Adds a model to a collection on the Hub."""
+"""Finds a collection on the Hub, and adds a model to it."""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING
 
+from fp8pipe.config import MAX_TITLE
 from fp8pipe.errors import InputError
+from fp8pipe.hub.client import endpoint
 
 if TYPE_CHECKING:
     from huggingface_hub import Collection, HfApi
+
+    from fp8pipe.hub.account import Account
 
 MAX_NOTE = 500
 """Characters that the Hub accepts in the note of a collection item."""
 
 
+def check_collection(api: HfApi, name: str, account: Account) -> None:
+    """Raise InputError or AccessDenied unless `add_to_collection` could use the collection `name`. Changes nothing."""
+    namespace, title, is_slug = _parse(name)
+    account.require(namespace)
+    if is_slug:
+        api.get_collection(f"{namespace}/{title}")
+    elif len(title) > MAX_TITLE:
+        raise InputError(
+            f"collection {name}: a title of {len(title)} characters, the Hub takes {MAX_TITLE}; shorten it"
+        )
+
+
 def add_to_collection(api: HfApi, repo_id: str, name: str, note: str, *, description: str = "") -> Collection:
     """Make sure that the collection exists and lists the model with this note.
 
-    `name` is `namespace/title`, or a slug as in the collection's address. If no collection of the namespace has the
-    title, one is created with `description`. Raises InputError if `name` is neither title nor slug.
+    `name` is `namespace/title`, a slug, or the collection's address. If no collection of the namespace has the title,
+    one is created with `description`. Raises InputError if `name` is none of these.
     """
     collection = _find_or_create(api, name, description)
     item = next((item for item in collection.items if item.item_type == "model" and item.item_id == repo_id), None)
@@ -31,12 +47,21 @@ def add_to_collection(api: HfApi, repo_id: str, name: str, note: str, *, descrip
 
 def _find_or_create(api: HfApi, name: str, description: str) -> Collection:
     """The collection, with all its items."""
-    namespace, slash, title = name.partition("/")
-    if not (namespace and slash and title):
-        raise InputError(f"collection {name}: expected namespace/title, or a slug as in the collection's address")
-    if re.fullmatch(r"(?:[a-z0-9-]+-)?[0-9a-f]{24}", title):
-        return api.get_collection(name)
+    namespace, title, is_slug = _parse(name)
+    if is_slug:
+        return api.get_collection(f"{namespace}/{title}")
     for collection in api.list_collections(owner=namespace):
         if collection.title == title:
             return api.get_collection(collection.slug)  # a listing shows only the first four items
     return api.create_collection(title, namespace=namespace, description=description or None, exists_ok=True)
+
+
+def _parse(name: str) -> tuple[str, str, bool]:
+    """Namespace, title or the slug's last part, and whether it is a slug. Raises InputError for anything else."""
+    short = name.removeprefix(f"{endpoint()}/collections/").rstrip("/")
+    namespace, _, title = short.partition("/")
+    if not (namespace and title.strip()) or "://" in short:
+        raise InputError(
+            f"collection {name}: expected namespace/title, a slug or its address ({endpoint()}/collections/ORG/SLUG)"
+        )
+    return namespace, title, re.fullmatch(r"(?:[a-z0-9-]+-)?[0-9a-f]{24}", title) is not None

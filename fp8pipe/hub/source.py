@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from fp8pipe.errors import (
+    HubUnreachable,
     InputError,
     MalformedCheckpoint,
     ModelNotFound,
     SourceChanged,
     UnsafeWeights,
 )
-from fp8pipe.hub.client import client, translated
+from fp8pipe.hub.client import cache_folder, client, translated
 from fp8pipe.model.headers import INDEX_NAME, read_index
 from fp8pipe.model.identity import folder_identity
 from fp8pipe.model.untrusted import MAX_FILE_BYTES, parse_config, too_long
@@ -45,8 +46,9 @@ def resolve(model: str) -> Snapshot:
     """The present state of `model`: a Hub id, `id@revision`, or a folder. Downloads nothing.
 
     An existing folder wins over a Hub id of the same spelling. A name that starts with `/`, `.` or `~` is always a
-    folder. Raises ModelNotFound, RevisionNotFound, AccessDenied, HubUnreachable; UnsafeWeights if all weights are
-    pickles; InputError if there are no weights or no config.json.
+    folder. With HF_HUB_OFFLINE, a Hub id is looked up in the cache. Raises ModelNotFound, RevisionNotFound,
+    AccessDenied, HubUnreachable; UnsafeWeights if all weights are pickles; InputError if there are no weights or no
+    config.json.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
@@ -67,11 +69,15 @@ def _split(model: str) -> tuple[str, str | None]:
 
 
 def _resolve_on_hub(model_id: str, revision: str | None) -> Snapshot:
+    from huggingface_hub.errors import OfflineModeIsEnabled
     from huggingface_hub.hf_api import RepoFile
 
     api = client()
     with translated(f"model {model_id}" + (f"@{revision}" if revision else "")):
-        info = api.model_info(model_id, revision=revision)
+        try:
+            info = api.model_info(model_id, revision=revision)
+        except OfflineModeIsEnabled:
+            return _resolve_in_cache(model_id, revision)
         assert info.sha is not None
         if info.gated:  # the list of files is public, so without this check only the download would fail
             api.auth_check(model_id)
@@ -82,6 +88,28 @@ def _resolve_on_hub(model_id: str, revision: str | None) -> Snapshot:
             if isinstance(entry, RepoFile)
         ]
     return Snapshot(model_id=model_id, commit=info.sha, files=tuple(files))
+
+
+def _resolve_in_cache(model_id: str, revision: str | None) -> Snapshot:
+    """The model as the Hub cache has it. Raises HubUnreachable unless the cache has exactly one commit that fits."""
+    cached = cache_folder() / f"models--{model_id.replace('/', '--')}"
+    commits = sorted(path.name for path in (cached / "snapshots").glob("*") if path.is_dir())
+    named = cached / "refs" / (revision or "main")
+    wanted = named.read_text().strip() if named.is_file() else revision
+    found = [commit for commit in commits if wanted is None or commit == wanted]
+    if len(found) != 1:
+        there = (
+            f"has the commits {', '.join(commits)}; name one as {model_id}@COMMIT" if commits else "does not have it"
+        )
+        raise HubUnreachable(
+            f"model {model_id}{f'@{revision}' if revision else ''}: HF_HUB_OFFLINE is set, and the cache {there}, or "
+            "unset it"
+        )
+    snapshot = _resolve_folder(cached / "snapshots" / found[0])
+    files = tuple(
+        file.model_copy(update={"oid": (snapshot.path / file.name).resolve().name}) for file in snapshot.files
+    )  # the cache names each content by the Hub's own hash of it
+    return snapshot.model_copy(update={"model_id": model_id, "commit": found[0], "files": files})
 
 
 def _resolve_folder(folder: Path) -> Snapshot:

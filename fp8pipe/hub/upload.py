@@ -1,26 +1,45 @@
 """Uploads one folder into one repository of the Hub, and verifies it by the Hub's own checksums.
 
 Every step checks the state of the Hub before it acts. Run again after a crash, an upload continues from that state; run
-again on the same bytes, it makes no second commit.
+again on the same bytes, it makes no second commit. A repository that only its owners can read gets its commit directly.
+Any other gets a pull request, which is merged after the Hub's checksums were compared, so that main never shows
+anything unverified.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextvars import copy_context
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from fp8pipe.errors import EnvironmentFault, InputError
-from fp8pipe.records import RECORD_DIR, FileHash
+from fp8pipe.config import Target
+from fp8pipe.errors import AccessDenied, EnvironmentFault
+from fp8pipe.hub.client import endpoint
+from fp8pipe.hub.target import GITATTRIBUTES, Clearance, files_at, require_replaceable, visibility_of
+from fp8pipe.records import FileHash
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, Discussion, HfApi
     from huggingface_hub.hf_api import RepoFile
 
-CARD = "README.md"
-MARK = f"{RECORD_DIR}/checkpoint.json"
-"""A repository with this file was made by fp8pipe."""
+UPLOADS = 4
+"""Groups of files that are sent at the same time."""
+GROUP_BYTES = 64_000_000
+"""Files are sent in groups of about this size: a request about a group costs as much as one about a file."""
+ROUNDS = 4
+"""How often a commit is tried. Each round reads again what the Hub has, as an answer may have been lost, or another
+publisher may have come first."""
+OURS = re.compile(r"fp8-[0-9a-f]{8}-\d+: ")
+"""How the titles of our commits and pull requests begin."""
+
+
+Changes = tuple[list[str], list[str]]
+"""Names to add or replace, and names to delete."""
 
 
 class Say(Protocol):
@@ -30,118 +49,222 @@ class Say(Protocol):
 
 
 @dataclass(frozen=True)
+class Refs:
+    """The names of a repository's commits."""
+
+    head: str
+    """The commit of main."""
+    tags: Mapping[str, str]
+    """Tag -> commit."""
+
+
+@dataclass(frozen=True)
 class Upload:
-    """The upload of `folder`, whose files have these hashes, into `repo_id`."""
+    """The upload of `folder` to its target."""
 
     api: HfApi
-    repo_id: str
+    target: Target
+    clearance: Clearance
+    model_id: str
+    """The base model. Another model's release is not replaced."""
     folder: Path
-    files: tuple[FileHash, ...]
-    title: str
-    """The first words of the commit message."""
     say: Say
+
+    @property
+    def repo_id(self) -> str:
+        return self.target.repo_id
 
     def create_repository(self) -> None:
         """Create a private repository if there is none."""
         self.say("create repository")
         self.api.create_repo(self.repo_id, private=True, exist_ok=True)
 
-    def commit(self, tag: str) -> tuple[str, bool]:
-        """The commit that holds exactly the folder, and whether this call made it.
+    def refs(self) -> Refs:
+        """The head of main and the tags, as they are now."""
+        found = self.api.list_repo_refs(self.repo_id)
+        head = next(branch.target_commit for branch in found.branches if branch.name == "main")
+        return Refs(head, {tag.name: tag.target_commit for tag in found.tags})
 
-        If the tag exists, its commit is the release, and nothing is uploaded. Raises InputError if that commit holds
-        other files, or if the repository holds files that fp8pipe did not make.
+    def commit(self, files: Sequence[FileHash], title: str) -> tuple[str, bool]:
+        """The commit on main that holds exactly `files`, and whether this call made it.
+
+        A commit that fails may still have been applied, its answer lost; or another commit came first. Either way, read
+        the head again, work out what is left to do, and try again.
         """
-        target = self._tagged(tag)
-        if target is None:
-            return self._committed()
-        to_add, to_delete = self._changes(target)
-        if to_add or to_delete:
-            raise InputError(
-                f"{self.repo_id}: tag {tag} exists and holds other files ({', '.join([*to_add, *to_delete][:3])}); "
-                "a tag never moves: quantize again, or delete the tag to release this folder in its place"
-            )
-        return target, False
+        first, failure = self.refs().head, None
+        for _ in range(ROUNDS):
+            head = self.refs().head
+            changes = self._changes(head, files)
+            if not any(changes):
+                self._close_stale(head)
+                return head, head != first
+            if not self.target.replace:
+                require_replaceable(self.api, self.repo_id, head, self.model_id)
+            failure = self._try(head, files, changes, title)
+        if failure is not None:
+            raise failure
+        raise EnvironmentFault(f"{self.repo_id}: main kept changing while this release was committed; publish again")
 
-    def verify(self, commit: str) -> None:
+    def holds(self, commit: str, files: Sequence[FileHash]) -> bool:
+        """Whether `commit` has exactly these files, by the Hub's own checksums."""
+        return not any(self._changes(commit, files))
+
+    def verify(self, commit: str, files: Sequence[FileHash]) -> None:
         """Raise EnvironmentFault unless the Hub's checksum of every file of `commit` is that of the folder's file."""
         self.say("verify", whole=True)
-        to_add, to_delete = self._changes(commit)
+        to_add, to_delete = self._changes(commit, files)
         if to_add or to_delete:
             raise EnvironmentFault(
                 f"{self.repo_id}@{commit[:12]}: the Hub's checksums of {len(to_add)} files differ from what was sent "
                 f"({', '.join(to_add[:3])}) and {len(to_delete)} files are extra; nothing was tagged, publish again"
             )
 
-    def tag(self, tag: str, commit: str) -> None:
-        """Make `tag` point to `commit`. Raises InputError if it points to another commit."""
+    def tag(self, tag: str, commit: str) -> bool:
+        """Make `tag` if there is none. Whether it points to `commit` now: a tag never moves."""
         self.say("tag")
-        if self._tagged(tag) is None:
+        if tag not in self.refs().tags:
             self.api.create_tag(self.repo_id, tag=tag, revision=commit, exist_ok=True)
-        if (target := self._tagged(tag)) != commit:
-            raise InputError(f"{self.repo_id}: tag {tag} points to {target}, not to {commit}; a tag never moves")
+        return self.refs().tags.get(tag) == commit
 
-    def make_public(self) -> None:
-        """Make the repository public."""
-        self.say("make public")
-        if self.api.model_info(self.repo_id).private:
-            self.api.update_repo_settings(self.repo_id, private=False)
+    def show(self) -> None:
+        """Let the repository be seen by those who may see the release. Raises AccessDenied if the Hub forbids it."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        wanted = self.clearance.visibility
+        self.say(f"make {wanted}")
+        if visibility_of(self.api.model_info(self.repo_id)) == wanted:
+            return
+        try:
+            gated = self.clearance.gating if wanted == "gated" else False
+            self.api.update_repo_settings(self.repo_id, private=wanted == "private", gated=gated)
+        except HfHubHTTPError as error:
+            if error.response.status_code not in {400, 402, 403}:
+                raise
+            raise AccessDenied(
+                f"{self.repo_id}: {endpoint()} does not let it be {wanted}: {error.server_message or error}; the "
+                "release is complete and tagged, and private. Publish it with visibility: private, or ask an owner of "
+                f"{self.repo_id.partition('/')[0]} to allow it, and publish again"
+            ) from error
 
     # -------------------------------------------------------------------------------------- the commit
 
-    def _committed(self) -> tuple[str, bool]:
-        """Give main exactly the folder's content, by at most one commit on the head that was compared with it.
-
-        A commit that fails may still have been applied, its answer lost; or another commit came first. Either way, read
-        the head again, work out what is left to do, and try once more.
-        """
-        first, failure = self._head(), None
-        for _ in range(2):
-            head = self._head()
-            to_add, to_delete = self._changes(head)
-            if not to_add and not to_delete:
-                return head, head != first
-            failure = self._try_commit(head, to_add, to_delete)
-        head = self._head()
-        if failure is not None and any(self._changes(head)):
-            raise failure
-        return head, True
-
-    def _try_commit(self, parent: str, to_add: list[str], to_delete: list[str]) -> Exception | None:
-        """Commit on `parent`. Returns the error if it leaves open whether the commit was applied; raises any other."""
+    def _try(self, head: str, files: Sequence[FileHash], changes: Changes, title: str) -> Exception | None:
+        """One attempt on `head`. Returns the error if it leaves open what was applied; raises any other."""
         import httpx2
-        from huggingface_hub import CommitOperationDelete
         from huggingface_hub.errors import HfHubHTTPError
 
-        additions = self._preuploaded(to_add)
-        self.say("commit")
         try:
-            self.api.create_commit(
-                self.repo_id,
-                [*additions, *(CommitOperationDelete(path_in_repo=name) for name in to_delete)],
-                commit_message=f"{self.title}: FP8 checkpoint with its evidence",
-                parent_commit=parent,
-            )
+            if self.api.model_info(self.repo_id).private:
+                self._send(head, files, changes, title)
+            else:
+                self._propose(head, files, changes, title)
         except HfHubHTTPError as error:
-            if error.response.status_code != 412 and error.response.status_code < 500:
+            # 409 and 412: another commit or merge came first; 5xx: the answer may be lost, not the commit
+            if error.response.status_code not in {409, 412} and error.response.status_code < 500:
                 raise
             return error
         except httpx2.TransportError as error:
             return error
         return None
 
-    def _preuploaded(self, names: list[str]) -> list[CommitOperationAdd]:
+    def _send(
+        self,
+        parent: str,
+        files: Sequence[FileHash],
+        changes: Changes,
+        title: str,
+        *,
+        pull: bool = False,
+    ) -> None:
+        """Commit on `parent`: to main, or as a new pull request."""
+        from huggingface_hub import CommitOperationDelete
+
+        to_add, to_delete = changes
+        additions = self._preuploaded([file for file in files if file.name in to_add], pull=pull)
+        self.say("commit")
+        self.api.create_commit(
+            self.repo_id,
+            [*additions, *(CommitOperationDelete(path_in_repo=name) for name in to_delete)],
+            commit_message=title,
+            parent_commit=parent,
+            create_pr=pull,
+        )
+
+    def _propose(self, head: str, files: Sequence[FileHash], changes: Changes, title: str) -> None:
+        """Open a pull request on `head`, unless there is one with these files; verify it and merge it.
+
+        All publishers of the same files merge the same pull request, the first one.
+        """
+        if not self._ready(head, files):
+            self._send(head, files, changes, title, pull=True)
+        self.say("verify pull request")
+        for pull in self._ready(head, files)[:1]:
+            if self.refs().head == head:
+                self._merge(pull.num)
+
+    def _merge(self, number: int) -> None:
+        from huggingface_hub.errors import BadRequestError
+
+        self.say("merge")
+        try:
+            self.api.merge_pull_request(self.repo_id, number)
+        except BadRequestError:
+            if any(pull.num == number for pull in self._pulls()):
+                raise
+            # another publisher merged or closed it in the meantime; the next round sees which
+
+    def _ready(self, head: str, files: Sequence[FileHash]) -> list[Discussion]:
+        """Our open pull requests that would make main hold exactly `files`, the first one first."""
+        ready = [
+            pull for pull in self._pulls() if self._parent(pull) == head and self.holds(f"refs/pr/{pull.num}", files)
+        ]
+        return sorted(ready, key=lambda pull: pull.num)
+
+    def _close_stale(self, head: str) -> None:
+        """Close our pull requests that are based on another commit than main's `head`: nobody will merge them."""
+        if self.api.model_info(self.repo_id).private:
+            return
+        for pull in self._pulls():
+            if self._parent(pull) != head:
+                self.api.change_discussion_status(
+                    self.repo_id, pull.num, "closed", comment="Another release came first, or this one was interrupted."
+                )
+
+    def _pulls(self) -> Iterator[Discussion]:
+        """Our open pull requests."""
+        found = self.api.get_repo_discussions(
+            self.repo_id, author=self.clearance.user, discussion_type="pull_request", discussion_status="open"
+        )
+        return (pull for pull in found if OURS.match(pull.title))
+
+    def _parent(self, pull: Discussion) -> str | None:
+        """The commit of main that a pull request of ours, which has one commit, is based on."""
+        history = self.api.list_repo_commits(self.repo_id, revision=f"refs/pr/{pull.num}")
+        return history[1].commit_id if len(history) > 1 else None
+
+    # -------------------------------------------------------------------------------------- the files
+
+    def _preuploaded(self, files: Sequence[FileHash], *, pull: bool) -> list[CommitOperationAdd]:
         """The files to add, after uploading the large ones. Those of an earlier run are still on the Hub."""
-        additions = {file.name: self._addition(file) for file in self.files if file.name in names}
-        small = [addition for name, addition in additions.items() if not name.endswith(".safetensors")]
+        additions = [self._addition(file) for file in files]
+        weights = [addition for addition in additions if addition.path_in_repo.endswith(".safetensors")]
+
+        def send(group: Sequence[CommitOperationAdd]) -> int:
+            self.api.preupload_lfs_files(self.repo_id, group, create_pr=pull, num_threads=1, free_memory=False)
+            return sum(addition.upload_info.size for addition in group)
+
         self.say("upload small files")
-        self.api.preupload_lfs_files(self.repo_id, small, free_memory=False)
-        for name, addition in additions.items():
-            if name.endswith(".safetensors"):
-                self.say(f"upload {name}")
-                self.api.preupload_lfs_files(self.repo_id, [addition], free_memory=False)
-                self.say(f"uploaded {name}", sent=addition.upload_info.size)
-        return list(additions.values())
+        send([addition for addition in additions if addition not in weights])
+        self.say("upload weights")
+        with ThreadPoolExecutor(UPLOADS) as pool:
+            sending = {pool.submit(copy_context().run, send, group): group for group in _groups(weights)}
+            try:
+                for done in as_completed(sending):
+                    self.say(f"uploaded {sending[done][-1].path_in_repo}", sent=done.result())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # what is on its way arrives, and nothing new starts
+                raise
+        return additions
 
     def _addition(self, file: FileHash) -> CommitOperationAdd:
         from huggingface_hub import CommitOperationAdd
@@ -152,35 +275,14 @@ class Upload:
 
     # -------------------------------------------------------------------------------------- what the Hub holds
 
-    def _head(self) -> str:
-        sha = self.api.model_info(self.repo_id).sha
-        assert sha is not None
-        return sha
-
-    def _tagged(self, tag: str) -> str | None:
-        """The commit that `tag` points to; None if there is no such tag."""
-        return {ref.name: ref.target_commit for ref in self.api.list_repo_refs(self.repo_id).tags}.get(tag)
-
-    def _changes(self, commit: str) -> tuple[list[str], list[str]]:
-        """The names to add or replace, and the names to delete, that would make `commit` equal to the folder."""
-        remote = self._remote(commit)
-        foreign = set(remote) - {".gitattributes", CARD}
-        if foreign and MARK not in remote:
-            raise InputError(
-                f"{self.repo_id}: holds files that fp8pipe did not make ({', '.join(sorted(foreign)[:3])}), and "
-                "a release would replace them; name another repository, or delete this one first"
-            )
-        to_add = [file.name for file in self.files if not self._holds(remote.get(file.name), file)]
-        to_delete = sorted(set(remote) - {file.name for file in self.files} - {".gitattributes"})
+    def _changes(self, commit: str, files: Sequence[FileHash]) -> Changes:
+        """What would make `commit` hold exactly `files`."""
+        remote = files_at(self.api, self.repo_id, commit)
+        to_add = [file.name for file in files if not self._same(remote.get(file.name), file)]
+        to_delete = sorted(set(remote) - {file.name for file in files} - {GITATTRIBUTES})
         return to_add, to_delete
 
-    def _remote(self, commit: str) -> dict[str, RepoFile]:
-        from huggingface_hub.hf_api import RepoFile
-
-        tree = self.api.list_repo_tree(self.repo_id, revision=commit, recursive=True)
-        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-
-    def _holds(self, remote: RepoFile | None, file: FileHash) -> bool:
+    def _same(self, remote: RepoFile | None, file: FileHash) -> bool:
         """Whether the Hub's checksum is that of this file: the sha256 of a large file, git's sha1 of another."""
         if remote is None or remote.size != file.size:
             return False
@@ -188,3 +290,15 @@ class Upload:
             return remote.lfs.sha256 == file.sha256
         content = (self.folder / file.name).read_bytes()
         return remote.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def _groups(additions: Sequence[CommitOperationAdd]) -> Iterator[list[CommitOperationAdd]]:
+    """Files in their order, in groups of about GROUP_BYTES."""
+    group: list[CommitOperationAdd] = []
+    for addition in additions:
+        group.append(addition)
+        if sum(one.upload_info.size for one in group) >= GROUP_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group

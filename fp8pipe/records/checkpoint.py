@@ -29,11 +29,6 @@ class Checkpoint(Record):
     seconds: float
     """From plan to fsynced files, without work of earlier runs. For people; not part of any identity."""
 
-    @property
-    def release_tag(self) -> str:
-        """The tag of its release on the Hub."""
-        return f"fp8pipe-{self.fingerprint[:12]}"
-
 
 class FileHash(Record):
     """The content hash of one file."""
@@ -44,8 +39,10 @@ class FileHash(Record):
 
 
 class Manifest(Record):
-    """Content hashes of a finished folder, so that weights are hashed once. `DIR/fp8pipe/manifest.json`."""
+    """What a release consists of, by content; also saves hashing weights again. `DIR/fp8pipe/manifest.json`."""
 
+    tag: str
+    """The tag of the release."""
     fingerprint: str
     identity: str
     """Identity of the folder when it was hashed, from its config and weight headers, sizes and times."""

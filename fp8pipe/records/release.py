@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
+from fp8pipe.config import Visibility
 from fp8pipe.records.base import Record
 from fp8pipe.records.checkpoint import FileHash
 from fp8pipe.records.decision import GateDecision, Verdict
@@ -21,6 +22,10 @@ class Release(Record):
     endpoint: str
     repo_id: str
     repo_url: str
+    visibility: Visibility
+    """Who may see it."""
+    visibility_note: str | None
+    """Why that differs from what a person may expect."""
     commit: str
     tag: str
     collection_slug: str | None
@@ -29,7 +34,7 @@ class Release(Record):
     files: tuple[FileHash, ...]
     """The published files, each verified against the Hub's own checksum."""
     new_commit: bool
-    """False if the Hub already had these bytes."""
+    """False if the Hub already had this content."""
 
 
 class Outcome(Record):

@@ -1,29 +1,33 @@
 """Publish a checkpoint folder: an accepted folder in, a release out, verified on the Hub.
 
-    evidence -> hashes -> private repository -> large files -> one commit -> verify -> tag -> public -> collection
+    evidence -> target -> hashes -> card -> private repository -> large files -> one commit -> verify -> tag
+    -> visibility -> collection
 
-Without the evidence in DIR/fp8pipe/ nothing is published. Every step checks the Hub before it acts: a run after a crash
-resumes where the last one stopped, and the same bytes make no second commit. Only the folder's own files are uploaded,
-and nothing here writes a time or a count that would differ the next time.
+Without the evidence in DIR/fp8pipe/ nothing is published, and what the Hub could refuse is asked before the first
+byte. Every step checks the Hub before it acts: a run after a crash resumes where the last one stopped, and the same
+content makes no second commit and no second tag. Only the folder's own files are uploaded, and nothing here writes a
+time or a count that would differ the next time.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 
-from fp8pipe.errors import InputError
+from fp8pipe.config import Target
+from fp8pipe.errors import EnvironmentFault, InputError
 from fp8pipe.files import write_atomically
 from fp8pipe.gate.publishable import require_publishable
-from fp8pipe.hub.client import client, endpoint, translated
+from fp8pipe.hub.client import client, endpoint, translated, waits_told_to
 from fp8pipe.hub.collections import MAX_NOTE, add_to_collection
-from fp8pipe.hub.upload import CARD, Say, Upload
+from fp8pipe.hub.target import CARD, MANIFEST, check_card, check_target
+from fp8pipe.hub.upload import ROUNDS, Refs, Say, Upload
 from fp8pipe.model.identity import folder_identity
-from fp8pipe.progress import Progress, ProgressEvent, quiet
-from fp8pipe.records import RECORD_DIR, FileHash, Manifest, Release
-
-MANIFEST = f"{RECORD_DIR}/manifest.json"
+from fp8pipe.progress import Progress, ProgressEvent, human_seconds, quiet
+from fp8pipe.records import RECORD_DIR, Checkpoint, FileHash, Manifest, Release
+from fp8pipe.release.tags import following, newest
 
 KEPT_PRIVATE = (
     *("*.tmp", "*.part", "*.partial", "*.incomplete", "*.lock", "*.log", "*.journal", "*.pyc"),
@@ -31,47 +35,62 @@ KEPT_PRIVATE = (
 )
 """Never uploaded, like everything hidden: unfinished files, traces of this machine, and the record of the upload."""
 
+CREATED = f"{RECORD_DIR}/.created"
+"""Names the repository that publishing this folder created and has not shown yet: only such a repository, whose owner
+cannot have chosen yet who may see it, is shown."""
+
 
 def publish(
     folder: Path,
+    target: Target,
     *,
-    repo_id: str,
-    card: str,
+    card: Callable[[str], str],
     note: str,
-    collection: str | None = None,
-    collection_description: str = "",
     progress: Progress = quiet,
 ) -> Release:
-    """Put `folder` on the Hub as `repo_id`, and prove that it is there. Safe to repeat.
+    """Put `folder` on the Hub, and prove that it is there. Safe to repeat.
 
-    `card` becomes README.md. `collection` is `namespace/title` or a slug, and is created with
-    `collection_description` if there is none; `note` is shown in it. The record that is returned is not saved here.
+    `card` renders README.md for the tag of the release. The collection is created if there is none; `note` is shown in
+    it. The record that is returned is not saved here.
 
-    Raises Refused if the evidence does not allow it; InputError for a repository that holds something else, a tag that
-    points elsewhere, or a note that is too long; AccessDenied; HubUnreachable; EnvironmentFault if the Hub holds other
+    Raises Refused if the evidence does not allow it; InputError for a target that does not fit, a card that the Hub
+    does not accept, or a note that is too long; AccessDenied; HubUnreachable; EnvironmentFault if the Hub holds other
     bytes than it was sent.
     """
     evidence = require_publishable(folder)
     checkpoint = evidence.checkpoint
     if len(note) > MAX_NOTE:
         raise InputError(f"collection note: {len(note)} characters, the Hub takes {MAX_NOTE}; shorten it")
-    if not (folder / CARD).exists() or (folder / CARD).read_bytes() != card.encode():
-        write_atomically(folder / CARD, card.encode())
 
     say = _reporter(progress, folder)
-    files = _hashed(folder, checkpoint.fingerprint, say)
-    api, tag = client(), checkpoint.release_tag
-    upload = Upload(api, repo_id, folder, files, f"{checkpoint.model_id}, {checkpoint.recipe}", say)
-    with translated(f"publishing to {repo_id}"):
-        upload.create_repository()
-        commit, new_commit = upload.commit(tag)
-        upload.verify(commit)
-        upload.tag(tag, commit)
-        upload.make_public()
+    created = folder / CREATED
+    address = f"{endpoint()}/{target.repo_id}"
+    unfinished = created.is_file() and created.read_text() == address
+    say("check target")
+    local = checkpoint.source_commit.startswith("local-")
+    clearance = check_target(target, checkpoint.model_id, local=local, unfinished=unfinished)
+    api = client()
+    upload = Upload(api, target, clearance, checkpoint.model_id, folder, say)
+
+    def tell(seconds: float) -> None:
+        say(f"wait {human_seconds(seconds)}, as the Hub asks")
+
+    with translated(f"publishing to {target.repo_id}"), waits_told_to(tell):
+        refs = upload.refs() if clearance.exists else Refs("", {})
+        check_card(api, card(following(refs.tags, checkpoint.fingerprint)))
+        contents = _Contents(folder, checkpoint, card, say)
+        if not clearance.exists:
+            write_atomically(created, address.encode())
+            upload.create_repository()
+        tag, commit, new_commit, files = _released(upload, contents)
+        if unfinished or not clearance.exists:
+            upload.show()
+            created.unlink()
         say("collection")
         shown_in = None
-        if collection is not None:
-            shown_in = add_to_collection(api, repo_id, collection, note, description=collection_description)
+        if target.collection is not None:
+            description = target.collection_description
+            shown_in = add_to_collection(api, target.repo_id, target.collection, note, description=description)
         say("done")
     return Release(
         model_id=checkpoint.model_id,
@@ -80,8 +99,10 @@ def publish(
         fingerprint=checkpoint.fingerprint,
         verdict=evidence.decision.verdict,
         endpoint=endpoint(),
-        repo_id=repo_id,
-        repo_url=f"{endpoint()}/{repo_id}",
+        repo_id=target.repo_id,
+        repo_url=address,
+        visibility=clearance.visibility,
+        visibility_note=clearance.note,
         commit=commit,
         tag=tag,
         collection_slug=shown_in.slug if shown_in else None,
@@ -90,6 +111,27 @@ def publish(
         files=files,
         new_commit=new_commit,
     )
+
+
+def _released(upload: Upload, contents: _Contents) -> tuple[str, str, bool, tuple[FileHash, ...]]:
+    """Tag, commit, whether the commit is new, and files: of the repository's newest release if that is this content,
+    and otherwise of a new release."""
+    checkpoint, fingerprint = contents.checkpoint, contents.checkpoint.fingerprint
+    for _ in range(ROUNDS):
+        tags = upload.refs().tags
+        tag = newest(tags, fingerprint)
+        if tag is not None:
+            files = contents.tagged(tag)
+            if upload.holds(tags[tag], files):
+                upload.verify(tags[tag], files)
+                return tag, tags[tag], False, files
+        tag = following(tags, fingerprint)
+        files = contents.tagged(tag)
+        commit, new_commit = upload.commit(files, f"{tag}: {checkpoint.model_id}, {checkpoint.recipe}")
+        upload.verify(commit, files)
+        if upload.tag(tag, commit):
+            return tag, commit, new_commit, files
+    raise EnvironmentFault(f"{upload.repo_id}: other publishers took every tag that this release tried; publish again")
 
 
 def _reporter(progress: Progress, folder: Path) -> Say:
@@ -108,6 +150,44 @@ def _reporter(progress: Progress, folder: Path) -> Say:
 # ------------------------------------------------------------------------------------------ contents
 
 
+class _Contents:
+    """What is published: the folder's files, hashed once, with the card and the manifest of a tag."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, card: Callable[[str], str], say: Say) -> None:
+        self.checkpoint = checkpoint
+        self._folder = folder
+        self._card = card
+        self._identity = folder_identity(folder)
+        self._hashes = self._hashed(say)
+
+    def tagged(self, tag: str) -> tuple[FileHash, ...]:
+        """Every published file as the release `tag` has it, the manifest last. Writes the card and the manifest."""
+        card = self._card(tag).encode()
+        if not (self._folder / CARD).exists() or (self._folder / CARD).read_bytes() != card:
+            write_atomically(self._folder / CARD, card)
+        files = tuple(sorted((*self._hashes, _hash(self._folder, CARD)), key=lambda file: file.name))
+        manifest = Manifest(tag=tag, fingerprint=self.checkpoint.fingerprint, identity=self._identity, files=files)
+        path = self._folder / MANIFEST
+        if manifest != Manifest.load_if_present(path):
+            manifest.save(path)
+        return (*files, _hash(self._folder, MANIFEST))
+
+    def _hashed(self, say: Say) -> list[FileHash]:
+        """Every file but card and manifest. The manifest of the last run saves hashing the weights again."""
+        known = Manifest.load_if_present(self._folder / MANIFEST)
+        remembered = {}
+        if known is not None and known.identity == self._identity:
+            remembered = {file.name: file for file in known.files if file.name.endswith(".safetensors")}
+        files = []
+        for name in _published_files(self._folder):
+            if name in {CARD, MANIFEST}:
+                continue
+            if name not in remembered:
+                say(f"hash {name}")
+            files.append(remembered.get(name) or _hash(self._folder, name))
+        return files
+
+
 def _published_files(folder: Path) -> list[str]:
     """Names of the files that are uploaded, sorted. InputError for a link, which would publish its target."""
     names = []
@@ -120,26 +200,6 @@ def _published_files(folder: Path) -> list[str]:
         if path.is_file():
             names.append(name)
     return names
-
-
-def _hashed(folder: Path, fingerprint: str, say: Say) -> tuple[FileHash, ...]:
-    """Every published file with its sha256, the manifest last. The manifest saves hashing the weights again."""
-    path, identity = folder / MANIFEST, folder_identity(folder)
-    known = Manifest.load_if_present(path)
-    remembered = {}
-    if known is not None and known.identity == identity:
-        remembered = {file.name: file for file in known.files if file.name.endswith(".safetensors")}
-    files = []
-    for name in _published_files(folder):
-        if name == MANIFEST:
-            continue
-        if name not in remembered:
-            say(f"hash {name}")
-        files.append(remembered.get(name) or _hash(folder, name))
-    manifest = Manifest(fingerprint=fingerprint, identity=identity, files=tuple(files))
-    if manifest != known:
-        manifest.save(path)
-    return (*files, _hash(folder, MANIFEST))
 
 
 def _hash(folder: Path, name: str) -> FileHash:

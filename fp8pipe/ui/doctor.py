@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import urllib.error
 import urllib.request
@@ -17,6 +18,8 @@ from fp8pipe.progress import human_bytes
 from fp8pipe.records import Record
 
 _PACKAGES = ("torch", "transformers", "prefect", "huggingface_hub", "safetensors", "datasets")
+_MAX_ANSWER = 1_000_000
+"""Bytes of an answer that are read."""
 _LOW_DISK = 20_000_000_000
 """Warn below this many free bytes: what a 7B model takes in BF16 and FP8, with its caches."""
 
@@ -84,25 +87,46 @@ def _hub() -> Diagnosis:
 
     address = endpoint()
     try:
-        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5):
-            pass
-    except urllib.error.HTTPError:
-        pass  # any answer will do
-    except OSError as error:
+        with urllib.request.urlopen(f"{address}/api/models?limit=1", timeout=5) as answer:
+            content = answer.read(_MAX_ANSWER)
+    except urllib.error.HTTPError as error:
+        content = error.read(_MAX_ANSWER)
+    except (OSError, ValueError) as error:
         return Diagnosis(name="hub", outcome="failed", detail=f"{address} does not answer: {error}")
+    if not _is_of_a_hub(content):
+        detail = (
+            f"{address} answers, but not as a Hub: it sent {content[:40]!r} for a list of models; check HF_ENDPOINT, "
+            "and whether the network wants a login first"
+        )
+        return Diagnosis(name="hub", outcome="failed", detail=detail)
     return Diagnosis(name="hub", outcome="ok", detail=address)
 
 
+def _is_of_a_hub(content: bytes) -> bool:
+    """Whether this is a list of models, or the error of a Hub that shows none to strangers."""
+    try:
+        answer = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(answer, list) or (isinstance(answer, dict) and "error" in answer)
+
+
 def _token() -> Diagnosis:
+    from fp8pipe.hub.account import account
     from fp8pipe.hub.client import client, translated
 
     try:
         with translated("the token"):
-            user = client().whoami()
+            owner = account(client())
     except Fp8PipeError as error:
         detail = f"can read public models but publish nothing: {error}"
         return Diagnosis(name="token", outcome="warning", detail=detail)
-    return Diagnosis(name="token", outcome="ok", detail=f"user {user['name']}")
+    found = f"{owner.token or 'unnamed'} ({owner.role}) of {owner.user}"
+    writable = owner.writable()
+    if not writable:
+        detail = f"{found} may publish in no namespace: it {owner.objection(owner.user)}"
+        return Diagnosis(name="token", outcome="warning", detail=detail)
+    return Diagnosis(name="token", outcome="ok", detail=f"{found}, may publish in {', '.join(writable)}")
 
 
 def _disk() -> Diagnosis:

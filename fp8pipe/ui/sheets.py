@@ -254,10 +254,11 @@ def release_sheet(release: Release) -> Sheet:
         ("commit", release.commit + ("" if release.new_commit else " (already there: nothing uploaded)")),
         ("tag", release.tag),
         ("card", release.repo_url),
+        ("seen by", {"private": "its owners", "gated": "who was granted access", "public": "all"}[release.visibility]),
     ]
     if release.collection_url:
         rows.append(("collection", release.collection_url))
-    return Sheet("Release", ("", ""), tuple(rows))
+    return Sheet("Release", ("", ""), tuple(rows), (release.visibility_note,) if release.visibility_note else ())
 
 
 def outcome_sheet(outcome: Outcome) -> Sheet:
@@ -275,11 +276,14 @@ def outcome_sheet(outcome: Outcome) -> Sheet:
         interval = f"[{100 * task.drop_lower:+.2f}, {100 * task.drop_upper:+.2f}]"
         rows.append(("  drop, points", f"{100 * task.drop:+.2f}  interval {interval}, margin {100 * task.margin:.2f}"))
     rows.append(("verdict", outcome.verdict.upper()))
+    notes = (outcome.reason, *outcome.notes)
     if outcome.release:
-        rows += list(release_sheet(outcome.release).rows)  # type: ignore[arg-type]  # rows of pairs
+        published = release_sheet(outcome.release)
+        rows += list(published.rows)  # type: ignore[arg-type]  # rows of pairs
+        notes = (*notes, *published.notes)
     else:
         rows.append(("published", "nothing"))
-    return Sheet("fp8pipe release", ("", ""), tuple(rows), (outcome.reason, *outcome.notes))
+    return Sheet("fp8pipe release", ("", ""), tuple(rows), notes)
 
 
 def _sizes(outcome: Outcome) -> str:

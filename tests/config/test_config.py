@@ -1,5 +1,7 @@
 """Every shipped configuration loads, and an error in one names file and key."""
 
+from pathlib import Path
+
 import pytest
 
 from fp8pipe import config
@@ -79,6 +81,31 @@ def test_suite_may_not_choose_the_model(tmp_path):
     path = written(tmp_path, "name: x\ntasks: {a: {}}\nengine: {quantization: fp8}\n")
     with pytest.raises(ConfigError, match="quantization"):
         config.load_suite(path)
+
+
+def collection(tmp_path: Path, text: str) -> config.CollectionSpec:
+    top = "collection: {namespace: o, title: t}\nsuite: quick\npolicy: quick\n"
+    return config.load_collection(written(tmp_path, top + text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "models: [{id: a/m}, {id: b/M}]\nrecipes: [fp8-dynamic]\n",
+        "models: [{id: a/m}]\nrecipes: [fp8-dynamic, fp8-block]\nrepo_name: '{namespace}/{model}'\n",
+        "models: [{id: a/m}, {id: a/n, overrides: {repo_id: o/m-FP8-dynamic}}]\nrecipes: [fp8-dynamic]\n",
+    ],
+    ids=["names that differ in case", "recipes without a suffix", "an override"],
+)
+def test_two_releases_for_one_repository_are_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"would both be released as o/\w+"):
+        collection(tmp_path, text)
+
+
+def test_a_collection_tells_its_releases_who_may_see_them_and_what_they_may_replace(tmp_path):
+    models = "models: [{id: a/m}, {id: a/n, overrides: {visibility: public}}]\nrecipes: [fp8-dynamic]\n"
+    releases = collection(tmp_path, models + "visibility: gated\nreplace: true\n").releases()
+    assert [(one.target.visibility, one.target.replace) for one in releases] == [("gated", True), ("public", True)]
 
 
 def test_policy_on_a_task_the_suite_does_not_measure_is_refused(tmp_path):

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from fp8pipe import stages
 from fp8pipe.cli import app
+from fp8pipe.config import Target
 from fp8pipe.errors import InputError, Refused
 from fp8pipe.gate.publishable import objections, read_approval
 from fp8pipe.hub.client import client
@@ -75,7 +76,7 @@ def test_approved_by_hand_it_is_published_and_card_and_note_say_so(tmp_path: Pat
     assert refused.exit_code == 1
     answer = CliRunner().invoke(app, ["approve", folder, "--by", "R. Lee", "--reason", "noise of this task"])
     assert answer.exit_code == 0, answer.output
-    release = stages.publish(tmp_path / "checkpoint", repo_id=repo_id, collection="acme/decided")
+    release = stages.publish(tmp_path / "checkpoint", Target(repo_id=repo_id, collection="acme/decided"))
     assert release.verdict == "inconclusive"
     card = Path(client().hf_hub_download(repo_id, "README.md")).read_text()
     assert "Inconclusive, released by decision" in card
@@ -154,7 +155,7 @@ def test_a_suspended_flow_waits_for_a_person_and_does_as_answered(
 ) -> None:
     folder = tmp_path / "checkpoint"
     decision = gated(folder, lost=70, won=35)
-    parameters = {"folder": str(folder), "repo_id": repo_id}
+    parameters = {"folder": str(folder), "target": {"repo_id": repo_id}}
     answer = {"publish": publish, "who": "R. Lee", "reason": "noise of this task"}
 
     def nothing_yet() -> None:

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from support.cards import calibration, commands, facts_of, plain, validation
+from support.cards import TAG, calibration, commands, facts_of, plain, validation
 from support.reports import (
-    FINGERPRINT,
     SOURCE_COMMIT,
     change_engine,
-    checkpoint,
     flipped,
     metric,
     module,
@@ -57,7 +55,7 @@ def test_card_states_versions_device_cache_tag_and_sizes() -> None:
     card = plain(render_card(facts_of()))
     for said in ("| vLLM | 0.32.0 |", "hopper (NVIDIA H100)", "| KV cache dtype | fp8 |", "2.0 MB -> 1.1 MB (55.0 %)"):
         assert said in card
-    assert f"`fp8pipe-{FINGERPRINT[:12]}`" in card
+    assert f"`{TAG}`" in card
 
 
 def test_card_states_calibration_data_with_revision_and_hash() -> None:
@@ -87,7 +85,7 @@ def test_front_matter_says_what_the_hub_indexes() -> None:
 
 
 def test_serve_command_pins_the_tag_and_turns_on_the_cache_that_was_measured() -> None:
-    serve = ["vllm", "serve", "acme/tiny-FP8-KV", "--revision", checkpoint().release_tag]
+    serve = ["vllm", "serve", "acme/tiny-FP8-KV", "--revision", TAG]
     assert [*serve, "--kv-cache-dtype", "fp8"] in commands(render_card(facts_of()))
     baseline, candidate = pair()
     plain_cache = facts_of((baseline, change_engine(candidate, kv_cache_dtype="auto")))
@@ -138,7 +136,7 @@ def test_reproduction_commands_name_the_release_and_its_measurement() -> None:
     arguments = dict(pair.split("=", 1) for pair in lm_eval[lm_eval.index("--model_args") + 1].split(","))
     assert arguments == {
         "pretrained": "acme/tiny-FP8-KV",
-        "revision": checkpoint().release_tag,
+        "revision": TAG,
         "add_bos_token": "True",
         "dtype": "bfloat16",
         "max_model_len": "512",

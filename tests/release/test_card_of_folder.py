@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.cards import calibration, facts_of, plain, saved
+from support.cards import TAG, calibration, facts_of, plain, saved
 from support.reports import checkpoint, pair, policy
 
 from fp8pipe.errors import InputError, Refused
@@ -19,16 +19,18 @@ from fp8pipe.release.card.facts import RECORDS
 
 def test_the_card_of_a_folder_is_the_same_before_and_after_it_replaced_the_sources_own(tmp_path: Path) -> None:
     saved(tmp_path)
-    first = card_for_folder(tmp_path, repo_id="acme/tiny-FP8-KV")
+    first = card_for_folder(tmp_path, repo_id="acme/tiny-FP8-KV", tag=TAG)
     (tmp_path / "README.md").write_text(first)
-    assert card_for_folder(tmp_path, repo_id="acme/tiny-FP8-KV") == first
+    assert card_for_folder(tmp_path, repo_id="acme/tiny-FP8-KV", tag=TAG) == first
     assert yaml.safe_load(first.split("---\n")[1])["license"] == "apache-2.0"
     assert "fp8pipe/plots/drop.png" in first
 
 
 def test_the_card_of_a_folder_lists_the_records_that_it_holds(tmp_path: Path) -> None:
     saved(tmp_path)
-    listed = set(re.findall(r"`fp8pipe/([\w.]+)`", card_for_folder(tmp_path, repo_id="a/b").split("## Evidence")[1]))
+    listed = set(
+        re.findall(r"`fp8pipe/([\w.]+)`", card_for_folder(tmp_path, repo_id="a/b", tag=TAG).split("## Evidence")[1])
+    )
     held = {path.name for path in (tmp_path / "fp8pipe").iterdir() if path.is_file()}
     assert listed == held | {"manifest.json"}
     assert listed <= set(RECORDS)
@@ -36,16 +38,16 @@ def test_the_card_of_a_folder_lists_the_records_that_it_holds(tmp_path: Path) ->
 
 def test_the_card_of_a_converted_checkpoint_lists_the_record_of_the_conversion(tmp_path: Path) -> None:
     saved(tmp_path)
-    assert "conversion.json" not in card_for_folder(tmp_path, repo_id="a/b")
+    assert "conversion.json" not in card_for_folder(tmp_path, repo_id="a/b", tag=TAG)
     (tmp_path / "fp8pipe" / "conversion.json").write_text("{}")
-    assert "| `fp8pipe/conversion.json` |" in card_for_folder(tmp_path, repo_id="a/b")
+    assert "| `fp8pipe/conversion.json` |" in card_for_folder(tmp_path, repo_id="a/b", tag=TAG)
 
 
 def test_a_folder_without_a_decision_is_an_error_that_names_the_record(tmp_path: Path) -> None:
     saved(tmp_path)
     (tmp_path / "fp8pipe" / "gate.json").unlink()
     with pytest.raises(InputError, match=r"gate\.json"):
-        card_for_folder(tmp_path, repo_id="a/b")
+        card_for_folder(tmp_path, repo_id="a/b", tag=TAG)
 
 
 def test_a_decision_read_back_from_its_file_gives_the_same_card(tmp_path: Path) -> None:

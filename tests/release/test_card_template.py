@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.cards import facts_of, saved
+from support.cards import TAG, facts_of, saved
 from support.processes import FP8PIPE
 from typer.testing import CliRunner
 
@@ -56,7 +56,7 @@ def test_a_template_that_is_wrong_or_leaves_its_sandbox_is_refused_with_the_reas
 def test_a_template_among_the_records_makes_the_card_of_its_folder(tmp_path: Path) -> None:
     saved(tmp_path)
     record_path(tmp_path, "card_template").write_text("# {{ name | md }}\n")
-    assert card_for_folder(tmp_path, repo_id="acme/own") == "# own\n"
+    assert card_for_folder(tmp_path, repo_id="acme/own", tag=TAG) == "# own\n"
 
 
 def test_a_card_is_previewed_with_another_template_and_nothing_is_written(tmp_path: Path) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
-from support.releases import CARD, commits, items, release
+from support.releases import commits, items, release, tags
 from support.reports import policy
 from support.sample_folders import (
     CHECKPOINT,
@@ -16,7 +17,6 @@ from support.sample_folders import (
     approve_as_is,
     decide_again,
     measured,
-    safetensors,
     write_checkpoint,
 )
 
@@ -25,10 +25,10 @@ from fp8pipe.hub.client import client
 from fp8pipe.hub.download import download
 from fp8pipe.hub.source import resolve
 from fp8pipe.progress import ProgressEvent
+from fp8pipe.records import Manifest
 from fp8pipe.rehearsal.localhub import LocalHub
-from fp8pipe.release.publish import publish
 
-TAG = f"fp8pipe-{FINGERPRINT[:12]}"
+TAG = f"fp8-{FINGERPRINT[:8]}-1"
 SHARD = "model-00001-of-00002.safetensors"
 
 
@@ -49,7 +49,7 @@ def test_a_release_is_public_tagged_listed_and_byte_for_byte_the_folder(
     info = client().model_info(repo_id)
     assert not info.private and info.sha == made.commit and made.new_commit
     assert commits(repo_id) == 1
-    assert {ref.name: ref.target_commit for ref in client().list_repo_refs(repo_id).tags} == {TAG: made.commit}
+    assert tags(repo_id) == {TAG: made.commit}
     assert items(made) == [(repo_id, "-0.1 points")]
     assert made.repo_url == f"{hub.endpoint}/{repo_id}"
 
@@ -109,26 +109,59 @@ def test_hidden_unfinished_and_local_files_are_not_uploaded(hub: LocalHub, repo_
     ]
 
 
-def test_a_release_of_another_fingerprint_replaces_and_deletes_under_a_tag_of_its_own(
+def test_a_release_of_another_checkpoint_replaces_and_deletes_under_the_next_tag(
     hub: LocalHub, repo_id: str, folder: Path
 ) -> None:
     first = release(folder, repo_id)
     (folder / "LICENSE").unlink()
     (folder / "NOTICE").write_text("new")
-    with pytest.raises(InputError, match=f"tag {TAG} exists and holds other files"):
-        release(folder, repo_id)
-    assert commits(repo_id) == 1, "it was refused before the commit"
-
     other = "cd34" * 16
     CHECKPOINT.model_copy(update={"fingerprint": other}).save(folder / "fp8pipe" / "checkpoint.json")
     report = measured(folder).model_copy(update={"fingerprint": other})
     report.save(folder / "fp8pipe" / "candidate.json")
     decide_again(folder, candidate_fingerprint=other, candidate_report=report.digest())
     second = release(folder, repo_id)
-    assert second.tag == "fp8pipe-cd34cd34cd34"
+    assert second.tag == "fp8-cd34cd34-2"
     held = {file.rfilename for file in client().model_info(repo_id, revision=second.tag).siblings or ()}
     assert "NOTICE" in held and "LICENSE" not in held and commits(repo_id) == 2
-    assert resolve(f"{repo_id}@{TAG}").commit == first.commit != second.commit
+    assert tags(repo_id) == {TAG: first.commit, second.tag: second.commit}
+
+
+# ---------------------------------------------------------------------------------------------- released again
+
+
+def test_the_same_checkpoint_with_other_evidence_is_the_next_release_and_sends_no_weights_again(
+    hub: LocalHub, repo_id: str, folder: Path
+) -> None:
+    first = release(folder, repo_id)
+    sent = hub.log.read_text().count('"PUT /_lfs/')
+    decide_again(folder, policy="stricter")
+    second = release(folder, repo_id)
+    third = release(folder, repo_id, words="another template")
+    assert [first.tag, second.tag, third.tag] == [f"fp8-ab12ab12-{number}" for number in (1, 2, 3)]
+    assert tags(repo_id) == {made.tag: made.commit for made in (first, second, third)}
+    assert commits(repo_id) == 3 and second.new_commit and third.new_commit
+    assert hub.log.read_text().count('"PUT /_lfs/') == sent
+    again = release(folder, repo_id, words="another template")
+    assert (again.tag, again.commit, again.new_commit) == (third.tag, third.commit, False)
+    assert Manifest.load(folder / "fp8pipe" / "manifest.json").tag == third.tag
+    assert download(resolve(f"{repo_id}@{first.tag}")).commit == first.commit, "a tag never moves"
+
+
+def test_an_earlier_state_that_comes_back_is_a_release_of_its_own(hub: LocalHub, repo_id: str, folder: Path) -> None:
+    for words in ("one", "two", "one"):
+        release(folder, repo_id, words=words)
+    assert sorted(tags(repo_id)) == [f"fp8-ab12ab12-{number}" for number in (1, 2, 3)]
+
+
+def test_nothing_in_a_release_depends_on_the_folder_or_on_the_run(
+    hub: LocalHub, repo_id: str, folder: Path, tmp_path: Path
+) -> None:
+    first = release(folder, repo_id)
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy2)
+    (tmp_path / "copy" / "fp8pipe" / "manifest.json").unlink()
+    again = release(tmp_path / "copy", repo_id)
+    assert (again.commit, again.tag, again.files, again.new_commit) == (first.commit, first.tag, first.files, False)
 
 
 def test_an_approved_release_says_so_in_its_record_and_carries_the_approval(
@@ -150,39 +183,23 @@ def test_the_note_of_an_existing_item_is_brought_up_to_date(hub: LocalHub, repo_
     assert items(release(folder, repo_id, note="new")) == [(repo_id, "new")]
 
 
-def test_a_collection_is_found_by_slug_or_title_and_not_made_twice(hub: LocalHub, repo_id: str, folder: Path) -> None:
+def test_a_collection_is_found_by_slug_address_or_title_and_not_made_twice(
+    hub: LocalHub, repo_id: str, folder: Path
+) -> None:
     slug = client().create_collection(repo_id[-50:], namespace="acme").slug
-    by_slug = publish(folder, repo_id=repo_id, card=CARD, collection=slug, note="by slug")
-    by_title = publish(folder, repo_id=repo_id, card=CARD, collection=f"acme/{repo_id[-50:]}", note="by title")
-    assert by_slug.collection_slug == by_title.collection_slug == slug
-    assert items(by_title) == [(repo_id, "by title")]
+    for name in (slug, f"{hub.endpoint}/collections/{slug}", f"acme/{repo_id[-50:]}"):
+        made = release(folder, repo_id, collection=name, note=name)
+        assert made.collection_slug == slug
+        assert items(made) == [(repo_id, name)]
 
 
 def test_a_new_collection_gets_the_description_and_an_existing_one_keeps_its_own(
     hub: LocalHub, repo_id: str, folder: Path
 ) -> None:
     for description in ("FP8 models of ours", "other words"):
-        release = publish(
-            folder,
-            repo_id=repo_id,
-            card=CARD,
-            note="",
-            collection=f"acme/new {repo_id[-50:]}",
-            collection_description=description,
-        )
-        assert release.collection_slug is not None
-        assert client().get_collection(release.collection_slug).description == "FP8 models of ours"
-
-
-@pytest.mark.parametrize(
-    ("collection", "words"),
-    [("no-namespace", "namespace/title"), (f"acme/gone-{'0' * 24}", "Collection not found")],
-)
-def test_a_collection_that_is_neither_title_nor_known_slug_is_an_input_error(
-    hub: LocalHub, repo_id: str, folder: Path, collection: str, words: str
-) -> None:
-    with pytest.raises(InputError, match=words):
-        publish(folder, repo_id=repo_id, card=CARD, note="", collection=collection)
+        made = release(folder, repo_id, collection=f"acme/new {repo_id[-50:]}", collection_description=description)
+        assert made.collection_slug is not None
+        assert client().get_collection(made.collection_slug).description == "FP8 models of ours"
 
 
 # ---------------------------------------------------------------------------------------------- refusals
@@ -218,11 +235,3 @@ def test_a_note_too_long_for_the_hub_is_refused_before_anything_is_created(
     with pytest.raises(InputError, match="501 characters"):
         release(folder, repo_id, note="x" * 501)
     assert not client().repo_exists(repo_id)
-
-
-def test_a_repository_with_somebody_elses_files_is_left_alone(hub: LocalHub, repo_id: str, folder: Path) -> None:
-    client().create_repo(repo_id)
-    client().upload_file(repo_id=repo_id, path_in_repo="model.safetensors", path_or_fileobj=safetensors(w=b"base"))
-    with pytest.raises(InputError, match="name another repository"):
-        release(folder, repo_id)
-    assert commits(repo_id) == 1

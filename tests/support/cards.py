@@ -31,6 +31,8 @@ from support.reports import (
     suite,
 )
 
+TAG = "fp8-ab12cd34-1"
+
 SOURCE_CARD_TEXT = """---
 license: Apache 2.0
 language: [English, de]
@@ -94,6 +96,7 @@ def facts_of(
     )
     known: dict[str, Any] = {
         "repo_id": "acme/tiny-FP8-KV",
+        "tag": TAG,
         "source": Snapshot(model_id="acme/tiny", commit=SOURCE_COMMIT, files=()),
         **licensed(SOURCE_CARD_TEXT),
         "recipe": recipe(),

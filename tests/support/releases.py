@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from fp8pipe.config import Target
 from fp8pipe.hub.client import client
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.records import Release
 from fp8pipe.release.publish import publish
 
-CARD = "---\nlicense: apache-2.0\n---\n# FP8\n"
+
+def card(tag: str, *, words: str = "FP8") -> str:
+    """A card that names its tag, as every card of a release does."""
+    return f"---\nlicense: apache-2.0\n---\n# {words}\n\nvllm serve --revision {tag}\n"
 
 
-def release(folder: Path, repo_id: str, *, note: str = "-0.1 points", progress: Progress = quiet) -> Release:
-    """Publish with card, collection and note; the collection is the repository's own."""
-    collection = f"acme/FP8 {repo_id[-50:]}"
-    return publish(folder, repo_id=repo_id, card=CARD, note=note, collection=collection, progress=progress)
+def release(
+    folder: Path,
+    repo_id: str,
+    *,
+    note: str = "-0.1 points",
+    words: str = "FP8",
+    progress: Progress = quiet,
+    **target: Any,
+) -> Release:
+    """Publish with card, collection and note; by default public, and in a collection of the repository's own."""
+    known = {"repo_id": repo_id, "collection": f"acme/FP8 {repo_id[-50:]}", "visibility": "public"}
+    wanted = Target(**(known | target))
+    return publish(folder, wanted, card=lambda tag: card(tag, words=words), note=note, progress=progress)
 
 
 def commits(repo_id: str) -> int:
     """Number of commits on main after the one that every repository starts with."""
     return len(client().list_repo_commits(repo_id)) - 1
+
+
+def tags(repo_id: str) -> dict[str, str]:
+    """Tag -> commit."""
+    return {ref.name: ref.target_commit for ref in client().list_repo_refs(repo_id).tags}
 
 
 def items(made: Release) -> list[tuple[str, str | None]]:

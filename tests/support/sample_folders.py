@@ -41,7 +41,11 @@ def write_model(folder: Path, *, shards: int = 2) -> Path:
 
 def write_checkpoint(folder: Path) -> Path:
     """A folder that may be published: a model with the evidence of a gate that accepted it."""
-    write_model(folder)
+    return add_evidence(write_model(folder))
+
+
+def add_evidence(folder: Path) -> Path:
+    """Add the evidence of a gate that accepted the folder in its present state."""
     records = folder / "fp8pipe"
     CHECKPOINT.save(records / "checkpoint.json")
     validation(folder).save(records / "validation.json")

@@ -10,13 +10,12 @@ routes_*.py speak the Hub's protocol, and pages.py shows the Hub to people. disr
 process.py runs it.
 """
 
-from fp8pipe.rehearsal.localhub.access import ANY_NAMESPACE, TokenOwner, Tokens
+from fp8pipe.rehearsal.localhub.access import TokenOwner, Tokens
 from fp8pipe.rehearsal.localhub.app import create_app
 from fp8pipe.rehearsal.localhub.disruptions import Disruption, Disruptions
 from fp8pipe.rehearsal.localhub.process import LocalHub, local_token, serve, start
 
 __all__ = [
-    "ANY_NAMESPACE",
     "Disruption",
     "Disruptions",
     "LocalHub",

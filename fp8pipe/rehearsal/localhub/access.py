@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from fp8pipe.hub.account import ANY_NAMESPACE, WRITE
 from fp8pipe.rehearsal.localhub.refusals import Refusal, gated_repo, repo_not_found
 
 if TYPE_CHECKING:
     from fp8pipe.rehearsal.localhub.store import Repo
-
-ANY_NAMESPACE = "*"
-"""In `TokenOwner.orgs`: the owner belongs to every namespace. For a Hub that serves one person."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +24,19 @@ class TokenOwner:
     name: str
     """User name; also the user's own namespace."""
     orgs: tuple[str, ...] = field(default=())
-    """Organizations that the owner belongs to; `ANY_NAMESPACE` stands for all."""
-    role: Literal["read", "write"] = "write"
+    """Organizations that the owner may write in; `ANY_NAMESPACE` stands for all, on a Hub that serves one person."""
+    role: Literal["read", "write", "fineGrained"] = "write"
     """The most that the token allows, whatever its owner may do."""
+    scopes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of a fine-grained token: namespace or repository -> permissions there, such as repo.write."""
 
     def belongs_to(self, namespace: str) -> bool:
         """Whether `namespace` is the owner's own or one of the owner's organizations."""
         return namespace == self.name or namespace in self.orgs or ANY_NAMESPACE in self.orgs
+
+    def granted(self, permission: str, *places: str) -> bool:
+        """Whether a fine-grained token has the permission in one of the places; any other token is not limited so."""
+        return self.role != "fineGrained" or any(permission in self.scopes.get(place, ()) for place in places)
 
 
 Tokens = Mapping[str, TokenOwner]
@@ -56,11 +60,11 @@ def must_sign_in(caller: TokenOwner | None) -> TokenOwner:
     return caller
 
 
-def must_write_in(namespace: str, caller: TokenOwner | None) -> TokenOwner:
-    """The caller; refused unless the caller may write in `namespace`."""
+def must_write_in(namespace: str, caller: TokenOwner | None, repo_id: str = "") -> TokenOwner:
+    """The caller; refused unless the caller may write in `namespace`, or in this repository of it."""
     caller = must_sign_in(caller)
-    if caller.role != "write":
-        raise Refusal(403, f"This token may only read; to write in {namespace!r}, use a token with the role write.")
+    if caller.role == "read" or not caller.granted(WRITE, namespace, repo_id):
+        raise Refusal(403, f"This token may only read; to write in {namespace!r}, use a token that may write there.")
     if not caller.belongs_to(namespace):
         raise Refusal(403, f"{caller.name!r} does not belong to {namespace!r} and may not write there.")
     return caller

@@ -16,6 +16,7 @@ from fp8pipe.rehearsal.localhub.refusals import Refusal
 from fp8pipe.rehearsal.localhub.store import NAME, Store
 
 ItemType = Literal["model", "dataset", "collection"]
+MAX_TITLE = 59
 MAX_DESCRIPTION = 150
 MAX_NOTE = 500
 """Characters, as on the Hub."""
@@ -189,6 +190,7 @@ def must_be_short(name: str, text: str, limit: int) -> None:
 
 
 def must_be_title(title: str) -> None:
-    """Refuse an empty title."""
+    """Refuse an empty title, or one that is longer than the Hub allows."""
     if not title.strip():
         raise Refusal(400, "'title' must not be empty")
+    must_be_short("title", title, MAX_TITLE)

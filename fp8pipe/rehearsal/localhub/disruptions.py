@@ -47,6 +47,10 @@ class Disruption:
     """The HTTP status that the action `status` answers."""
     delay_s: float = 0.1
     """How long the action `slow` waits, in seconds."""
+    retry_after: str = ""
+    """The header Retry-After of the action `status`; none if empty."""
+    says: str = "Disrupted on request"
+    """The message of the action `status`."""
 
 
 class Disruptions:
@@ -98,7 +102,8 @@ class DisruptedServer:
                 await self._app(scope, receive, send)
             case Disruption(action="status"):
                 await drain(receive)
-                answer = JSONResponse({"error": "Disrupted on request"}, disruption.status)
+                headers = {"Retry-After": disruption.retry_after} if disruption.retry_after else None
+                answer = JSONResponse({"error": disruption.says}, disruption.status, headers)
                 await answer(scope, receive, send)
             case Disruption(action="drop-before"):
                 await drain(receive)

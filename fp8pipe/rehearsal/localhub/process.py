@@ -48,7 +48,8 @@ def local_token(root: Path) -> str:
 
 def local_tokens(root: Path) -> dict[str, TokenOwner]:
     """The tokens of a Hub for one person: `local_token`, which may write in every namespace."""
-    from fp8pipe.rehearsal.localhub.access import ANY_NAMESPACE, TokenOwner
+    from fp8pipe.hub.account import ANY_NAMESPACE
+    from fp8pipe.rehearsal.localhub.access import TokenOwner
 
     return {local_token(root): TokenOwner("local", (ANY_NAMESPACE,))}
 
@@ -235,7 +236,7 @@ def serve_as_child() -> None:
     order = json.loads(sys.stdin.read())
     die_with_parent(order["parent"])
     tokens = {
-        token: TokenOwner(owner["name"], tuple(owner["orgs"]), owner["role"])
+        token: TokenOwner(owner["name"], tuple(owner["orgs"]), owner["role"], owner["scopes"])
         for token, owner in order["tokens"].items()
     }
     disruptions = Disruptions() if order["disruptions"] else None

@@ -130,7 +130,7 @@ def visible_repo(request: Request) -> Repo:
 def writable_repo(request: Request) -> tuple[Repo, TokenOwner]:
     """The repository that the path names, and the caller. Refused unless the caller may write in it."""
     repo = visible_repo(request)
-    return repo, must_write_in(repo.namespace, caller(request))
+    return repo, must_write_in(repo.namespace, caller(request), repo.id)
 
 
 def revision_of(request: Request) -> str:

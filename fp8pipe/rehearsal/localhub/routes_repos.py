@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from fp8pipe.rehearsal.localhub.access import ANY_NAMESPACE, TokenOwner, must_read_files, must_sign_in, must_write_in
+from fp8pipe.rehearsal.localhub.access import TokenOwner, must_read_files, must_sign_in, must_write_in
 from fp8pipe.rehearsal.localhub.cards import card_tags, check_card, read_card
 from fp8pipe.rehearsal.localhub.collections import ItemType
 from fp8pipe.rehearsal.localhub.refusals import Refusal, repo_not_found
@@ -37,7 +37,13 @@ KINDS: dict[str, Kind] = {"model": "models", "dataset": "datasets"}
 async def whoami(request: Request) -> Response:
     """The caller as the Hub describes a user."""
     who = must_sign_in(caller(request))
-    orgs = [name for name in who.orgs if name != ANY_NAMESPACE]
+    token: dict[str, Any] = {"displayName": "local", "role": who.role}
+    if who.role == "fineGrained":
+        scoped = [
+            {"entity": {"type": "user" if place == who.name else "org", "name": place}, "permissions": list(granted)}
+            for place, granted in who.scopes.items()
+        ]
+        token["fineGrained"] = {"canReadGatedRepos": False, "global": [], "scoped": scoped}
     return JSONResponse(
         {
             "type": "user",
@@ -45,8 +51,8 @@ async def whoami(request: Request) -> Response:
             "name": who.name,
             "fullname": who.name,
             "isPro": False,
-            "orgs": [{"type": "org", "id": name, "name": name, "roleInOrg": "write"} for name in orgs],
-            "auth": {"type": "access_token", "accessToken": {"displayName": "local", "role": who.role}},
+            "orgs": [{"type": "org", "id": name, "name": name, "roleInOrg": "write"} for name in who.orgs],
+            "auth": {"type": "access_token", "accessToken": token},
         }
     )
 

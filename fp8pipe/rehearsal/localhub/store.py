@@ -284,10 +284,9 @@ class Store:
         author: str,
         parent: str | None = None,
     ) -> Commit:
-        """Apply changes on top of `base`, as the commit of refs/pr/`number`."""
+        """Apply changes on top of `parent`, by default the head of `base`, as the commit of refs/pr/`number`."""
         with self.lock:
-            head = self.commit_at(repo, base)
-            must_be_head(head.oid, parent)
+            head = self.commit_at(repo, parent or base)
             tree = apply_changes(repo, head.tree, changes)
             commit = self._write_commit(repo, (head.oid,), title, message, author, tree)
             self.point(repo, f"refs/pr/{number}", commit.oid)

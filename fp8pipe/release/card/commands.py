@@ -38,7 +38,7 @@ def shell(*words: str) -> str:
 
 def serve_command(facts: CardFacts) -> str:
     """How to serve the release as it was measured."""
-    serve = ("vllm", "serve", facts.repo_id, "--revision", facts.checkpoint.release_tag)
+    serve = ("vllm", "serve", facts.repo_id, "--revision", facts.tag)
     return shell(*serve, *_trust(facts), *_cache(facts), *_parallelism(facts), *_parsers(facts))
 
 
@@ -83,7 +83,7 @@ def transformers_code(facts: CardFacts) -> str:
     architectures = facts.config.get("architectures")
     causal = isinstance(architectures, list) and any(str(name).endswith("ForCausalLM") for name in architectures)
     auto, source = ("AutoModelForCausalLM" if causal else "AutoModelForImageTextToText"), json.dumps(facts.repo_id)
-    tag = json.dumps(facts.checkpoint.release_tag)
+    tag = json.dumps(facts.tag)
     return f"""\
 from transformers import {auto}, AutoTokenizer
 
@@ -131,8 +131,7 @@ def lm_eval_commands(facts: CardFacts) -> Iterator[str]:
 
 def _model_args(facts: CardFacts) -> str:
     report = facts.candidate
-    tag = facts.checkpoint.release_tag
-    known = {"pretrained": facts.repo_id, "revision": tag, "add_bos_token": report.add_bos_token}
+    known = {"pretrained": facts.repo_id, "revision": facts.tag, "add_bos_token": report.add_bos_token}
     simple = {k: v for k, v in sorted(report.engine.arguments.items()) if isinstance(v, str | int | float)}
     owned = {"model", "tokenizer", "kv_cache_dtype", *known, *(_cpu_defaults() if report.engine.plugin else ())}
     cache = {"kv_cache_dtype": report.engine.kv_cache_dtype} if report.engine.kv_cache_dtype != "auto" else {}

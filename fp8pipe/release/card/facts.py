@@ -62,6 +62,8 @@ class CardFacts:
     """Everything that a card says."""
 
     repo_id: str
+    tag: str
+    """The tag of the release."""
     source: Snapshot
     source_card: SourceCard
     terms: Terms
@@ -104,7 +106,7 @@ class CardFacts:
         return self.recipe.kv_cache is not None and self.recipe.checkpoint_format == "compressed-tensors"
 
 
-def facts_of_folder(folder: Path, *, repo_id: str) -> CardFacts:
+def facts_of_folder(folder: Path, *, repo_id: str, tag: str) -> CardFacts:
     """Read the facts from DIR/fp8pipe/. InputError names a record that is missing."""
     from fp8pipe.quantize.plan import Plan
     from fp8pipe.records.calibration import Calibration
@@ -114,6 +116,7 @@ def facts_of_folder(folder: Path, *, repo_id: str) -> CardFacts:
     source_card, records = record_path(folder, "source_card"), folder / RECORD_DIR
     return CardFacts(
         repo_id=repo_id,
+        tag=tag,
         source=Snapshot.load(record_path(folder, "source")),
         source_card=parse_source_card(source_card.read_text(errors="replace") if source_card.is_file() else None),
         terms=Terms.load(record_path(folder, "terms")),

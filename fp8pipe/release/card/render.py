@@ -41,9 +41,9 @@ from fp8pipe.release.card.verdict import (
 )
 
 
-def card_for_folder(folder: Path, *, repo_id: str) -> str:
-    """The card of the checkpoint in `folder`. InputError names a record that is missing."""
-    return render_card(facts_of_folder(folder, repo_id=repo_id))
+def card_for_folder(folder: Path, *, repo_id: str, tag: str) -> str:
+    """The card of the checkpoint in `folder`, for the release `tag`. InputError names a record that is missing."""
+    return render_card(facts_of_folder(folder, repo_id=repo_id, tag=tag))
 
 
 def render_card(facts: CardFacts) -> str:
@@ -105,7 +105,7 @@ def _context(facts: CardFacts) -> dict[str, Any]:
         "serve_command": serve_command(facts),
         "client_code": client_code(facts),
         "transformers_code": transformers_code(facts),
-        "tag": facts.checkpoint.release_tag,
+        "tag": facts.tag,
         "fp8_cache": facts.fp8_cache,
         "asks_for_cache": facts.asks_for_cache,
         "served_table": markdown.table(served[0]),
