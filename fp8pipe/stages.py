@@ -380,12 +380,14 @@ def validate(
 
 
 def _keep(report: ValidationReport, folder: Path) -> None:
-    """Save the report among a checkpoint's records, unless they hold a deeper one on the same state of the folder."""
+    """Save the report among a checkpoint's records, unless they hold a deeper one on the same content."""
+    from fp8pipe.model.identity import folder_identity
+
     if Checkpoint.load_if_present(record_path(folder, "checkpoint")) is None:
         return
     path = record_path(folder, "validation")
     known = ValidationReport.load_if_present(path)
-    if known is None or known.folder_identity != report.folder_identity or report.covers(known.depth):
+    if known is None or report.covers(known.depth) or known.folder_identity != folder_identity(folder):
         report.save(path)
 
 
@@ -618,7 +620,7 @@ def gate(
         earlier=earlier,
     )
     if checkpoint_folder is not None and decision.final:
-        _write_evidence(checkpoint_folder, baseline, candidate, policy, decision)
+        _write_evidence(checkpoint_folder, baseline, candidate, policy, suite, decision)
     return decision
 
 
@@ -669,17 +671,33 @@ def gate_reports(
 
 
 def _write_evidence(
-    folder: Path, baseline: EvalReport, candidate: EvalReport, policy: GatePolicy, decision: GateDecision
+    folder: Path,
+    baseline: EvalReport,
+    candidate: EvalReport,
+    policy: GatePolicy,
+    suite: EvalSuite | None,
+    decision: GateDecision,
 ) -> None:
-    """Write what publishing asks for, gate.json last; nothing if the folder already has this very decision."""
+    """Write what publishing asks for, gate.json last; nothing if the folder already has all of it."""
+    from fp8pipe.gate.publishable import read_policy, read_suite
     from fp8pipe.records.calibration import Calibration
     from fp8pipe.release.plots import write_plots, write_sensitivity_plot
 
-    if GateDecision.load_if_present(record_path(folder, "gate")) == decision:
+    sides = {"baseline": baseline, "candidate": candidate}
+    # The path of its task files is private; what is in them is in the reports' digest of the suite.
+    suite = suite and suite.model_copy(update={"task_dir": None})
+    held = {name: EvalReport.load_if_present(record_path(folder, name)) for name in sides}
+    known = GateDecision.load_if_present(record_path(folder, "gate")), read_policy(folder), read_suite(folder)
+    if held == sides and known == (decision, policy, suite):
         return
-    baseline.save(record_path(folder, "baseline"))
-    candidate.save(record_path(folder, "candidate"))
-    write_atomically(record_path(folder, "policy"), policy.model_dump_json(indent=1).encode())
+    for name, report in sides.items():
+        report.save(record_path(folder, name))
+    for name, config in (("policy", policy), ("suite", suite)):
+        path = record_path(folder, name)
+        if config is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_atomically(path, config.model_dump_json(indent=1).encode() + b"\n")
     plots = folder / RECORD_DIR / "plots"
     shutil.rmtree(plots, ignore_errors=True)
     write_plots(decision, baseline, candidate, plots)

@@ -4,24 +4,40 @@
     require_publishable(folder)    the Evidence; raises Refused with every objection
     may_publish(folder)            the same for a flow, to which a rejection is a result and not an error
 
-The evidence is in DIR/fp8pipe/. A folder without it is not published, nor one that has changed since.
+The evidence is in DIR/fp8pipe/, and none of it is believed: the decision is made again from the samples of both
+reports, and every file must be the one that was validated and measured. A folder without evidence is not published.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
-from fp8pipe.config import GatePolicy
+from fp8pipe.config import Config, EvalSuite, GatePolicy
 from fp8pipe.errors import InputError, Refused
-from fp8pipe.model.identity import folder_identity
-from fp8pipe.records import RECORD_DIR, Approval, Checkpoint, EvalReport, GateDecision, Record, ValidationReport
+from fp8pipe.gate.rederived import departures
+from fp8pipe.model.identity import file_hashes, identity_of, is_content, links, published_files
+from fp8pipe.quantize.plan import Plan
+from fp8pipe.records import (
+    PLOTS,
+    RECORD_DIR,
+    RECORD_FILES,
+    Approval,
+    Checkpoint,
+    EvalReport,
+    FileHash,
+    GateDecision,
+    Record,
+    ValidationReport,
+)
 from fp8pipe.records.paths import record_path
 
+C = TypeVar("C", bound=Config)
 R = TypeVar("R", bound=Record)
 
 
@@ -31,10 +47,13 @@ class Evidence:
 
     folder: Path
     checkpoint: Checkpoint
+    plan: Plan
     validation: ValidationReport
+    baseline: EvalReport
     candidate: EvalReport
     decision: GateDecision
     policy: GatePolicy | None
+    suite: EvalSuite | None
     approval: Approval | None
 
     @classmethod
@@ -43,25 +62,37 @@ class Evidence:
         return cls(
             folder=folder,
             checkpoint=_load(Checkpoint, folder, "checkpoint", "quantize"),
+            plan=_load(Plan, folder, "plan", "quantize"),
             validation=_load(ValidationReport, folder, "validation", "validate"),
+            baseline=_load(EvalReport, folder, "baseline", "gate --checkpoint"),
             candidate=_load(EvalReport, folder, "candidate", "gate --checkpoint"),
             decision=_load(GateDecision, folder, "gate", "gate --checkpoint"),
             policy=read_policy(folder),
+            suite=read_suite(folder),
             approval=read_approval(folder),
         )
 
 
 def read_policy(folder: Path) -> GatePolicy | None:
     """The policy in a checkpoint folder; None if there is none, or none that can be read."""
-    try:
-        return GatePolicy.model_validate_json(record_path(folder, "policy").read_bytes())
-    except (OSError, ValidationError):
-        return None
+    return _read_config(GatePolicy, folder, "policy")
+
+
+def read_suite(folder: Path) -> EvalSuite | None:
+    """The suite in a checkpoint folder, without its `task_dir`; None if there is none, or none that can be read."""
+    return _read_config(EvalSuite, folder, "suite")
 
 
 def read_approval(folder: Path) -> Approval | None:
     """The approval in a checkpoint folder, whichever decision it is of; None if there is none."""
     return Approval.load_if_present(record_path(folder, "approval"))
+
+
+def _read_config(kind: type[C], folder: Path, name: str) -> C | None:
+    try:
+        return kind.model_validate_json(record_path(folder, name).read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def _load(kind: type[R], folder: Path, name: str, stage: str) -> R:
@@ -92,8 +123,11 @@ def may_publish(folder: Path) -> bool:
 
     Raises Refused if the verdict allows it but something else forbids it, such as an unchecked rule.
     """
-    found, _ = _examined(folder)
-    if found is not None and any(verdict_objections(found.decision, found.policy, found.approval)):
+    try:
+        found = Evidence.load(folder)
+    except InputError as error:
+        raise Refused(f"{folder} may not be published: {error}") from error
+    if any(verdict_objections(found.decision, found.policy, found.approval)):
         return False
     require_publishable(folder)
     return True
@@ -109,7 +143,10 @@ def _examined(folder: Path) -> tuple[Evidence | None, tuple[str, ...]]:
         *_wrong_checkpoint(found),
         *verdict_objections(found.decision, found.policy, found.approval),
         *_unchecked(found.decision),
-        *_unsound_or_changed(found),
+        *not_rederived(found),
+        *unsound(found.validation),
+        *(f"{name} is a link, but only plain files are published; replace it with a copy" for name in links(folder)),
+        *changed(found, file_hashes(folder, published_files(folder))),
     )
 
 
@@ -151,16 +188,58 @@ def _unchecked(decision: GateDecision) -> Iterator[str]:
         yield f"the gate left rules unchecked: {', '.join(decision.unchecked)}; gate.json says what each lacks"
 
 
-def _unsound_or_changed(found: Evidence) -> Iterator[str]:
-    """What validation found, and every difference between the folder and what was validated and measured."""
-    for finding in found.validation.errors:
+def not_rederived(found: Evidence) -> Iterator[str]:
+    """What of the decision does not follow from the samples and the policy."""
+    again = f"run `fp8pipe gate --checkpoint {found.folder}` again"
+    if found.policy is None:
+        yield f"{RECORD_DIR}/policy.json is missing or not a policy; {again}"
+        return
+    different = departures(
+        found.decision,
+        found.baseline,
+        found.candidate,
+        found.policy,
+        checkpoint=found.checkpoint,
+        suite=found.suite,
+        recipe=found.plan.settings,
+    )
+    if different:
+        listed = "; ".join([*different[:3], *([f"and {len(different) - 3} more"] if len(different) > 3 else [])])
+        yield f"{RECORD_DIR}/gate.json is not what the reports and the policy give: {listed}; {again}"
+
+
+def unsound(validation: ValidationReport) -> Iterator[str]:
+    """What validation found."""
+    for finding in validation.errors:
         yield f"validation: {finding.sentence()}"
-    if not found.validation.covers("values"):
+    if not validation.covers("values"):
         yield "only its headers were validated; run `fp8pipe validate` on the folder, which reads the values too"
-    identity = folder_identity(found.folder)
+
+
+def changed(found: Evidence, files: Sequence[FileHash]) -> Iterator[str]:
+    """Every difference between what was validated and measured and `files`, which are or would be published."""
+    for file in files:
+        if file.name.startswith(f"{RECORD_DIR}/") and not _is_record(file.name):
+            yield f"{file.name} is no record of a release; remove it"
+    identity = identity_of(files)
     if found.validation.folder_identity != identity:
-        yield "the folder changed since it was validated; validate, evaluate and gate it again"
-    if found.candidate.digest() != found.decision.candidate_report:
-        yield f"{RECORD_DIR}/candidate.json is not the measurement that the gate decided on; run the gate again"
+        listed = ", ".join(_how_changed(found.validation.files, [file for file in files if is_content(file.name)]))
+        yield f"the folder changed since it was validated ({listed}); validate, evaluate and gate it again"
     if found.candidate.folder_identity != identity:
-        yield "the folder changed since it was measured; evaluate and gate it again"
+        yield "the folder is not the one that was measured; evaluate and gate it again"
+
+
+def _is_record(name: str) -> bool:
+    place = name.removeprefix(f"{RECORD_DIR}/")
+    return place in RECORD_FILES.values() or any(fnmatch(place, f"plots/{plot}.[ps][nv]g") for plot in PLOTS)
+
+
+def _how_changed(before: Sequence[FileHash], now: Sequence[FileHash]) -> Iterator[str]:
+    """`config.json changed`, `notes.md was added`: the first four, and how many more."""
+    old, new = ({file.name: file for file in files} for files in (before, now))
+    listed = [f"{name} was added" for name in new.keys() - old.keys()]
+    listed += [f"{name} is gone" for name in old.keys() - new.keys()]
+    listed += [f"{name} changed" for name in new.keys() & old.keys() if new[name] != old[name]]
+    yield from sorted(listed)[:4]
+    if len(listed) > 4:
+        yield f"and {len(listed) - 4} more"

@@ -22,7 +22,7 @@ from fp8pipe.errors import (
 )
 from fp8pipe.hub.client import cache_folder, client, translated
 from fp8pipe.model.headers import INDEX_NAME, read_index
-from fp8pipe.model.identity import folder_identity
+from fp8pipe.model.identity import folder_state
 from fp8pipe.model.untrusted import MAX_FILE_BYTES, parse_config, too_long
 from fp8pipe.records import Snapshot, SourceFile
 
@@ -126,7 +126,7 @@ def _resolve_folder(folder: Path) -> Snapshot:
 
 
 def _local_commit(folder: Path) -> str:
-    return f"local-{folder_identity(folder)[:40]}"
+    return f"local-{folder_state(folder)[:40]}"
 
 
 def with_hashes(snapshot: Snapshot) -> Snapshot:

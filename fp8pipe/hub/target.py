@@ -22,6 +22,7 @@ from fp8pipe.errors import InputError
 from fp8pipe.hub.account import account
 from fp8pipe.hub.client import cache_folder, client, endpoint, translated
 from fp8pipe.hub.collections import check_collection
+from fp8pipe.model.identity import CARD
 from fp8pipe.records import RECORD_DIR
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelInfo
     from huggingface_hub.hf_api import RepoFile
 
-CARD = "README.md"
 MARK = f"{RECORD_DIR}/checkpoint.json"
 """A repository with this file was made by fp8pipe."""
 MANIFEST = f"{RECORD_DIR}/manifest.json"

@@ -32,7 +32,7 @@ from fp8pipe.records.evaluation import (
     mean_of_samples,
 )
 from fp8pipe.records.modules import PROOF_VERSION, ModuleOutput, ModuleProof
-from fp8pipe.records.paths import RECORD_FILES, record_path
+from fp8pipe.records.paths import PLOTS, RECORD_FILES, record_path
 from fp8pipe.records.release import (
     VERDICT_EXIT_CODES,
     BatchEntry,
@@ -53,6 +53,7 @@ from fp8pipe.records.validation import (
 
 __all__ = [
     "DEPTHS",
+    "PLOTS",
     "PROOF_VERSION",
     "RECORD_DIR",
     "RECORD_FILES",

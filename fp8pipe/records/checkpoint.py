@@ -39,11 +39,11 @@ class FileHash(Record):
 
 
 class Manifest(Record):
-    """What a release consists of, by content; also saves hashing weights again. `DIR/fp8pipe/manifest.json`."""
+    """What a release consists of: every published file but itself and the signature. `DIR/fp8pipe/manifest.json`."""
 
     tag: str
     """The tag of the release."""
     fingerprint: str
     identity: str
-    """Identity of the folder when it was hashed, from its config and weight headers, sizes and times."""
+    """Identity of the checkpoint: the digest of its files without records and card."""
     files: tuple[FileHash, ...]

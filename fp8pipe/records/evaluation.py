@@ -177,7 +177,7 @@ class EvalReport(Record):
     table: str
     """lm-eval's own result table."""
     folder_identity: str | None = None
-    """Identity of the checkpoint folder when it was measured; None for a baseline."""
+    """Digest of the checkpoint's content when it was measured; None for a baseline."""
     proof: ModuleProof | None = None
     """What each layer answered to its seeded input; None in a report of another program, or of an earlier version."""
     samples: tuple[SampleText, ...] = ()

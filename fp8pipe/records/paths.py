@@ -15,15 +15,21 @@ RECORD_FILES = {
     "plan": "plan.json",
     "calibration": "calibration.json",
     "checkpoint": "checkpoint.json",
+    "conversion": "conversion.json",
     "validation": "validation.json",
     "policy": "policy.json",
+    "suite": "suite.json",
     "baseline": "baseline.json",
     "candidate": "candidate.json",
     "gate": "gate.json",
     "approval": "approval.json",
     "card_template": "card_template.md.j2",
+    "manifest": "manifest.json",
 }
 """Files in DIR/fp8pipe/, written by the stages and published with the checkpoint."""
+
+PLOTS = ("drop", "accuracy", "flips", "modules", "sensitivity")
+"""Names of the pictures in DIR/fp8pipe/plots/, each as PNG and as SVG."""
 
 
 def record_path(folder: Path, name: str) -> Path:

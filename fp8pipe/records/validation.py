@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fp8pipe.records.base import Record
+from fp8pipe.records.checkpoint import FileHash
 from fp8pipe.records.serving import Serving
 
 Severity = Literal["error", "warning"]
@@ -37,7 +38,10 @@ class Finding(Record):
 class ValidationReport(Record):
     """All findings of one validation; without errors the checkpoint is sound. `DIR/fp8pipe/validation.json`."""
 
-    folder_identity: str
+    folder_identity: str | None
+    """Digest of the content that was validated; on the Hub, the commit. None for the headers of a folder."""
+    files: tuple[FileHash, ...] = ()
+    """Every file of the folder whose content was validated, as it was then."""
     depth: Depth
     known_from: Literal["architecture", "names"] = "names"
     """How Linears were recognized: by the architecture record, or only by names and shapes."""

@@ -11,29 +11,21 @@ time or a count that would differ the next time.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
 
 from fp8pipe.config import Target
-from fp8pipe.errors import EnvironmentFault, InputError
+from fp8pipe.errors import EnvironmentFault, InputError, SourceChanged
 from fp8pipe.files import write_atomically
-from fp8pipe.gate.publishable import require_publishable
+from fp8pipe.gate.publishable import Evidence, require_publishable
 from fp8pipe.hub.client import client, endpoint, translated, waits_told_to
 from fp8pipe.hub.collections import MAX_NOTE, add_to_collection
-from fp8pipe.hub.target import CARD, MANIFEST, check_card, check_target
+from fp8pipe.hub.target import MANIFEST, check_card, check_target
 from fp8pipe.hub.upload import ROUNDS, Refs, Say, Upload
-from fp8pipe.model.identity import folder_identity
+from fp8pipe.model.identity import CARD, file_hashes, identity_of, published_files
 from fp8pipe.progress import Progress, ProgressEvent, human_seconds, quiet
-from fp8pipe.records import RECORD_DIR, Checkpoint, FileHash, Manifest, Release
+from fp8pipe.records import RECORD_DIR, FileHash, Manifest, Release
 from fp8pipe.release.tags import following, newest
-
-KEPT_PRIVATE = (
-    *("*.tmp", "*.part", "*.partial", "*.incomplete", "*.lock", "*.log", "*.journal", "*.pyc"),
-    f"{RECORD_DIR}/release.json",
-)
-"""Never uploaded, like everything hidden: unfinished files, traces of this machine, and the record of the upload."""
 
 CREATED = f"{RECORD_DIR}/.created"
 """Names the repository that publishing this folder created and has not shown yet: only such a repository, whose owner
@@ -78,7 +70,7 @@ def publish(
     with translated(f"publishing to {target.repo_id}"), waits_told_to(tell):
         refs = upload.refs() if clearance.exists else Refs("", {})
         check_card(api, card(following(refs.tags, checkpoint.fingerprint)))
-        contents = _Contents(folder, checkpoint, card, say)
+        contents = _Contents(folder, evidence, card, say)
         if not clearance.exists:
             write_atomically(created, address.encode())
             upload.create_repository()
@@ -136,7 +128,7 @@ def _released(upload: Upload, contents: _Contents) -> tuple[str, str, bool, tupl
 
 def _reporter(progress: Progress, folder: Path) -> Say:
     """Progress in bytes of the whole folder, with the step in words."""
-    total = sum((folder / name).stat().st_size for name in _published_files(folder))
+    total = sum((folder / name).stat().st_size for name in published_files(folder))
     done = 0
 
     def say(step: str, sent: int = 0, whole: bool = False) -> None:
@@ -153,56 +145,24 @@ def _reporter(progress: Progress, folder: Path) -> Say:
 class _Contents:
     """What is published: the folder's files, hashed once, with the card and the manifest of a tag."""
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, card: Callable[[str], str], say: Say) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, folder: Path, evidence: Evidence, card: Callable[[str], str], say: Say) -> None:
+        say("hash")
+        self.checkpoint = evidence.checkpoint
         self._folder = folder
         self._card = card
-        self._identity = folder_identity(folder)
-        self._hashes = self._hashed(say)
+        self._hashes = file_hashes(folder, (name for name in published_files(folder) if name not in {CARD, MANIFEST}))
+        self._identity = identity_of(self._hashes)
+        if self._identity != evidence.validation.folder_identity:
+            raise SourceChanged(f"{folder}: altered since this run began; nothing was uploaded, publish again")
 
     def tagged(self, tag: str) -> tuple[FileHash, ...]:
         """Every published file as the release `tag` has it, the manifest last. Writes the card and the manifest."""
         card = self._card(tag).encode()
         if not (self._folder / CARD).exists() or (self._folder / CARD).read_bytes() != card:
             write_atomically(self._folder / CARD, card)
-        files = tuple(sorted((*self._hashes, _hash(self._folder, CARD)), key=lambda file: file.name))
+        files = tuple(sorted((*self._hashes, *file_hashes(self._folder, [CARD])), key=lambda file: file.name))
         manifest = Manifest(tag=tag, fingerprint=self.checkpoint.fingerprint, identity=self._identity, files=files)
         path = self._folder / MANIFEST
         if manifest != Manifest.load_if_present(path):
             manifest.save(path)
-        return (*files, _hash(self._folder, MANIFEST))
-
-    def _hashed(self, say: Say) -> list[FileHash]:
-        """Every file but card and manifest. The manifest of the last run saves hashing the weights again."""
-        known = Manifest.load_if_present(self._folder / MANIFEST)
-        remembered = {}
-        if known is not None and known.identity == self._identity:
-            remembered = {file.name: file for file in known.files if file.name.endswith(".safetensors")}
-        files = []
-        for name in _published_files(self._folder):
-            if name in {CARD, MANIFEST}:
-                continue
-            if name not in remembered:
-                say(f"hash {name}")
-            files.append(remembered.get(name) or _hash(self._folder, name))
-        return files
-
-
-def _published_files(folder: Path) -> list[str]:
-    """Names of the files that are uploaded, sorted. InputError for a link, which would publish its target."""
-    names = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if any(part.startswith(".") for part in name.split("/")) or any(fnmatch(name, p) for p in KEPT_PRIVATE):
-            continue
-        if path.is_symlink():
-            raise InputError(f"{path}: is a link, but only plain files are published; replace it with a copy")
-        if path.is_file():
-            names.append(name)
-    return names
-
-
-def _hash(folder: Path, name: str) -> FileHash:
-    with (folder / name).open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileHash(name=name, size=(folder / name).stat().st_size, sha256=sha256)
+        return (*files, *file_hashes(self._folder, [MANIFEST]))

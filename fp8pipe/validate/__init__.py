@@ -25,12 +25,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8pipe.errors import EnvironmentFault, InputError, ModelNotFound
+from fp8pipe.errors import EnvironmentFault, InputError, ModelNotFound, SourceChanged
+from fp8pipe.model.identity import content_hashes, identity_of
 from fp8pipe.progress import Progress, quiet
-from fp8pipe.records import DEPTHS, Depth, Snapshot, ValidationReport
+from fp8pipe.records import DEPTHS, Depth, FileHash, Snapshot, ValidationReport
 from fp8pipe.validate.asking import UNREADABLE
 from fp8pipe.validate.prepare import read_subject
-from fp8pipe.validate.reading.place import Place, place_of
+from fp8pipe.validate.reading.place import FolderPlace, HubPlace, Place, place_of
 from fp8pipe.validate.registry import all_checks, header_checks
 from fp8pipe.validate.runner import run
 from fp8pipe.validate.subject import Subject
@@ -66,13 +67,15 @@ def validate(
     tensor; True demands that, and asks transformers, if there is no source, which weights are Linear. Each builds the
     model on the meta device in a child process, half a minute for both, and its answer is kept.
 
-    Raises InputError if there is no such folder, or if the depth needs files that are not on disk, EngineFailed if
-    vLLM is demanded and not (wholly) installed; never because of what is in the checkpoint.
+    Raises InputError if there is no such folder, or if the depth needs files that are not on disk; SourceChanged if the
+    folder is altered meanwhile; EngineFailed if vLLM is demanded and not (wholly) installed; never because of what is
+    in the checkpoint.
     """
     if isinstance(checkpoint, Path) and not checkpoint.is_dir():
         raise ModelNotFound(f"{checkpoint}: no such folder; give the folder that holds config.json and the weights")
     place = place_of(checkpoint)
     depth = _depth(place, source, depth)
+    content = _content(place, depth)
     subject = read_subject(place, source, architecture, oracles=oracles)
     if depth != "headers":
         from fp8pipe.validate.measuring.measure import measure
@@ -86,8 +89,13 @@ def validate(
     known = header_checks() if depth == "headers" else all_checks()
     checks = [check for check in known if check.depth in reach and all(map(subject.supplies, check.needs))]
     findings = tuple(run(checks, subject))
+    if _content(place, depth) != content:
+        raise SourceChanged(
+            f"{place.root}: altered while it was validated; run again once nothing writes to the folder"
+        )
     return ValidationReport(
-        folder_identity=place.identity(),
+        folder_identity=_identity(place, content),
+        files=content or (),
         depth=depth,
         known_from="architecture" if subject.layout.from_record else "names",
         checks=tuple(check.id for check in checks),
@@ -99,6 +107,17 @@ def validate(
         loaded_silent=loaded_silent,
         serving=_serving(subject, findings),
     )
+
+
+def _content(place: Place, depth: Depth) -> tuple[FileHash, ...] | None:
+    """The hashes of a folder's content; None if only its headers are read. The Hub has hashes of its own."""
+    return content_hashes(place.root) if isinstance(place, FolderPlace) and depth != "headers" else None
+
+
+def _identity(place: Place, content: tuple[FileHash, ...] | None) -> str | None:
+    if isinstance(place, HubPlace):
+        return place.snapshot.commit
+    return None if content is None else identity_of(content)
 
 
 def _serving(subject: Subject, findings: Sequence[Finding]) -> Serving | None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support import reference_checkpoints as reference
 from support.conversions import Models, config_of, to
 from support.quantizing import tensors_of
-from support.sample_folders import accepted, measured, validation
+from support.sample_folders import edit, gate_again, validation
 from support.tiny_models import calibration_for, plan_of, recipe
 
 import fp8pipe
@@ -109,9 +109,8 @@ def test_a_verdict_copied_from_the_source_is_refused(gated: Path, tmp_path: Path
     to("fp8", gated, folder)
     fingerprint = Checkpoint.load(gated / "fp8pipe" / "checkpoint.json").fingerprint
     validation(folder).save(folder / "fp8pipe" / "validation.json")
-    measured(folder).save(folder / "fp8pipe" / "candidate.json")
-    verdict = accepted(folder).model_copy(update={"candidate_fingerprint": fingerprint})
-    verdict.save(folder / "fp8pipe" / "gate.json")
+    gate_again(folder)
+    edit(folder, candidate_fingerprint=fingerprint)
     with pytest.raises(Refused, match="the gate decided on checkpoint"):
         require_publishable(folder)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from support.reports import policy
 from support.sample_folders import (
     CHECKPOINT,
     FINGERPRINT,
-    accepted,
+    STRICTER,
     approve_as_is,
-    decide_again,
-    measured,
+    gate_again,
+    validation,
     write_checkpoint,
 )
 
@@ -84,14 +84,6 @@ def test_republishing_the_same_bytes_makes_no_commit_and_the_same_record(
     assert items(second) == [(repo_id, "-0.1 points")]
 
 
-def test_weights_are_hashed_once(hub: LocalHub, repo_id: str, folder: Path) -> None:
-    release(folder, repo_id)
-    shard, stat = folder / SHARD, (folder / SHARD).stat()
-    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
-    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # only reading every byte would show this change
-    assert not release(folder, repo_id).new_commit
-
-
 def test_hidden_unfinished_and_local_files_are_not_uploaded(hub: LocalHub, repo_id: str, folder: Path) -> None:
     for name in (
         ".resume.json",
@@ -115,11 +107,10 @@ def test_a_release_of_another_checkpoint_replaces_and_deletes_under_the_next_tag
     first = release(folder, repo_id)
     (folder / "LICENSE").unlink()
     (folder / "NOTICE").write_text("new")
+    validation(folder).save(folder / "fp8pipe" / "validation.json")
     other = "cd34" * 16
     CHECKPOINT.model_copy(update={"fingerprint": other}).save(folder / "fp8pipe" / "checkpoint.json")
-    report = measured(folder).model_copy(update={"fingerprint": other})
-    report.save(folder / "fp8pipe" / "candidate.json")
-    decide_again(folder, candidate_fingerprint=other, candidate_report=report.digest())
+    gate_again(folder)
     second = release(folder, repo_id)
     assert second.tag == "fp8-cd34cd34-2"
     held = {file.rfilename for file in client().model_info(repo_id, revision=second.tag).siblings or ()}
@@ -135,7 +126,7 @@ def test_the_same_checkpoint_with_other_evidence_is_the_next_release_and_sends_n
 ) -> None:
     first = release(folder, repo_id)
     sent = hub.log.read_text().count('"PUT /_lfs/')
-    decide_again(folder, policy="stricter")
+    gate_again(folder, STRICTER)
     second = release(folder, repo_id)
     third = release(folder, repo_id, words="another template")
     assert [first.tag, second.tag, third.tag] == [f"fp8-ab12ab12-{number}" for number in (1, 2, 3)]
@@ -167,9 +158,7 @@ def test_nothing_in_a_release_depends_on_the_folder_or_on_the_run(
 def test_an_approved_release_says_so_in_its_record_and_carries_the_approval(
     hub: LocalHub, repo_id: str, folder: Path
 ) -> None:
-    asking = policy(on_inconclusive="ask")
-    (folder / "fp8pipe" / "policy.json").write_text(asking.model_dump_json())
-    approve_as_is(folder, decide_again(folder, verdict="inconclusive", policy_digest=asking.digest()))
+    approve_as_is(folder, gate_again(folder, policy(on_inconclusive="ask"), lost=10, won=5))
     made = release(folder, repo_id)
     assert made.verdict == "inconclusive"
     assert "fp8pipe/approval.json" in {file.name for file in made.files}
@@ -206,13 +195,13 @@ def test_a_new_collection_gets_the_description_and_an_existing_one_keeps_its_own
 
 
 def test_what_may_not_be_published_leaves_no_trace_on_the_hub(hub: LocalHub, repo_id: str, folder: Path) -> None:
-    decide_again(folder, verdict="rejected", reason="dropped 3 points")
-    with pytest.raises(Refused, match="rejected it: dropped 3 points"):
+    gate_again(folder, lost=60)
+    with pytest.raises(Refused, match=r"rejected it: .* drop 12\.00 points"):
         release(folder, repo_id)
     (folder / "fp8pipe" / "gate.json").unlink()
     with pytest.raises(Refused, match=r"gate\.json"):
         release(folder, repo_id)
-    accepted(folder).save(folder / "fp8pipe" / "gate.json")
+    gate_again(folder)
     (folder / "config.json").write_text("{}")
     with pytest.raises(Refused, match="changed since it was validated"):
         release(folder, repo_id)
@@ -224,7 +213,7 @@ def test_a_link_in_the_folder_is_refused_and_not_followed(
 ) -> None:
     (tmp_path / "secret").write_text("secret")
     (folder / "notes.md").symlink_to(tmp_path / "secret")
-    with pytest.raises(InputError, match=r"notes\.md: is a link"):
+    with pytest.raises(Refused, match=r"notes\.md is a link"):
         release(folder, repo_id)
     assert not client().repo_exists(repo_id)
 
@@ -235,3 +224,17 @@ def test_a_note_too_long_for_the_hub_is_refused_before_anything_is_created(
     with pytest.raises(InputError, match="501 characters"):
         release(folder, repo_id, note="x" * 501)
     assert not client().repo_exists(repo_id)
+
+
+def test_a_hash_that_was_forged_on_this_machine_does_not_reach_the_hub(
+    hub: LocalHub, repo_id: str, folder: Path
+) -> None:
+    validated = {file.name: file.sha256 for file in validation(folder).files}[SHARD]
+    shard = folder / SHARD
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    stat = shard.stat()
+    stamp = [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    (folder / "fp8pipe" / ".hashes.json").write_text(json.dumps({SHARD: [stamp, validated]}))
+    with pytest.raises(InputError, match="the bytes that arrived hash to"):
+        release(folder, repo_id)
+    assert tags(repo_id) == {} and client().model_info(repo_id).private

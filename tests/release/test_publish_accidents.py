@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from support import TESTS
 from support.releases import card, commits, items, release, tags
-from support.sample_folders import decide_again, write_checkpoint
+from support.sample_folders import STRICTER, gate_again, write_checkpoint
 
 from fp8pipe.errors import AccessDenied, HubUnreachable
 from fp8pipe.hub.client import client
@@ -39,11 +39,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 STEPS = (
-    *("check target", f"hash {SHARD}", "create repository", "upload small files", "upload weights"),
+    *("check target", "hash", "create repository", "upload small files", "upload weights"),
     *(f"uploaded {LAST_SHARD}", "commit", "verify", "tag", "make public", "collection", "done"),
 )
 NEXT_STEPS = (
-    *("check target", "hash fp8pipe/gate.json", "upload small files", "upload weights", "commit"),
+    *("check target", "hash", "upload small files", "upload weights", "commit"),
     *("verify pull request", "merge", "verify", "tag", "collection", "done"),
 )
 """Of a later release, in a repository that everybody sees."""
@@ -98,7 +98,7 @@ def test_a_later_release_goes_through_a_pull_request_that_is_verified_first(
     hub: LocalHub, repo_id: str, folder: Path
 ) -> None:
     first = release(folder, repo_id)
-    decide_again(folder, policy="stricter")
+    gate_again(folder, STRICTER)
     notes: list[str] = []
     seen: list[str | None] = []
 
@@ -119,7 +119,7 @@ def test_a_later_release_killed_at_any_step_converges_when_run_again(
     hub: LocalHub, repo_id: str, folder: Path, step: str
 ) -> None:
     first = release(folder, repo_id)
-    decide_again(folder, policy="stricter")
+    gate_again(folder, STRICTER)
     killed(folder, repo_id, step)
     made = release(folder, repo_id)
     assert commits(repo_id) == 2
@@ -191,7 +191,7 @@ def test_an_answer_of_a_later_release_that_is_lost_makes_nothing_twice(
     hub: LocalHub, repo_id: str, folder: Path, break_hub: Callable[..., None], path: str, action: Any
 ) -> None:
     release(folder, repo_id)
-    decide_again(folder, policy="stricter")
+    gate_again(folder, STRICTER)
     break_hub(Disruption(path=path, action=action, method="POST", status=502))
     with contextlib.suppress(HubUnreachable):  # only a tag is not tried again at once
         release(folder, repo_id)
@@ -204,7 +204,7 @@ def test_another_commit_before_the_merge_is_not_mixed_into_the_release(
     hub: LocalHub, repo_id: str, folder: Path
 ) -> None:
     release(folder, repo_id)
-    decide_again(folder, policy="stricter")
+    gate_again(folder, STRICTER)
     raced: list[str] = []
 
     def race(event: ProgressEvent) -> None:

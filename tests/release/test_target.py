@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import HfApi
 from support.releases import card, commits, release, tags
 from support.reports import policy, suite
-from support.sample_folders import CHECKPOINT, decide_again, safetensors, write_checkpoint, write_model
+from support.sample_folders import CHECKPOINT, STRICTER, gate_again, safetensors, write_checkpoint, write_model
 
 from fp8pipe import stages
 from fp8pipe.config import ReleaseSpec, ResolvedRelease, Target, load_recipe
@@ -163,7 +163,7 @@ def test_a_readme_that_a_person_wrote_is_left_alone(hub: LocalHub, repo_id: str,
 def test_a_card_that_a_person_edited_is_left_alone(hub: LocalHub, repo_id: str, folder: Path) -> None:
     made = release(folder, repo_id)
     client().upload_file(repo_id=repo_id, path_in_repo="README.md", path_or_fileobj=card(made.tag).encode() + b"PS\n")
-    decide_again(folder, policy="stricter")
+    gate_again(folder, STRICTER)
     with pytest.raises(InputError, match=r"README\.md was edited since the last release"):
         release(folder, repo_id)
     second = release(folder, repo_id, replace=True)
@@ -229,7 +229,7 @@ def test_the_base_is_no_bound_for_what_is_asked_for(base: str, repo_id: str, fol
 def test_a_repository_that_its_owner_made_private_stays_so(hub: LocalHub, repo_id: str, folder: Path) -> None:
     release(folder, repo_id)
     client().update_repo_settings(repo_id, private=True)
-    decide_again(folder, policy="stricter")
+    gate_again(folder, STRICTER)
     made = release(folder, repo_id, visibility="public")
     assert client().model_info(repo_id).private and made.new_commit
     assert made.visibility == "private" and "stays so" in (made.visibility_note or "")
@@ -248,7 +248,7 @@ def test_a_release_is_not_put_where_more_people_would_see_it(
     hub: LocalHub, repo_id: str, folder: Path, wanted: str | None
 ) -> None:
     release(folder, repo_id)
-    decide_again(folder, policy="stricter")
+    gate_again(folder, STRICTER)
     with pytest.raises(InputError, match=f"is public, and not {wanted or 'private'}"):
         release(folder, repo_id, visibility=wanted)
     assert commits(repo_id) == 1

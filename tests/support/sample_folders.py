@@ -7,10 +7,19 @@ import json
 import struct
 from pathlib import Path
 
-from fp8pipe.model.identity import folder_identity
-from fp8pipe.records import Approval, Checkpoint, EngineFacts, EvalReport, GateDecision, ValidationReport
+from fp8pipe.config import GatePolicy
+from fp8pipe.files import write_atomically
+from fp8pipe.gate import decide
+from fp8pipe.model.identity import content_hashes, identity_of
+from fp8pipe.quantize.plan import Plan
+from fp8pipe.records import Approval, Checkpoint, GateDecision, ValidationReport
+from support.reports import SOURCE_COMMIT, checkpoint, pair, policy, recipe, suite
 
 FINGERPRINT = "ab12" * 16
+SAMPLES = 500
+STRICTER = policy(margin=0.015)
+"""A policy under which the same checkpoint is accepted too."""
+CHECKPOINT = checkpoint(fingerprint=FINGERPRINT, calibration_digest=None)
 
 
 def safetensors(**tensors: bytes) -> bytes:
@@ -48,99 +57,57 @@ def add_evidence(folder: Path) -> Path:
     """Add the evidence of a gate that accepted the folder in its present state."""
     records = folder / "fp8pipe"
     CHECKPOINT.save(records / "checkpoint.json")
+    plan().save(records / "plan.json")
     validation(folder).save(records / "validation.json")
-    measured(folder).save(records / "candidate.json")
-    accepted(folder).save(records / "gate.json")
+    gate_again(folder)
     return folder
+
+
+def plan() -> Plan:
+    """The plan of the checkpoint that the reports of `support.reports` are about, without its tensors."""
+    return Plan(
+        model_id="acme/tiny",
+        source_commit=SOURCE_COMMIT,
+        recipe="fp8-static-kv",
+        settings=recipe(),
+        tensors=(),
+        outputs=(),
+        quantization_config={},
+        source_bytes=2_000_000,
+        output_bytes=1_100_000,
+    )
 
 
 def validation(folder: Path) -> ValidationReport:
     """A validation of `folder` in its present state, without findings."""
+    files = content_hashes(folder)
+    identity = identity_of(files)
     return ValidationReport(
-        folder_identity=folder_identity(folder), depth="values", checks=("F1",), findings=(), tensors=2, bytes_read=0
+        folder_identity=identity, files=files, depth="values", checks=("F1",), findings=(), tensors=2, bytes_read=0
     )
 
 
-CHECKPOINT = Checkpoint(
-    fingerprint=FINGERPRINT,
-    model_id="acme/base",
-    source_commit="c0ffee" * 6 + "c0ff",
-    recipe="fp8-dynamic",
-    recipe_digest="00",
-    engine_version=1,
-    calibration_digest=None,
-    source_bytes=20000,
-    output_bytes=10000,
-    quantized_tensors=2,
-    kept_tensors=0,
-    seconds=1.0,
-)
-
-
-def measured(folder: Path) -> EvalReport:
-    """A measurement of `folder` in its present state."""
-    engine = EngineFacts(
-        linear_kernels=(),
-        attention_backend="CPU_ATTN",
-        kv_cache_dtype="auto",
-        quantization="compressed-tensors",
-        dtype="bfloat16",
-        max_model_len=256,
-        arguments={},
-        device_class="cpu",
-        device_name="cpu",
-        plugin=None,
-    )
-    return EvalReport(
-        role="candidate",
-        model_id=CHECKPOINT.model_id,
-        fingerprint=FINGERPRINT,
-        suite="demo",
-        suite_digest="00",
-        engine=engine,
-        tasks=(),
-        add_bos_token=True,
-        chat_template_hash=None,
-        tokenizer_hash="00",
-        seeds={},
-        versions={},
-        table="",
-        folder_identity=folder_identity(folder),
-        seconds={},
-    )
-
-
-def accepted(folder: Path) -> GateDecision:
-    """The decision that accepts that measurement."""
-    return GateDecision(
-        verdict="accepted",
-        vetoed=(),
-        unchecked=(),
-        rules=(),
-        tasks=(),
-        policy="demo",
-        policy_digest="00",
-        suite="demo",
-        alpha=0.05,
-        alpha_spent=0.05,
-        attempt=1,
-        max_attempts=1,
-        look=1,
-        looks=1,
-        baseline_fingerprint="c0ffee",
-        candidate_fingerprint=FINGERPRINT,
-        baseline_report="00",
-        candidate_report=measured(folder).digest(),
-        device_class="cpu",
-        reason="the drop is below the margin on every task",
-    )
-
-
-def decide_again(folder: Path, **changes: object) -> GateDecision:
-    """Replace the folder's decision by the accepting one with these changes."""
-    decision = accepted(folder).model_copy(update=changes)
+def gate_again(folder: Path, rules: GatePolicy | None = None, **counts: int) -> GateDecision:
+    """Measure the checkpoint in its present state, and write what the gate decides, as `stages.gate` does but without
+    plots. `counts`: samples lost and won; without them, it scores as its baseline does, and is accepted."""
+    found = Checkpoint.load(folder / "fp8pipe" / "checkpoint.json")
+    rules, asked = rules or policy(), suite(SAMPLES)
+    baseline, candidate = pair(SAMPLES, right=450, **counts)
+    about = {"fingerprint": found.fingerprint, "folder_identity": identity_of(content_hashes(folder))}
+    candidate = candidate.model_copy(update=about)
+    for name, config in (("policy", rules), ("suite", asked)):
+        write_atomically(folder / "fp8pipe" / f"{name}.json", config.model_dump_json().encode())
+    baseline.save(folder / "fp8pipe" / "baseline.json")
+    candidate.save(folder / "fp8pipe" / "candidate.json")
+    decision = decide(baseline, candidate, rules, checkpoint=found, suite=asked, recipe=recipe())
     decision.save(folder / "fp8pipe" / "gate.json")
     return decision
+
+
+def edit(folder: Path, **changes: object) -> None:
+    """Change these fields of the folder's decision, as somebody does who edits gate.json."""
+    path = folder / "fp8pipe" / "gate.json"
+    GateDecision.load(path).model_copy(update=changes).save(path)
 
 
 def approve_as_is(folder: Path, decision: GateDecision) -> None:

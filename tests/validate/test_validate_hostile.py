@@ -449,3 +449,7 @@ def test_config_on_which_vllm_stumbles_is_a_finding(good: Path, tmp_path: Path, 
     report = validate(folder, architecture=architecture_of(good), depth="headers", oracles=True)
     (finding,) = [finding for finding in report.findings if finding.check == "R1"]
     assert finding.consequence == f"vLLM {report.vllm} cannot load this model at all, quantized or not"
+
+
+def test_an_empty_folder_is_reported_at_any_depth(tmp_path: Path) -> None:
+    assert {finding.check for finding in validate(tmp_path, depth="values").errors} >= {"F2", "C1"}

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 RECORDS = {
     "gate.json": "the verdict, with every number compared and one reason per rule",
     "policy.json": "margins, alpha and limits of the gate",
+    "suite.json": "what was asked of both models, and how",
     "baseline.json": "the BF16 source, sample by sample",
     "candidate.json": "this checkpoint, sample by sample",
     "validation.json": "every structural check and finding",

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 from fp8pipe.hub import source
-from fp8pipe.model.identity import folder_identity
 from fp8pipe.records import Snapshot
 
 _LFS = b"version https://git-lfs"
@@ -24,8 +23,11 @@ class Place(Protocol):
 
     sizes: dict[str, int]
     """Files at the top and below, outside hidden folders."""
-    root: Path | None
-    """Folder that holds the weights; None while they are only on the Hub."""
+
+    @property
+    def root(self) -> Path | None:
+        """Folder that holds the weights; None while they are only on the Hub."""
+        ...
 
     def read(self, name: str, begin: int, end: int) -> bytes:
         """Bytes [begin, end), fewer when the file is shorter."""
@@ -33,10 +35,6 @@ class Place(Protocol):
 
     def trouble(self, name: str) -> str | None:
         """Why `name` cannot hold weights: a link out of the folder, an LFS pointer, an empty file; else None."""
-        ...
-
-    def identity(self) -> str:
-        """What identifies the content: it changes when the content does."""
         ...
 
 
@@ -65,15 +63,14 @@ class FolderPlace:
     """A folder on this machine."""
 
     def __init__(self, root: Path) -> None:
-        self.root: Path | None = root
-        self._root = root
+        self.root = root
         self.sizes = _list_files(root)
 
     def read(self, name: str, begin: int, end: int) -> bytes:
-        return _read(self._root / name, begin, end)
+        return _read(self.root / name, begin, end)
 
     def trouble(self, name: str) -> str | None:
-        path = self._root / name
+        path = self.root / name
         if path.is_symlink() and not path.exists():
             return "a link to nothing"
         if path.is_symlink() and not self._stays_inside(path):
@@ -84,12 +81,9 @@ class FolderPlace:
 
     def _stays_inside(self, link: Path) -> bool:
         """Inside the folder, or in the blobs beside it when the folder is a snapshot of the Hub cache."""
-        target, home = link.resolve(), self._root.resolve()
+        target, home = link.resolve(), self.root.resolve()
         cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
         return target.is_relative_to(home) or target.is_relative_to(cache)
-
-    def identity(self) -> str:
-        return folder_identity(self._root)
 
 
 def _read(path: Path, begin: int, end: int) -> bytes:
@@ -133,9 +127,6 @@ class HubPlace:
         if self.sizes[name] == 0:
             return "an empty file"
         return "a Git LFS pointer" if self.sizes[name] < 200 and self.read(name, 0, len(_LFS)) == _LFS else None
-
-    def identity(self) -> str:
-        return self.snapshot.commit
 
 
 def place_of(model: Path | Snapshot) -> Place:
