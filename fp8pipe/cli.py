@@ -118,6 +118,9 @@ Visible = Annotated[
 Replace = Annotated[
     bool, typer.Option("--replace", help="Overwrite another model's repository, or files and README made by hand")
 ]
+SignKey = Annotated[
+    Path | None, typer.Option("--sign-key", help="EC private key (PEM) that signs the release", show_default="unsigned")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, logs on stderr")]
 WorkDir = Annotated[str, typer.Option("--work-dir", help="Folder for releases and baselines")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let this model bring its own Python code")]
@@ -457,6 +460,7 @@ def publish(
     collection: Collection = None,
     visibility: Visible = None,
     replace: Replace = False,
+    sign_key: SignKey = None,
 ) -> None:
     """Publish an accepted checkpoint with its card and evidence, then verify it on the Hub."""
     from fp8pipe import stages
@@ -465,6 +469,7 @@ def publish(
 
     os.scandir(folder).close()  # raises for what is no folder
     content = {"repo_id": repo_id, "collection": collection, "visibility": visibility, "replace": replace}
+    content |= {"sign": _signing(sign_key)}
     target = validated(Target, content, "publish")
     with _stage_display("publish") as display:
         release = stages.publish(folder, target, progress=display)
@@ -495,6 +500,35 @@ def card(
         threading.Event().wait()
 
 
+def _signing(key: Path | None) -> dict[str, str] | None:
+    """`sign` of a release's file, from the command line."""
+    return {"key": str(key.resolve())} if key is not None else None
+
+
+@app.command()
+@guarded
+def verify(
+    release: Annotated[str, typer.Argument(help="Repository, repository@tag, or folder", show_default=False)],
+    key: Annotated[
+        Path | None,
+        typer.Option("--key", help="The signer's public key (EC, PEM)", show_default="signature unverified"),
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Read every byte of the weights, too")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Prove a published release with nothing but what was published: exit 0, or 1 if any part of it is broken."""
+    from fp8pipe import stages
+    from fp8pipe.ui.sheets import terminal, verification_sheet
+
+    with _stage_display("verify") as display:
+        verification = stages.verify(release, key=key, download=download, progress=display)
+    if as_json:
+        emit_json(verification.model_dump(mode="json"))
+    else:
+        out.print(terminal(verification_sheet(verification)))
+    return 0 if verification.holds else 1
+
+
 # ------------------------------------------------------------------------------------------ flows
 
 
@@ -509,6 +543,7 @@ def release(
     collection: Collection = None,
     visibility: Visible = None,
     replace: Replace = False,
+    sign_key: SignKey = None,
     work_dir: WorkDir = "fp8pipe-work",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for calibration")] = "auto",
     parallel: Spread = None,
@@ -534,6 +569,7 @@ def release(
         "collection": collection,
         "visibility": visibility,
         "replace": replace,
+        "sign": _signing(sign_key),
         "work_dir": work_dir,
         "device": device,
         "parallel": parallel,

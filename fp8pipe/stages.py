@@ -31,6 +31,7 @@ from fp8pipe.records import (
     Snapshot,
     Terms,
     ValidationReport,
+    Verification,
 )
 from fp8pipe.records.paths import record_path
 from fp8pipe.release.workspace import Workspace
@@ -55,13 +56,18 @@ def pin(model: str) -> Snapshot:
 
 def check_target(job: ResolvedRelease) -> tuple[str, ...]:
     """Refuse, before any work, a release that could not be published after it: because of its repository, under the
-    name of each recipe of the ladder, its collection, the token, who would see it, or the source's licence.
+    name of each recipe of the ladder, its collection, the token, who would see it, the source's licence, or a key that
+    cannot sign it.
 
     Returns notes for a person. Raises as `fp8pipe.hub.target.check_target`, `require_licence` and `pin` do.
     """
     from fp8pipe.hub.target import check_target
 
     spec, snapshot = job.spec, pin(job.spec.model)
+    if spec.sign is not None:
+        from fp8pipe.release.signature import public_half
+
+        public_half(Path(spec.sign.key))
     notes: list[str] = []
     for target in (rung.spec.target for rung in job.ladder()):
         clearance = check_target(target, snapshot.model_id, local=snapshot.is_local)
@@ -768,3 +774,12 @@ def publish(folder: Path, target: Target, *, progress: Progress = quiet) -> Rele
         return card_for_folder(folder, repo_id=target.repo_id, tag=tag)
 
     return publish(folder, target, card=card, note=note, progress=progress)
+
+
+def verify(
+    release: str, *, key: Path | None = None, download: bool = False, progress: Progress = quiet
+) -> Verification:
+    """Every part of a published release (a repository, `repository@tag`, or a folder), and whether it holds."""
+    from fp8pipe.release.verify import verify
+
+    return verify(release, key=key, download=download, progress=progress)

@@ -56,6 +56,7 @@ from fp8pipe.config.recipe import (
 from fp8pipe.config.release import (
     ReleaseSpec,
     ResolvedRelease,
+    Sign,
     Target,
     Visibility,
     check_fit,
@@ -95,6 +96,7 @@ __all__ = [
     "ReleaseSpec",
     "ResolvedRelease",
     "ServingWorkload",
+    "Sign",
     "Target",
     "TaskPolicies",
     "TaskPolicy",

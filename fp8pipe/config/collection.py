@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from fp8pipe.config.base import Config
 from fp8pipe.config.files import load, validated
 from fp8pipe.config.recipe import load_recipe
-from fp8pipe.config.release import EngineSpec, ReleaseSpec, Visibility
+from fp8pipe.config.release import EngineSpec, ReleaseSpec, Sign, Visibility
 from fp8pipe.errors import ConfigError
 
 MAX_TITLE = 59
@@ -50,6 +50,8 @@ class CollectionSpec(Config):
     """Who may see the repositories that the releases create; by default, each as its base model."""
     replace: bool = False
     """Overwrite repositories of other models, or with files or a README made by hand."""
+    sign: Sign | None = None
+    """Sign the releases with an EC key."""
     work_dir: str = "fp8pipe-work"
     engine: EngineSpec = EngineSpec()
     """The environment of vLLM and lm-eval, for every release that names none of its own."""
@@ -94,6 +96,7 @@ class CollectionSpec(Config):
             "licences": self.licences,
             "visibility": self.visibility,
             "replace": self.replace,
+            "sign": self.sign,
             "work_dir": self.work_dir,
             "engine": self.engine.model_dump(),
         }

@@ -30,6 +30,13 @@ class EngineSpec(Config):
     )
 
 
+class Sign(Config):
+    """How a release is signed."""
+
+    key: str
+    """Path of an EC private key on P-256, P-384 or P-521, as PEM without a password."""
+
+
 class Target(Config):
     """Where a release is published, and who may see it there."""
 
@@ -44,6 +51,7 @@ class Target(Config):
     replace: bool = Field(
         default=False, description="Overwrite a repository of another model, or with files or a README made by hand"
     )
+    sign: Sign | None = Field(default=None, description="Sign the release with an EC key: {key: PATH}")
 
 
 class ReleaseSpec(Target):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,19 @@ def download_iter(snapshot: Snapshot, *, trust_remote_code: bool = False, progre
     if snapshot.root is not None:
         yield from (_require_size(snapshot.path / file.name, file) for file in files)
         return
+    yield from _arriving(snapshot, files, progress)
+
+
+def fetch(snapshot: Snapshot, files: Sequence[SourceFile], progress: Progress = quiet) -> Path:
+    """The folder in the Hub cache that holds these files of a snapshot of the Hub, and perhaps others of it.
+
+    Raises HubUnreachable, AccessDenied, DiskTooSmall."""
+    for _ in _arriving(snapshot, files, progress):
+        pass
+    return _cache_root(snapshot)
+
+
+def _arriving(snapshot: Snapshot, files: Sequence[SourceFile], progress: Progress) -> Iterator[Path]:
     _require_disk(snapshot, files)
     meter = _Meter(sum(file.size for file in files), progress)
     pool = ThreadPoolExecutor(DOWNLOADS_AT_ONCE, thread_name_prefix="download")
@@ -81,7 +94,7 @@ def download_iter(snapshot: Snapshot, *, trust_remote_code: bool = False, progre
         pool.shutdown(cancel_futures=True)
 
 
-def _require_disk(snapshot: Snapshot, files: tuple[SourceFile, ...]) -> None:
+def _require_disk(snapshot: Snapshot, files: Sequence[SourceFile]) -> None:
     root = _cache_root(snapshot)
     missing = sum(file.size for file in files if not (root / file.name).exists())
     existing = next(folder for folder in root.parents if folder.exists())

@@ -112,6 +112,12 @@ def _resolve_in_cache(model_id: str, revision: str | None) -> Snapshot:
     return snapshot.model_copy(update={"model_id": model_id, "commit": found[0], "files": files})
 
 
+def tags_of(model_id: str) -> dict[str, str]:
+    """Tag -> commit, of a model on the Hub. Raises ModelNotFound, AccessDenied, HubUnreachable."""
+    with translated(f"tags of model {model_id}"):
+        return {ref.name: ref.target_commit for ref in client().list_repo_refs(model_id).tags}
+
+
 def _resolve_folder(folder: Path) -> Snapshot:
     paths = [path for path in sorted(folder.rglob("*")) if not _is_hidden(path.relative_to(folder))]
     for path in paths:

@@ -153,6 +153,11 @@ def files_at(api: HfApi, repo_id: str, revision: str) -> Mapping[str, RepoFile]:
     return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
 
+def read_at(api: HfApi, repo_id: str, commit: str, name: str) -> bytes | None:
+    """The content of one small file; None if the commit does not have it."""
+    return _read_at(api, repo_id, commit, name) if name in files_at(api, repo_id, commit) else None
+
+
 def require_replaceable(api: HfApi, repo_id: str, commit: str, model_id: str) -> None:
     """Raise InputError if `commit` holds files that no release made, another model's release, or a card made by hand.
 

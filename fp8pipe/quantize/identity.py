@@ -18,14 +18,13 @@ LOCK_NAME = "quantize.lock"
 
 def fingerprint(snapshot: Snapshot, recipe: Recipe, calibration_digest: str | None) -> str:
     """Digest of all that decides the bytes of a checkpoint: equal fingerprints mean equal checkpoints."""
-    return digest_of(
-        {
-            "source": snapshot.commit,
-            "recipe": recipe.identity(),
-            "engine": ENGINE_VERSION,
-            "calibration": calibration_digest,
-        }
-    )
+    return fingerprint_of(snapshot.commit, recipe, ENGINE_VERSION, calibration_digest)
+
+
+def fingerprint_of(source_commit: str, recipe: Recipe, engine_version: int, calibration_digest: str | None) -> str:
+    """The same of a checkpoint that any version of the engine made."""
+    parts = {"source": source_commit, "recipe": recipe.identity(), "engine": engine_version}
+    return digest_of(parts | {"calibration": calibration_digest})
 
 
 def device_for(asked: str) -> str:

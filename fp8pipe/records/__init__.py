@@ -50,6 +50,7 @@ from fp8pipe.records.validation import (
     Severity,
     ValidationReport,
 )
+from fp8pipe.records.verification import Proof, Verification
 
 __all__ = [
     "DEPTHS",
@@ -75,6 +76,7 @@ __all__ = [
     "ModuleOutput",
     "ModuleProof",
     "Outcome",
+    "Proof",
     "Record",
     "Release",
     "Retry",
@@ -91,6 +93,7 @@ __all__ = [
     "Terms",
     "ValidationReport",
     "Verdict",
+    "Verification",
     "mean_of_samples",
     "metric_label",
     "record_path",

@@ -41,6 +41,8 @@ class FileHash(Record):
 class Manifest(Record):
     """What a release consists of: every published file but itself and the signature. `DIR/fp8pipe/manifest.json`."""
 
+    repo_id: str
+    """The repository that the release was made for."""
     tag: str
     """The tag of the release."""
     fingerprint: str

@@ -24,6 +24,7 @@ RECORD_FILES = {
     "gate": "gate.json",
     "approval": "approval.json",
     "card_template": "card_template.md.j2",
+    "provenance": "provenance.json",
     "manifest": "manifest.json",
 }
 """Files in DIR/fp8pipe/, written by the stages and published with the checkpoint."""

@@ -20,12 +20,18 @@ from fp8pipe.files import write_atomically
 from fp8pipe.gate.publishable import Evidence, require_publishable
 from fp8pipe.hub.client import client, endpoint, translated, waits_told_to
 from fp8pipe.hub.collections import MAX_NOTE, add_to_collection
-from fp8pipe.hub.target import MANIFEST, check_card, check_target
+from fp8pipe.hub.target import MANIFEST, check_card, check_target, read_at
 from fp8pipe.hub.upload import ROUNDS, Refs, Say, Upload
-from fp8pipe.model.identity import CARD, file_hashes, identity_of, published_files
+from fp8pipe.model.identity import CARD, SIGNATURE, content_hashes, file_hashes, identity_of, published_files
 from fp8pipe.progress import Progress, ProgressEvent, human_seconds, quiet
 from fp8pipe.records import RECORD_DIR, FileHash, Manifest, Release
+from fp8pipe.records.paths import record_path
+from fp8pipe.release.provenance import provenance
+from fp8pipe.release.signature import names, public_half, sign
 from fp8pipe.release.tags import following, newest
+
+_OF_THE_TAG = (CARD, MANIFEST, SIGNATURE)
+"""Files that differ between two releases of the same evidence."""
 
 CREATED = f"{RECORD_DIR}/.created"
 """Names the repository that publishing this folder created and has not shown yet: only such a repository, whose owner
@@ -46,13 +52,16 @@ def publish(
     it. The record that is returned is not saved here.
 
     Raises Refused if the evidence does not allow it; InputError for a target that does not fit, a card that the Hub
-    does not accept, or a note that is too long; AccessDenied; HubUnreachable; EnvironmentFault if the Hub holds other
-    bytes than it was sent.
+    does not accept, a note that is too long, or a key that cannot sign; AccessDenied; HubUnreachable; EnvironmentFault
+    if the Hub holds other bytes than it was sent.
     """
     evidence = require_publishable(folder)
     checkpoint = evidence.checkpoint
     if len(note) > MAX_NOTE:
         raise InputError(f"collection note: {len(note)} characters, the Hub takes {MAX_NOTE}; shorten it")
+
+    if target.sign is not None:
+        public_half(Path(target.sign.key))
 
     say = _reporter(progress, folder)
     created = folder / CREATED
@@ -70,7 +79,7 @@ def publish(
     with translated(f"publishing to {target.repo_id}"), waits_told_to(tell):
         refs = upload.refs() if clearance.exists else Refs("", {})
         check_card(api, card(following(refs.tags, checkpoint.fingerprint)))
-        contents = _Contents(folder, evidence, card, say)
+        contents = _Contents(folder, target, evidence, card, say)
         if not clearance.exists:
             write_atomically(created, address.encode())
             upload.create_repository()
@@ -113,7 +122,7 @@ def _released(upload: Upload, contents: _Contents) -> tuple[str, str, bool, tupl
         tags = upload.refs().tags
         tag = newest(tags, fingerprint)
         if tag is not None:
-            files = contents.tagged(tag)
+            files = contents.tagged(tag, signature=read_at(upload.api, upload.repo_id, tags[tag], SIGNATURE))
             if upload.holds(tags[tag], files):
                 upload.verify(tags[tag], files)
                 return tag, tags[tag], False, files
@@ -145,24 +154,50 @@ def _reporter(progress: Progress, folder: Path) -> Say:
 class _Contents:
     """What is published: the folder's files, hashed once, with the card and the manifest of a tag."""
 
-    def __init__(self, folder: Path, evidence: Evidence, card: Callable[[str], str], say: Say) -> None:
+    def __init__(self, folder: Path, target: Target, evidence: Evidence, card: Callable[[str], str], say: Say) -> None:
         say("hash")
         self.checkpoint = evidence.checkpoint
         self._folder = folder
+        self._target = target
         self._card = card
-        self._hashes = file_hashes(folder, (name for name in published_files(folder) if name not in {CARD, MANIFEST}))
+        _write(record_path(folder, "provenance"), provenance(folder, evidence, content_hashes(folder)))
+        self._hashes = file_hashes(folder, (name for name in published_files(folder) if name not in _OF_THE_TAG))
         self._identity = identity_of(self._hashes)
         if self._identity != evidence.validation.folder_identity:
             raise SourceChanged(f"{folder}: altered since this run began; nothing was uploaded, publish again")
 
-    def tagged(self, tag: str) -> tuple[FileHash, ...]:
-        """Every published file as the release `tag` has it, the manifest last. Writes the card and the manifest."""
-        card = self._card(tag).encode()
-        if not (self._folder / CARD).exists() or (self._folder / CARD).read_bytes() != card:
-            write_atomically(self._folder / CARD, card)
+    def tagged(self, tag: str, signature: bytes | None = None) -> tuple[FileHash, ...]:
+        """Every published file as the release `tag` has it. Writes the card, the manifest and the signature.
+
+        signature: that of the release with this tag on the Hub, which is kept if it still holds."""
+        _write(self._folder / CARD, self._card(tag).encode())
         files = tuple(sorted((*self._hashes, *file_hashes(self._folder, [CARD])), key=lambda file: file.name))
-        manifest = Manifest(tag=tag, fingerprint=self.checkpoint.fingerprint, identity=self._identity, files=files)
+        manifest = Manifest(
+            repo_id=self._target.repo_id,
+            tag=tag,
+            fingerprint=self.checkpoint.fingerprint,
+            identity=self._identity,
+            files=files,
+        )
         path = self._folder / MANIFEST
         if manifest != Manifest.load_if_present(path):
             manifest.save(path)
-        return (*files, *file_hashes(self._folder, [MANIFEST]))
+        files = (*files, *file_hashes(self._folder, [MANIFEST]))
+        return (*files, *self._signed(files, signature))
+
+    def _signed(self, files: tuple[FileHash, ...], known: bytes | None) -> tuple[FileHash, ...]:
+        """The signature of these files: by the target's key, or one that was made before and holds."""
+        path = self._folder / SIGNATURE
+        if known is not None and not (path.is_file() and names(path, files)):
+            write_atomically(path, known)
+        if self._target.sign is not None:
+            sign(self._folder, self._target.repo_id, files, Path(self._target.sign.key))
+        elif path.is_file() and not names(path, files):
+            path.unlink()
+        return file_hashes(self._folder, [SIGNATURE] if path.is_file() else [])
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file, unless it has that content."""
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, content)

@@ -14,6 +14,11 @@ from collections.abc import Iterable
 _TAG = re.compile(r"fp8-([0-9a-f]{8})-([1-9]\d*)")
 
 
+def is_release(tag: str) -> bool:
+    """Whether a tag is one of a release."""
+    return _TAG.fullmatch(tag) is not None
+
+
 def tag_of(fingerprint: str, number: int) -> str:
     """The tag of the repository's release `number`, of the checkpoint with this fingerprint."""
     return f"fp8-{fingerprint[:8]}-{number}"

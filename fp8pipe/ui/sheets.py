@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fp8pipe.model.identity import SIGNATURE
 from fp8pipe.progress import human_bytes
 from fp8pipe.records import (
     RECORD_DIR,
@@ -22,6 +23,7 @@ from fp8pipe.records import (
     Serving,
     Terms,
     ValidationReport,
+    Verification,
     metric_label,
 )
 from fp8pipe.release.card.markdown import escape
@@ -256,9 +258,32 @@ def release_sheet(release: Release) -> Sheet:
         ("card", release.repo_url),
         ("seen by", {"private": "its owners", "gated": "who was granted access", "public": "all"}[release.visibility]),
     ]
+    if SIGNATURE in {file.name for file in release.files}:
+        rows.append(("signature", SIGNATURE))
     if release.collection_url:
         rows.append(("collection", release.collection_url))
     return Sheet("Release", ("", ""), tuple(rows), (release.visibility_note,) if release.visibility_note else ())
+
+
+MAX_FAULTS = 10
+"""Most faults of one part in a table for people; --json has them all."""
+
+
+def verification_sheet(verification: Verification) -> Sheet:
+    """Every part of a release, and what proves it or what is wrong with it."""
+    rows: list[tuple[str, ...]] = []
+    for proof in verification.proofs:
+        left = len(proof.found) - MAX_FAULTS
+        lines = (*proof.found[:MAX_FAULTS], *([f"and {left} more; see --json"] if left > 0 else []))
+        rows += [(proof.part, proof.outcome, line) for line in lines[:1]]
+        rows += [("", "", line) for line in lines[1:]]
+    broken = [proof.part for proof in verification.proofs if proof.outcome == "broken"]
+    unproven = [proof.part for proof in verification.proofs if proof.outcome == "open"]
+    verdict = f"broken: {', '.join(broken)}" if broken else "nothing is broken"
+    notes = (f"{verdict}; not proven: {', '.join(unproven)}" if unproven else verdict,)
+    commit = f" at commit {verification.commit}" if verification.commit else ""
+    title = f"Release {verification.tag or '(none)'} of {verification.model_id}{commit}"
+    return Sheet(title, ("part", "outcome", "found"), tuple(rows), notes)
 
 
 def outcome_sheet(outcome: Outcome) -> Sheet:

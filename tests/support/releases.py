@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fp8pipe import stages
 from fp8pipe.config import Target
 from fp8pipe.hub.client import client
 from fp8pipe.progress import Progress, quiet
@@ -30,6 +31,11 @@ def release(
     known = {"repo_id": repo_id, "collection": f"acme/FP8 {repo_id[-50:]}", "visibility": "public"}
     wanted = Target(**(known | target))
     return publish(folder, wanted, card=lambda tag: card(tag, words=words), note=note, progress=progress)
+
+
+def release_with_card(folder: Path, repo_id: str, **target: Any) -> Release:
+    """Publish with the card of the evidence, as people do."""
+    return stages.publish(folder, Target(**({"repo_id": repo_id, "visibility": "public"} | target)))
 
 
 def commits(repo_id: str) -> int:

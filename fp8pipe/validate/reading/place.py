@@ -39,10 +39,11 @@ class Place(Protocol):
 
 
 def same_content(ours: Place, theirs: Place, name: str) -> bool:
-    """Whether both hold the same bytes under `name`. Files of the Hub are not fetched when their hash is known."""
+    """Whether both hold the same bytes under `name`. Files of the Hub are not fetched when their hash is known, and of
+    `theirs`, which may be only a record of what was there, never then."""
     if ours.sizes[name] != theirs.sizes[name]:
         return False
-    known = [oid for place in (ours, theirs) if isinstance(place, HubPlace) and (oid := place.oids.get(name))]
+    known = [oid for place in (theirs, ours) if isinstance(place, HubPlace) and (oid := place.oids.get(name))]
     kind = "sha256" if known and len(known[0]) == 64 else "git"
     return _hash(ours, name, kind) == _hash(theirs, name, kind)
 
