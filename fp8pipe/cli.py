@@ -231,6 +231,7 @@ def quantize(
     licence_reason: LicenceReason = None,
     licence_file: LicenceFile = None,
     licences: Licences = None,
+    card_template: CardTemplate = None,
 ) -> None:
     """Write the FP8 checkpoint, after calibrating if the recipe needs it."""
     from fp8pipe import stages
@@ -257,6 +258,7 @@ def quantize(
             device=device,
             trust_remote_code=trust_remote_code,
             oracles=oracles,
+            card_template=card_template,
             progress=display,
             **licensing,
         )
@@ -555,6 +557,7 @@ def release(
     licence_reason: LicenceReason = None,
     licence_file: LicenceFile = None,
     licences: Licences = None,
+    card_template: CardTemplate = None,
 ) -> int:
     """Quantize, validate, evaluate, gate and publish one model: the Prefect flow, run here and now."""
     from fp8pipe.config import ReleaseSpec, validated
@@ -575,6 +578,7 @@ def release(
         "parallel": parallel,
         "trust_remote_code": trust_remote_code,
         "oracles": oracles,
+        "card_template": card_template,
     }
     content |= _licensing(licence, licence_reason, licence_file, licences)
     spec = validated(ReleaseSpec, content, "release")

@@ -246,6 +246,17 @@ def _keep_lineage(snapshot: Snapshot, folder: Path, claim: LicenceClaim | None, 
     PublishedScores(scores=read_published(snapshot)).save(record_path(folder, "published"))
 
 
+def _keep_template(folder: Path, path: str | None) -> None:
+    """Put a team's template of the card among the records, so that anyone can make the card again."""
+    from fp8pipe.config import read_template
+
+    kept = record_path(folder, "card_template")
+    if path is not None:
+        write_atomically(kept, read_template(path).encode())
+    else:
+        kept.unlink(missing_ok=True)
+
+
 # ------------------------------------------------------------------------------------------ calibrate, quantize
 
 
@@ -271,9 +282,12 @@ def quantize(
     claim: LicenceClaim | None = None,
     licences: str | None = None,
     arrived: Callable[[Snapshot], None] = lambda snapshot: None,
+    card_template: str | None = None,
     progress: Progress = quiet,
 ) -> tuple[Checkpoint, Snapshot]:
     """The checkpoint of `plan` in `folder`, beside its records, and the snapshot with its files on this machine.
+
+    claim, licences, card_template: as in a release; they decide what is published with the checkpoint, not its bytes.
 
     Files that are still on the Hub are downloaded at the same time: each shard is quantized as soon as it has arrived.
     device: cpu, auto (also the CPU), cuda or cuda:<n>; the bytes are the same on each.
@@ -303,6 +317,7 @@ def quantize(
     snapshot = download(snapshot, trust_remote_code=trusted)
     with_hashes(snapshot).model_copy(update={"root": None}).save(record_path(folder, "source"))
     _keep_lineage(snapshot, folder, claim, licences)
+    _keep_template(folder, card_template)
     return checkpoint, snapshot
 
 
@@ -316,17 +331,21 @@ def quantize_model(
     oracles: bool = True,
     claim: LicenceClaim | None = None,
     licences: str | None = None,
+    card_template: str | None = None,
     progress: Progress = quiet,
 ) -> Checkpoint:
     """A checkpoint folder from a model's name: pin, plan, calibrate if the recipe needs it, quantize.
 
     Its licence may still be open: nothing is published here.
     """
+    from fp8pipe.config import read_template
     from fp8pipe.quantize import device_for, preload
 
     device_for(device)  # refuses an unknown device before anything is asked of the Hub
     snapshot = pin(model)
-    _terms_and_files(snapshot, claim, licences)  # refuses a wrong claim before hours of work
+    _terms_and_files(snapshot, claim, licences)  # refuses a wrong claim or template before hours of work
+    if card_template is not None:
+        read_template(card_template)
     chosen = plan(snapshot, recipe, trust_remote_code=trust_remote_code, oracles=oracles, meanwhile=preload)
     calibration = None
     if recipe.needs_calibration:
@@ -343,6 +362,7 @@ def quantize_model(
         device=device,
         claim=claim,
         licences=licences,
+        card_template=card_template,
         progress=progress,
     )[0]
 
@@ -743,20 +763,14 @@ def card(folder: Path, *, repo_id: str, template: str | None = None) -> str:
     """
     from dataclasses import replace
 
+    from fp8pipe.config import read_template
     from fp8pipe.release.card import render_card
     from fp8pipe.release.card.facts import facts_of_folder
     from fp8pipe.release.tags import tag_of
 
     tag = tag_of(Checkpoint.load(record_path(folder, "checkpoint")).fingerprint, 1)
     facts = facts_of_folder(folder, repo_id=repo_id, tag=tag)
-    return render_card(facts if template is None else replace(facts, template=_template(template)))
-
-
-def _template(path: str) -> str:
-    try:
-        return Path(path).expanduser().read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"card template {path}: cannot be read: {error}") from error
+    return render_card(facts if template is None else replace(facts, template=read_template(template)))
 
 
 def publish(folder: Path, target: Target, *, progress: Progress = quiet) -> Release:

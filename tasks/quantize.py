@@ -52,5 +52,6 @@ def quantize(
         claim=spec.licence,
         licences=spec.licences,
         arrived=baseline.start,
+        card_template=spec.card_template,
         progress=progress,
     )

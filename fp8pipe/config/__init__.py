@@ -60,6 +60,7 @@ from fp8pipe.config.release import (
     Target,
     Visibility,
     check_fit,
+    read_template,
 )
 from fp8pipe.config.suite import (
     SAMPLE_PROMPTS,
@@ -114,6 +115,7 @@ __all__ = [
     "load_recipe",
     "load_suite",
     "look_sizes",
+    "read_template",
     "shipped",
     "validated",
 ]

@@ -52,6 +52,8 @@ class CollectionSpec(Config):
     """Overwrite repositories of other models, or with files or a README made by hand."""
     sign: Sign | None = None
     """Sign the releases with an EC key."""
+    card_template: str | None = None
+    """Template of the cards, a path; None: the shipped one."""
     work_dir: str = "fp8pipe-work"
     engine: EngineSpec = EngineSpec()
     """The environment of vLLM and lm-eval, for every release that names none of its own."""
@@ -97,6 +99,7 @@ class CollectionSpec(Config):
             "visibility": self.visibility,
             "replace": self.replace,
             "sign": self.sign,
+            "card_template": self.card_template,
             "work_dir": self.work_dir,
             "engine": self.engine.model_dump(),
         }

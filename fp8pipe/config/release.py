@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -67,6 +68,7 @@ class ReleaseSpec(Target):
     licences: str | None = Field(
         default=None, description="File that says what each licence asks for, instead of the shipped one"
     )
+    card_template: str | None = Field(default=None, description="Your own template of the card (Jinja): a path")
     trust_remote_code: bool = Field(default=False, description="Let this model bring its own Python code")
     work_dir: str = Field(default="fp8pipe-work", description="Folder for releases and baselines")
     device: str = Field(default="auto", description="auto, cpu or cuda, for calibration")
@@ -88,8 +90,24 @@ class ReleaseSpec(Target):
             resolved = resolved.spread(self.parallel)
         check_fit(resolved.policy, resolved.suite)
         load_licences(self.licences)
+        if self.card_template is not None:
+            read_template(self.card_template)
         resolved.ladder()  # reports a wrong fallback now, not after hours
         return resolved
+
+
+def read_template(path: str) -> str:
+    """The text of a card template. Raises ConfigError if it cannot be read, or is no Jinja."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        text = Path(path).expanduser().read_text()
+        Environment().parse(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"card template {path}: cannot be read: {error}") from error
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"card template {path}, line {error.lineno}: {error}") from error
+    return text
 
 
 def check_fit(policy: GatePolicy, suite: EvalSuite) -> None:

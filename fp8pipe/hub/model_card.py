@@ -12,6 +12,7 @@ def front_matter(
     name: str,
     *,
     results: Sequence[TaskDecision],
+    dataset_ids: Mapping[str, str],
     tags: Sequence[str],
     datasets: Sequence[str],
     base_model: str | None,
@@ -19,7 +20,8 @@ def front_matter(
 ) -> str:
     """The YAML for a quantized model called `name`, without the lines of dashes around it.
 
-    `inherited` holds entries of the source's own card. `base_model` is None if the source is not on the Hub.
+    `dataset_ids` names the dataset of a task on the Hub, where it has one. `inherited` holds entries of the source's
+    own card. `base_model` is None if the source is not on the Hub.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -35,7 +37,7 @@ def front_matter(
             EvalResult(
                 task_type="text-generation",
                 task_name=task.task,
-                dataset_type=task.task,
+                dataset_type=dataset_ids.get(task.task, task.task),
                 dataset_name=task.task,
                 metric_type=task.metric,
                 metric_value=round(task.candidate, 4),

@@ -81,7 +81,11 @@ def test_front_matter_says_what_the_hub_indexes() -> None:
     assert matter["library_name"] == "vllm"
     assert {"fp8", "vllm", "compressed-tensors"} <= set(matter["tags"])
     assert matter["datasets"] == ["acme/chats"]
-    assert matter["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.906
+    (result,) = matter["model-index"][0]["results"]
+    assert (result["dataset"]["type"], result["metrics"][0]["value"]) == ("qa", 0.906)
+    public = report(task(values(900, 1000), name="gsm8k"))
+    matter = front_matter(render_card(facts_of((public, report(*public.tasks, candidate=True)))))
+    assert matter["model-index"][0]["results"][0]["dataset"] == {"name": "gsm8k", "type": "openai/gsm8k"}
 
 
 def test_serve_command_pins_the_tag_and_turns_on_the_cache_that_was_measured() -> None:
@@ -133,7 +137,8 @@ def test_reproduction_commands_name_the_release_and_its_measurement() -> None:
         "gate",
     ]
     (lm_eval,) = (line for line in lines if line[0] == "lm_eval")
-    arguments = dict(pair.split("=", 1) for pair in lm_eval[lm_eval.index("--model_args") + 1].split(","))
+    assert lm_eval[lm_eval.index("--seed") + 1] == "0,None,None,1234"
+    arguments = dict(word.split("=", 1) for word in lm_eval if "=" in word)
     assert arguments == {
         "pretrained": "acme/tiny-FP8-KV",
         "revision": TAG,

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 from support.cards import TAG, facts_of, saved
 from support.processes import FP8PIPE
+from support.tiny_models import make_model, plan_of
 from typer.testing import CliRunner
 
 from fp8pipe import stages
 from fp8pipe.cli import app
+from fp8pipe.config import ReleaseSpec, load_recipe
 from fp8pipe.errors import ConfigError
+from fp8pipe.hub.source import resolve
 from fp8pipe.records import record_path
 from fp8pipe.release.card import card_for_folder, render_card
 from fp8pipe.release.card.render import shipped_template
@@ -57,6 +60,20 @@ def test_a_template_among_the_records_makes_the_card_of_its_folder(tmp_path: Pat
     saved(tmp_path)
     record_path(tmp_path, "card_template").write_text("# {{ name | md }}\n")
     assert card_for_folder(tmp_path, repo_id="acme/own", tag=TAG) == "# own\n"
+
+
+def test_a_releases_template_is_kept_with_its_checkpoint_and_checked_before_any_work(tmp_path: Path) -> None:
+    folder, out, own = make_model(tmp_path / "model"), tmp_path / "out", tmp_path / "own.md.j2"
+    own.write_text("# {{ name | md }}\n")
+    snapshot, plan = resolve(str(folder)), plan_of(folder, load_recipe("fp8-dynamic"))
+    stages.quantize(snapshot, plan, out, calibration=None, card_template=str(own))
+    assert record_path(out, "card_template").read_text() == "# {{ name | md }}\n"
+    stages.quantize(snapshot, plan, out, calibration=None)
+    assert not record_path(out, "card_template").exists()
+    own.write_text("\n{% if %}")
+    spec = ReleaseSpec(model="acme/tiny", repo_id="acme/tiny-FP8", card_template=str(own))
+    with pytest.raises(ConfigError, match="line 2"):
+        spec.resolve()
 
 
 def test_a_card_is_previewed_with_another_template_and_nothing_is_written(tmp_path: Path) -> None:

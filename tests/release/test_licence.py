@@ -166,6 +166,12 @@ def test_the_front_matter_has_what_the_hub_accepts(front_matter: str, entries: d
     assert {key: value for key, value in matter.items() if key.startswith("license")} == entries
 
 
+def test_the_card_says_what_is_wrong_with_the_sources() -> None:
+    facts = facts_of(**licensed("---\nlicense: mit\nlanguage: Klingon\n---\n"))
+    limits = plain(render_card(facts)).split("## Known limits")[1]
+    assert "The source's own card is not clear: `language` in the source's README.md" in limits
+
+
 def test_the_card_shows_what_the_licence_asks_for() -> None:
     card = plain(render_card(facts_of(**licensed("---\nlicense: llama3.2\n---\n"), files=("LICENSE.txt", "NOTICE"))))
     section = card.split("## Licence")[1].split("\n## ")[0]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from fp8pipe.config import Parallel
+from fp8pipe.records import EvalReport
 from fp8pipe.release.card.facts import CardFacts
 from fp8pipe.release.card.parsers import reasoning_parser, tool_parser
 
@@ -126,17 +127,26 @@ def lm_eval_commands(facts: CardFacts) -> Iterator[str]:
     for shots, group in groupby(tasks, key=lambda task: task.num_fewshot):
         names = ",".join(task.task for task in group)
         chosen = ("--tasks", names, "--num_fewshot", str(shots), "--batch_size", "auto")
-        yield shell(*program, "run", "--model", "vllm", "--model_args", _model_args(facts), *chosen, *template)
+        engine = ("--model", "vllm", "--model_args", *_model_args(facts))
+        yield shell(*program, "run", *engine, *chosen, *template, *_seeds(report))
 
 
-def _model_args(facts: CardFacts) -> str:
+def _seeds(report: EvalReport) -> tuple[str, ...]:
+    """lm-eval's four, in its order."""
+    seeds = [report.seeds.get(name) for name in ("random", "numpy", "torch", "fewshot")]
+    if not any(seed is not None for seed in seeds):
+        return ()
+    return "--seed", str(seeds[0]) if len(set(seeds)) == 1 else ",".join(map(str, seeds))
+
+
+def _model_args(facts: CardFacts) -> list[str]:
     report = facts.candidate
     known = {"pretrained": facts.repo_id, "revision": facts.tag, "add_bos_token": report.add_bos_token}
     simple = {k: v for k, v in sorted(report.engine.arguments.items()) if isinstance(v, str | int | float)}
     owned = {"model", "tokenizer", "kv_cache_dtype", *known, *(_cpu_defaults() if report.engine.plugin else ())}
     cache = {"kv_cache_dtype": report.engine.kv_cache_dtype} if report.engine.kv_cache_dtype != "auto" else {}
     kept = {key: value for key, value in simple.items() if key not in owned}
-    return ",".join(f"{key}={value}" for key, value in (known | kept | cache).items())
+    return [f"{key}={value}" for key, value in (known | kept | cache).items()]
 
 
 def _cpu_defaults() -> tuple[str, ...]:

@@ -37,6 +37,8 @@ def known_limits(facts: CardFacts) -> Iterator[str]:
     for reason, count in Counter(assumed.values()).items():
         first = next(name for name, why in assumed.items() if why == reason)
         yield f"{count} of the scales are not measured ({reason}); the first is {first}."
+    for problem in facts.source_card.problems:
+        yield f"The source's own card is not clear: {problem}."
     if facts.checkpoint.zero_units:
         count = len(facts.checkpoint.zero_units)
         yield f"All weights behind {count} of the scales are zero; the first is {facts.checkpoint.zero_units[0]}."

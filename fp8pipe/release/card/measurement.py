@@ -27,9 +27,17 @@ def engine_rows(report: EvalReport) -> list[tuple[str, str]]:
         ("chat template", "applied" if report.chat_template_hash else "not applied"),
         ("beginning-of-sequence token", "added" if report.add_bos_token else "not added"),
     ]
-    rows.append(("seeds", ", ".join(f"{name} {seed}" for name, seed in report.seeds.items()) or "not recorded"))
+    rows.append(("seeds", _seeds(report)))
     rows += [(name, report.versions[name]) for name in ("lm_eval", "transformers", "torch") if name in report.versions]
     return rows
+
+
+def _seeds(report: EvalReport) -> str:
+    """One number if they are all the same."""
+    names = ", ".join(report.seeds)
+    if len(set(report.seeds.values())) == 1:
+        return f"{next(iter(report.seeds.values()))} ({names})"
+    return ", ".join(f"{name} {seed}" for name, seed in report.seeds.items()) or "not recorded"
 
 
 def noise_lines(baseline: EvalReport) -> Iterator[str]:

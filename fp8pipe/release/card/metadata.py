@@ -9,6 +9,7 @@ from typing import Any
 from fp8pipe.config import Recipe, is_local_data
 from fp8pipe.hub.model_card import front_matter
 from fp8pipe.release.card.facts import CardFacts
+from fp8pipe.release.card.published import DATASETS
 from fp8pipe.release.licence import NOTICE_FILES
 
 
@@ -19,6 +20,7 @@ def card_front_matter(facts: CardFacts) -> str:
     return front_matter(
         facts.repo_id.rsplit("/", 1)[-1],
         results=facts.decision.tasks,
+        dataset_ids={name: dataset.id for name, dataset in DATASETS.items()},
         tags=("fp8", "vllm", *_format_tags(facts.recipe), "fp8pipe"),
         datasets=[calibration.dataset] if calibration is not None and on_hub else (),
         base_model=None if facts.source.is_local else facts.source.model_id,
