@@ -174,7 +174,7 @@ def test_a_release_of_another_model_is_left_alone(hub: LocalHub, repo_id: str, f
     release(folder, repo_id)
     other = CHECKPOINT.model_copy(update={"model_id": "acme/other"})
     other.save(folder / "fp8pipe" / "checkpoint.json")
-    with pytest.raises(InputError, match="is a release of acme/base, not of acme/other; name another repository"):
+    with pytest.raises(InputError, match="is a release of acme/tiny, not of acme/other; name another repository"):
         release(folder, repo_id)
     assert commits(repo_id) == 1
     assert release(folder, repo_id, replace=True).new_commit
