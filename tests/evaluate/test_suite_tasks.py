@@ -45,7 +45,8 @@ def test_a_look_scores_its_share_of_the_documents_rounded_up(task_dir: Path) -> 
     assert first.picks == second.picks[:5]
     [tiny] = load_tasks(suite, limit=1, looks=(0.25, 0.5, 1.0))
     assert tiny.stops == (1,)
-    assert [second.up_to(look) for look in (1, 2)] == [first, second]
+    cut = [second.up_to(look) for look in (1, 2)]
+    assert [(task.picks, task.ends) for task in cut] == [(task.picks, task.ends) for task in (first, second)]
 
 
 def test_a_short_prefix_leaves_out_sub_tasks_without_documents(task_dir: Path) -> None:
