@@ -191,7 +191,7 @@ def test_manifest_knows_every_file(made: tuple[Path, Path]) -> None:
         FileHash(name=p.name, size=p.stat().st_size, sha256=hashlib.sha256(p.read_bytes()).hexdigest()) for p in names
     ]
     fingerprint = Checkpoint.load(folder / "fp8pipe" / "checkpoint.json").fingerprint
-    manifest = Manifest(fingerprint=fingerprint, identity="", files=tuple(files))
+    manifest = Manifest(repo_id="acme/tiny", tag="v1", fingerprint=fingerprint, identity="", files=tuple(files))
     manifest.save(folder / "fp8pipe" / "manifest.json")
     assert not judge(folder, source).findings
     config = json.loads((folder / "config.json").read_text())
