@@ -1,4 +1,4 @@
-"""The looks of a sequential test: one engine measures them all, waits for the verdict on each, goes on or ends."""
+"""The looks of a sequential test: one engine measures them all, waits for the verdict on each, then continues or ends."""
 
 from __future__ import annotations
 
