@@ -1,4 +1,4 @@
-"""The looks of a sequential test: one engine measures them all, waits for the verdict on each, then continues or ends."""
+"""The looks of a sequential test: one engine measures them all, and after each one waits for the verdict."""
 
 from __future__ import annotations
 
