@@ -136,9 +136,9 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 def from_system(error: BaseException) -> Fp8PipeError | None:
-    """What an error that the operating system, Python or an HTTP client raised means, if it is an ordinary one: a path
-    that is wrong is the input's, a machine or server that refuses is the environment's. None for anything else, which
-    is a defect."""
+    """The error of ours that an ordinary error of the operating system, Python or an HTTP client stands for: a wrong
+    path is the input's fault, a machine or server that refuses is the environment's. None for any other error: that is
+    a defect."""
     if isinstance(error, Fp8PipeError):
         return error
     if isinstance(error, UnicodeEncodeError):
@@ -147,12 +147,18 @@ def from_system(error: BaseException) -> Fp8PipeError | None:
         return InputError(f"{error}; name a folder or file that is no such link")
     if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ReadTimeout"):  # httpx, which is not imported here
         return EnvironmentFault(f"a server cannot be reached: {error}; start it, or correct its address")
-    if not isinstance(error, OSError) or error.errno is None:
+    if isinstance(error, ConnectionError):
+        return EnvironmentFault(f"a connection broke: {error}; see that the other side runs, and run again")
+    if not isinstance(error, OSError):
         return None
     where = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     what = f"{where}: {error.strerror}" if where else str(error.strerror)
     if error.errno in _FULL:
         return DiskTooSmall(f"{what}; free some space and run again")
-    if where and error.errno in _ABOUT_THE_PATH:
+    if error.errno == errno.EIO:
+        return EnvironmentFault(f"{what}; the disk or the network behind it fails")
+    if not where:
+        return None  # such as a wrong descriptor
+    if error.errno in _ABOUT_THE_PATH:
         return InputError(f"{what}; name another path, or correct this one")
     return EnvironmentFault(f"{what}; let this user read and write there, or use another place")

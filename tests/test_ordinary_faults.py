@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import pytest
 from typer.testing import CliRunner
 
 from fp8pipe.cli import app
+from fp8pipe.errors import DiskTooSmall, EnvironmentFault, Fp8PipeError, InputError, from_system
 
 COMMANDS = (
     ("plan", "{}"),
@@ -50,8 +54,9 @@ PLACES = (
 @pytest.mark.parametrize("name", PLACES)
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[:2]))
 def test_what_is_no_model_folder_or_file_is_one_line(
-    command: tuple[str, ...], name: str, places: dict[str, str]
+    command: tuple[str, ...], name: str, places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # the empty path is the current folder
     arguments = [part.replace("{model}", places["file"]).replace("{}", places[name]) for part in command]
     answer = CliRunner().invoke(app, arguments)
     assert "defect" not in answer.output, answer.output
@@ -62,3 +67,23 @@ def test_what_is_no_model_folder_or_file_is_one_line(
     elif command[0] == "status" and name in ("folder", "missing", "dangling", "odd", "too long", "empty"):
         expected = (0, 2)  # nothing was released there yet
     assert answer.exit_code in expected, (answer.output, answer.exception)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOENT, "No such file or directory", "a"), InputError),
+        (OSError(errno.EACCES, "Permission denied", "a"), EnvironmentFault),
+        (OSError(errno.EROFS, "Read-only file system", "a"), EnvironmentFault),
+        (OSError(errno.ENOSPC, "No space left on device"), DiskTooSmall),
+        (OSError(errno.EIO, "Input/output error"), EnvironmentFault),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), EnvironmentFault),
+        (OSError(errno.EBADF, "Bad file descriptor"), None),
+        (OSError("no number"), None),
+        (FileNotFoundError(), None),
+        (KeyError("a"), None),
+    ],
+)
+def test_only_errors_about_places_and_servers_are_ordinary(error: Exception, kind: type[Fp8PipeError] | None) -> None:
+    found = from_system(error)
+    assert (type(found) if found is not None else None) is kind

@@ -21,7 +21,7 @@ from typing import Any
 
 from fp8pipe.errors import EnvironmentFault, InputError, SourceChanged
 from fp8pipe.files import digest_of, write_atomically
-from fp8pipe.records import RECORD_DIR, FileHash
+from fp8pipe.records import RECORD_DIR, RECORD_FILES, FileHash
 
 CARD = "README.md"
 SIGNATURE = "model.sig"
@@ -37,7 +37,7 @@ BEHAVIOUR_PATTERNS = ("*.json", "*.jinja", "*.model", "*.py", "merges.txt", "voc
 """Files at the top of a source whose content counts: configs, tokenizer, chat template, index, model code."""
 
 _CACHE = f"{RECORD_DIR}/.hashes.json"
-"""Hashes that were taken on this machine, beside the records of a checkpoint."""
+"""Hashes that were taken on this machine, beside the records of a checkpoint. Other folders get no file of ours."""
 _FRESH_NS = 100_000_000
 """A file that changed this recently could change again at the same time stamp, so its hash is not remembered."""
 _MAX_HEADER = 100_000_000
@@ -99,7 +99,8 @@ def file_hashes(folder: Path, names: Iterable[str]) -> tuple[FileHash, ...]:
     with ThreadPoolExecutor(thread_name_prefix="sha256") as pool:
         hashed = list(pool.map(lambda name: _hashed(folder, name, known), names))
     fresh = {file.name: [list(stamp), file.sha256] for file, stamp in hashed if stamp is not None}
-    if path.parent.is_dir() and any(known.get(name) != entry for name, entry in fresh.items()):
+    ours = (path.parent / RECORD_FILES["checkpoint"]).is_file()
+    if ours and any(known.get(name) != entry for name, entry in fresh.items()):
         with contextlib.suppress(EnvironmentFault):  # what cannot be remembered is read again
             write_atomically(path, json.dumps(known | fresh).encode())
     return tuple(file for file, _ in hashed)

@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     """A checkpoint of three files, with records, a card, and traces of the machine that made it."""
     made = tmp_path / "checkpoint"
     (made / "fp8pipe").mkdir(parents=True)
-    for name in ("config.json", "LICENSE", SHARD, "README.md", "fp8pipe/gate.json", "run.log", ".hidden"):
+    for name in ("config.json", "LICENSE", SHARD, "README.md", "fp8pipe/checkpoint.json", "run.log", ".hidden"):
         (made / name).write_text(f"content of {name}")
     return made
 
@@ -48,7 +48,7 @@ def test_state_is_the_digest_of_names_lengths_and_contents(tmp_path: Path) -> No
 def test_identity_is_the_content_of_what_is_published_but_records_and_card(folder: Path) -> None:
     before = folder_identity(folder)
     assert [file.name for file in content_hashes(folder)] == ["LICENSE", "config.json", SHARD]
-    for name in ("README.md", "fp8pipe/gate.json", "run.log", ".hidden"):
+    for name in ("README.md", "fp8pipe/checkpoint.json", "run.log", ".hidden"):
         (folder / name).write_text("other")
     assert folder_identity(folder) == before
     for name in ("LICENSE", "config.json", SHARD):
@@ -113,6 +113,13 @@ def test_hashes_that_came_with_a_copy_are_not_believed(folder: Path, known: Path
 def test_a_broken_file_of_hashes_is_as_good_as_none(folder: Path, known: Path, content: str) -> None:
     known.write_text(content)
     assert sha256_of_shard(folder) == hashlib.sha256((folder / SHARD).read_bytes()).hexdigest()
+
+
+def test_nothing_is_written_into_a_folder_that_is_no_checkpoint_of_ours(folder: Path, known: Path) -> None:
+    known.unlink()
+    (folder / "fp8pipe" / "checkpoint.json").unlink()
+    content_hashes(folder)
+    assert not known.exists()
 
 
 def test_a_file_that_changed_a_moment_ago_is_not_remembered(folder: Path) -> None:
