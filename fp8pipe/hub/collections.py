@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fp8pipe.config import MAX_TITLE
 from fp8pipe.errors import InputError
@@ -30,11 +30,18 @@ def check_collection(api: HfApi, name: str, account: Account) -> None:
         )
 
 
-def add_to_collection(api: HfApi, repo_id: str, name: str, note: str, *, description: str = "") -> Collection:
+class Listing(NamedTuple):
+    """A collection that lists a model."""
+
+    slug: str
+    url: str
+
+
+def add_to_collection(api: HfApi, repo_id: str, name: str, note: str, *, description: str = "") -> Listing:
     """Make sure that the collection exists and lists the model with this note.
 
-    `name` is `namespace/title`, a slug, or the collection's address. If no collection of the namespace has the title,
-    one is created with `description`. Raises InputError if `name` is none of these.
+    name: `namespace/title`, a slug, or the collection's address. If the namespace has no collection with that title,
+    one is created with `description`. Raises InputError for a name in any other form.
     """
     collection = _find_or_create(api, name, description)
     item = next((item for item in collection.items if item.item_type == "model" and item.item_id == repo_id), None)
@@ -42,7 +49,7 @@ def add_to_collection(api: HfApi, repo_id: str, name: str, note: str, *, descrip
         api.add_collection_item(collection.slug, repo_id, "model", note=note, exists_ok=True)
     elif item.note != note:
         api.update_collection_item(collection.slug, item.item_object_id, note=note)
-    return collection
+    return Listing(collection.slug, collection.url)
 
 
 def _find_or_create(api: HfApi, name: str, description: str) -> Collection:

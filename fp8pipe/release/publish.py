@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from fp8pipe.config import Target
 from fp8pipe.errors import EnvironmentFault, InputError, SourceChanged
 from fp8pipe.files import write_atomically
 from fp8pipe.gate.publishable import Evidence, require_publishable
 from fp8pipe.hub.client import client, endpoint, translated, waits_told_to
-from fp8pipe.hub.collections import MAX_NOTE, add_to_collection
+from fp8pipe.hub.collections import MAX_NOTE, Listing, add_to_collection
 from fp8pipe.hub.target import MANIFEST, check_card, check_target, read_at
 from fp8pipe.hub.upload import ROUNDS, Refs, Say, Upload
 from fp8pipe.model.identity import CARD, SIGNATURE, content_hashes, file_hashes, identity_of, published_files
@@ -56,43 +57,58 @@ def publish(
     if the Hub holds other bytes than it was sent.
     """
     evidence = require_publishable(folder)
-    checkpoint = evidence.checkpoint
-    if len(note) > MAX_NOTE:
-        raise InputError(f"collection note: {len(note)} characters, the Hub takes {MAX_NOTE}; shorten it")
-
-    if target.sign is not None:
-        public_half(Path(target.sign.key))
-
     say = _reporter(progress, folder)
-    created = folder / CREATED
-    address = f"{endpoint()}/{target.repo_id}"
+    created, address = folder / CREATED, f"{endpoint()}/{target.repo_id}"
     unfinished = created.is_file() and created.read_text() == address
-    say("check target")
-    local = checkpoint.source_commit.startswith("local-")
-    clearance = check_target(target, checkpoint.model_id, local=local, unfinished=unfinished)
-    api = client()
-    upload = Upload(api, target, clearance, checkpoint.model_id, folder, say)
+    upload = _checked(folder, target, evidence, note, say, unfinished=unfinished)
 
     def tell(seconds: float) -> None:
         say(f"wait {human_seconds(seconds)}, as the Hub asks")
 
     with translated(f"publishing to {target.repo_id}"), waits_told_to(tell):
-        refs = upload.refs() if clearance.exists else Refs("", {})
-        check_card(api, card(following(refs.tags, checkpoint.fingerprint)))
+        refs = upload.refs() if upload.clearance.exists else Refs("", {})
+        check_card(upload.api, card(following(refs.tags, evidence.checkpoint.fingerprint)))
         contents = _Contents(folder, target, evidence, card, say)
-        if not clearance.exists:
+        if not upload.clearance.exists:
             write_atomically(created, address.encode())
             upload.create_repository()
-        tag, commit, new_commit, files = _released(upload, contents)
-        if unfinished or not clearance.exists:
+        released = _released(upload, contents)
+        if unfinished or not upload.clearance.exists:
             upload.show()
             created.unlink()
         say("collection")
         shown_in = None
         if target.collection is not None:
             description = target.collection_description
-            shown_in = add_to_collection(api, target.repo_id, target.collection, note, description=description)
+            shown_in = add_to_collection(upload.api, target.repo_id, target.collection, note, description=description)
         say("done")
+    return _record(evidence, upload, released, shown_in, note)
+
+
+def _checked(folder: Path, target: Target, evidence: Evidence, note: str, say: Say, *, unfinished: bool) -> Upload:
+    """The upload, once nothing is known that the Hub could refuse."""
+    if len(note) > MAX_NOTE:
+        raise InputError(f"collection note: {len(note)} characters, the Hub takes {MAX_NOTE}; shorten it")
+    if target.sign is not None:
+        public_half(Path(target.sign.key))
+    say("check target")
+    checkpoint = evidence.checkpoint
+    local = checkpoint.source_commit.startswith("local-")
+    clearance = check_target(target, checkpoint.model_id, local=local, unfinished=unfinished)
+    return Upload(client(), target, clearance, checkpoint.model_id, folder, say)
+
+
+class _Released(NamedTuple):
+    """A release on the Hub."""
+
+    tag: str
+    commit: str
+    new_commit: bool
+    files: tuple[FileHash, ...]
+
+
+def _record(evidence: Evidence, upload: Upload, released: _Released, shown_in: Listing | None, note: str) -> Release:
+    checkpoint = evidence.checkpoint
     return Release(
         model_id=checkpoint.model_id,
         source_commit=checkpoint.source_commit,
@@ -100,23 +116,22 @@ def publish(
         fingerprint=checkpoint.fingerprint,
         verdict=evidence.decision.verdict,
         endpoint=endpoint(),
-        repo_id=target.repo_id,
-        repo_url=address,
-        visibility=clearance.visibility,
-        visibility_note=clearance.note,
-        commit=commit,
-        tag=tag,
+        repo_id=upload.repo_id,
+        repo_url=f"{endpoint()}/{upload.repo_id}",
+        visibility=upload.clearance.visibility,
+        visibility_note=upload.clearance.note,
+        commit=released.commit,
+        tag=released.tag,
         collection_slug=shown_in.slug if shown_in else None,
         collection_url=shown_in.url if shown_in else None,
         collection_note=note if shown_in else None,
-        files=files,
-        new_commit=new_commit,
+        files=released.files,
+        new_commit=released.new_commit,
     )
 
 
-def _released(upload: Upload, contents: _Contents) -> tuple[str, str, bool, tuple[FileHash, ...]]:
-    """Tag, commit, whether the commit is new, and files: of the repository's newest release if that is this content,
-    and otherwise of a new release."""
+def _released(upload: Upload, contents: _Contents) -> _Released:
+    """The repository's newest release if that is this content, and otherwise a new release."""
     checkpoint, fingerprint = contents.checkpoint, contents.checkpoint.fingerprint
     for _ in range(ROUNDS):
         tags = upload.refs().tags
@@ -125,13 +140,13 @@ def _released(upload: Upload, contents: _Contents) -> tuple[str, str, bool, tupl
             files = contents.tagged(tag, signature=read_at(upload.api, upload.repo_id, tags[tag], SIGNATURE))
             if upload.holds(tags[tag], files):
                 upload.verify(tags[tag], files)
-                return tag, tags[tag], False, files
+                return _Released(tag, tags[tag], False, files)
         tag = following(tags, fingerprint)
         files = contents.tagged(tag)
         commit, new_commit = upload.commit(files, f"{tag}: {checkpoint.model_id}, {checkpoint.recipe}")
         upload.verify(commit, files)
         if upload.tag(tag, commit):
-            return tag, commit, new_commit, files
+            return _Released(tag, commit, new_commit, files)
     raise EnvironmentFault(f"{upload.repo_id}: other publishers took every tag that this release tried; publish again")
 
 
