@@ -113,7 +113,11 @@ def prefect_api(log_path: Path, home: Path | None = None) -> Iterator[EmbeddedSe
     """
     configured = configured_api()
     if configured is not None:
-        _require_answer(configured)
+        if (silence := why_silent(configured)) is not None:
+            raise ServerFailed(
+                f"the Prefect server at {configured} (PREFECT_API_URL or the active profile) does not answer: "
+                f"{silence}; start it, correct the address, or configure none: then fp8pipe starts one for the run"
+            )
         yield None
         return
     server = EmbeddedServer(log_path, home)
@@ -132,18 +136,15 @@ def prefect_api(log_path: Path, home: Path | None = None) -> Iterator[EmbeddedSe
                 os.environ[name] = value
 
 
-def _require_answer(api: str) -> None:
+def why_silent(api: str) -> str | None:
+    """Why the server at `api` does not answer; None if it does, even with a refusal: Prefect's client reports those."""
     try:
         with urllib.request.urlopen(f"{api.rstrip('/')}/health", timeout=_ANSWER_S):
-            return
+            return None
     except urllib.error.HTTPError:
-        return  # it answers; whether it lets us in is for Prefect's client to find out
+        return None
     except (OSError, ValueError) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise ServerFailed(
-            f"the Prefect server at {api} (PREFECT_API_URL or the active profile) does not answer: {reason}; start it, "
-            "correct the address, or configure none: then fp8pipe starts one for the run"
-        ) from error
+        return str(error.reason if isinstance(error, urllib.error.URLError) else error)
 
 
 def _free_port() -> int:

@@ -13,7 +13,7 @@ from typing import Literal
 from fp8pipe.errors import EngineFailed, Fp8PipeError
 from fp8pipe.machine import device, survey
 from fp8pipe.machine.engine_python import engine, own
-from fp8pipe.machine.prefect_server import configured_api
+from fp8pipe.machine.prefect_server import configured_api, why_silent
 from fp8pipe.progress import human_bytes
 from fp8pipe.records import Record
 
@@ -139,8 +139,6 @@ def _prefect() -> Diagnosis:
     api = configured_api()
     if api is None:
         return Diagnosis(name="prefect", outcome="ok", detail="no server configured: each run starts its own")
-    try:
-        with urllib.request.urlopen(f"{api.rstrip('/')}/health", timeout=5):
-            return Diagnosis(name="prefect", outcome="ok", detail=api)
-    except OSError as error:
-        return Diagnosis(name="prefect", outcome="failed", detail=f"configured server {api} does not answer: {error}")
+    if (silence := why_silent(api)) is not None:
+        return Diagnosis(name="prefect", outcome="failed", detail=f"configured server {api} does not answer: {silence}")
+    return Diagnosis(name="prefect", outcome="ok", detail=api)
