@@ -116,3 +116,12 @@ def demo_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fp8pipe.rehearsal.demo import model
 
     return model.build_base(tmp_path_factory.mktemp("demo-base") / "model")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A folder that passes for a checkpoint as long as no engine loads it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder

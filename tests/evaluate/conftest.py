@@ -48,15 +48,6 @@ def candidate(
     return evaluate_by(warm_python, request, folder / "evaluation", events.append), events
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A folder that passes for a checkpoint as long as no engine loads it."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def group_run(task_dir: Path) -> tuple[Any, dict[str, Any]]:
     """The task of a group, and lm-eval's results of its own random model on it."""

@@ -86,15 +86,6 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         server.stop()
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A folder that passes for a model as long as no engine loads it."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    return folder
-
-
 @contextmanager
 def releasing(environment: dict[str, str], model: Path, then: str, engine: str) -> Iterator[subprocess.Popen[str]]:
     """The flow, once both sides run."""

@@ -10,7 +10,7 @@ from typing import Any
 from fp8pipe.config import GatePolicy, LicenceClaim, load_licences
 from fp8pipe.gate import decide
 from fp8pipe.hub.source_card import parse_source_card
-from fp8pipe.quantize.plan import Plan, SummaryRow
+from fp8pipe.quantize.plan import SummaryRow
 from fp8pipe.records import (
     EvalReport,
     Finding,
@@ -30,6 +30,7 @@ from support.reports import (
     recipe,
     suite,
 )
+from support.sample_folders import plan
 
 TAG = "fp8-ab12cd34-1"
 
@@ -117,21 +118,10 @@ def saved(folder: Path) -> CardFacts:
     """Write a checkpoint folder's records, as the stages leave them."""
     facts = facts_of()
     records = folder / "fp8pipe"
-    plan = Plan(
-        model_id="acme/tiny",
-        source_commit=SOURCE_COMMIT,
-        recipe="fp8-static-kv",
-        settings=recipe(),
-        tensors=(),
-        outputs=(),
-        quantization_config={},
-        source_bytes=2_000_000,
-        output_bytes=1_100_000,
-    )
     assert facts.calibration is not None
     for name, record in {
         "checkpoint": facts.checkpoint,
-        "plan": plan,
+        "plan": plan(),
         "source": facts.source,
         "calibration": facts.calibration,
         "validation": facts.validation,

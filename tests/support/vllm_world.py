@@ -143,7 +143,7 @@ def takes_inputs(columns: int) -> bool:
         per_token_group_quant_fp8(torch.ones(4, columns), BLOCK)
     except AssertionError as error:
         return "divisible" not in str(error)
-    except Exception:  # there is no GPU to continue with
+    except (AttributeError, RuntimeError):  # the check is passed, and the kernel behind it needs a GPU
         return True
     return True
 
