@@ -1,7 +1,7 @@
-"""The weights of one layer at a time; those of the next come while it is computed.
+"""Loads the weights of one layer at a time, and prepares those of the next while that layer is computed.
 
-Where memory allows, the next layer is loaded by a thread. Elsewhere the kernel is told to read its bytes into the page
-cache: on a CPU, computing keeps every core busy, and a second layer in memory would make nothing faster.
+If there is memory for two layers, a thread loads the next one. Otherwise the kernel reads the next layer's bytes into
+the page cache. On a CPU that is all that helps, since computing keeps every core busy.
 """
 
 from __future__ import annotations

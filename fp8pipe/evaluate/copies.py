@@ -1,8 +1,9 @@
 """Several copies of the engine, each in a process and on devices of its own, behind the face of one.
 
-vLLM's `LLM` refuses a `data_parallel_size`, and lm-eval has Ray start all engines anew for each batch of requests. Here
-they start once and together, and each answers every n-th request. A copy is `python -m fp8pipe.evaluate.copies FD`: it
-is told over a pipe which function to call with its engine, and sends back what that returns. It ends with the pipe.
+vLLM's `LLM` refuses a `data_parallel_size`, and lm-eval starts all engines again with Ray for each batch of requests.
+Here all copies start at the same time, once, and each answers every n-th request. A copy is the process
+`python -m fp8pipe.evaluate.copies FD`. It reads function calls from a pipe, calls each function with its engine, and
+writes the result to the pipe. It ends when the pipe is closed.
 """
 
 from __future__ import annotations

@@ -108,7 +108,8 @@ def _make_quiet_and_impatient() -> None:
 
 
 _AGAIN_IN = re.compile(r"retry this action in (\d+) (second|minute|hour)s?", re.IGNORECASE)
-"""How the Hub words the quota of commits; its headers then speak of another quota, of requests."""
+"""The Hub's message when its quota of commits is used up. Its headers are no help then: they describe the quota of
+requests."""
 _UNITS_S = {"second": 1, "minute": 60, "hour": 3600}
 
 
