@@ -44,10 +44,11 @@ class Copies:
         from vllm.engine.arg_utils import EngineArgs
 
         self._pipes: list[Connection] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
         for environ in _environments(copies, Parallel.of(arguments).copy_devices):
             ours, theirs = Pipe()
             command = [sys.executable, "-m", "fp8pipe.evaluate.copies", str(theirs.fileno())]
-            subprocess.Popen(command, env=os.environ | environ, pass_fds=(theirs.fileno(),))
+            self._processes.append(subprocess.Popen(command, env=os.environ | environ, pass_fds=(theirs.fileno(),)))
             theirs.close()
             ours.send(arguments)
             self._pipes.append(ours)
@@ -102,7 +103,8 @@ class Copies:
             self._pipes[place].send((function, arguments))
 
     def _answers(self, places: Iterable[int], on_progress: Callable[[], object] = lambda: None) -> list[Any]:
-        """What these copies answer to what they were asked. Raises the first error that one sends."""
+        """What these copies answer to what they were asked. Raises the first error that one sends, once all copies
+        have ended: the last words in the log are then those of the error."""
         found: dict[int, Any] = {}
         waiting = {self._pipes[place]: place for place in places}
         order = list(waiting.values())
@@ -113,14 +115,22 @@ class Copies:
                 try:
                     kind, content = pipe.recv()
                 except (EOFError, ConnectionResetError):
+                    self._kill()
                     raise RuntimeError(f"{where} of the engine ended before it answered") from None
                 if kind == "progress":
                     on_progress()
                 elif kind == "answer":
                     found[waiting.pop(pipe)] = content
                 else:
+                    self._kill()
                     raise RuntimeError(f"{where} of the engine: {content}")
         return [found[place] for place in order]
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
 
 
 def _environments(copies: int, devices: int) -> list[dict[str, str]]:

@@ -32,11 +32,11 @@ def children() -> dict[int, str]:
     return family(pid for pid, command in mine.items() if "fp8pipe.calibrate.child" in command)
 
 
-def kill_at(share: float, found: dict[int, str]) -> Callable[[ProgressEvent], None]:
+def kill_at(layers: int, found: dict[int, str]) -> Callable[[ProgressEvent], None]:
     """Kill the child when this many layers are done."""
 
     def kill(event: ProgressEvent) -> None:
-        if event.done > share and not found:
+        if event.done >= layers and not found:
             found.update(children())
             for pid, command in found.items():
                 if "supervise.py" not in command:
@@ -51,14 +51,15 @@ def test_a_killed_child_is_explained_resumed_and_ends_with_the_record_of_this_pr
     recipe, folder = with_data(STATIC_KV, write_dataset(tmp_path / "data.jsonl")), tmp_path / "out"
     killed: dict[int, str] = {}
     with pytest.raises(EnvironmentFault, match=r"killed \(signal 9\).*finished layers are kept"):
-        in_child(llama, recipe, folder, kill_at(2.5, killed))
+        in_child(llama, recipe, folder, kill_at(1, killed))
     assert len(killed) == 2, "the guard and the child"
     assert all_gone(killed)
     assert not (folder / "calibration.json").exists()
 
     events: list[ProgressEvent] = []
     record = in_child(llama, recipe, folder, events.append)
-    assert {event.note for event in events} == {"model.layers.2", "model.layers.3"}
+    # the child may have finished another layer before the signal came
+    assert {"model.layers.3"} <= {event.note for event in events} <= {f"model.layers.{n}" for n in (1, 2, 3)}
     assert {(event.stage, event.total, event.unit) for event in events} == {("calibrate", 4, "layers")}
     assert not children()
     with hold([folder_lock(folder), devices("cpu")], "", stage="", progress=quiet):

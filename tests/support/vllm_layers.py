@@ -14,7 +14,7 @@ import re
 import sys
 from inspect import isabstract
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +27,12 @@ _BASES = ("AttentionLayerBase", "MambaBase", "Attention", "LinearAttention", "Un
 def main() -> None:
     prepare_process()
     import vllm
+    from vllm.platforms import current_platform
+
+    # The modules of other platforms import `vllm._C`. A CPU without AVX-512 has loaded `_C_AVX2`, and torch aborts a
+    # process that loads both.
+    current_platform.import_kernels()
+    sys.modules.setdefault("vllm._C", ModuleType("vllm._C"))
 
     root = Path(vllm.__file__).parent
     defines = re.compile(rf"^class \w+\([^)]*({'|'.join(_BASES)})", re.MULTILINE)
