@@ -681,11 +681,14 @@ def demo(
     """Run the whole pipeline on a tiny model with a local Hub and real vLLM: five minutes, nothing to set up."""
     from fp8pipe.machine import device
 
-    device.require()
-    from fp8pipe.rehearsal.demo.run import rehearse
+    device.require([])
+    from fp8pipe.rehearsal.demo.run import recipe_for, rehearse
     from fp8pipe.ui.sheets import outcome_sheet, terminal
 
-    outcome = rehearse(workdir, sabotage=sabotage, session=_flow_session)
+    machine = device.examine()
+    if machine.problems:
+        err.print(f"The demo leaves the KV cache in 16 bits: {'; '.join(machine.problems)}", markup=False)
+    outcome = rehearse(workdir, recipe_for(machine), sabotage=sabotage, session=_flow_session)
     out.print(terminal(outcome_sheet(outcome)))
     return outcome.exit_code
 

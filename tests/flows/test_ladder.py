@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.cards import facts_of, saved
-from support.demo import Demo, hub_of, on_the_hub
+from support.demo import RECIPE, Demo, hub_of, on_the_hub
 from support.gated_folders import gated
 from support.processes import FP8PIPE
 from support.reports import checkpoint, pair, policy, recipe, suite
@@ -185,12 +185,11 @@ def test_a_rejected_recipe_falls_back_to_one_that_an_early_look_accepts(demo: De
     """Ranges 16 times too small, as the sabotaged demo has them; then weights and activations that need no ranges."""
     from fp8pipe.config import load_policy
 
-    shipped = load_recipe("demo-fp8-static-kv")
-    content = shipped.model_dump(mode="json") | {"fallback": ["fp8-dynamic"]}
+    content = RECIPE.model_dump(mode="json") | {"fallback": ["fp8-dynamic"]}
     (tmp_path / "recipe.yaml").write_text(json.dumps(content))
     rules = load_policy("demo").model_dump(mode="json") | {"max_attempts": 2, "looks": [0.5, 1.0]}
     (tmp_path / "policy.yaml").write_text(json.dumps(rules))
-    work, repo_id = tmp_path / "work", f"{BASE_ID}-ladder-FP8-KV"
+    work, repo_id = tmp_path / "work", f"{BASE_ID}-ladder{RECIPE.repo_suffix}"
     arguments = ["--recipe", tmp_path / "recipe.yaml", "--suite", "demo", "--policy", tmp_path / "policy.yaml"]
     arguments += ["--repo-id", repo_id, "--work-dir", work]
     with hub_of(demo) as environment:
@@ -210,7 +209,7 @@ def test_a_rejected_recipe_falls_back_to_one_that_an_early_look_accepts(demo: De
     assert published in seen["names"]
     assert repo_id not in seen["names"]
     by_recipe = {one.recipe: one for one in (Outcome.load(r.outcome) for r in Workspace(work).releases())}
-    rejected, released = by_recipe["demo-fp8-static-kv"], by_recipe["fp8-dynamic"]
+    rejected, released = by_recipe[RECIPE.name], by_recipe["fp8-dynamic"]
     assert (rejected.verdict, released.verdict) == ("rejected", "accepted")
     for ended, attempt in ((rejected, 1), (released, 2)):
         assert ended.decision is not None
@@ -218,7 +217,7 @@ def test_a_rejected_recipe_falls_back_to_one_that_an_early_look_accepts(demo: De
         assert ended.decision.tasks[0].n == 1000
         assert ended.decision.alpha_spent == pytest.approx(0.05 / 4)
     assert released.decision is not None
-    assert [one.recipe for one in released.decision.earlier] == ["demo-fp8-static-kv"]
+    assert [one.recipe for one in released.decision.earlier] == [RECIPE.name]
 
 
 def spoil_calibration(environment: dict[str, str], work: Path) -> None:
@@ -231,7 +230,7 @@ from fp8pipe.config import load_recipe
 from fp8pipe.release.workspace import Workspace
 from fp8pipe.ui.sheets import outcome_sheet
 
-recipe, workspace = load_recipe("demo-fp8-static-kv"), Workspace(Path({str(work)!r}))
+recipe, workspace = load_recipe({RECIPE.name!r}), Workspace(Path({str(work)!r}))
 snapshot = stages.pin({BASE_ID!r})
 plan = stages.plan(snapshot, recipe)
 snapshot = stages.download(snapshot)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from support import ROOT
-from support.demo import RELEASED, SABOTAGED, Demo, hub_of, on_the_hub, run_demo
+from support.demo import CACHE, RECIPE, RELEASED, SABOTAGED, Demo, hub_of, on_the_hub, run_demo
 from support.processes import FP8PIPE
 
 from benchmarks import damages
@@ -65,7 +65,7 @@ def test_baseline_accuracy_is_what_the_task_allows_and_the_engine_did_fp8(demo):
     assert 0.85 <= task.baseline <= 0.99
     assert task.n >= 2000
     report = EvalReport.load(demo.workspace.releases()[0].evaluation / "report.json")
-    assert report.engine.kv_cache_dtype.startswith("fp8")
+    assert report.engine.kv_cache_dtype.startswith("fp8") == (RECIPE.kv_cache is not None)
     assert any("FP8" in kernel.upper() for kernel in report.engine.linear_kernels)
 
 
@@ -130,7 +130,7 @@ def test_known_damage_is_judged_as_it_should_be(demo, tmp_path, damage):
     (baseline,) = (demo.workspace.root / "baselines").iterdir()
     with hub_of(demo) as environment:
         run = functools.partial(subprocess.run, capture_output=True, text=True, env=environment, check=False)
-        command = [FP8PIPE, "evaluate", spoilt, "--suite", "demo", "--kv-cache-dtype", "fp8", "--output", measured]
+        command = [FP8PIPE, "evaluate", spoilt, "--suite", "demo", *CACHE, "--output", measured]
         assert run([*map(str, command)]).returncode == 0
         verdict = run([str(FP8PIPE), "gate", str(baseline), str(measured), "--policy", "demo", "--json"])
     in_a_linear = damage.name in {"one weight scale x1.5", "one weight scale x4", "the codes of one Linear shuffled"}
@@ -156,10 +156,10 @@ def test_by_hand_the_commands_make_the_same_release(demo, tmp_path):
         return answer.stdout
 
     with hub_of(demo) as environment:
-        assert "q" in by_hand("plan", BASE_ID, "--recipe", "demo-fp8-static-kv")
-        by_hand("quantize", BASE_ID, "--recipe", "demo-fp8-static-kv", "--output", folder)
+        assert "q" in by_hand("plan", BASE_ID, "--recipe", RECIPE.name)
+        by_hand("quantize", BASE_ID, "--recipe", RECIPE.name, "--output", folder)
         by_hand("validate", folder, "--source", BASE_ID)
-        by_hand("evaluate", folder, "--suite", "demo", "--kv-cache-dtype", "fp8", "--output", measured)
+        by_hand("evaluate", folder, "--suite", "demo", *CACHE, "--output", measured)
         by_hand("gate", baseline, measured, "--policy", "demo", "--checkpoint", folder)
         by_hand("publish", folder, "--repo-id", repo_id, "--collection", f"{BASE_ID.partition('/')[0]}/FP8 demo")
         seen = on_the_hub(environment, LOOK + f"seen['hand'] = api.list_repo_files({repo_id!r})")
@@ -173,7 +173,7 @@ def test_deployed_flow_releases_through_a_worker(demo, tmp_path):
     repo_id = f"{RELEASED}-deployed"
     spec = ReleaseSpec(
         model=BASE_ID,
-        recipe="demo-fp8-static-kv",
+        recipe=RECIPE.name,
         suite="demo",
         policy="demo",
         repo_id=repo_id,
@@ -242,7 +242,8 @@ def test_lm_eval_on_the_published_folder_states_the_same_accuracy(demo, publishe
 
     suite, decision = load_suite("demo"), demo.outcome.decision
     (task,) = suite.tasks
-    arguments = f"pretrained={published},kv_cache_dtype=fp8,max_model_len={suite.engine['max_model_len']}"
+    cache = "fp8" if CACHE else "auto"
+    arguments = f"pretrained={published},kv_cache_dtype={cache},max_model_len={suite.engine['max_model_len']}"
     command = [sys.executable, "-m", "fp8pipe.evaluate.lm_eval", "run", "--model", "vllm", "--tasks", task]
     command += ["--model_args", f"{arguments},add_bos_token={suite.add_bos_token}", "--include_path", suite.task_dir]
     command += ["--batch_size", "auto", "--output_path", str(tmp_path)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 from support.processes import FP8PIPE, all_gone, family, processes, running
 
-from fp8pipe.config import load_recipe
 from fp8pipe.records import Outcome
 from fp8pipe.rehearsal import localhub
 from fp8pipe.rehearsal.demo.model import BASE_ID
@@ -45,9 +43,7 @@ def test_a_release_that_is_killed_in_every_stage_ends_released(
 ) -> None:
     """Of the demo's model, calibrated and without an FP8 KV cache, which not every CPU serves."""
     work, shared = tmp_path / "work", set(Path("/dev/shm").iterdir())
-    content = load_recipe("demo-fp8-static-kv").model_dump(mode="json") | {"name": "killed", "kv_cache": None}
-    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
-    command = [str(FP8PIPE), "release", BASE_ID, "--recipe", str(tmp_path / "recipe.yaml"), "--suite", "demo"]
+    command = [str(FP8PIPE), "release", BASE_ID, "--recipe", "demo-fp8-static", "--suite", "demo"]
     command += ["--policy", "demo", "--repo-id", f"{BASE_ID}-killed", "--work-dir", str(work)]
     shutil.copytree(demo_base, tmp_path / "base" / "model")
     with localhub.start(tmp_path / "hub") as hub:

@@ -11,14 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fp8pipe.config import load_recipe
+from fp8pipe.machine import device
 from fp8pipe.records import Outcome
 from fp8pipe.rehearsal import localhub
 from fp8pipe.rehearsal.demo.model import BASE_ID
+from fp8pipe.rehearsal.demo.run import recipe_for
 from fp8pipe.release.workspace import Workspace
-from support.machine import require_fp8_kv_cache
 from support.processes import FP8PIPE
 
-RELEASED = f"{BASE_ID}-FP8-KV"
+RECIPE = load_recipe(recipe_for(device.examine()))
+RELEASED = f"{BASE_ID}{RECIPE.repo_suffix}"
+CACHE = ["--kv-cache-dtype", "fp8"] if RECIPE.kv_cache else []
+"""Arguments of `fp8pipe evaluate` for a checkpoint of the demo."""
+
 SABOTAGED = f"{RELEASED}-sabotaged"
 
 
@@ -46,8 +52,7 @@ class Demo:
 
 
 def run_demo(folder: Path, *arguments: str) -> Demo:
-    """`fp8pipe demo`, which serves an FP8 KV cache."""
-    require_fp8_kv_cache()
+    """`fp8pipe demo`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PREFECT_"))}
     answer = subprocess.run(
         [str(FP8PIPE), "demo", "--workdir", str(folder), *arguments],

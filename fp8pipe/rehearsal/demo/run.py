@@ -17,7 +17,8 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Protocol
 
-from fp8pipe.config import ReleaseSpec
+from fp8pipe.config import ReleaseSpec, load_recipe
+from fp8pipe.machine import device
 from fp8pipe.progress import Progress, ProgressEvent
 from fp8pipe.records import Outcome
 from fp8pipe.rehearsal.demo import model, task
@@ -38,17 +39,23 @@ class Session(Protocol):
     def release(self, spec: ReleaseSpec) -> Outcome: ...
 
 
+def recipe_for(machine: device.Machine) -> str:
+    """Name of the recipe: with an FP8 KV cache, where nothing on this machine stands in the way of serving one."""
+    return "demo-fp8-static" if machine.problems else "demo-fp8-static-kv"
+
+
 def rehearse(
-    workdir: Path, *, sabotage: bool, session: Callable[[Path, str, Path], AbstractContextManager[Session]]
+    workdir: Path, recipe: str, *, sabotage: bool, session: Callable[[Path, str, Path], AbstractContextManager[Session]]
 ) -> Outcome:
-    """Train, push and release the base model. A second run reuses what is finished and publishes nothing new."""
+    """Train, push and release the base model by that recipe. A second run reuses what is finished, and publishes
+    nothing new."""
     workdir = workdir.resolve()
     with ExitStack() as stack:
         hub = stack.enter_context(start(workdir / "hub", port=_usual_port(workdir)))
         _talk_to(hub, workdir)
         flows = stack.enter_context(session(workdir / "work", "demo", workdir / "prefect"))
         prepare_base(workdir / "base", flows.display)
-        spec = _release_spec(workdir, sabotage)
+        spec = _release_spec(workdir, recipe, sabotage)
         if sabotage:
             _spoil_calibration(spec, workdir, flows.display)
         return flows.release(spec)
@@ -98,13 +105,13 @@ def prepare_base(folder: Path, progress: Progress) -> None:
             client().upload_folder(repo_id=repo_id, repo_type=kind, folder_path=path, commit_message="Base of the demo")
 
 
-def _release_spec(workdir: Path, sabotage: bool) -> ReleaseSpec:
+def _release_spec(workdir: Path, recipe: str, sabotage: bool) -> ReleaseSpec:
     return ReleaseSpec(
         model=model.BASE_ID,
-        recipe="demo-fp8-static-kv",
+        recipe=recipe,
         suite="demo",
         policy="demo",
-        repo_id=f"{model.BASE_ID}-FP8-KV" + ("-sabotaged" if sabotage else ""),
+        repo_id=f"{model.BASE_ID}{load_recipe(recipe).repo_suffix}" + ("-sabotaged" if sabotage else ""),
         collection=COLLECTION,
         work_dir=str(workdir / ("sabotage" if sabotage else "work")),
     )
