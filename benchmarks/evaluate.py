@@ -92,7 +92,6 @@ def make_model(folder: Path) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
     ids = {"vocab_size": len(vocabulary), "bos_token_id": 0, "eos_token_id": 1}
     config = LlamaConfig.from_dict({"max_position_embeddings": 512} | sizes | ids)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
