@@ -69,6 +69,12 @@ def test_supervise_reports_exit_status_log_and_messages(tmp_path: Path) -> None:
     assert ending.tail() == "hello"
 
 
+def test_the_end_of_a_log_has_a_progress_bar_in_its_last_state_only(tmp_path: Path) -> None:
+    bar = "print(*(f'\\r{part}% ' for part in range(100)), sep='', end='\\r\\n')"
+    ending = supervise([sys.executable, "-c", f"print('before')\n{bar}\nprint('after\\n')"], log=tmp_path / "log")
+    assert ending.tail() == "before\n99%\nafter"
+
+
 ASKING = """
 from fp8pipe.machine.supervise import take_channel
 channel = take_channel()
