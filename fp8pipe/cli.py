@@ -118,6 +118,10 @@ Visible = Annotated[
 Replace = Annotated[
     bool, typer.Option("--replace", help="Overwrite another model's repository, or files and README made by hand")
 ]
+Supersedes = Annotated[
+    list[str] | None,
+    typer.Option("--supersedes", metavar="TAG", help="The yanked release that this one takes the place of"),
+]
 SignKey = Annotated[
     Path | None, typer.Option("--sign-key", help="EC private key (PEM) that signs the release", show_default="unsigned")
 ]
@@ -462,6 +466,7 @@ def publish(
     collection: Collection = None,
     visibility: Visible = None,
     replace: Replace = False,
+    supersedes: Supersedes = None,
     sign_key: SignKey = None,
 ) -> None:
     """Publish an accepted checkpoint with its card and evidence, then verify it on the Hub."""
@@ -471,7 +476,7 @@ def publish(
 
     os.scandir(folder).close()  # raises for what is no folder
     content = {"repo_id": repo_id, "collection": collection, "visibility": visibility, "replace": replace}
-    content |= {"sign": _signing(sign_key)}
+    content |= {"supersedes": supersedes or (), "sign": _signing(sign_key)}
     target = validated(Target, content, "publish")
     with _stage_display("publish") as display:
         release = stages.publish(folder, target, progress=display)
@@ -531,6 +536,21 @@ def verify(
     return 0 if verification.holds else 1
 
 
+@app.command()
+@guarded
+def yank(
+    release: Annotated[
+        str, typer.Argument(help="Repository (its newest release), or repository@tag", show_default=False)
+    ],
+    reason: Annotated[str, typer.Option("--reason", help="Why; published in the card", show_default=False)],
+) -> None:
+    """Withdraw a release: a banner in its card, no collection lists it any more, its tag stays."""
+    from fp8pipe.release.yank import yank
+    from fp8pipe.ui.sheets import terminal, withdrawal_sheet
+
+    out.print(terminal(withdrawal_sheet(yank(release, reason))))
+
+
 # ------------------------------------------------------------------------------------------ flows
 
 
@@ -545,6 +565,7 @@ def release(
     collection: Collection = None,
     visibility: Visible = None,
     replace: Replace = False,
+    supersedes: Supersedes = None,
     sign_key: SignKey = None,
     work_dir: WorkDir = "fp8pipe-work",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda, for calibration")] = "auto",
@@ -572,6 +593,7 @@ def release(
         "collection": collection,
         "visibility": visibility,
         "replace": replace,
+        "supersedes": supersedes or (),
         "sign": _signing(sign_key),
         "work_dir": work_dir,
         "device": device,

@@ -12,6 +12,7 @@
     |   |-- UnmatchedEntry               a targets or ignore entry that matches nothing
     |   |-- NonFiniteWeight              NaN or Inf in a weight
     |   |-- NonFiniteActivation          a module got NaN or Inf while calibration data ran through the model
+    |   |-- Withdrawn                    the repository's newest release was yanked
     |   |-- SourceChanged                not what was pinned, read or measured any more
     |   `-- CalibrationDataError         dataset empty, too short, or without a usable column
     |-- Refused                      1   the evidence forbids it: publishing without an accepted gate, ...
@@ -88,6 +89,10 @@ class NonFiniteActivation(InputError):
 
 class SourceChanged(InputError):
     """A source or checkpoint is no longer what was pinned, read or measured."""
+
+
+class Withdrawn(InputError):
+    """The newest release of a repository was yanked, and nothing says that another may take its place."""
 
 
 class CalibrationDataError(InputError):

@@ -9,6 +9,7 @@ from tasks.publish import check_target, publish
 from tasks.quantize import calibrate, quantize
 from tasks.source import download, pin, plan, require_machine
 from tasks.validate import validate
+from tasks.yank import yank
 
 __all__ = [
     "approve",
@@ -27,4 +28,5 @@ __all__ = [
     "question",
     "require_machine",
     "validate",
+    "yank",
 ]

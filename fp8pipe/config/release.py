@@ -52,6 +52,9 @@ class Target(Config):
     replace: bool = Field(
         default=False, description="Overwrite a repository of another model, or with files or a README made by hand"
     )
+    supersedes: tuple[str, ...] = Field(
+        default=(), description="Tags of yanked releases: another may be published in their place"
+    )
     sign: Sign | None = Field(default=None, description="Sign the release with an EC key: {key: PATH}")
 
 

@@ -1,4 +1,4 @@
-"""Finds a collection on the Hub, and adds a model to it."""
+"""Finds a collection on the Hub, adds a model to it, and removes it."""
 
 from __future__ import annotations
 
@@ -50,6 +50,22 @@ def add_to_collection(api: HfApi, repo_id: str, name: str, note: str, *, descrip
     elif item.note != note:
         api.update_collection_item(collection.slug, item.item_object_id, note=note)
     return Listing(collection.slug, collection.url)
+
+
+def remove_from_collections(api: HfApi, repo_id: str, account: Account) -> tuple[str, ...]:
+    """Remove the model from every collection that the token may change. Returns the slugs of those that listed it."""
+    slugs = sorted(collection.slug for collection in api.list_collections(item=f"models/{repo_id}"))
+    ours = [slug for slug in slugs if account.objection(slug.partition("/")[0]) is None]
+    for slug in ours:
+        remove_from_collection(api, repo_id, slug)
+    return tuple(ours)
+
+
+def remove_from_collection(api: HfApi, repo_id: str, slug: str) -> None:
+    """Remove the model from a collection, if that lists it."""
+    for item in api.get_collection(slug).items:
+        if item.item_type == "model" and item.item_id == repo_id:
+            api.delete_collection_item(slug, item.item_object_id, missing_ok=True)
 
 
 def _find_or_create(api: HfApi, name: str, description: str) -> Collection:

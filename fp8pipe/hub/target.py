@@ -12,30 +12,24 @@ would be seen by more people than it should be is refused.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from fp8pipe.config import Target, Visibility
-from fp8pipe.errors import InputError
+from fp8pipe.errors import InputError, Withdrawn
 from fp8pipe.hub.account import account
-from fp8pipe.hub.client import cache_folder, client, endpoint, translated
+from fp8pipe.hub.client import client, endpoint, translated
 from fp8pipe.hub.collections import check_collection
+from fp8pipe.hub.contents import GITATTRIBUTES, MANIFEST, files_at, json_at, read_at
+from fp8pipe.hub.yanked import manifest_tag, without_banner, yanked_at
 from fp8pipe.model.identity import CARD
 from fp8pipe.records import RECORD_DIR
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from huggingface_hub import HfApi, ModelInfo
-    from huggingface_hub.hf_api import RepoFile
 
 MARK = f"{RECORD_DIR}/checkpoint.json"
 """A repository with this file was made by fp8pipe."""
-MANIFEST = f"{RECORD_DIR}/manifest.json"
-GITATTRIBUTES = ".gitattributes"
-"""The Hub's own file, which every repository starts with."""
 
 Gating = Literal["auto", "manual"]
 
@@ -54,6 +48,8 @@ class Clearance:
     """How requests for access to a gated repository are answered."""
     note: str | None
     """Why this differs from what was asked for, for a person."""
+    yanked: str | None
+    """The tag of the repository's newest release, if that was withdrawn."""
 
 
 def check_target(target: Target, model_id: str, *, local: bool, unfinished: bool = False) -> Clearance:
@@ -61,7 +57,8 @@ def check_target(target: Target, model_id: str, *, local: bool, unfinished: bool
 
     model_id: the base model; local: it is a folder of this machine. unfinished: an earlier run of the same release
     created the repository. Raises AccessDenied if the token is missing, unknown or may not write there; InputError for
-    a repository or collection that cannot be used, or whose visibility does not fit; HubUnreachable.
+    a repository or collection that cannot be used, whose visibility does not fit, or whose newest release was yanked;
+    HubUnreachable.
     """
     from huggingface_hub.utils import validate_repo_id
 
@@ -72,16 +69,28 @@ def check_target(target: Target, model_id: str, *, local: bool, unfinished: bool
         owner.require(target.repo_id)
         if target.collection is not None:
             check_collection(api, target.collection, owner)
-        existing = _model(api, target.repo_id)
+        existing, yanked = _model(api, target.repo_id), None
         if existing is not None:
             api.auth_check(target.repo_id, write=True)
             assert existing.sha is not None
             if not target.replace:
                 require_replaceable(api, target.repo_id, existing.sha, model_id)
+            yanked = _require_superseded(api, target, existing.sha)
         base = None if local else _model(api, model_id)
         visibility, note = _visibility(target, model_id, base, None if unfinished else existing)
     gating: Gating = "manual" if base is not None and base.gated == "manual" else "auto"
-    return Clearance(owner.user, existing is not None, visibility, gating, note)
+    return Clearance(owner.user, existing is not None, visibility, gating, note, yanked)
+
+
+def _require_superseded(api: HfApi, target: Target, commit: str) -> str | None:
+    """The tag of the newest release if it was yanked, which this one says to supersede. Raises Withdrawn if not."""
+    tag = manifest_tag(api, target.repo_id, commit)
+    yank = yanked_at(api, target.repo_id, commit).of(tag) if tag is not None else None
+    if yank is None:
+        return None
+    if yank.tag not in target.supersedes:
+        raise Withdrawn(f"{target.repo_id}: its newest release {yank.sentence()}; {yank.remedy()}")
+    return yank.tag
 
 
 def _model(api: HfApi, repo_id: str) -> ModelInfo | None:
@@ -145,19 +154,6 @@ def check_card(api: HfApi, card: str) -> None:
 # ------------------------------------------------------------------------------------------ what is there already
 
 
-def files_at(api: HfApi, repo_id: str, revision: str) -> Mapping[str, RepoFile]:
-    """Every file of a commit, with the Hub's checksums."""
-    from huggingface_hub.hf_api import RepoFile
-
-    tree = api.list_repo_tree(repo_id, revision=revision, recursive=True)
-    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-
-
-def read_at(api: HfApi, repo_id: str, commit: str, name: str) -> bytes | None:
-    """The content of one small file; None if the commit does not have it."""
-    return _read_at(api, repo_id, commit, name) if name in files_at(api, repo_id, commit) else None
-
-
 def require_replaceable(api: HfApi, repo_id: str, commit: str, model_id: str) -> None:
     """Raise InputError if `commit` holds files that no release made, another model's release, or a card made by hand.
 
@@ -173,31 +169,16 @@ def require_replaceable(api: HfApi, repo_id: str, commit: str, model_id: str) ->
                 f"replace them; {remedy}"
             )
         return
-    made_from = _json_at(api, repo_id, commit, MARK).get("model_id")
+    made_from = json_at(api, repo_id, commit, MARK).get("model_id")
     if made_from != model_id:
         raise InputError(f"{repo_id}: is a release of {made_from}, not of {model_id}; {remedy}")
-    if CARD not in held:
-        return
-    card = hashlib.sha256(_read_at(api, repo_id, commit, CARD)).hexdigest()
-    if card != _card_of_release(api, repo_id, commit):
+    card = read_at(api, repo_id, commit, CARD)
+    if card is not None and hashlib.sha256(without_banner(card)).hexdigest() != _card_of_release(api, repo_id, commit):
         raise InputError(f"{repo_id}: {CARD} was edited since the last release, and the next would undo that; {remedy}")
 
 
 def _card_of_release(api: HfApi, repo_id: str, commit: str) -> str | None:
     """The sha256 of the card that the release at `commit` wrote, from its manifest; None if it cannot be told."""
-    files = _json_at(api, repo_id, commit, MANIFEST).get("files")
+    files = json_at(api, repo_id, commit, MANIFEST).get("files")
     listed = [one for one in files if isinstance(one, dict)] if isinstance(files, list) else []
     return next((str(one.get("sha256")) for one in listed if one.get("name") == CARD), None)
-
-
-def _json_at(api: HfApi, repo_id: str, commit: str, name: str) -> dict[str, object]:
-    """A JSON object of the repository; empty if the file is something else."""
-    try:
-        content = json.loads(_read_at(api, repo_id, commit, name))
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _read_at(api: HfApi, repo_id: str, commit: str, name: str) -> bytes:
-    return Path(api.hf_hub_download(repo_id, name, revision=commit, cache_dir=cache_folder())).read_bytes()

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Protocol
 from fp8pipe.config import Target
 from fp8pipe.errors import AccessDenied, EnvironmentFault
 from fp8pipe.hub.client import endpoint
-from fp8pipe.hub.target import GITATTRIBUTES, Clearance, files_at, require_replaceable, visibility_of
+from fp8pipe.hub.commits import settled
+from fp8pipe.hub.contents import OF_THE_REPOSITORY, files_at
+from fp8pipe.hub.target import Clearance, require_replaceable, visibility_of
 from fp8pipe.records import FileHash
 
 if TYPE_CHECKING:
@@ -31,9 +33,6 @@ UPLOADS = 4
 """Groups of files that are sent at the same time."""
 GROUP_BYTES = 64_000_000
 """Files are sent in groups of about this size: a request about a group costs as much as one about a file."""
-ROUNDS = 4
-"""How often a commit is tried. Each round reads again what the Hub has, as an answer may have been lost, or another
-publisher may have come first."""
 OURS = re.compile(r"fp8-[0-9a-f]{8}-\d+: ")
 """How the titles of our commits and pull requests begin."""
 
@@ -86,13 +85,10 @@ class Upload:
         return Refs(head, {tag.name: tag.target_commit for tag in found.tags})
 
     def commit(self, files: Sequence[FileHash], title: str) -> tuple[str, bool]:
-        """The commit on main that holds exactly `files`, and whether this call made it.
+        """The commit on main that holds exactly `files`, and whether this call made it."""
+        first = self.refs().head
 
-        A commit that fails may still have been applied, its answer lost; or another commit came first. Either way, read
-        the head again, work out what is left to do, and try again.
-        """
-        first, failure = self.refs().head, None
-        for _ in range(ROUNDS):
+        def attempt() -> tuple[str, bool] | None:
             head = self.refs().head
             changes = self._changes(head, files)
             if not any(changes):
@@ -100,10 +96,13 @@ class Upload:
                 return head, head != first
             if not self.target.replace:
                 require_replaceable(self.api, self.repo_id, head, self.model_id)
-            failure = self._try(head, files, changes, title)
-        if failure is not None:
-            raise failure
-        raise EnvironmentFault(f"{self.repo_id}: main kept changing while this release was committed; publish again")
+            if self.api.model_info(self.repo_id).private:
+                self._send(head, files, changes, title)
+            else:
+                self._propose(head, files, changes, title)
+            return None
+
+        return settled(self.repo_id, attempt)
 
     def holds(self, commit: str, files: Sequence[FileHash]) -> bool:
         """Whether `commit` has exactly these files, by the Hub's own checksums."""
@@ -147,25 +146,6 @@ class Upload:
             ) from error
 
     # -------------------------------------------------------------------------------------- the commit
-
-    def _try(self, head: str, files: Sequence[FileHash], changes: Changes, title: str) -> Exception | None:
-        """One attempt on `head`. Returns the error if it leaves open what was applied; raises any other."""
-        import httpx2
-        from huggingface_hub.errors import HfHubHTTPError
-
-        try:
-            if self.api.model_info(self.repo_id).private:
-                self._send(head, files, changes, title)
-            else:
-                self._propose(head, files, changes, title)
-        except HfHubHTTPError as error:
-            # 409 and 412: another commit or merge came first; 5xx: the answer may be lost, not the commit
-            if error.response.status_code not in {409, 412} and error.response.status_code < 500:
-                raise
-            return error
-        except httpx2.TransportError as error:
-            return error
-        return None
 
     def _send(
         self,
@@ -279,7 +259,7 @@ class Upload:
         """What would make `commit` hold exactly `files`."""
         remote = files_at(self.api, self.repo_id, commit)
         to_add = [file.name for file in files if not self._same(remote.get(file.name), file)]
-        to_delete = sorted(set(remote) - {file.name for file in files} - {GITATTRIBUTES})
+        to_delete = sorted(set(remote) - {file.name for file in files} - OF_THE_REPOSITORY)
         return to_add, to_delete
 
     def _same(self, remote: RepoFile | None, file: FileHash) -> bool:

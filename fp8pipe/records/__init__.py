@@ -51,6 +51,7 @@ from fp8pipe.records.validation import (
     ValidationReport,
 )
 from fp8pipe.records.verification import Proof, Verification
+from fp8pipe.records.yank import Withdrawal, Yank, Yanked
 
 __all__ = [
     "DEPTHS",
@@ -94,6 +95,9 @@ __all__ = [
     "ValidationReport",
     "Verdict",
     "Verification",
+    "Withdrawal",
+    "Yank",
+    "Yanked",
     "mean_of_samples",
     "metric_label",
     "record_path",

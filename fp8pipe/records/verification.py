@@ -11,7 +11,7 @@ class Proof(Record):
     """One part of a release that was looked at."""
 
     part: str
-    """files | structure | evidence | verdict | card | tag | provenance | signature"""
+    """files | structure | evidence | verdict | card | provenance | tag | standing | signature"""
     outcome: Literal["proven", "broken", "open"]
     """open: nothing is wrong, and nothing is proven."""
     found: tuple[str, ...]

@@ -21,8 +21,10 @@ from fp8pipe.files import write_atomically
 from fp8pipe.gate.publishable import Evidence, require_publishable
 from fp8pipe.hub.client import client, endpoint, translated, waits_told_to
 from fp8pipe.hub.collections import MAX_NOTE, Listing, add_to_collection
-from fp8pipe.hub.target import MANIFEST, check_card, check_target, read_at
-from fp8pipe.hub.upload import ROUNDS, Refs, Say, Upload
+from fp8pipe.hub.commits import ROUNDS
+from fp8pipe.hub.contents import MANIFEST, read_at
+from fp8pipe.hub.target import check_card, check_target
+from fp8pipe.hub.upload import Refs, Say, Upload
 from fp8pipe.model.identity import CARD, SIGNATURE, content_hashes, file_hashes, identity_of, published_files
 from fp8pipe.progress import Progress, ProgressEvent, human_seconds, quiet
 from fp8pipe.records import RECORD_DIR, FileHash, Manifest, Release
@@ -136,7 +138,7 @@ def _released(upload: Upload, contents: _Contents) -> _Released:
     for _ in range(ROUNDS):
         tags = upload.refs().tags
         tag = newest(tags, fingerprint)
-        if tag is not None:
+        if tag is not None and tag != upload.clearance.yanked:
             files = contents.tagged(tag, signature=read_at(upload.api, upload.repo_id, tags[tag], SIGNATURE))
             if upload.holds(tags[tag], files):
                 upload.verify(tags[tag], files)

@@ -7,6 +7,7 @@
     card         rendered again from the evidence, it is README.md
     tag          the Hub has this very commit under the tag that the manifest names
     provenance   derived again from the records, it is provenance.json
+    standing     main does not say that the release was yanked
     signature    model.sig signs exactly these files
 
 In: a repository or a folder. Out: a Verification, with one Proof for each part. What is wrong with a release is never
@@ -26,18 +27,21 @@ from tempfile import TemporaryDirectory
 from fp8pipe import __version__
 from fp8pipe.errors import InputError, Refused
 from fp8pipe.gate.publishable import Evidence, changed, not_rederived, unsound, verdict_objections
+from fp8pipe.hub.client import client, translated
+from fp8pipe.hub.contents import GITATTRIBUTES, MANIFEST, YANKED
 from fp8pipe.hub.download import fetch
 from fp8pipe.hub.source import resolve, tags_of
-from fp8pipe.hub.target import GITATTRIBUTES, MANIFEST
+from fp8pipe.hub.yanked import with_banner, without_banner, yanked_at
 from fp8pipe.model.identity import CARD, SIGNATURE, file_hashes, identity_of, published_files
 from fp8pipe.progress import Progress, quiet
 from fp8pipe.quantize.identity import fingerprint_of
-from fp8pipe.records import RECORD_DIR, FileHash, Manifest, Proof, Snapshot, SourceFile, Verification
+from fp8pipe.records import RECORD_DIR, FileHash, Manifest, Proof, Snapshot, SourceFile, Verification, Yanked
 from fp8pipe.records.paths import record_path
 from fp8pipe.release.card import card_for_folder
 from fp8pipe.release.provenance import provenance
 from fp8pipe.release.signature import why_broken
 from fp8pipe.release.tags import is_release
+from fp8pipe.release.yank import banner
 from fp8pipe.validate import validate
 
 _MALFORMED = (ArithmeticError, AssertionError, AttributeError, LookupError, Refused, TypeError, ValueError)
@@ -56,6 +60,8 @@ class _Published:
     corrupt: tuple[str, ...]
     """What is wrong with files, whatever the manifest says."""
     manifest: Manifest | None
+    card: bytes | None
+    """README.md as it is, with a banner if the release was yanked."""
 
 
 def verify(target: str, *, download: bool = False, key: Path | None = None, progress: Progress = quiet) -> Verification:
@@ -77,6 +83,7 @@ def verify(target: str, *, download: bool = False, key: Path | None = None, prog
                 _structure(found, download),
                 *_records(found),
                 _tag(found, target),
+                *_standing(found),
                 _signature(found, key),
             ),
         )
@@ -102,12 +109,27 @@ def _read(snapshot: Snapshot, folder: Path, *, download: bool, progress: Progres
         files = file_hashes(root, published_files(root))
     else:
         root, files, corrupt = _from_the_hub(snapshot, download=download, progress=progress)
+    card = (root / CARD).read_bytes() if (root / CARD).is_file() else None
     for file in files:
         if (root / file.name).is_file():
             (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
             (folder / file.name).symlink_to((root / file.name).resolve())
+    if not snapshot.is_local:
+        files = _of_the_release(folder, files, card)
     manifest = Manifest.load_if_present(record_path(folder, "manifest"))
-    return _Published(snapshot, folder, files, tuple(corrupt), manifest)
+    return _Published(snapshot, folder, files, tuple(corrupt), manifest, card)
+
+
+def _of_the_release(folder: Path, files: tuple[FileHash, ...], card: bytes | None) -> tuple[FileHash, ...]:
+    """The files without what a yank adds: its record and the banner in the card. Takes them from `folder`, too."""
+    if Yanked.load_if_present(folder / YANKED) is None:
+        return files
+    (folder / YANKED).unlink()
+    if card is not None:
+        (folder / CARD).unlink()
+        (folder / CARD).write_bytes(without_banner(card))
+    kept = [file for file in files if file.name not in {YANKED, CARD}]
+    return tuple(sorted([*kept, *file_hashes(folder, [CARD] if card is not None else [])], key=lambda file: file.name))
 
 
 def _from_the_hub(
@@ -271,12 +293,38 @@ def _tag(found: _Published, target: str) -> Proof:
     def faults() -> Iterator[str]:
         if named not in tags:
             yield f"the manifest names tag {named}, which the Hub does not have"
-        elif tags[named] != commit:
+        elif tags[named] != commit and not _only_yanked_since(found, named):
             yield f"the manifest names tag {named}, which is commit {tags[named][:12]}, not {commit[:12]}"
         for other in sorted(tag for tag, of in tags.items() if of == commit and tag != named and is_release(tag)):
             yield f"tag {other} was moved here, to the release {named}"
 
     return _settled("tag", faults(), f"{named} is commit {commit[:12]}")
+
+
+def _only_yanked_since(found: _Published, tag: str) -> bool:
+    """Whether the commit of `tag` has the files that were found, and only a yank came after it."""
+    card = _git_hash(found.folder / CARD) if found.card is not None else None
+    now = {file.name: card if file.name == CARD else file.oid for file in found.snapshot.files}
+    before = {file.name: file.oid for file in resolve(f"{found.snapshot.model_id}@{tag}").files}
+    return YANKED in now and now | {YANKED: None} == before | {YANKED: None}
+
+
+def _standing(found: _Published) -> Iterator[Proof]:
+    """Whether main says that the release was yanked; of a folder, it cannot be known."""
+    if found.snapshot.is_local or found.manifest is None:
+        return
+    repo_id, tag = found.snapshot.model_id, found.manifest.tag
+    with translated(f"verifying {repo_id}"):
+        try:
+            yank = yanked_at(client(), repo_id, "main").of(tag)
+        except InputError as error:
+            yield _settled("standing", [str(error)], "")
+            return
+    faults = [yank.sentence()] if yank is not None else []
+    shown = found.card or b""
+    if without_banner(shown) != shown and (yank is None or shown != with_banner(shown, banner(yank))):
+        faults.append(f"{CARD}: its banner is not what {YANKED} gives")
+    yield _settled("standing", faults, "it was not yanked")
 
 
 def _signature(found: _Published, key: Path | None) -> Proof:

@@ -24,6 +24,7 @@ from fp8pipe.records import (
     Terms,
     ValidationReport,
     Verification,
+    Withdrawal,
     metric_label,
 )
 from fp8pipe.release.card.markdown import escape
@@ -284,6 +285,22 @@ def verification_sheet(verification: Verification) -> Sheet:
     commit = f" at commit {verification.commit}" if verification.commit else ""
     title = f"Release {verification.tag or '(none)'} of {verification.model_id}{commit}"
     return Sheet(title, ("part", "outcome", "found"), tuple(rows), notes)
+
+
+def withdrawal_sheet(withdrawal: Withdrawal) -> Sheet:
+    """What a yank changed on the Hub, and how to publish there again."""
+    yank = withdrawal.yank
+    rows = [
+        ("repo", withdrawal.repo_id),
+        ("yanked", yank.tag),
+        ("by", f"{yank.by}, {yank.when[:10]}"),
+        ("reason", yank.reason),
+        ("commit", withdrawal.commit + ("" if withdrawal.new_commit else " (already there)")),
+        *(("no longer in", slug) for slug in withdrawal.left),
+    ]
+    again = f"The tag stays. To publish there again: --supersedes {yank.tag}"
+    note = again if withdrawal.newest else "The tag stays. main shows another release, which nothing was changed of."
+    return Sheet("Yanked", ("", ""), tuple(rows), (note,))
 
 
 def outcome_sheet(outcome: Outcome) -> Sheet:

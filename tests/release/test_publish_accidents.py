@@ -22,9 +22,9 @@ from support.sample_folders import STRICTER, gate_again, write_checkpoint
 
 from fp8pipe.errors import AccessDenied, HubUnreachable
 from fp8pipe.hub.client import client
+from fp8pipe.hub.commits import ROUNDS
 from fp8pipe.hub.download import download
 from fp8pipe.hub.source import resolve
-from fp8pipe.hub.upload import ROUNDS
 from fp8pipe.progress import ProgressEvent
 from fp8pipe.rehearsal.localhub import Disruption, LocalHub
 

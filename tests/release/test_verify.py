@@ -86,7 +86,7 @@ def test_every_part_of_a_good_release_is_proven_from_the_hub_alone(hub: LocalHub
         assert broken(found) == {} and unproven(found) == NOT_SIGNED and found.holds
         assert (found.model_id, found.commit, found.tag) == (repo_id, made.commit, made.tag)
     assert [proof.part for proof in found.proofs] == [
-        *("files", "structure", "evidence", "verdict", "card", "provenance", "tag", "signature")
+        *("files", "structure", "evidence", "verdict", "card", "provenance", "tag", "standing", "signature")
     ]
 
 
