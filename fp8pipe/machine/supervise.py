@@ -70,8 +70,8 @@ class Ending:
         return not 0 <= self.returncode < 128
 
     def tail(self, lines: int = 25) -> str:
-        """The last non-empty lines of the log, each cut to 400 characters. Of a line that was drawn again and again, as a
-        progress bar is, the last state."""
+        """The last non-empty lines of the log, each cut to 400 characters. Of a line that was drawn again and again, as
+        a progress bar is, the last state."""
         text = self.log.read_bytes()[-100_000:].decode(errors="replace")
         drawn = [line.rstrip().rpartition("\r")[2] for line in text.split("\n")]
         kept = [line.rstrip()[:400] for line in drawn if line.strip()]
