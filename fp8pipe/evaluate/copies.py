@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from fp8pipe.config import Parallel
 from fp8pipe.evaluate.bars import reporting_bar
-from fp8pipe.evaluate.environment import engine_class, prepare_process
+from fp8pipe.evaluate.environment import BINDING, engine_class, prepare_process, processor_shares
 from fp8pipe.machine.gpus import visible
 
 Message = tuple[Literal["answer", "error", "progress"], Any]
@@ -138,9 +138,9 @@ def _environments(copies: int, devices: int) -> list[dict[str, str]]:
     if gpus := [gpu.uuid for gpu in visible()]:
         shares = [gpus[place * devices : (place + 1) * devices] for place in range(copies)]
         return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
-    cores = sorted(map(str, os.sched_getaffinity(0)))
-    shares = [cores[place::copies] or cores for place in range(copies)]
-    return [{"VLLM_CPU_OMP_THREADS_BIND": ",".join(share), "OMP_NUM_THREADS": str(len(share))} for share in shares]
+    shares = processor_shares(copies * devices)
+    of_copies = [shares[place * devices : (place + 1) * devices] for place in range(copies)]
+    return [{BINDING: "|".join(share), "OMP_NUM_THREADS": str(share[0].count(",") + 1)} for share in of_copies]
 
 
 # ---------------------------------------------------------------------------------------------- in a copy

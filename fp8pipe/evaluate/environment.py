@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from fp8pipe.config import Parallel
 from fp8pipe.errors import EngineFailed
 from fp8pipe.machine.builds import is_cpu_build, vllm_version
 from fp8pipe.machine.engine_python import VARIABLE, engine
@@ -22,7 +23,11 @@ CPU_ENGINE_ARGUMENTS: dict[str, Any] = {  # Any: values of vLLM's engine argumen
     "gpu_memory_utilization": 0.3,  # a share of the NUMA node's memory; vLLM refuses to start unless it is free
     "distributed_executor_backend": "uni",  # no worker process: half the start-up time
 }
-"""Default engine arguments on vLLM's CPU platform, which the suite and the user may override."""
+"""Default engine arguments on vLLM's CPU platform for a model on one rank. See `cpu_engine_arguments`."""
+
+BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+"""Environment variable of vLLM: each rank's processors, with `|` between. By default vLLM binds each rank to a NUMA
+node of its own, and refuses to start if there are too few."""
 
 _VARIABLES = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process: it starts faster and can be inspected
@@ -35,6 +40,15 @@ _CPU_VARIABLES = {
     "TORCH_COMPILE_DISABLE": "1",  # even an eager engine compiles one helper for prompt logprobs: over 10 s of C++
     "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),  # otherwise vLLM reserves a core for serving
 }
+
+
+def cpu_engine_arguments(parallel: Parallel) -> dict[str, Any]:
+    """Default engine arguments on vLLM's CPU platform, which the suite and the user may override.
+
+    Of a model that is spread over several ranks, each is a process: in one process vLLM waits for the others forever.
+    """
+    several = {"distributed_executor_backend": "mp"} if parallel.copy_devices > 1 else {}
+    return CPU_ENGINE_ARGUMENTS | several
 
 
 def library_versions() -> dict[str, str]:
@@ -63,51 +77,35 @@ def prepare_process() -> None:
 
 
 def use_cpu_engine() -> None:
-    """On the CPU platform, make CPU_ENGINE_ARGUMENTS the defaults of the `LLM` that lm-eval creates."""
+    """On the CPU platform, make `cpu_engine_arguments` the defaults of the `LLM` that lm-eval creates."""
     from lm_eval.models import vllm_causallms
 
     vllm_causallms.LLM = engine_class()  # pyright: ignore[reportAttributeAccessIssue]  a class becomes a function
 
 
 def engine_class() -> Callable[..., LLM]:
-    """vLLM's `LLM`; on the CPU platform with CPU_ENGINE_ARGUMENTS as its defaults."""
+    """vLLM's `LLM`; on the CPU platform with `cpu_engine_arguments` as its defaults."""
     from vllm import LLM
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return LLM
-    _record_loaded_bytes()
-    return _cpu_engine
+    return _cpu_engine if current_platform.is_cpu() else LLM
 
 
 def _cpu_engine(model: str, **given: Any) -> LLM:  # Any: vLLM's engine arguments, passed through
     from vllm import LLM
 
     import_architecture(model, given.get("trust_remote_code", False))
-    return LLM(model, **(CPU_ENGINE_ARGUMENTS | given))
+    parallel = Parallel.of(given)
+    if parallel.copy_devices > 1:
+        os.environ.setdefault(BINDING, "|".join(processor_shares(parallel.copy_devices)))
+    return LLM(model, **(cpu_engine_arguments(parallel) | given))
 
 
-_PREPARE = "process_weights_after_loading"
-"""The function that vLLM's loaders call once a model's weights are loaded, by the name under which they import it."""
-
-
-def _record_loaded_bytes() -> None:
-    """Record the bytes of a model's weights before the CPU kernels pack them.
-
-    Packed weights are in memory of the kernels' own, not in tensors, and would not be counted. On a CPU the engine runs
-    in this process.
-    """
-    from vllm.model_executor.model_loader import base_loader
-
-    from fp8pipe.evaluate.worker_side import weight_bytes
-
-    prepare = getattr(base_loader, _PREPARE)
-
-    def count_and_prepare(model: Any, *arguments: Any) -> None:  # Any: a module given a new attribute; passed through
-        model.loaded_bytes = weight_bytes(model)
-        prepare(model, *arguments)
-
-    setattr(base_loader, _PREPARE, count_and_prepare)
+def processor_shares(count: int) -> list[str]:
+    """So many equal shares of the processors that this process may use, each as `0,2`. If they are fewer than that,
+    every share is all of them."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [",".join(map(str, cores[place::count] if count <= len(cores) else cores)) for place in range(count)]
 
 
 def import_architecture(model: str, trust_remote_code: bool) -> None:

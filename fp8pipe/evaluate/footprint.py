@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from fp8pipe.config import EvalSuite, Parallel
+from fp8pipe.errors import ConfigError
 from fp8pipe.machine.fit import UTILIZATION, Need, tensor_size
 from fp8pipe.machine.gpus import Gpu
 
@@ -43,9 +44,14 @@ def spread(
     """How both sides of a suite are spread over GPUs of which they may use these: as the suite says; for `auto` over
     the fewest that hold the larger of `needs`, and over one device where there is no GPU.
 
-    serves: whether the model can be served in a tensor-parallel size.
+    serves: whether the model can be served in a tensor-parallel size. Raises ConfigError for a pipeline on the CPU.
     """
     if suite.parallel != "auto":
+        if suite.parallel.pipeline > 1 and not gpus:
+            raise ConfigError(
+                f"suite {suite.name}: parallel.pipeline is {suite.parallel.pipeline}; expected 1 without a GPU, "
+                "because vLLM fails there at the first prompt (KeyError in its scheduler); use `tensor` or `data`"
+            )
         return suite.parallel
     larger = max(needs, key=lambda need: need.weights + need.kv_cache)
     return Parallel(tensor=tensor_size(larger, gpus, serves)) if gpus else Parallel()

@@ -4,8 +4,8 @@
 
 Arguments go to lm-eval unchanged. The environment supplies vLLM's version, which lm-eval cannot find under the CPU
 build, and the variables of `environment.py` that are not set; vLLM loads the plugin `fp8pipe_cpu` by itself. On the CPU
-platform, `environment.CPU_ENGINE_ARGUMENTS` are the defaults of `--model_args`: enforce_eager,
-gpu_memory_utilization=0.3, distributed_executor_backend=uni. On a GPU, vLLM's own defaults apply.
+platform, `environment.cpu_engine_arguments` are the defaults of `--model_args`: enforce_eager=True,
+gpu_memory_utilization=0.3, distributed_executor_backend=uni (mp for several ranks). On a GPU they are vLLM's own.
 """
 
 from __future__ import annotations

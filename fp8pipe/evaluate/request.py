@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fp8pipe.config import EvalSuite, Parallel, TaskSpec
 from fp8pipe.errors import ModelNotFound
 from fp8pipe.evaluate.arguments import check_arguments
-from fp8pipe.evaluate.environment import CPU_ENGINE_ARGUMENTS, library_versions
+from fp8pipe.evaluate.environment import cpu_engine_arguments, library_versions
 from fp8pipe.evaluate.footprint import need_of, spread
 from fp8pipe.files import digest_of
 from fp8pipe.machine.builds import is_cpu_build
@@ -171,7 +171,7 @@ def _engine_arguments(
     """The platform's defaults, overridden by the suite, overridden by what is measured."""
     measured: dict[str, Any] = {"kv_cache_dtype": kv_cache_dtype} | ({"quantization": online} if online else {})
     measured |= {"trust_remote_code": True} if trusted else {}
-    defaults = (CPU_ENGINE_ARGUMENTS if on_cpu else {}) | {"seed": suite.seed}
+    defaults = (cpu_engine_arguments(parallel) if on_cpu else {}) | {"seed": suite.seed}
     return defaults | suite.engine | parallel.arguments | measured
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fp8pipe.evaluate import modules
+from fp8pipe.evaluate.worker_side import LOADED_BYTES, weight_bytes
 
 _PREPARE = "process_weights_after_loading"
 """The function that vLLM's loaders call once a model's weights are loaded, by the name under which they import it."""
@@ -34,8 +35,12 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def watch_loading() -> None:
-    """From now on, have the models that this process loads noted before they are prepared. Does nothing if they are."""
+    """From now on, have the models that this process loads noted before they are prepared. Does nothing if they are.
+
+    On a CPU their bytes are noted too: the kernels there pack weights into memory of their own, not into tensors.
+    """
     from vllm.model_executor.model_loader import base_loader
+    from vllm.platforms import current_platform
 
     prepare = getattr(base_loader, _PREPARE)
     if prepare.__module__ == __name__:
@@ -44,6 +49,8 @@ def watch_loading() -> None:
     def note_and_prepare(model: nn.Module, *arguments: Any) -> None:  # Any: passed through
         with torch.inference_mode():
             note(model)
+        if current_platform.is_cpu():
+            setattr(model, LOADED_BYTES, weight_bytes(model))
         prepare(model, *arguments)
 
     setattr(base_loader, _PREPARE, note_and_prepare)

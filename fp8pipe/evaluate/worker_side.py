@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+LOADED_BYTES = "loaded_bytes"
+"""Attribute of a model on a CPU: what `weight_bytes` answered before the kernels packed the weights."""
+
 
 def look_at(model: torch.nn.Module) -> dict[str, list[str]]:
     """Names of the kernels, attention backends and KV cache dtypes in use. Runs in each of vLLM's workers."""
@@ -33,7 +36,7 @@ def look_at(model: torch.nn.Module) -> dict[str, list[str]]:
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of the parameters and buffers, shared ones counted once; on a CPU, as they were loaded. Runs in each of
     vLLM's workers."""
-    if isinstance(loaded := getattr(model, "loaded_bytes", None), int):
+    if isinstance(loaded := getattr(model, LOADED_BYTES, None), int):
         return loaded
     tensors = {t.untyped_storage().data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())

@@ -44,10 +44,13 @@ def test_how_the_engine_is_spread_is_no_engine_argument_of_a_suite_but_becomes_o
     words = "tensor_parallel_size: write `parallel: {tensor: 4}` beside `engine` instead"
     with pytest.raises(ValidationError, match=words):
         suite(tensor_parallel_size=4)
-    parallel = Parallel(tensor=4, pipeline=2, expert=True)
+    parallel = Parallel(tensor=4, data=2, expert=True)
     asked = ask(model, suite().model_copy(update={"parallel": parallel}))
-    known = {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "enable_expert_parallel": True}
-    assert asked.engine == ask(model, suite()).engine | known
+    known = {"tensor_parallel_size": 4, "data_parallel_size": 2, "enable_expert_parallel": True}
+    processes = {"distributed_executor_backend": "mp"}  # of the CPU platform, one for each rank
+    one = ask(model, suite()).engine
+    assert one["distributed_executor_backend"] == "uni"
+    assert asked.engine == one | known | processes
     assert asked.parallel == parallel and asked.parallel.devices == 8
 
 

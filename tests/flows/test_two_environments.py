@@ -62,16 +62,17 @@ def test_a_model_is_released_by_the_newest_prefect_and_an_engine_of_another_envi
 
     suite = make_suite(make_tasks(tmp_path / "tasks"), tiny_choose=TaskSpec())
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite.model_dump(mode="json")))
-    limits = {"metric": "acc", "margin": 0.5, "discordance": 0.1}
+    limits = {"metric": "acc", "margin": 0.5, "discordance": 0.1, "min_baseline": 0.0}
     classes = ["cpu", "ada", "hopper", "blackwell"]
     policy = {"name": "tiny", "tasks": {"tiny_choose": limits}, "max_attempts": 1, "device_classes": classes}
     (tmp_path / "policy.yaml").write_text(yaml.safe_dump(policy))
 
     command = [flows / "bin" / "fp8pipe", "release", make_tiny_llama(tmp_path / "model"), "--repo-id", "acme/two-FP8"]
+    licence = ["--licence", "apache-2.0", "--licence-reason", "made for this test"]
     options = {"suite": tmp_path / "suite.yaml", "policy": tmp_path / "policy.yaml", "work-dir": tmp_path / "work"}
     named = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
     variables = os.environ | {VARIABLE: str(engine / "bin" / "python")}
-    answer = subprocess.run([*command, *named], capture_output=True, text=True, env=variables, check=False)
+    answer = subprocess.run([*command, *named, *licence], capture_output=True, text=True, env=variables, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr
 
     workspace = Workspace(tmp_path / "work")
