@@ -81,10 +81,28 @@ def encode_blocks(weight: Array, scale: Array, codes: Array, block: tuple[int, i
 
 
 def load() -> None:
-    """Compile the loops for bf16, or load them from the cache, which takes a third of a second once per process."""
+    """Compile the loops for bf16, or load them from the cache, which takes a quarter of a second once per process."""
+    _import_without_linear_algebra()
     weight = np.zeros((1, 1), np.uint16)
     encode_blocks(weight, np.ones((1, 1), np.float32), np.zeros((1, 1), np.uint8), (1, 1))
     amax_blocks(weight, (1, 1))
+
+
+def _import_without_linear_algebra() -> None:
+    """Import what numba would import before its first loop, but for scipy.linalg, which takes as long as all the rest.
+
+    numba imports it only to learn whether it could multiply matrices. No loop here does.
+    """
+    from numba.np import linalg
+
+    def absent() -> None:
+        raise ImportError
+
+    found, linalg.ensure_blas = linalg.ensure_blas, absent
+    try:
+        import numba.np.arraymath  # noqa: F401
+    finally:
+        linalg.ensure_blas = found
 
 
 @_intrinsic
