@@ -551,6 +551,26 @@ def yank(
     out.print(terminal(withdrawal_sheet(yank(release, reason))))
 
 
+@app.command()
+@guarded
+def reconcile(
+    collection: Annotated[str, typer.Argument(help="Collection file, or name in configs/collections")],
+    apply: Annotated[bool, typer.Option("--apply", help="Make the changes, instead of showing them")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Compare a Hub collection with its file and what is published: exit 1 if it differs, 0 once it does not."""
+    from fp8pipe.config import load_collection
+    from fp8pipe.release.reconcile import reconcile
+    from fp8pipe.ui.sheets import reconciliation_sheet, terminal
+
+    found = reconcile(load_collection(collection), apply=apply)
+    if as_json:
+        emit_json(found.model_dump(mode="json"))
+    else:
+        out.print(terminal(reconciliation_sheet(found, collection)))
+    return 1 if found.changes and not found.applied else 0
+
+
 # ------------------------------------------------------------------------------------------ flows
 
 
@@ -719,16 +739,21 @@ def demo(
 @guarded
 def status(
     collection: Annotated[str | None, typer.Argument(help="Collection file; default: every release")] = None,
+    hub: Annotated[bool, typer.Option("--hub", help="Ask the Hub: what is published, yanked, or stale")] = False,
     work_dir: WorkDir = "fp8pipe-work",
     as_json: AsJson = False,
 ) -> None:
-    """Show which releases of a work folder are published, rejected or in progress."""
+    """Show which releases are published, missing, rejected or in progress; with --hub also stale or yanked."""
     from fp8pipe.config import load_collection
+    from fp8pipe.errors import InputError
+    from fp8pipe.release.status import collection_status, release_status
     from fp8pipe.ui.sheets import status_sheet, terminal
-    from fp8pipe.ui.status import release_status
 
     spec = load_collection(collection) if collection else None
-    rows = release_status(Path(spec.work_dir if spec else work_dir), spec)
+    if hub and spec is None:
+        raise InputError("--hub: which releases? Give the collection file: fp8pipe status FILE --hub")
+    offline = Path(spec.work_dir if spec else work_dir)
+    rows = collection_status(spec) if hub and spec else release_status(offline, spec)
     if as_json:
         emit_json({"releases": [row.model_dump(mode="json") for row in rows]})
     else:

@@ -3,6 +3,7 @@
 `ask` and `question` call none: they are about the person who decides.
 """
 
+from tasks.collection import collection_status, reconcile
 from tasks.evaluate import evaluate_baseline, evaluate_candidate
 from tasks.gate import approve, ask, gate, plan_evaluation, question
 from tasks.publish import check_target, publish
@@ -16,6 +17,7 @@ __all__ = [
     "ask",
     "calibrate",
     "check_target",
+    "collection_status",
     "download",
     "evaluate_baseline",
     "evaluate_candidate",
@@ -26,6 +28,7 @@ __all__ = [
     "publish",
     "quantize",
     "question",
+    "reconcile",
     "require_machine",
     "validate",
     "yank",

@@ -90,7 +90,7 @@ def write_model(folder: Path, tensors: dict[str, tuple[str, list[int]]], config:
 
 
 def test_help_answers_for_every_command():
-    commands = "plan quantize validate evaluate gate publish release batch demo status doctor hub"
+    commands = "plan quantize validate evaluate gate publish verify yank reconcile release batch demo status doctor hub"
     answer = fp8pipe("--help")
     assert answer.returncode == 0
     for command in commands.split():

@@ -1,4 +1,4 @@
-"""Finds a collection on the Hub, adds a model to it, and removes it."""
+"""Finds a collection on the Hub, lists its models, adds one, and removes one."""
 
 from __future__ import annotations
 
@@ -68,14 +68,22 @@ def remove_from_collection(api: HfApi, repo_id: str, slug: str) -> None:
             api.delete_collection_item(slug, item.item_object_id, missing_ok=True)
 
 
-def _find_or_create(api: HfApi, name: str, description: str) -> Collection:
-    """The collection, with all its items."""
+def find_collection(api: HfApi, name: str) -> Collection | None:
+    """The collection, with all its items; None if there is none with that title. Raises InputError for a bad name."""
     namespace, title, is_slug = _parse(name)
     if is_slug:
         return api.get_collection(f"{namespace}/{title}")
     for collection in api.list_collections(owner=namespace):
         if collection.title == title:
             return api.get_collection(collection.slug)  # a listing shows only the first four items
+    return None
+
+
+def _find_or_create(api: HfApi, name: str, description: str) -> Collection:
+    """The collection, with all its items."""
+    if (found := find_collection(api, name)) is not None:
+        return found
+    namespace, title, _ = _parse(name)
     return api.create_collection(title, namespace=namespace, description=description or None, exists_ok=True)
 
 

@@ -61,6 +61,12 @@ def resolve(model: str) -> Snapshot:
     return snapshot
 
 
+def model_id_of(model: str) -> str:
+    """The name that the snapshot of `model` would have, without asking for it."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() or model.startswith(("/", ".", "~")) else _split(model)[0]
+
+
 def _split(model: str) -> tuple[str, str | None]:
     model_id, at, revision = model.partition("@")
     if at and not revision:

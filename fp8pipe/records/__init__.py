@@ -11,6 +11,7 @@ from fp8pipe.records.checkpoint import (
     FileHash,
     Manifest,
 )
+from fp8pipe.records.collection import CollectionChange, Reconciliation, ReleaseStatus
 from fp8pipe.records.decision import (
     Approval,
     EarlierAttempt,
@@ -64,6 +65,7 @@ __all__ = [
     "BatchEntry",
     "BatchResult",
     "Checkpoint",
+    "CollectionChange",
     "Depth",
     "EarlierAttempt",
     "EngineFacts",
@@ -78,8 +80,10 @@ __all__ = [
     "ModuleProof",
     "Outcome",
     "Proof",
+    "Reconciliation",
     "Record",
     "Release",
+    "ReleaseStatus",
     "Retry",
     "RuleOutcome",
     "SampleText",

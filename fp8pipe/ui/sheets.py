@@ -19,7 +19,9 @@ from fp8pipe.records import (
     EvalReport,
     GateDecision,
     Outcome,
+    Reconciliation,
     Release,
+    ReleaseStatus,
     Serving,
     Terms,
     ValidationReport,
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
     from fp8pipe.quantize.plan import Plan
     from fp8pipe.records.calibration import Calibration
     from fp8pipe.ui.doctor import Diagnosis
-    from fp8pipe.ui.status import ReleaseStatus
 
 
 NAME = 26
@@ -351,10 +352,32 @@ def batch_sheet(result: BatchResult) -> Sheet:
 
 
 def status_sheet(rows: Sequence[ReleaseStatus]) -> Sheet:
-    """The releases of a work folder."""
-    cells = tuple((row.model, row.recipe, row.state, row.fingerprint[:12], row.detail) for row in rows)
-    notes = () if cells else ("no releases yet",)
-    return Sheet("Releases", ("model", "recipe", "state", "fingerprint", "detail"), cells, notes)
+    """The state of each release, and how many there are of each state."""
+    cells = tuple((row.model, row.recipe, row.state, row.detail) for row in rows)
+    counts = Counter(row.state for row in rows)
+    notes = (", ".join(f"{count} {state}" for state, count in counts.items()) or "no releases yet",)
+    return Sheet("Releases", ("model", "recipe", "state", "detail"), cells, notes, names=frozenset({0, 3}))
+
+
+def reconciliation_sheet(found: Reconciliation, file: str) -> Sheet:
+    """What a collection lists otherwise than its file, what was or would be done, and what else is to do."""
+    rows = tuple((change.action, change.repo_id, change.collection, change.why) for change in found.changes)
+    counts = Counter(change.action for change in found.changes)
+    numbers = ", ".join(f"{counts[action]} to {action}" for action in ("add", "update", "remove"))
+    summary = (
+        "Nothing to do: the collection lists what it should."
+        if not rows
+        else f"Done: {numbers}."
+        if found.applied
+        else f"{numbers}. Nothing was changed: fp8pipe reconcile {file} --apply"
+    )
+    notes = (
+        *(f"Not on the Hub: {one}" for one in found.missing),
+        *((f"To release what is missing: fp8pipe batch {file}",) if found.missing else ()),
+        *(f"Left as it is: {one}" for one in found.kept),
+        summary,
+    )
+    return Sheet("Reconcile", ("change", "repo", "collection", "why"), rows, notes, names=frozenset({1, 2}))
 
 
 def doctor_sheet(checks: Sequence[Diagnosis]) -> Sheet:

@@ -291,5 +291,5 @@ def test_status_shows_what_is_released(demo):
         check=True,
     )
     (row,) = json.loads(answer.stdout)["releases"]
-    assert row["state"] == "released"
+    assert row["state"] == "published"
     assert RELEASED in row["detail"]

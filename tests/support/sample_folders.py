@@ -93,7 +93,12 @@ def gate_again(folder: Path, rules: GatePolicy | None = None, **counts: int) -> 
     found = Checkpoint.load(folder / "fp8pipe" / "checkpoint.json")
     rules, asked = rules or policy(), suite(SAMPLES)
     baseline, candidate = pair(SAMPLES, right=450, **counts)
-    about = {"fingerprint": found.fingerprint, "folder_identity": identity_of(content_hashes(folder))}
+    baseline = baseline.model_copy(update={"model_id": found.model_id, "fingerprint": found.source_commit})
+    about = {
+        "model_id": found.model_id,
+        "fingerprint": found.fingerprint,
+        "folder_identity": identity_of(content_hashes(folder)),
+    }
     candidate = candidate.model_copy(update=about)
     for name, config in (("policy", rules), ("suite", asked)):
         write_atomically(folder / "fp8pipe" / f"{name}.json", config.model_dump_json().encode())
