@@ -281,6 +281,7 @@ def _report(
         tokenizer_hash=tokenizer_hash(lm),
         seeds=dict.fromkeys(("permutation", "random", "numpy", "torch", "fewshot", "engine"), seed),
         versions=library_versions() | {"fp8pipe": fp8pipe.__version__},
+        machine=device.particulars(),
         table=_table(list(suite.tasks), chains),
         folder_identity=request.folder_identity,
         proof=proof,

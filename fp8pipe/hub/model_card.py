@@ -1,4 +1,4 @@
-"""The front matter of a model card, written by the Hub's own client."""
+"""The front matter of a model card, and results for the Hub's leaderboards, written by the Hub's own client."""
 
 from __future__ import annotations
 
@@ -48,3 +48,13 @@ def front_matter(
         **rest,
     )
     return data.to_yaml(line_break="\n").rstrip()
+
+
+def leaderboard_entry(dataset: str, benchmark: str, value: float, notes: str) -> bytes:
+    """A file of `.eval_results/` with one result. `benchmark`: the id of the task in the dataset's eval.yaml; `value`:
+    in percent, as the Hub's leaderboards have it."""
+    import yaml
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    entry = EvalResultEntry(dataset_id=dataset, task_id=benchmark, value=value, notes=notes)
+    return yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False).encode()

@@ -110,6 +110,26 @@ def unusable_by_torch() -> str | None:
     return _torch_cannot(own()) if visible() else None
 
 
+_EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")
+"""Of the CPU: by these torch and vLLM choose their kernels."""
+
+
+def particulars() -> dict[str, str]:
+    """This process's Python, system, and the CPU or the GPU's driver and CUDA: what a measurement may depend on beside
+    the versions of libraries. Raises NoSuitableDevice if nvidia-smi fails."""
+    found = {"python": platform.python_version(), "system": platform.platform()}
+    if detect().gpus:
+        version, newest = driver()
+        built = builds.torch_cuda(own())
+        return found | {"driver": version, "driver_cuda": _dotted(newest), "torch_cuda": _dotted(built)}
+    info = "" if _foreign_system() else Path("/proc/cpuinfo").read_text()
+    return found | {"cpu": _cpu().name, "cpu_extensions": " ".join(sorted(_flags(info).intersection(_EXTENSIONS)))}
+
+
+def _dotted(version: tuple[int, int] | None) -> str:
+    return "unknown" if version is None else f"{version[0]}.{version[1]}"
+
+
 def class_of_capability(major: int, minor: int) -> str:
     """Name of the hardware class of a CUDA compute capability: `ada`, `hopper`, ..., or `sm75` for an unnamed one."""
     return _CLASSES.get((major, minor), f"sm{major}{minor}")
@@ -214,10 +234,14 @@ def cpu_name(info: str) -> str:
 
 def cpu_problem(info: str) -> str | None:
     """Why vLLM cannot serve FP8 on that CPU; None if it can."""
-    flags = next((line.split(":", 1)[1].split() for line in info.splitlines() if line.startswith("flags")), [])
-    if "avx512f" in flags:
+    if "avx512f" in _flags(info):
         return None
     return (
         f"no NVIDIA GPU, and the CPU ({cpu_name(info)}) lacks AVX-512, which vLLM's FP8 KV cache needs; use another "
         "machine"
     )
+
+
+def _flags(info: str) -> set[str]:
+    """The extensions of the CPU that `info` describes."""
+    return next((set(line.split(":", 1)[1].split()) for line in info.splitlines() if line.startswith("flags")), set())

@@ -26,12 +26,15 @@ from fp8pipe.records import RECORD_DIR, RECORD_FILES, FileHash
 CARD = "README.md"
 SIGNATURE = "model.sig"
 """Written by the release, from the evidence and over it."""
+RESULTS = ".eval_results/"
+"""Folder of the results that the Hub's leaderboards read. Written by the release; the only hidden one of it."""
 
 KEPT_PRIVATE = (
     *("*.tmp", "*.part", "*.partial", "*.incomplete", "*.lock", "*.log", "*.journal", "*.pyc"),
     f"{RECORD_DIR}/release.json",
 )
-"""Never published, like everything hidden: unfinished files, traces of this machine, and the record of the upload."""
+"""Never published, like everything else that is hidden: unfinished files, traces of this machine, and the record of
+the upload."""
 
 BEHAVIOUR_PATTERNS = ("*.json", "*.jinja", "*.model", "*.py", "merges.txt", "vocab.txt")
 """Files at the top of a source whose content counts: configs, tokenizer, chat template, index, model code."""
@@ -68,8 +71,8 @@ def identity_of(files: Iterable[FileHash]) -> str:
 
 
 def is_content(name: str) -> bool:
-    """Whether this published file belongs to the checkpoint, and is not a record, the card or the signature."""
-    return name not in {CARD, SIGNATURE} and not name.startswith(f"{RECORD_DIR}/")
+    """Whether this published file belongs to the checkpoint, and is not a record, result, the card or the signature."""
+    return name not in {CARD, SIGNATURE} and not name.startswith((f"{RECORD_DIR}/", RESULTS))
 
 
 def published_files(folder: Path) -> list[str]:
@@ -88,7 +91,8 @@ def _named(folder: Path, wanted: Callable[[Path], bool]) -> list[str]:
 
 
 def _is_private(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/")) or any(fnmatch(name, p) for p in KEPT_PRIVATE)
+    hidden = any(part.startswith(".") for part in name.removeprefix(RESULTS).split("/"))
+    return hidden or any(fnmatch(name, pattern) for pattern in KEPT_PRIVATE)
 
 
 def file_hashes(folder: Path, names: Iterable[str]) -> tuple[FileHash, ...]:

@@ -174,6 +174,8 @@ class EvalReport(Record):
     seeds: dict[str, int]
     versions: dict[str, str]
     """vllm, lm_eval, transformers, torch, fp8pipe."""
+    machine: dict[str, str] = Field(default={}, exclude_if=lambda value: not value)
+    """Where it ran: python, system, cpu, cuda, driver, ...; empty if another program measured."""
     table: str
     """lm-eval's own result table."""
     folder_identity: str | None = None

@@ -25,6 +25,8 @@ RECORD_FILES = {
     "approval": "approval.json",
     "card_template": "card_template.md.j2",
     "provenance": "provenance.json",
+    "recipe": "recipe.yaml",
+    "environment": "environment.json",
     "manifest": "manifest.json",
 }
 """Files in DIR/fp8pipe/, written by the stages and published with the checkpoint."""

@@ -28,8 +28,7 @@ from fp8pipe.hub.upload import Refs, Say, Upload
 from fp8pipe.model.identity import CARD, SIGNATURE, content_hashes, file_hashes, identity_of, published_files
 from fp8pipe.progress import Progress, ProgressEvent, human_seconds, quiet
 from fp8pipe.records import RECORD_DIR, FileHash, Manifest, Release
-from fp8pipe.records.paths import record_path
-from fp8pipe.release.provenance import provenance
+from fp8pipe.release.derived import derived, is_derived
 from fp8pipe.release.signature import names, public_half, sign
 from fp8pipe.release.tags import following, newest
 
@@ -177,7 +176,12 @@ class _Contents:
         self._folder = folder
         self._target = target
         self._card = card
-        _write(record_path(folder, "provenance"), provenance(folder, evidence, content_hashes(folder)))
+        made = derived(folder, evidence, content_hashes(folder))
+        for name in filter(is_derived, published_files(folder)):
+            if name not in made:  # an earlier release of other evidence made it
+                (folder / name).unlink()
+        for name, content in made.items():
+            _write(folder / name, content)
         self._hashes = file_hashes(folder, (name for name in published_files(folder) if name not in _OF_THE_TAG))
         self._identity = identity_of(self._hashes)
         if self._identity != evidence.validation.folder_identity:

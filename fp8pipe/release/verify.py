@@ -6,7 +6,7 @@
     verdict      made again from the samples of both reports, it is what gate.json says, and allows a release
     card         rendered again from the evidence, it is README.md
     tag          the Hub has this very commit under the tag that the manifest names
-    provenance   derived again from the records, it is provenance.json
+    provenance   made again from the records, the files for others' tools are what is here (derived.py)
     standing     main does not say that the release was yanked
     signature    model.sig signs exactly these files
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -38,7 +37,7 @@ from fp8pipe.quantize.identity import fingerprint_of
 from fp8pipe.records import RECORD_DIR, FileHash, Manifest, Proof, Snapshot, SourceFile, Verification, Yanked
 from fp8pipe.records.paths import record_path
 from fp8pipe.release.card import card_for_folder
-from fp8pipe.release.provenance import provenance
+from fp8pipe.release.derived import derived, is_derived
 from fp8pipe.release.signature import why_broken
 from fp8pipe.release.tags import is_release
 from fp8pipe.release.yank import banner
@@ -221,7 +220,7 @@ def _records(found: _Published) -> Iterator[Proof]:
         f"{decision.verdict}, made again from {samples:,} samples: {decision.reason}",
     )
     yield _card(found, evidence)
-    yield _provenance(found, evidence)
+    yield _derived(found, evidence)
 
 
 def _judged(part: str, faults: Callable[[], Iterable[str]], proven: str) -> Proof:
@@ -268,18 +267,29 @@ def _differences(card: str, rendered: str) -> Iterator[str]:
             yield f"{CARD} line {begin + 1}: says {says!r}, the evidence gives {real!r}"
 
 
-def _provenance(found: _Published, evidence: Evidence) -> Proof:
-    path = record_path(found.folder, "provenance")
-    if not path.is_file():
+def _derived(found: _Published, evidence: Evidence) -> Proof:
+    names = sorted(filter(is_derived, (file.name for file in found.files)))
+    if record_path(found.folder, "provenance").relative_to(found.folder).as_posix() not in names:
         return _open("provenance", "the release has none")
+    made_by = evidence.candidate.versions.get("fp8pipe")
 
     def faults() -> Iterator[str]:
-        if json.loads(path.read_bytes()) != json.loads(provenance(found.folder, evidence, found.files)):
-            yield f"{RECORD_DIR}/provenance.json: does not follow from the records and files"
+        made = derived(found.folder, evidence, found.files)
+        yield from (f"{name}: is missing" for name in sorted(made.keys() - set(names)))
+        for name in names:
+            if name not in made:
+                yield f"{name}: nothing in the records gives it"
+            elif (found.folder / name).read_bytes() != made[name]:
+                yield f"{name}: does not follow from the records and files"
 
     checkpoint = evidence.checkpoint
     made = f"made of {checkpoint.model_id}@{checkpoint.source_commit[:12]} with recipe {checkpoint.recipe}"
-    return _judged("provenance", faults, made)
+    proof = _judged("provenance", faults, made)
+    if proof.outcome == "broken" and made_by != __version__:
+        return _open(
+            "provenance", f"this is fp8pipe {__version__}; install {made_by}, which wrote it, to make it again"
+        )
+    return proof
 
 
 def _tag(found: _Published, target: str) -> Proof:

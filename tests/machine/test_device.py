@@ -84,6 +84,15 @@ def test_a_gpu_that_serves_fp8_is_fit(host, board, found):
     assert device.detect() == machine.device
 
 
+def test_particulars_are_those_of_the_device_that_measures(host, monkeypatch):
+    host(Machine((H100,)))
+    gpu = device.particulars()
+    assert gpu.keys() == {"python", "system", "driver", "driver_cuda", "torch_cuda"} and gpu["torch_cuda"] == "13.0"
+    assert all(gpu.values())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert device.particulars().keys() == {"python", "system", "cpu", "cpu_extensions"}
+
+
 def test_a_gpu_below_ada_is_refused(host):
     host(Machine((A100,)))
     with pytest.raises(NoSuitableDevice, match=r"A100-SXM4-80GB has compute capability 8\.0, and FP8 W8A8 needs 8\.9"):

@@ -237,6 +237,16 @@ def test_another_source_in_the_provenance_is_found(copied: Path) -> None:
     assert broken(verify(str(copied))).keys() == {"provenance"}
 
 
+@pytest.mark.parametrize("name", ["fp8pipe/recipe.yaml", "fp8pipe/environment.json", ".eval_results/other.yaml"])
+def test_an_edited_or_added_file_for_others_tools_is_found(copied: Path, name: str) -> None:
+    path = copied / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes((path.read_bytes() if path.exists() else b"") + b"\n# more")
+    list_again(copied)
+    found = broken(verify(str(copied)))
+    assert found.keys() == {"provenance"} and name in found["provenance"]
+
+
 @pytest.mark.parametrize("record", ["gate", "candidate", "policy", "plan", "manifest", "validation", "suite"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"a": NaN}'])
 def test_a_record_that_is_none_is_broken_and_no_error(copied: Path, record: str, content: bytes) -> None:

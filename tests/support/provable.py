@@ -30,11 +30,15 @@ def provable(source: Path, folder: Path) -> Path:
     return folder
 
 
-def judge(folder: Path, checkpoint: Checkpoint, *, lost: int = 1) -> None:
-    """Write the evidence of an evaluation in which the checkpoint lost that many samples."""
-    baseline, candidate = pair(SAMPLES, right=450, lost=lost)
+def judge(folder: Path, checkpoint: Checkpoint, *, lost: int = 1, task: str = "qa") -> None:
+    """Write the evidence of an evaluation in which the checkpoint lost that many samples of all that the task has."""
+    named = {"task": task, "available": SAMPLES}
+    baseline, candidate = (
+        side.model_copy(update={"tasks": (side.tasks[0].model_copy(update=named),)})
+        for side in pair(SAMPLES, right=450, lost=lost)
+    )
     baseline = baseline.model_copy(update={"fingerprint": checkpoint.source_commit})
     about = {"fingerprint": checkpoint.fingerprint, "folder_identity": folder_identity(folder)}
     candidate = change_engine(candidate, kv_cache_dtype="auto").model_copy(update=about)
-    decision = stages.gate(baseline, candidate, policy(), suite=suite(SAMPLES), checkpoint_folder=folder)
+    decision = stages.gate(baseline, candidate, policy(task), suite=suite(SAMPLES, task), checkpoint_folder=folder)
     assert decision.verdict == "accepted", decision.reason
