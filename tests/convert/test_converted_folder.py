@@ -23,7 +23,7 @@ from fp8pipe.hub.headers import read_headers
 from fp8pipe.hub.source import resolve
 from fp8pipe.quantize import quantize
 from fp8pipe.quantize.plan import Plan
-from fp8pipe.records import Checkpoint
+from fp8pipe.records import RECORD_FILES, Checkpoint
 
 
 def test_companions_are_copied_byte_for_byte_and_the_card_is_not(llama: Path, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def gated(model_folder: Models, tmp_path_factory: pytest.TempPathFactory) -> Pat
     quantize(snapshot, plan, folder, calibration=calibration_for(plan))
     snapshot.model_copy(update={"root": None}).save(folder / "fp8pipe" / "source.json")
     for name in ("validation", "policy", "baseline", "candidate", "gate", "approval", "manifest", "release"):
-        (folder / "fp8pipe" / f"{name}.json").write_text("{}")
+        (folder / "fp8pipe" / RECORD_FILES.get(name, f"{name}.json")).write_text("{}")
     (folder / "fp8pipe" / "plots").mkdir()
     (folder / "fp8pipe" / "plots" / "drop.png").write_bytes(b"png")
     (folder / "README.md").write_text("# accepted")

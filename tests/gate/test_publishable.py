@@ -14,6 +14,7 @@ from fp8pipe import stages
 from fp8pipe.errors import Refused
 from fp8pipe.gate.publishable import objections, require_publishable
 from fp8pipe.records import EarlierAttempt, EvalReport, Finding, GateDecision, RuleOutcome, TaskDecision
+from fp8pipe.records.paths import record_path
 
 SHARD = "model-00001-of-00002.safetensors"
 
@@ -37,7 +38,7 @@ def test_an_accepted_checkpoint_may_be_published(folder: Path) -> None:
 
 @pytest.mark.parametrize("record", ["checkpoint", "plan", "validation", "baseline", "candidate", "gate"])
 def test_without_one_of_its_records_a_folder_may_not_be_published(folder: Path, record: str) -> None:
-    path = folder / "fp8pipe" / f"{record}.json"
+    path = record_path(folder, record)
     content = path.read_bytes()
     path.unlink()
     assert f"{record}.json" in only_objection(folder)
@@ -45,6 +46,11 @@ def test_without_one_of_its_records_a_folder_may_not_be_published(folder: Path, 
     assert f"{record}.json" in only_objection(folder)
     with pytest.raises(Refused, match=rf"{record}\.json"):
         stages.may_publish(folder)
+
+
+def test_a_report_that_would_fill_the_memory_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp8pipe.records.base.MAX_UNPACKED", 1000)
+    assert "larger than 1,000 bytes" in only_objection(folder)
 
 
 REJECTED = {"lost": 60}
@@ -147,7 +153,7 @@ def test_an_edited_decision_is_refused(folder: Path, field: str) -> None:
 
 @pytest.mark.parametrize("record", ["baseline", "candidate"])
 def test_a_report_with_edited_samples_is_refused(folder: Path, record: str) -> None:
-    path = folder / "fp8pipe" / f"{record}.json"
+    path = record_path(folder, record)
     report = EvalReport.load(path)
     metric = report.tasks[0].metrics[0]
     values = (*metric.values[:-1], 1.0 - metric.values[-1])

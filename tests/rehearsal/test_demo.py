@@ -22,7 +22,7 @@ from support.processes import FP8PIPE
 from benchmarks import damages
 from fp8pipe.config import ReleaseSpec, load_policy
 from fp8pipe.gate import decide
-from fp8pipe.records import EvalReport, GateDecision, Outcome
+from fp8pipe.records import RECORD_FILES, EvalReport, GateDecision, Outcome
 from fp8pipe.rehearsal.demo.model import BASE_ID
 from fp8pipe.release.workspace import Workspace
 
@@ -77,7 +77,7 @@ def test_release_on_the_hub_is_public_tagged_listed_and_carries_its_evidence(dem
     assert seen["tags"] == {release.tag: release.commit}
     assert seen["sha"] == release.commit
     for name in ("gate", "validation", "plan", "calibration", "checkpoint", "baseline", "candidate", "manifest"):
-        assert f"fp8pipe/{name}.json" in seen["files"]
+        assert f"fp8pipe/{RECORD_FILES[name]}" in seen["files"]
     assert "README.md" in seen["files"]
     ((_, note),) = [pair for pair in seen["items"] if pair[0] == RELEASED]
     assert note

@@ -159,7 +159,7 @@ def test_a_release_whose_tag_was_never_made_is_not_listed(
     assert actions(collection_of(repo_id, title=title)) == set()
 
 
-def test_a_token_that_may_not_write_there_changes_nothing(
+def test_apply_without_a_token_changes_nothing(
     hub: LocalHub, repo_id: str, title: str, drifted: CollectionSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = listed(title)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from fp8pipe.hub.client import cache_folder, client
 from fp8pipe.hub.source import tags_of
 from fp8pipe.model.identity import file_hashes, identity_of, published_files
 from fp8pipe.records import Checkpoint, Manifest, Verification
+from fp8pipe.records.paths import record_path
 from fp8pipe.rehearsal.localhub import LocalHub
 from fp8pipe.release.verify import verify
 
@@ -115,9 +117,11 @@ def test_a_second_release_of_the_same_checkpoint_holds_and_so_does_the_first(
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(path.read_bytes())
+    packed = path.suffix == ".gz"
+    content = json.loads(gzip.decompress(path.read_bytes()) if packed else path.read_bytes())
     change(content)
-    path.write_text(json.dumps(content))
+    text = json.dumps(content).encode()
+    path.write_bytes(gzip.compress(text) if packed else text)
 
 
 def list_again(folder: Path) -> None:
@@ -208,7 +212,7 @@ def test_edited_samples_are_found(copied: Path, side: str) -> None:
         metric["values"] = [1.0] * len(metric["values"])
         metric["mean"] = 1.0
 
-    edit_json(copied / "fp8pipe" / f"{side}.json", better)
+    edit_json(record_path(copied, side), better)
     list_again(copied)
     assert (
         f"{side}_report" in broken(verify(str(copied)))["verdict"] or "says" in broken(verify(str(copied)))["verdict"]
@@ -250,7 +254,7 @@ def test_an_edited_or_added_file_for_others_tools_is_found(copied: Path, name: s
 @pytest.mark.parametrize("record", ["gate", "candidate", "policy", "plan", "manifest", "validation", "suite"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff", b'{"a": NaN}'])
 def test_a_record_that_is_none_is_broken_and_no_error(copied: Path, record: str, content: bytes) -> None:
-    (copied / "fp8pipe" / f"{record}.json").write_bytes(content)
+    record_path(copied, record).write_bytes(content)
     assert not verify(str(copied)).holds
 
 

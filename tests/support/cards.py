@@ -12,6 +12,7 @@ from fp8pipe.gate import decide
 from fp8pipe.hub.source_card import parse_source_card
 from fp8pipe.quantize.plan import SummaryRow
 from fp8pipe.records import (
+    RECORD_FILES,
     EvalReport,
     Finding,
     Snapshot,
@@ -109,7 +110,7 @@ def facts_of(
         "candidate": candidate,
         "decision": decision,
         "plots": {name: f"fp8pipe/plots/{name}.png" for name in PLOTS},
-        "records": ("gate.json", "candidate.json"),
+        "records": ("gate.json", "candidate.json.gz"),
     }
     return CardFacts(**(known | more))
 
@@ -131,7 +132,7 @@ def saved(folder: Path) -> CardFacts:
         "terms": facts.terms,
         "published": PublishedScores(scores=()),
     }.items():
-        record.save(records / f"{name}.json")
+        record.save(records / RECORD_FILES[name])
     write_plots(facts.decision, facts.baseline, facts.candidate, records / "plots")
     (records / "source_card.md").write_text(SOURCE_CARD_TEXT)
     return facts

@@ -102,8 +102,8 @@ def gate_again(folder: Path, rules: GatePolicy | None = None, **counts: int) -> 
     candidate = candidate.model_copy(update=about)
     for name, config in (("policy", rules), ("suite", asked)):
         write_atomically(folder / "fp8pipe" / f"{name}.json", config.model_dump_json().encode())
-    baseline.save(folder / "fp8pipe" / "baseline.json")
-    candidate.save(folder / "fp8pipe" / "candidate.json")
+    baseline.save(folder / "fp8pipe" / "baseline.json.gz")
+    candidate.save(folder / "fp8pipe" / "candidate.json.gz")
     decision = decide(baseline, candidate, rules, checkpoint=found, suite=asked, recipe=recipe())
     decision.save(folder / "fp8pipe" / "gate.json")
     return decision
