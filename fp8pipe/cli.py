@@ -197,6 +197,7 @@ def plan(
     """Show what would become of every tensor, from headers alone: no weight is read."""
     from fp8pipe import stages
     from fp8pipe.config import load_recipe
+    from fp8pipe.release.admission import licence_terms
     from fp8pipe.ui.sheets import plan_sheet, serving_sheet, terminal, terms_lines
 
     chosen = load_recipe(recipe)
@@ -208,7 +209,7 @@ def plan(
         out.print(terminal(plan_sheet(made)))
         if made.serving is not None:
             out.print(terminal(serving_sheet(made.serving)))
-        for line in terms_lines(*stages.licence_terms(snapshot)):
+        for line in terms_lines(*licence_terms(snapshot)):
             out.print(line, markup=False)
 
 

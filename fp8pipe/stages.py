@@ -55,25 +55,13 @@ def pin(model: str) -> Snapshot:
 
 
 def check_target(job: ResolvedRelease) -> tuple[str, ...]:
-    """Refuse, before any work, a release that could not be published after it: because of its repository, under the
-    name of each recipe of the ladder, its collection, the token, who would see it, the source's licence, or a key that
-    cannot sign it.
+    """Refuse, before any work, a release that could not be published after it. Returns notes for a person.
 
-    Returns notes for a person. Raises as `fp8pipe.hub.target.check_target`, `require_licence` and `pin` do.
+    Raises as `fp8pipe.release.admission.require_admission` and `pin` do.
     """
-    from fp8pipe.hub.target import check_target
+    from fp8pipe.release.admission import require_admission
 
-    spec, snapshot = job.spec, pin(job.spec.model)
-    if spec.sign is not None:
-        from fp8pipe.release.signature import public_half
-
-        public_half(Path(spec.sign.key))
-    notes: list[str] = []
-    for target in (rung.spec.target for rung in job.ladder()):
-        clearance = check_target(target, snapshot.model_id, local=snapshot.is_local)
-        notes += [clearance.note] if clearance.note is not None else []
-        notes += require_licence(snapshot, target.repo_id, claim=spec.licence, licences=spec.licences)
-    return tuple(dict.fromkeys(notes))
+    return require_admission(job, pin(job.spec.model))
 
 
 def download(snapshot: Snapshot, *, trust_remote_code: bool = False, progress: Progress = quiet) -> Snapshot:
@@ -188,50 +176,12 @@ def require_counted(plan: Plan, policy: GatePolicy, device_class: str, parallel:
 # ------------------------------------------------------------------------------------------ licence
 
 
-def licence_terms(
-    snapshot: Snapshot, *, claim: LicenceClaim | None = None, licences: str | None = None
-) -> tuple[Terms, tuple[str, ...]]:
-    """What the source's licence asks of a copy, by its card at the pinned commit, and what is wrong with that card.
-
-    claim: the team's word where the card leaves the licence open. licences: the file that says what each asks for.
-    """
-    from fp8pipe.config import load_licences
-    from fp8pipe.hub.source_card import parse_source_card, read_source_card
-    from fp8pipe.release.licence import settle
-
-    card = parse_source_card(read_source_card(snapshot))
-    return settle(card, load_licences(licences), claim), card.problems
-
-
-def require_licence(
-    snapshot: Snapshot, repo_id: str, *, claim: LicenceClaim | None = None, licences: str | None = None
-) -> tuple[str, ...]:
-    """Refuse, before any work, what could not be published as `repo_id`. Returns what is wrong with the source's card.
-
-    Raises Refused; ConfigError for a claim that contradicts the card, or whose file cannot be read.
-    """
-    from fp8pipe.hub.source import companion_files
-    from fp8pipe.release.licence import require
-
-    terms, problems, made = _terms_and_files(snapshot, claim, licences)
-    require(terms, repo_id, {file.name for file in companion_files(snapshot)} | made.keys())
-    return problems
-
-
-def _terms_and_files(
-    snapshot: Snapshot, claim: LicenceClaim | None, licences: str | None
-) -> tuple[Terms, tuple[str, ...], dict[str, bytes]]:
-    from fp8pipe.release.licence import licence_files
-
-    terms, problems = licence_terms(snapshot, claim=claim, licences=licences)
-    return terms, problems, licence_files(terms, claim, snapshot)
-
-
 def _keep_lineage(snapshot: Snapshot, folder: Path, claim: LicenceClaim | None, licences: str | None) -> None:
     """Write what the source's repository says of itself among the records: its card, the terms of its licence, its
     published scores; and beside the weights what the licence needs."""
     from fp8pipe.hub.source_card import read_source_card
     from fp8pipe.records.published import PublishedScores
+    from fp8pipe.release.admission import terms_and_files
     from fp8pipe.release.card.published import read_published
 
     card, kept = read_source_card(snapshot), record_path(folder, "source_card")
@@ -239,7 +189,7 @@ def _keep_lineage(snapshot: Snapshot, folder: Path, claim: LicenceClaim | None, 
         write_atomically(kept, card.encode())
     else:
         kept.unlink(missing_ok=True)
-    terms, _, made = _terms_and_files(snapshot, claim, licences)
+    terms, _, made = terms_and_files(snapshot, claim, licences)
     for name, content in made.items():
         write_atomically(folder / name, content)
     terms.save(record_path(folder, "terms"))
@@ -340,12 +290,14 @@ def quantize_model(
     """
     from fp8pipe.config import read_template
     from fp8pipe.quantize import device_for, preload
+    from fp8pipe.release.admission import terms_and_files
+    from fp8pipe.release.card.render import check_template
 
     device_for(device)  # refuses an unknown device before anything is asked of the Hub
     snapshot = pin(model)
-    _terms_and_files(snapshot, claim, licences)  # refuses a wrong claim or template before hours of work
+    terms_and_files(snapshot, claim, licences)  # refuses a wrong claim or template before hours of work
     if card_template is not None:
-        read_template(card_template)
+        check_template(read_template(card_template))
     chosen = plan(snapshot, recipe, trust_remote_code=trust_remote_code, oracles=oracles, meanwhile=preload)
     calibration = None
     if recipe.needs_calibration:

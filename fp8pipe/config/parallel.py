@@ -60,6 +60,12 @@ class Parallel(Config):
         """vLLM's engine arguments, where they are not its defaults."""
         return {_ARGUMENTS[field]: value for field, value in self.model_dump(exclude_defaults=True).items()}
 
+    @property
+    def spelled(self) -> str:
+        """As a command line has it: `tensor=4,expert`; empty on one device."""
+        sizes = self.model_dump(exclude_defaults=True)
+        return ",".join(f"{name}={value}".removesuffix("=True") for name, value in sizes.items())
+
     def __str__(self) -> str:
         """`tensor 4, data 2`; `none` on one device."""
         sizes = self.model_dump(exclude_defaults=True)

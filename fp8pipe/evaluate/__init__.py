@@ -140,6 +140,7 @@ def _run_once(request: EvalRequest, run: _Run, held: Held, progress: Progress) -
         on_tick=lambda: progress(last),
         stall_s=STALL_S,
         held=held,
+        token=True,  # for datasets; the worker forgets it before the model's own code can run
     )
     if ending.reason == "exited":
         require_answer(request.model, ending, note)

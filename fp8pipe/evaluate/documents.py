@@ -48,7 +48,7 @@ def count_documents(suite: EvalSuite, folder: Path) -> DocumentCounts:
         return known
     request.save(folder / "request.json")
     log = folder / "documents.log"
-    ending = run_child("fp8pipe.evaluate.documents", folder / "request.json", log=log, in_engine=True)
+    ending = run_child("fp8pipe.evaluate.documents", folder / "request.json", log=log, in_engine=True, token=True)
     if not ending.succeeded:
         tail = ending.tail()
         raise EngineFailed(f"the tasks of suite {suite.name} could not be loaded:\n{tail}\n(full log: {ending.log})")

@@ -25,6 +25,7 @@ from fp8pipe.evaluate.environment import library_versions, prepare_process, use_
 from fp8pipe.evaluate.flips import flip_rates, keep_rates, known_rates
 from fp8pipe.evaluate.parts import ROWS, Part, Parts, joined, table_rows
 from fp8pipe.evaluate.request import EvalRequest, need_for
+from fp8pipe.hub.client import forget_token
 from fp8pipe.machine import device
 from fp8pipe.machine.child import reporting_errors
 from fp8pipe.machine.supervise import Channel, Send, take_channel
@@ -68,6 +69,7 @@ def measure(request: EvalRequest, channel: Channel, folder: Path) -> None:
     from fp8pipe.evaluate.tasks import load_tasks
 
     tasks = load_tasks(request.suite, limit=request.limit, looks=request.looks)
+    forget_token()  # nothing is asked of the Hub any more, and a model may bring its own code
     lm = _start_engine(request, channel)
     ready = time.monotonic()
     measurement = Measurement(lm, request, tasks, Parts(folder / "parts", request.parts_identity()))

@@ -32,6 +32,7 @@ from fp8pipe.errors import (
     RevisionNotFound,
 )
 from fp8pipe.machine.loopback import exempt_loopback
+from fp8pipe.machine.supervise import NO_LOGIN, TOKENS
 
 if TYPE_CHECKING:
     import httpx2
@@ -71,6 +72,16 @@ def client() -> HfApi:
     # huggingface_hub reads its environment at import, but a Hub that was started since may not speak Xet.
     constants.HF_HUB_DISABLE_XET = os.environ.get("HF_HUB_DISABLE_XET", "").upper() in {"1", "ON", "YES", "TRUE"}
     return HfApi(endpoint=endpoint())
+
+
+def forget_token() -> None:
+    """This process and those that it starts have no token any more, neither given nor stored."""
+    from huggingface_hub import constants
+
+    for name in TOKENS:
+        os.environ.pop(name, None)
+    os.environ.update(NO_LOGIN)
+    constants.HF_TOKEN_PATH = os.devnull  # read from the environment at import
 
 
 @functools.cache

@@ -27,12 +27,13 @@ def run_child(
     on_tick: Callable[[], None] = lambda: None,
     stall_s: float | None = None,
     held: Held | None = None,
+    token: bool = False,
 ) -> Ending:
     """Run the module on the request to its end. Raises the error that it reported, if it did.
 
     in_engine: in the engine's environment, not in that of this process.
     on_message: returns the answer to a message that asks for one. on_tick: runs several times a second.
-    held: locks that it shares, and the GPUs that it may use.
+    held: locks that it shares, and the GPUs that it may use. token: whether it gets the Hub's token.
     """
     reported: list[Message] = []
 
@@ -52,6 +53,7 @@ def run_child(
         on_tick=on_tick,
         stall_s=stall_s,
         locks=held.locks,
+        token=token,
     )
     if reported:
         raise _error_in(reported[-1], ending)

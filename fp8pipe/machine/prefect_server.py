@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fp8pipe.errors import ServerFailed
+from fp8pipe.machine.supervise import without_token
 
 _START_LIMIT_S = 180.0
 _ANSWER_S = 15.0
@@ -63,7 +64,7 @@ class EmbeddedServer:
         self.log_path = log_path
         self.port = _free_port()
         self.api_url = f"http://127.0.0.1:{self.port}/api"
-        environment = os.environ | _SERVER_ENVIRONMENT | {"PREFECT_API_URL": self.api_url}
+        environment = without_token(os.environ) | _SERVER_ENVIRONMENT | {"PREFECT_API_URL": self.api_url}
         if home is not None:
             home.mkdir(parents=True, exist_ok=True)
             environment["PREFECT_HOME"] = str(home.resolve())

@@ -34,6 +34,11 @@ from typing import Any, Literal
 CHANNEL = "SUPERVISE_CHANNEL"
 """Environment variable that holds the file descriptor of the command's messages, and of the answers to them."""
 
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Environment variables with the Hub's token."""
+NO_LOGIN = {"HF_TOKEN_PATH": os.devnull}
+"""Hides the stored login from huggingface_hub."""
+
 GRACE_S = 10.0
 """Time between TERM and KILL."""
 
@@ -78,6 +83,11 @@ class Ending:
         return "\n".join(kept[-lines:])
 
 
+def without_token(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process that must not have the Hub's token."""
+    return {name: value for name, value in environment.items() if name not in TOKENS} | NO_LOGIN
+
+
 def supervise(
     command: Sequence[str],
     *,
@@ -89,6 +99,7 @@ def supervise(
     stall_s: float | None = None,
     memory_bytes: int | None = None,
     locks: Sequence[int] = (),
+    token: bool = False,
 ) -> Ending:
     """Run `command`, without standard input, until it ends or has to be ended.
 
@@ -98,6 +109,7 @@ def supervise(
     and the time that it takes is no stall. `on_tick` runs there too, several times a second.
     memory_bytes: private memory of each of its processes; beyond it the kernel refuses them more.
     locks: descriptors that guard and command keep open, so that a lock on them lasts until both have ended.
+    token: whether it gets the Hub's token. Only a process that asks the Hub needs it, and none that runs others' code.
 
     However this function ends, even by an exception (KeyboardInterrupt, a cancelled task), no process of the group
     survives, not even a stopped one, and none of their shared memory: TERM first, KILL after GRACE_S.
@@ -109,13 +121,14 @@ def supervise(
         messages, messages_end = (stack.enter_context(end) for end in socket.socketpair())
         channel = messages_end.fileno()
         orders = json.dumps([lifeline.fileno(), channel, list(locks), GRACE_S, memory_bytes])
+        environment = os.environ if env is None else env
         started = time.monotonic()
         guard = subprocess.Popen(
             [sys.executable, "-I", "-S", __file__, orders, *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**(os.environ if env is None else env), CHANNEL: str(channel)},
+            env={**(environment if token else without_token(environment)), CHANNEL: str(channel)},
             pass_fds=(lifeline.fileno(), channel, *locks),
             start_new_session=True,
         )

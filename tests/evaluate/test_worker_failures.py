@@ -6,6 +6,9 @@ The worker is a few lines of code in the place of vLLM.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,3 +134,16 @@ def test_retries_halve_the_context_at_once_when_the_cache_does_not_hold_it(tmp_p
     first = smaller({"max_model_len": 32768}, MESSAGES[2], 1, tmp_path)
     assert first["max_model_len"] == 16384
     assert smaller(first, MESSAGES[2], 2, tmp_path)["max_model_len"] == 8192
+
+
+def test_once_its_data_is_loaded_the_worker_has_no_token(tmp_path: Path) -> None:
+    """The model may bring code of its own, which runs when the engine starts."""
+    (tmp_path / "token").write_text("hf_stored")
+    code = (
+        "from huggingface_hub import get_token; from fp8pipe.hub.client import forget_token\n"
+        "before = get_token(); forget_token(); print(before, get_token())"
+    )
+    for given in ("hf_given", ""):
+        own = os.environ | {"HF_TOKEN": given, "HF_TOKEN_PATH": str(tmp_path / "token")}
+        done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
+        assert done.stdout.split() == [given or "hf_stored", "None"], done.stderr

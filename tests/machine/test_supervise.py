@@ -111,6 +111,19 @@ def test_supervise_gives_the_command_its_environment_and_no_input(tmp_path: Path
     assert ending.tail() == "given ''"
 
 
+@pytest.mark.parametrize("token", [True, False])
+def test_a_command_has_the_hubs_token_and_login_only_if_it_asks_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: bool
+) -> None:
+    (tmp_path / "token").write_text("hf_stored")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
+    code = "import os; from huggingface_hub import get_token; print(get_token(), os.environ.get('HF_TOKEN'))"
+    for given, said in (("hf_given", "hf_given hf_given"), ("", "hf_stored ")):
+        monkeypatch.setenv("HF_TOKEN", given)
+        ending = supervise([sys.executable, "-c", code], log=tmp_path / "log", token=token)
+        assert ending.tail(1) == (said.strip() if token else "None None")
+
+
 def test_tail_is_the_end_of_the_log_without_empty_lines(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("a\n\nb\rc\n" + "d" * 1000 + "\n")
     tail = Ending("exited", 0, 1.0, tmp_path / "log").tail(lines=2)

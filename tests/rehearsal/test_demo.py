@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from support import ROOT
+from support.cards import commands
 from support.demo import CACHE, RECIPE, RELEASED, SABOTAGED, Demo, hub_of, on_the_hub, run_demo
 from support.processes import FP8PIPE
 
@@ -237,22 +238,20 @@ def published(demo, tmp_path_factory) -> Path:
     return folder
 
 
-def test_lm_eval_on_the_published_folder_states_the_same_accuracy(demo, published, tmp_path):
+def test_lm_eval_as_the_card_says_states_the_same_accuracy(demo, published, tmp_path):
+    """The card's own command, on the downloaded folder, for a task that lm-eval does not ship."""
     from fp8pipe.config import load_suite
 
-    suite, decision = load_suite("demo"), demo.outcome.decision
-    (task,) = suite.tasks
-    cache = "fp8" if CACHE else "auto"
-    arguments = f"pretrained={published},kv_cache_dtype={cache},max_model_len={suite.engine['max_model_len']}"
-    command = [sys.executable, "-m", "fp8pipe.evaluate.lm_eval", "run", "--model", "vllm", "--tasks", task]
-    command += ["--model_args", f"{arguments},add_bos_token={suite.add_bos_token}", "--include_path", suite.task_dir]
-    command += ["--batch_size", "auto", "--output_path", str(tmp_path)]
+    (command,) = (line for line in commands((published / "README.md").read_text()) if line[0] == "python")
+    named = {f"pretrained={RELEASED}": f"pretrained={published}", f"revision={demo.outcome.release.tag}": None}
+    command = [sys.executable, *(word for one in command[1:] if (word := named.get(one, one)) is not None)]
+    command += ["--include_path", load_suite("demo").task_dir, "--output_path", str(tmp_path)]
     with hub_of(demo) as environment:
         answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert answer.returncode == 0, answer.stderr[-3000:]
     (results,) = tmp_path.rglob("results_*.json")
-    stated = json.loads(results.read_text())["results"][task]
-    metric = decision.tasks[0]
+    metric = demo.outcome.decision.tasks[0]
+    stated = json.loads(results.read_text())["results"][metric.task]
     assert stated[f"{metric.metric},{metric.filter}"] == pytest.approx(metric.candidate, abs=1e-9)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from support.reports import (
     policy,
     recipe,
     report,
+    suite,
     task,
     timed,
     values,
@@ -139,6 +141,7 @@ def test_reproduction_commands_name_the_release_and_its_measurement() -> None:
     (lm_eval,) = (line for line in lines if line[0] == "lm_eval")
     assert lm_eval[lm_eval.index("--seed") + 1] == "0,None,None,1234"
     arguments = dict(word.split("=", 1) for word in lm_eval if "=" in word)
+    assert "--gen_kwargs" not in lm_eval
     assert arguments == {
         "pretrained": "acme/tiny-FP8-KV",
         "revision": TAG,
@@ -156,6 +159,22 @@ def test_tasks_with_different_shots_get_commands_of_their_own() -> None:
     lines = [line for line in commands(render_card(facts_of((sides, candidate)))) if line[0] == "lm_eval"]
     chosen = [(line[line.index("--tasks") + 1], line[line.index("--num_fewshot") + 1]) for line in lines]
     assert chosen == [("b,c", "0"), ("a", "5")]
+
+
+def test_reproduction_commands_have_everything_that_decides_a_score() -> None:
+    engine = {"max_model_len": 512, "rope_parameters": {"factor": 4.0}, "tensor_parallel_size": 2, "seed": 7}
+    seeds = {"seeds": {"random": 0, "fewshot": 1234, "engine": 7}}
+    baseline, candidate = (change_engine(side, arguments=engine).model_copy(update=seeds) for side in pair(lost=1))
+    asked = suite().model_copy(update={"generation": {"temperature": 0.6, "until": ["\n\n"]}})
+    lines = commands(render_card(facts_of((baseline, candidate), suite=asked)))
+    (lm_eval,) = (line for line in lines if line[0] == "lm_eval")
+    assert json.loads(lm_eval[lm_eval.index("--gen_kwargs") + 1]) == {"temperature": 0.6, "until": ["\n\n"]}
+    arguments = json.loads(lm_eval[lm_eval.index("--model_args") + 1])
+    assert arguments["rope_parameters"] == {"factor": 4.0} and arguments["seed"] == 7
+    assert arguments["pretrained"] == "acme/tiny-FP8-KV" and arguments["kv_cache_dtype"] == "fp8"
+    for line in (line for line in lines if line[:2] == ["fp8pipe", "evaluate"]):
+        assert line[line.index("--parallel") + 1] == "tensor=2"
+        assert line[line.index("--suite") + 1] == "release/fp8pipe/suite.json"
 
 
 def test_a_verdict_from_a_cpu_is_labelled_loudly() -> None:

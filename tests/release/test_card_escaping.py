@@ -55,7 +55,7 @@ def test_hostile_names_become_plain_text_everywhere() -> None:
         assert theirs.count(tag) == ours_only.count(tag) + extra, tag
     assert "{{ 7*7 }}" in plain(card)
     for line in commands(card):
-        assert line[0] in ("vllm", "fp8pipe", "lm_eval")
+        assert line[0] in ("vllm", "hf", "fp8pipe", "lm_eval")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from fp8pipe.errors import ConfigError
 from fp8pipe.hub.source import resolve
 from fp8pipe.records import record_path
 from fp8pipe.release.card import card_for_folder, render_card
-from fp8pipe.release.card.render import shipped_template
+from fp8pipe.release.card.render import _context, check_template, shipped_template, template_values
 
 
 def rendered(template: str) -> str:
@@ -54,6 +54,20 @@ def test_a_template_that_is_wrong_or_leaves_its_sandbox_is_refused_with_the_reas
     with pytest.raises(ConfigError, match="card template") as refusal:
         rendered(template)
     assert said in str(refusal.value)
+
+
+def test_what_no_card_has_is_refused_before_there_is_one() -> None:
+    check_template(shipped_template())
+    check_template("{% for label, value in scheme_rows %}{{ label | md }}{{ loop.index }}{% endfor %}")
+    wrong = {"{{ nonsense }}": "no value nonsense", "{{ name | shout }}": "shout", "{% if": "line 1"}
+    for template, said in wrong.items():
+        with pytest.raises(ConfigError, match="card template") as refusal:
+            check_template(template)
+        assert said in str(refusal.value)
+
+
+def test_the_shipped_template_names_every_value_that_a_card_has() -> None:
+    assert template_values(shipped_template()) == _context(facts_of()).keys()
 
 
 def test_a_template_among_the_records_makes_the_card_of_its_folder(tmp_path: Path) -> None:

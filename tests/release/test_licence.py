@@ -15,6 +15,7 @@ from fp8pipe.config import LicenceClaim, LicenceTable, load_licences, load_recip
 from fp8pipe.errors import ConfigError, Refused
 from fp8pipe.hub.source import resolve
 from fp8pipe.records import Snapshot, SourceFile, Terms, record_path
+from fp8pipe.release.admission import require_licence
 from fp8pipe.release.card import render_card
 from fp8pipe.release.licence import licence_files, require
 
@@ -192,9 +193,9 @@ def test_a_checkpoint_carries_the_sources_card_its_terms_and_its_notice(tmp_path
     assert (kept.id, kept.problem) == ("llama3.1", "")
     assert (out / "LICENSE").read_text() == "the agreement"
     assert "Llama 3.1 Community License" in (out / "NOTICE").read_text()
-    assert stages.require_licence(snapshot, "acme/Llama-tiny-FP8") == ()
+    assert require_licence(snapshot, "acme/Llama-tiny-FP8") == ()
     with pytest.raises(Refused, match="begins with Llama"):
-        stages.require_licence(snapshot, "acme/tiny-FP8")
+        require_licence(snapshot, "acme/tiny-FP8")
 
 
 def test_a_teams_own_table_takes_the_place_of_the_shipped_one(tmp_path: Path) -> None:
@@ -204,8 +205,8 @@ def test_a_teams_own_table_takes_the_place_of_the_shipped_one(tmp_path: Path) ->
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: acme-terms\n---\n")
     snapshot = resolve(str(folder))
     with pytest.raises(Refused, match="not in the table"):
-        stages.require_licence(snapshot, "acme/tiny-FP8")
-    stages.require_licence(snapshot, "acme/tiny-FP8", licences=str(tmp_path / "own.yaml"))
+        require_licence(snapshot, "acme/tiny-FP8")
+    require_licence(snapshot, "acme/tiny-FP8", licences=str(tmp_path / "own.yaml"))
     with pytest.raises(ConfigError, match="cannot be read"):
         load_licences(str(tmp_path / "none.yaml"))
 

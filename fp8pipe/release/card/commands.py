@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from fp8pipe.config import Parallel
-from fp8pipe.records import EvalReport
+from fp8pipe.records import RECORD_DIR, RECORD_FILES, EvalReport
 from fp8pipe.release.card.facts import CardFacts
 from fp8pipe.release.card.parsers import reasoning_parser, tool_parser
 
@@ -102,15 +102,19 @@ def _trust(facts: CardFacts) -> tuple[str, ...]:
 
 
 def fp8pipe_commands(facts: CardFacts) -> Iterator[str]:
-    """From the source to the verdict."""
+    """From the source to the verdict, with the suite and the policy of the release."""
     source = facts.source.model_id if facts.source.is_local else f"{facts.source.model_id}@{facts.source.commit}"
-    recipe, suite, policy = facts.recipe.name, facts.candidate.suite, facts.decision.policy
-    yield shell("fp8pipe", "quantize", source, "--recipe", recipe, "--output", "checkpoint", *_trust(facts))
+    suite, policy = (f"release/{RECORD_DIR}/{RECORD_FILES[name]}" for name in ("suite", "policy"))
+    measured = ("--suite", suite, *_trust(facts))
+    spread = Parallel.of(facts.candidate.engine.arguments)
+    if spread.devices > 1:
+        measured += ("--parallel", spread.spelled)
+    records = ("--include", f"{RECORD_DIR}/*", "--local-dir", "release")
+    yield shell("hf", "download", facts.repo_id, "--revision", facts.tag, *records)
+    yield shell("fp8pipe", "quantize", source, "--recipe", facts.recipe.name, "--output", "checkpoint", *_trust(facts))
     yield shell("fp8pipe", "validate", "checkpoint", "--source", source)
-    yield shell("fp8pipe", "evaluate", source, "--suite", suite, "--output", "baseline", *_trust(facts))
-    yield shell(
-        "fp8pipe", "evaluate", "checkpoint", "--suite", suite, "--output", "candidate", *_trust(facts), *_cache(facts)
-    )
+    yield shell("fp8pipe", "evaluate", source, *measured, "--output", "baseline")
+    yield shell("fp8pipe", "evaluate", "checkpoint", *measured, "--output", "candidate", *_cache(facts))
     yield shell("fp8pipe", "gate", "baseline", "candidate", "--policy", policy, "--checkpoint", "checkpoint")
 
 
@@ -128,7 +132,13 @@ def lm_eval_commands(facts: CardFacts) -> Iterator[str]:
         names = ",".join(task.task for task in group)
         chosen = ("--tasks", names, "--num_fewshot", str(shots), "--batch_size", "auto")
         engine = ("--model", "vllm", "--model_args", *_model_args(facts))
-        yield shell(*program, "run", *engine, *chosen, *template, *_seeds(report))
+        yield shell(*program, "run", *engine, *chosen, *template, *_generation(facts), *_seeds(report))
+
+
+def _generation(facts: CardFacts) -> tuple[str, ...]:
+    """What the suite asks of generation in place of the tasks' own."""
+    given = facts.suite.generation if facts.suite is not None else {}
+    return ("--gen_kwargs", json.dumps(given, sort_keys=True)) if given else ()
 
 
 def _seeds(report: EvalReport) -> tuple[str, ...]:
@@ -140,13 +150,19 @@ def _seeds(report: EvalReport) -> tuple[str, ...]:
 
 
 def _model_args(facts: CardFacts) -> list[str]:
+    """The engine as it was measured: one JSON object if an argument is none of text and number, else `key=value`."""
     report = facts.candidate
     known = {"pretrained": facts.repo_id, "revision": facts.tag, "add_bos_token": report.add_bos_token}
-    simple = {k: v for k, v in sorted(report.engine.arguments.items()) if isinstance(v, str | int | float)}
+    if (seed := report.seeds.get("engine")) is not None:
+        known["seed"] = seed
+    given = {key: value for key, value in sorted(report.engine.arguments.items()) if value is not None}
     owned = {"model", "tokenizer", "kv_cache_dtype", *known, *(_cpu_defaults() if report.engine.plugin else ())}
     cache = {"kv_cache_dtype": report.engine.kv_cache_dtype} if report.engine.kv_cache_dtype != "auto" else {}
-    kept = {key: value for key, value in simple.items() if key not in owned}
-    return [f"{key}={value}" for key, value in (known | kept | cache).items()]
+    kept = {key: value for key, value in given.items() if key not in owned}
+    arguments = known | kept | cache
+    if all(isinstance(value, str | int | float) for value in kept.values()):
+        return [f"{key}={value}" for key, value in arguments.items()]
+    return [json.dumps(arguments)]
 
 
 def _cpu_defaults() -> tuple[str, ...]:

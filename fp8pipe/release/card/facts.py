@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8pipe.config import GatePolicy, Recipe
-from fp8pipe.gate.publishable import read_approval, read_policy
+from fp8pipe.config import EvalSuite, GatePolicy, Recipe
+from fp8pipe.gate.publishable import read_approval, read_policy, read_suite
 from fp8pipe.hub.source_card import SourceCard, parse_source_card
 from fp8pipe.model.untrusted import parse_config
 from fp8pipe.records import (
@@ -80,6 +80,7 @@ class CardFacts:
     candidate: EvalReport
     decision: GateDecision
     policy: GatePolicy | None = None
+    suite: EvalSuite | None = None
     approval: Approval | None = None
     notes: Sequence[str] = ()
     """The plan's notes."""
@@ -134,6 +135,7 @@ def facts_of_folder(folder: Path, *, repo_id: str, tag: str) -> CardFacts:
         candidate=EvalReport.load(record_path(folder, "candidate")),
         decision=GateDecision.load(record_path(folder, "gate")),
         policy=read_policy(folder),
+        suite=read_suite(folder),
         approval=read_approval(folder),
         plots={name: f"{RECORD_DIR}/plots/{name}.png" for name in PLOTS if (records / f"plots/{name}.png").is_file()},
         # The manifest is written after the card, because it lists it.

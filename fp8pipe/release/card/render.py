@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fp8pipe.errors import ConfigError, Refused
 from fp8pipe.gate.publishable import verdict_objections
@@ -40,6 +40,9 @@ from fp8pipe.release.card.verdict import (
     verdict_lines,
 )
 
+if TYPE_CHECKING:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 
 def card_for_folder(folder: Path, *, repo_id: str, tag: str) -> str:
     """The card of the checkpoint in `folder`, for the release `tag`. InputError names a record that is missing."""
@@ -60,10 +63,43 @@ def shipped_template() -> str:
     return (files("fp8pipe.release.card") / "card.md.j2").read_text()
 
 
+def template_values(template: str) -> set[str]:
+    """The values that a template names. Those of the shipped one are all that a card has."""
+    from jinja2 import meta
+
+    return meta.find_undeclared_variables(_environment().parse(template))
+
+
+def check_template(template: str) -> None:
+    """Raise ConfigError for a template of a team's own that cannot work for any card: it does not compile, or names a
+    value or a filter that there is none of."""
+    from jinja2 import TemplateError
+
+    known = template_values(shipped_template())
+    try:
+        _environment().from_string(template)
+        unknown = sorted(template_values(template) - known)
+    except TemplateError as error:
+        raise _template_error(error) from error
+    if unknown:
+        raise ConfigError(f"card template: no value {', '.join(unknown)}; a card has {', '.join(sorted(known))}")
+
+
 def _filled(template: str | None, context: dict[str, Any]) -> str:
     """The template with its values. Raises ConfigError for one of a team's own that is wrong, or asks for more than its
     values: it is run in a sandbox, because it may come from somebody else."""
-    from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError
+    from jinja2 import TemplateError
+
+    if template is None:
+        return _environment().from_string(shipped_template()).render(context)
+    try:
+        return _environment().from_string(template).render(context)
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _template_error(error) from error
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     environment = ImmutableSandboxedEnvironment(
@@ -75,13 +111,14 @@ def _filled(template: str | None, context: dict[str, Any]) -> str:
         "url": markdown.url,
         "fence": markdown.fence,
     }
-    if template is None:
-        return environment.from_string(shipped_template()).render(context)
-    try:
-        return environment.from_string(template).render(context)
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
-        raise ConfigError(f"card template{line}: {error}; compare it with the shipped card.md.j2") from error
+    return environment
+
+
+def _template_error(error: Exception) -> ConfigError:
+    from jinja2 import TemplateSyntaxError
+
+    line = f", line {error.lineno}" if isinstance(error, TemplateSyntaxError) else ""
+    return ConfigError(f"card template{line}: {error}; compare it with the shipped card.md.j2")
 
 
 def _context(facts: CardFacts) -> dict[str, Any]:
